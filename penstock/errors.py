@@ -1,6 +1,7 @@
 """Every error that Penstock raises on purpose.
 
-A message names the thing, the value and the remedy. `ConfigError`, `DataError` and `CheckpointError` are the user's to
+A message names the thing, the value and the remedy. `ConfigError`, `DataError` and
+`CheckpointError` are the user's to
 mend; `CapacityError` and `NonFiniteError` come up while training.
 """
 

@@ -1,6 +1,7 @@
 """The nouns that all planes share.
 
-Shape letters: B samples, N keys of a batch (non-zeros), U unique keys, D embedding dim, V floats of a row (value and
+Shape letters: B samples, N keys of a batch (non-zeros), U unique keys, D embedding dim, V floats
+of a row (value and
 optimizer state), F features, T tables, L labels.
 """
 
@@ -17,7 +18,10 @@ from penstock.errors import ConfigError
 
 
 class Jagged(NamedTuple):
-    """One ragged column in CSR form: the keys of sample b are `values[offsets[b]:offsets[b + 1]]`."""
+    """One ragged column in CSR form.
+
+    The keys of sample b are `values[offsets[b]:offsets[b + 1]]`.
+    """
 
     values: Tensor
     """[N] int64 keys, any value."""
@@ -87,7 +91,8 @@ def _chain_offsets(parts: Sequence[Tensor]) -> Tensor:
 class Position:
     """Where in the input the next unread sample lies; enough to continue a run bit for bit.
 
-    A window is the run of `shuffle.window_rows` rows that are shuffled together. (`split`, `split_row`) is where it begins.
+    A window is the run of `shuffle.window_rows` rows that are shuffled together. (`split`,
+    `split_row`) is where it begins.
     """
 
     epoch: int = 0

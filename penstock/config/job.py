@@ -1,0 +1,153 @@
+"""The job: model, training, and the root that joins them with data and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from penstock.config.base import (
+    Config,
+    Int64,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+)
+from penstock.config.data import DataConfig, FeatureColumns
+from penstock.config.explain import explain
+from penstock.config.tables import (
+    EmbeddingDim,
+    Initializer,
+    Optimizer,
+    RowWiseAdagrad,
+    Schedule,
+    TableConfig,
+    Uniform,
+)
+from penstock.errors import ConfigError
+
+
+class DLRMConfig(Config):
+    """DLRM (arXiv:1906.00091).
+
+    Bottom MLP on numbers, pairwise dot products with the embeddings, top MLP.
+    """
+
+    kind: Literal["dlrm"] = "dlrm"
+    bottom: tuple[PositiveInt, ...] = (64, 32)
+    """Hidden widths of the bottom MLP; its output has the embedding dim."""
+    top: tuple[PositiveInt, ...] = (128, 64)
+    """Hidden widths of the top MLP; its output is one logit."""
+
+
+class DCNConfig(Config):
+    """DCN-v2: cross layers beside a deep MLP (arXiv:2008.13535)."""
+
+    kind: Literal["dcn_v2"] = "dcn_v2"
+    cross_layers: PositiveInt = 3
+    low_rank: PositiveInt | None = None
+    """Rank of the cross matrices; null: full."""
+    deep: tuple[PositiveInt, ...] = (128, 64)
+
+
+class CustomModel(Config):
+    """A module of the user's.
+
+    `factory(num_numeric=..., feature_dims=(...), **arguments)` returns it. Its `forward(dense [B, num_numeric], embeddings [B, sum of feature_dims])` returns logits [B].
+    """
+
+    kind: Literal["custom"] = "custom"
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+    """`module:name` of a class or function on the Python path."""
+    arguments: Mapping[str, Any] = {}
+
+
+Model = Annotated[DLRMConfig | DCNConfig | CustomModel, Field(discriminator="kind")]
+
+
+class DenseOptimizer(Config):
+    """Optimizer of the model's dense parameters, from torch.optim."""
+
+    kind: Literal["adam", "adamw", "sgd", "adagrad"] = "adam"
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    momentum: Probability = 0.0
+    """SGD alone."""
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _momentum_is_of_sgd(self) -> DenseOptimizer:
+        if self.momentum and self.kind != "sgd":
+            raise ValueError(
+                f"momentum {self.momentum} has no effect on {self.kind}; remove it or use kind sgd"
+            )
+        return self
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: PositiveInt | None = None
+    """null: at the end and on interruption alone."""
+    keep_last: PositiveInt = 2
+
+
+class TrainingConfig(Config):
+    """How the job is trained."""
+
+    batch_size: PositiveInt = 1024
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    optimizer: DenseOptimizer = DenseOptimizer()
+    clip_gradient_norm: PositiveFloat | None = None
+    """Largest L2 norm of the dense gradients; null: no clipping."""
+    evaluate_every_steps: PositiveInt | None = None
+    """null: at the end alone."""
+    evaluation_batch_size: PositiveInt = 8192
+    log_every_steps: PositiveInt = 100
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    threads: PositiveInt | None = None
+    """Threads of torch and of the host store, each; null: the cores this process may use."""
+    seed: Int64 = 0
+
+
+class TableDefaults(Config):
+    """Configuration of the tables that features imply."""
+
+    dim: EmbeddingDim = 16
+    optimizer: Optimizer = Field(default_factory=RowWiseAdagrad)
+    initializer: Initializer = Field(default_factory=Uniform)
+
+
+class Job(Config):
+    """The whole description of a run."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_.\-]+$")] = "job"
+    data: DataConfig
+    features: tuple[FeatureColumns, ...] = ()
+    tables: tuple[TableConfig, ...] = ()
+    """Tables that need more than `table_defaults`; a feature refers to one by name."""
+    table_defaults: TableDefaults = TableDefaults()
+    model: Model = Field(default_factory=DLRMConfig)
+    training: TrainingConfig = TrainingConfig()
+
+
+def parse_job(fields: Mapping[str, Any], origin: str = "job") -> Job:
+    """Validates the fields of a job.
+
+    Args:
+      fields: what YAML or a program gave.
+      origin: named in errors, for instance the file's path.
+
+    Raises:
+      ConfigError: one line for each wrong field: path, value, what is allowed, the nearest known
+      key.
+    """
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{origin}: expected a mapping of fields, got {type(fields).__name__}")
+    try:
+        return Job.model_validate(fields)
+    except ValidationError as error:
+        raise explain(error, Job, fields, origin) from None

@@ -1,0 +1,147 @@
+"""Embedding tables: optimizers, initial values, tables, features."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from penstock.config.base import Config, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+
+
+class Schedule(Config):
+    """Learning-rate factor as a function of the step.
+
+    Linear warm-up from 0, then decay to `end_factor`.
+    """
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Step s of the warm-up uses (s + 1) / warmup_steps of the rate."""
+    decay: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    decay_steps: PositiveInt | None = None
+    """Steps of the decay, counted from the end of the warm-up; required unless `decay` is
+    constant.
+    """
+    end_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Factor reached after `decay_steps`, and kept."""
+
+    def factor(self, step: int) -> float:
+        """Factor of the learning rate at `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "constant" or self.decay_steps is None:
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / self.decay_steps)
+        if self.decay == "linear":
+            return 1.0 - (1.0 - self.end_factor) * done
+        if self.decay == "cosine":
+            return self.end_factor + (1.0 - self.end_factor) * 0.5 * (
+                1.0 + math.cos(math.pi * done)
+            )
+        return float(self.end_factor**done)
+
+    @model_validator(mode="after")
+    def _decay_needs_steps(self) -> Schedule:
+        if self.decay != "constant" and self.decay_steps is None:
+            raise ValueError(f"decay {self.decay!r} needs decay_steps")
+        return self
+
+
+class SGD(Config):
+    """w -= lr * (g + weight_decay * w)."""
+
+    kind: Literal["sgd"] = "sgd"
+    learning_rate: PositiveFloat = 0.05
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 penalty, added to the gradient of the rows that a batch touches."""
+    schedule: Schedule = Schedule()
+
+
+class Adagrad(Config):
+    """s += g * g; w -= lr * g / (sqrt(s) + eps), as torch.optim.Adagrad."""
+
+    kind: Literal["adagrad"] = "adagrad"
+    learning_rate: PositiveFloat = 0.02
+    eps: PositiveFloat = 1e-8
+    initial_accumulator: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 penalty, added to the gradient of the rows that a batch touches."""
+    schedule: Schedule = Schedule()
+
+
+class RowWiseAdagrad(Config):
+    """One accumulator a row: s += mean(g * g); w -= lr * g / (sqrt(s) + eps)."""
+
+    kind: Literal["row_wise_adagrad"] = "row_wise_adagrad"
+    learning_rate: PositiveFloat = 0.02
+    eps: PositiveFloat = 1e-8
+    initial_accumulator: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 penalty, added to the gradient of the rows that a batch touches."""
+    schedule: Schedule = Schedule()
+
+
+class Adam(Config):
+    """Lazy Adam, as torch.optim.SparseAdam.
+
+    Only touched rows decay; bias correction is by the table's step.
+    """
+
+    kind: Literal["adam"] = "adam"
+    learning_rate: PositiveFloat = 1e-3
+    beta1: Probability = 0.9
+    beta2: Probability = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 penalty, added to the gradient of the rows that a batch touches."""
+    schedule: Schedule = Schedule()
+
+
+Optimizer = Annotated[SGD | Adagrad | RowWiseAdagrad | Adam, Field(discriminator="kind")]
+
+
+class Uniform(Config):
+    """Uniform in [-bound, bound)."""
+
+    kind: Literal["uniform"] = "uniform"
+    bound: PositiveFloat = 0.05
+
+
+class Normal(Config):
+    """Bell-shaped with mean 0: a sum of twelve uniform numbers, so within 6 std."""
+
+    kind: Literal["normal"] = "normal"
+    std: PositiveFloat = 0.01
+
+
+class Constant(Config):
+    """The same value in every column."""
+
+    kind: Literal["constant"] = "constant"
+    value: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+
+
+Initializer = Annotated[Uniform | Normal | Constant, Field(discriminator="kind")]
+
+EmbeddingDim = Annotated[int, Field(ge=1, le=4096)]
+
+
+class TableConfig(Config):
+    """One embedding table: rows by 64-bit key, unbounded. Many features may share it."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_.\-]+$")]
+    dim: EmbeddingDim = 16
+    """Columns of the value, without optimizer state."""
+    optimizer: Optimizer = Field(default_factory=RowWiseAdagrad)
+    initializer: Initializer = Field(default_factory=Uniform)
+    """First value of a row: a pure function of (seed, table, key, column)."""
+
+
+class FeatureConfig(Config):
+    """One categorical input: which table it reads and how a sample's keys become one vector."""
+
+    name: Annotated[str, Field(min_length=1)]
+    table: str
+    pooling: Literal["sum", "mean"] = "sum"
+    """An empty bag pools to zeros."""
