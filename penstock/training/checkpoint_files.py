@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -47,7 +46,7 @@ class TableRecord:
     name: str
     dim: int
     state_dim: int
-    """Columns of optimizer state; 0 for a table without rows."""
+    """Columns of optimizer state."""
     rows: int
     shards: tuple[str, ...]
     """Names of its files, in order."""
@@ -215,9 +214,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
 
 
 def _digest(file: Any) -> str:
-    return hashlib.file_digest(
-        file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    ).hexdigest()
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)).hexdigest()
 
 
 def _read(path: Path, name: str) -> bytes:
