@@ -739,7 +739,7 @@ def test_a_killed_writer_never_leaves_a_torn_checkpoint(tmp_path):
     generator = random.Random(0)
     directory = tmp_path / "checkpoints"
     command = [sys.executable, "-c", KILLED, str(directory), str(Path(__file__).parent)]
-    for _ in range(3):
+    for _ in range(2):
         shutil.rmtree(directory, ignore_errors=True)
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             for _ in range(generator.randrange(1, 4)):
