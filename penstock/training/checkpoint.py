@@ -8,6 +8,7 @@ happened to its writer. docs/checkpoint_format.md describes the files.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import re
@@ -124,8 +125,8 @@ class Checkpoints:
         self._keep_last = keep_last
         self._job = job
         self._numeric = tuple(numeric)
-        # Later checkpoints than the one restored are of a continuation that was given up.
-        self._restored_step: int | None = None
+        # Step of the newest checkpoint that is of this run: restored or saved.
+        self._own_step: int | None = None
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; None where there is none.
@@ -166,7 +167,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             raise CheckpointError(self._explain_failure(final, state, error)) from error
-        self._restored_step = state.step
+        self._own_step = state.step
         try:
             self._tidy()
             for _, old in _list(self._directory)[: -self._keep_last]:
@@ -218,17 +219,19 @@ class Checkpoints:
         state.step = manifest.step
         state.position = manifest.position
         set_random_state(random)
-        self._restored_step = manifest.step
+        self._own_step = manifest.step
 
     def _given_up(self, step: int) -> list[Path]:
-        """Checkpoints later than `step`, which this run has left behind by restoring."""
+        """Checkpoints that this run has left behind by restoring an earlier one."""
         existing = _list(self._directory)
-        if existing and self._restored_step is None:
+        if existing and self._own_step is None:
             raise CheckpointError(
                 f"{self._directory} already holds {existing[-1][1].name}, which this run was not "
                 "resumed from; resume it, or train in a new run folder"
             )
-        return [path for number, path in existing if number > step]
+        since = self._own_step if self._own_step is not None else step
+        # That of the same step is replaced, not removed.
+        return [path for number, path in existing if number > since and number != step]
 
     def _make_directory(self) -> None:
         if not self._directory.is_dir():
@@ -401,9 +404,22 @@ def _import_tables(path: Path, manifest: Manifest, collection: EmbeddingCollecti
         for shard in table.shards:
             # Memory-mapped: no more of a shard is in memory than what is being copied.
             with safetensors.safe_open(path / shard, framework="pt") as file:
-                parts = {name: file.get_tensor(name) for name in TableRows._fields}
+                order = _spread(file.get_slice("keys").get_shape()[0])
+                parts = {name: file.get_tensor(name)[order] for name in TableRows._fields}
                 collection.import_rows(table.name, TableRows(**parts))
     collection.step = manifest.collection_step
+
+
+def _spread(num_rows: int) -> Tensor:
+    """[num_rows] int64: every row once, neighbours far apart.
+
+    Rows come out of a hash index in the order of their hash. Inserting them so into a smaller
+    index fills one end of it until probes take quadratic time: 15 s instead of 0.3 s for the
+    first million.
+    """
+    stride = math.isqrt(num_rows) + 1
+    order = torch.arange(stride * stride).view(stride, stride).t().reshape(-1)
+    return order[order < num_rows]
 
 
 def _load_dense(path: Path, collection: EmbeddingCollection, model: nn.Module) -> dict[str, Tensor]:

@@ -194,6 +194,14 @@ def test_many_shards_of_bounded_size_hold_every_row_once(tmp_path, monkeypatch):
     assert resumed.fingerprint()[:-1] == run.fingerprint()[:-1]
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 9, 10, 1000])
+def test_rows_are_imported_once_each_with_neighbours_far_apart(num_rows):
+    order = checkpoint_module._spread(num_rows)
+    assert sorted(order.tolist()) == list(range(num_rows))
+    if num_rows == 1000:
+        assert int(order.diff().abs().min()) >= 31
+
+
 def test_the_manifest_says_what_there_is(run):
     manifest = read_manifest(run.save())
     assert (manifest.step, manifest.collection_step) == (3, 3)
@@ -323,8 +331,11 @@ def test_later_checkpoints_go_when_a_run_goes_on_from_an_earlier_one(tmp_path):
         run.train(1).save()
     again = Run(directory, keep_last=5)
     again.checkpoints.restore(directory / "step-000000001", again.state)
+    assert again.checkpoints.latest().name == "step-000000004"
+    again.train(2).save()
+    assert names(directory) == ["step-000000001", "step-000000003"]
     again.train(1).save()
-    assert names(directory) == ["step-000000001", "step-000000002"]
+    assert names(directory) == ["step-000000001", "step-000000003", "step-000000004"]
 
 
 def test_a_new_run_does_not_write_among_anothers_checkpoints(run):
