@@ -50,6 +50,11 @@ class DCNConfig(Config):
     low_rank: PositiveInt | None = None
     """Rank of the cross matrices; null: full."""
     deep: tuple[PositiveInt, ...] = (128, 64)
+    """Widths of the deep MLP."""
+    structure: Literal["parallel", "stacked"] = "parallel"
+    """`parallel`: cross layers and deep MLP side by side; `stacked`: the MLP reads the cross
+    layers' output.
+    """
 
 
 class CustomModel(Config):
