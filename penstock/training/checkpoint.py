@@ -403,21 +403,9 @@ def _import_tables(path: Path, manifest: Manifest, collection: EmbeddingCollecti
         for shard in table.shards:
             # Memory-mapped: no more of a shard is in memory than what is being copied.
             with safetensors.safe_open(path / shard, framework="pt") as file:
-                order = _scattered(file.get_slice("keys").get_shape()[0])
-                parts = {name: file.get_tensor(name)[order] for name in TableRows._fields}
+                parts = {name: file.get_tensor(name) for name in TableRows._fields}
                 collection.import_rows(table.name, TableRows(**parts))
     collection.step = manifest.collection_step
-
-
-def _scattered(num_rows: int) -> Tensor:
-    """[num_rows] int64: every row once, in random but fixed order.
-
-    Rows come out of a hash index in the order of their hash. Inserting them so into a smaller
-    index fills one end of it until probes take quadratic time: 15 s instead of 0.5 s for the
-    first million.
-    """
-    # A generator of its own: the global one is part of what is being restored.
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
 
 
 def _load_dense(path: Path, collection: EmbeddingCollection, model: nn.Module) -> dict[str, Tensor]:
