@@ -317,3 +317,15 @@ def test_wrong_arguments_are_named():
         store.num_rows(1)
     with pytest.raises(ConfigError, match="need one row layout, got 2"):
         HostStore([TableConfig(name="a", dim=2), TableConfig(name="b", dim=3)])
+
+
+def test_an_export_does_not_come_in_the_order_of_another_index():
+    # Rows inserted in the order of their homes pile up in an index that has yet to grow: 15 s
+    # instead of 0.3 s for the first million.
+    orders = []
+    for _ in range(2):
+        store = HostStore(two_tables())
+        store.find_or_insert(0, torch.arange(1000))
+        orders.append(torch.cat([rows.keys for rows in export(store, 0, 100)]))
+    assert torch.equal(orders[0].sort().values, orders[1].sort().values)
+    assert not torch.equal(orders[0], orders[1])

@@ -194,19 +194,6 @@ def test_many_shards_of_bounded_size_hold_every_row_once(tmp_path, monkeypatch):
     assert resumed.fingerprint()[:-1] == run.fingerprint()[:-1]
 
 
-def test_rows_are_not_imported_in_the_order_of_an_index(run, tmp_path, monkeypatch):
-    path = run.save()
-    resumed = Run(tmp_path / "checkpoints")
-    imported = []
-    monkeypatch.setattr(
-        resumed.state.collection, "import_rows", lambda table, rows: imported.append(rows.keys)
-    )
-    resumed.checkpoints.restore(path, resumed.state)
-    written = next(iter(run.state.collection.export_table("a"))).keys
-    assert sorted(imported[0].tolist()) == sorted(written.tolist())
-    assert imported[0].tolist() != written.tolist()
-
-
 def test_the_manifest_says_what_there_is(run):
     manifest = read_manifest(run.save())
     assert (manifest.step, manifest.collection_step) == (3, 3)
