@@ -60,6 +60,9 @@ def read_keys(
       BadValue: `index` counts the values that are not null (of lists: within the flattened lists).
     """
     array = one_array(column)
+    if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+        # Arrow has few functions on views.
+        array = array.cast(pa.large_binary())
     if pa.types.is_dictionary(array.type):
         return _read_dictionary(array, transforms, missing)
     if _is_list(array.type):
@@ -155,13 +158,6 @@ def _string_buffers(
     """Views of the offsets (of this slice) and bytes of a string or binary array."""
     if pa.types.is_null(array.type):
         array = array.cast(pa.string())
-    elif not (
-        pa.types.is_string(array.type)
-        or pa.types.is_large_string(array.type)
-        or pa.types.is_binary(array.type)
-        or pa.types.is_large_binary(array.type)
-    ):
-        array = array.cast(pa.large_binary())  # string views
     wide = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
     _, offsets, data = array.buffers()
     if len(array) == 0 or offsets is None:
