@@ -68,47 +68,42 @@ def _resolve(path: str) -> tuple[fs.FileSystem, str]:
 
 def _expand(filesystem: fs.FileSystem, path: str, given: str) -> list[str]:
     info = filesystem.get_file_info(path)
+    glob = _GLOB.search(path)
     if info.type == fs.FileType.File:
-        _refuse_empty(info)
-        return [path]
-    if info.type == fs.FileType.Directory:
-        files = list(_files_below(filesystem, path))
+        files = [(path, info.size)]
+    elif info.type == fs.FileType.Directory:
+        files = sorted(_files_below(filesystem, path))
         if not files:
             raise DataError(f"{given}: the directory holds no file")
-    elif _GLOB.search(path):
-        root = path[: path.rfind("/", 0, _GLOB.search(path).start()) + 1]  # type: ignore[union-attr]
-        pattern = glob_pattern(path)
+    elif glob is not None:
+        root = path[: path.rfind("/", 0, glob.start()) + 1]
         base = root.rstrip("/") or ("/" if root else ".")
         if filesystem.get_file_info(base).type != fs.FileType.Directory:
             raise DataError(f"{given}: no such directory: {base}")
-        deep = "/" in path[len(root) :]
-        files = [
-            file
-            for file in _files_below(filesystem, base, deep)
-            if pattern.fullmatch(file.path.removeprefix("./") if not root else file.path)
-        ]
+        found = _files_below(filesystem, base, deep="/" in path[len(root) :] or "**" in path)
+        pattern = glob_pattern(path)
+        files = sorted(file for file in found if pattern.fullmatch(file[0]))
         if not files:
             raise DataError(f"{given}: no file matches")
     else:
         raise DataError(f"{given}: no such file or directory")
-    files.sort(key=lambda file: file.path)
-    for file in files:
-        _refuse_empty(file)
-    return [file.path for file in files]
+    for file, size in files:
+        if size == 0:
+            raise DataError(f"{file}: empty file (0 bytes); remove it or name the others")
+    return [file for file, _ in files]
 
 
-def _files_below(filesystem: fs.FileSystem, base: str, deep: bool = True) -> Iterator[fs.FileInfo]:
+def _files_below(
+    filesystem: fs.FileSystem, base: str, deep: bool = True
+) -> Iterator[tuple[str, int]]:
+    """(path, bytes) of the files that are not hidden."""
     prefix = base.rstrip("/") + "/"
     for info in filesystem.get_file_info(fs.FileSelector(base, recursive=deep)):
         inner = info.path.removeprefix(prefix)
         hidden = any(part.startswith((".", "_")) for part in inner.split("/"))
         if info.type == fs.FileType.File and not hidden:
-            yield info
-
-
-def _refuse_empty(info: fs.FileInfo) -> None:
-    if info.size == 0:
-        raise DataError(f"{info.path}: empty file (0 bytes); remove it or name the others")
+            # A glob relative to the working directory finds paths like it.
+            yield (inner if base == "." else info.path), info.size
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:

@@ -181,8 +181,8 @@ def resolve_features(
     for index, group in enumerate(job.features):
         if group.table is not None and group.table not in tables:
             raise ConfigError(
-                f"features.{index}.table: no table {group.table!r}"
-                f"{_nearest(group.table, list(tables))}; declare it under `tables`"
+                f"features.{index}.table: no table {group.table!r} under `tables`"
+                f"{_nearest(group.table, list(tables))}"
             )
     features = []
     for column in columns.features:
@@ -246,7 +246,7 @@ def _claim(claims: dict[str, str], name: str, field: str) -> None:
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(repr(one) for one in near)}?"
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

@@ -1,4 +1,5 @@
-"""Small files of every format with the same rows, and what the source contract suite asks of them."""
+"""Small files of every format with the same rows, and what the source contract suite asks of "
+"them."""
 
 from __future__ import annotations
 
@@ -60,38 +61,34 @@ def write_case(kind: str, table: pa.Table, path: Path) -> dict[str, object]:
 
 def make_job(source: dict[str, object], **data: object) -> Job:
     """A job over `make_table`'s columns; `data` replaces fields of `data`."""
-    return parse_job(
-        {
-            "data": {
-                "source": source,
-                "label": {"column": "label"},
-                "weight": "weight",
-                "event_time": "time",
-                "numeric": [{"columns": ["I*"], "transforms": [{"kind": "log"}]}],
-                "split": {"by": "fraction", "evaluation": 0.2},
-                "shuffle": {"window_rows": 100},
-                **data,
-            },
-            "features": [{"columns": ["C*"]}],
-        }
-    )
+    return parse_job({
+        "data": {
+            "source": source,
+            "label": {"column": "label"},
+            "weight": "weight",
+            "event_time": "time",
+            "numeric": [{"columns": ["I*"], "transforms": [{"kind": "log"}]}],
+            "split": {"by": "fraction", "evaluation": 0.2},
+            "shuffle": {"window_rows": 100},
+            **data,
+        },
+        "features": [{"columns": ["C*"]}],
+    })
 
 
 def synthetic_job(rows: int, **data: object) -> Job:
-    return parse_job(
-        {
-            "data": {
-                "source": {"format": "synthetic", "rows": rows},
-                "label": {"column": "click"},
-                "event_time": "event_time",
-                "numeric": [{"columns": ["n*"]}],
-                "split": {"by": "fraction", "evaluation": 0.2},
-                "shuffle": {"window_rows": 100},
-                **data,
-            },
-            "features": [{"columns": ["c*"]}],
-        }
-    )
+    return parse_job({
+        "data": {
+            "source": {"format": "synthetic", "rows": rows},
+            "label": {"column": "click"},
+            "event_time": "event_time",
+            "numeric": [{"columns": ["n*"]}],
+            "split": {"by": "fraction", "evaluation": 0.2},
+            "shuffle": {"window_rows": 100},
+            **data,
+        },
+        "features": [{"columns": ["c*"]}],
+    })
 
 
 def read_all(dataset: Dataset, part: str = "train", **options: object) -> list[Batch]:

@@ -51,7 +51,9 @@ def test_resumes_at_every_batch(kind, window, tmp_path):
 @pytest.mark.parametrize("kind", [*KINDS, "synthetic"])
 def test_threads_do_not_change_the_batches(kind, tmp_path):
     runs = [
-        read_all(open_case(kind, tmp_path, reader_threads=threads, prefetch_batches=ahead), epochs=2)
+        read_all(
+            open_case(kind, tmp_path, reader_threads=threads, prefetch_batches=ahead), epochs=2
+        )
         for threads, ahead in [(1, 1), (2, 8), (5, 3)]
     ]
     assert_same_batches(runs[1], runs[0])
@@ -143,7 +145,9 @@ def test_close_stops_the_threads_at_once(kind, tmp_path):
         batches.close()
         batches.close()
         assert threading.active_count() == before
-        with pytest.raises(ValueError, match="the loader is closed; ask the dataset for new batches"):
+        with pytest.raises(
+            ValueError, match="the loader is closed; ask the dataset for new batches"
+        ):
             next(batches)
 
 

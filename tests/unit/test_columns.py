@@ -37,7 +37,9 @@ def test_format_constants():
     keys = read_keys(pa.array(["68fd1e64", "", "user-7"]), [Hash(seed=3)], None).values
     assert keys.tolist() == [signed(_core.xxh64(t, 3)) for t in (b"68fd1e64", b"", b"user-7")]
     integers = read_keys(pa.array([7, -7, 0]), [Hash()], None).values
-    assert integers.tolist() == read_keys(pa.array(["7", "-7", "0"]), [Hash()], None).values.tolist()
+    assert (
+        integers.tolist() == read_keys(pa.array(["7", "-7", "0"]), [Hash()], None).values.tolist()
+    )
     folded = read_keys(pa.array(["a"]), [Hash(buckets=1000)], None).values
     assert folded.tolist() == [0xD24EC4F1A98C6E5B % 1000]
 
@@ -46,7 +48,9 @@ def test_core_refuses_other_dtypes():
     with pytest.raises(TypeError):
         _core.hash_strings(np.zeros(1, np.int16), np.zeros(0, np.uint8))
     with pytest.raises(TypeError):
-        _core.jagged_select(np.zeros(1, np.int32), np.zeros(1, np.int64), 0, 0, np.zeros(0, np.int64))
+        _core.jagged_select(
+            np.zeros(1, np.int32), np.zeros(1, np.int64), 0, 0, np.zeros(0, np.int64)
+        )
 
 
 @given(st.lists(INT64, max_size=20), st.integers(0, 5))
@@ -60,7 +64,10 @@ def test_hex_reads_what_was_written(values, head):
 def test_hex_names_the_first_bad_value(bad):
     with pytest.raises(BadValue) as error:
         read_keys(pa.array(["ff", None, bad, "zz"]), [Hex()], None)
-    assert (error.value.index, error.value.reason) == (1, f"{bad!r} is not 1 to 16 hexadecimal digits")
+    assert (error.value.index, error.value.reason) == (
+        1,
+        f"{bad!r} is not 1 to 16 hexadecimal digits",
+    )
 
 
 def test_integers_of_all_kinds_keep_their_bits():
@@ -78,7 +85,9 @@ def reference_keys(rows, transform, missing):
         if row is None:
             out.append([] if missing is None else [missing])
         elif isinstance(row, list):
-            out.append([key for item in row for key in reference_keys([item], transform, missing)[0]])
+            out.append([
+                key for item in row for key in reference_keys([item], transform, missing)[0]
+            ])
         else:
             out.append([transform(row)])
     return out
@@ -87,7 +96,9 @@ def reference_keys(rows, transform, missing):
 def unpack(keys, n):
     lengths = keys.lengths if keys.lengths is not None else np.ones(n, dtype=np.int64)
     ends = np.cumsum(lengths)
-    return [keys.values[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]
+    return [
+        keys.values[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)
+    ]
 
 
 TEXT = st.one_of(st.none(), st.text(max_size=5))
@@ -150,7 +161,11 @@ def test_hash_after_hex_hashes_the_number():
 
 
 def reference_select(values, offsets, features, width, rows):
-    bags = [values[offsets[f * width + r] : offsets[f * width + r + 1]] for f in range(features) for r in rows]
+    bags = [
+        values[offsets[f * width + r] : offsets[f * width + r + 1]]
+        for f in range(features)
+        for r in rows
+    ]
     ends = np.cumsum([0] + [len(bag) for bag in bags])
     return [key for bag in bags for key in bag], ends.tolist()
 
