@@ -142,8 +142,8 @@ void bind_columns(nb::module_& m) {
   m.def("parse_hex", &parse_hex<int32_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
   m.def("parse_hex", &parse_hex<int64_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
   nb::class_<PyJaggedWindow>(m, "JaggedWindow")
-      .def(nb::init<std::vector<PyJaggedWindow::Column>, std::vector<int64_t>, std::vector<int64_t>>(), "columns"_a,
-           "starts"_a, "stops"_a)
+      .def(nb::init<std::vector<PyJaggedWindow::Column>, std::vector<int64_t>, std::vector<int64_t>>(),
+           "columns"_a.noconvert(), "starts"_a, "stops"_a)
       .def("select", &PyJaggedWindow::select, "rows"_a.noconvert());
   m.def(
       "count_newlines",

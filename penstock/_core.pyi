@@ -1,4 +1,4 @@
-"""The C++ core. Arrays are contiguous numpy arrays of exactly the dtype named; nothing is converted."""
+"""The C++ core. Arrays are contiguous numpy arrays of exactly the dtype named."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def hash_strings(
     seed: int = 0,
     buckets: int = 0,
 ) -> NDArray[np.int64]:
-    """XXH64 of the n strings `bytes[offsets[i]:offsets[i + 1]]`, modulo `buckets` unless it is 0."""
+    """XXH64 of the strings `bytes[offsets[i]:offsets[i + 1]]`, modulo `buckets` unless it is 0."""
 
 def hash_integers(
     values: NDArray[np.int64] | NDArray[np.uint64], seed: int = 0, buckets: int = 0

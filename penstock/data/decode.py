@@ -46,7 +46,7 @@ class Rows:
 
     @property
     def num_rows(self) -> int:
-        """n."""
+        """How many rows there are (n)."""
         return int(self.labels.shape[0])
 
 
@@ -164,8 +164,9 @@ class Decoder:
                 # In float64, so that a result does not depend on how a file stores its numbers.
                 numbers = transform_numbers(given.astype(np.float64), config.transforms)
             with np.errstate(over="ignore"):
-                dense[:, position] = numbers
-            finite = np.isfinite(dense[:, position])
+                column = numbers.astype(np.float32, copy=False)
+            dense[:, position] = column
+            finite = np.isfinite(column)
             if not finite.all():
                 row = int(finite.argmin())
                 raise DataError(
