@@ -55,7 +55,8 @@ class DCNConfig(Config):
 class CustomModel(Config):
     """A module of the user's.
 
-    `factory(num_numeric=..., feature_dims=(...), **arguments)` returns it. Its `forward(dense [B, num_numeric], embeddings [B, sum of feature_dims])` returns logits [B].
+    `factory(num_numeric=..., feature_dims=(...), **arguments)` returns it. Its
+    `forward(dense [B, num_numeric], embeddings [B, sum of feature_dims])` returns logits [B].
     """
 
     kind: Literal["custom"] = "custom"
