@@ -1,7 +1,10 @@
 #include "columns.h"
 
+#include <array>
 #include <bit>
+#include <charconv>
 #include <cstring>
+#include <utility>
 
 namespace penstock {
 namespace {
@@ -57,6 +60,117 @@ uint64_t xxh64(const void* data, size_t size, uint64_t seed) {
   hash ^= hash >> 29;
   hash *= kPrime3;
   return hash ^ (hash >> 32);
+}
+
+namespace {
+
+int64_t fold(uint64_t hash, uint64_t buckets) { return static_cast<int64_t>(buckets ? hash % buckets : hash); }
+
+// Value of every hexadecimal digit; 0xff for all other bytes.
+constexpr std::array<uint8_t, 256> kHexDigit = [] {
+  std::array<uint8_t, 256> table{};
+  table.fill(0xff);
+  for (uint8_t d = 0; d < 10; ++d) table['0' + d] = d;
+  for (uint8_t d = 0; d < 6; ++d) table['a' + d] = table['A' + d] = static_cast<uint8_t>(10 + d);
+  return table;
+}();
+
+}  // namespace
+
+template <typename Offset>
+void hash_strings(const Offset* offsets, const uint8_t* bytes, size_t n, uint64_t seed, uint64_t buckets,
+                  int64_t* out) {
+  for (size_t i = 0; i < n; ++i) {
+    out[i] = fold(xxh64(bytes + offsets[i], static_cast<size_t>(offsets[i + 1] - offsets[i]), seed), buckets);
+  }
+}
+
+template <typename Integer>
+void hash_integers(const Integer* values, size_t n, uint64_t seed, uint64_t buckets, int64_t* out) {
+  char text[24];
+  for (size_t i = 0; i < n; ++i) {
+    const char* const end = std::to_chars(text, text + sizeof text, values[i]).ptr;
+    out[i] = fold(xxh64(text, static_cast<size_t>(end - text), seed), buckets);
+  }
+}
+
+template <typename Offset>
+int64_t parse_hex(const Offset* offsets, const uint8_t* bytes, size_t n, int64_t* out) {
+  for (size_t i = 0; i < n; ++i) {
+    const uint8_t* p = bytes + offsets[i];
+    const uint8_t* const end = bytes + offsets[i + 1];
+    if (p == end || end - p > 16) return static_cast<int64_t>(i);
+    uint64_t value = 0;
+    uint8_t wrong = 0;
+    for (; p != end; ++p) {
+      const uint8_t digit = kHexDigit[*p];
+      wrong |= digit;
+      value = value << 4 | (digit & 0xf);
+    }
+    if (wrong & 0xf0) return static_cast<int64_t>(i);
+    out[i] = static_cast<int64_t>(value);
+  }
+  return -1;
+}
+
+template void hash_strings(const int32_t*, const uint8_t*, size_t, uint64_t, uint64_t, int64_t*);
+template void hash_strings(const int64_t*, const uint8_t*, size_t, uint64_t, uint64_t, int64_t*);
+template void hash_integers(const int64_t*, size_t, uint64_t, uint64_t, int64_t*);
+template void hash_integers(const uint64_t*, size_t, uint64_t, uint64_t, int64_t*);
+template int64_t parse_hex(const int32_t*, const uint8_t*, size_t, int64_t*);
+template int64_t parse_hex(const int64_t*, const uint8_t*, size_t, int64_t*);
+
+JaggedWindow::JaggedWindow(std::vector<JaggedColumn> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
+    : columns_(std::move(columns)), starts_(std::move(starts)) {
+  num_features_ = starts_.empty() ? 0 : columns_.size() / starts_.size();
+  ends_.reserve(stops.size());
+  for (size_t p = 0; p < stops.size(); ++p) {
+    num_rows_ += stops[p] - starts_[p];
+    ends_.push_back(num_rows_);
+  }
+}
+
+bool JaggedWindow::locate(const int64_t* rows, size_t n, Place* places) const {
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t row = rows[i];
+    if (row < 0 || row >= num_rows_) return false;
+    size_t part = 0;
+    while (row >= ends_[part]) ++part;
+    const int64_t before = part ? ends_[part - 1] : 0;
+    places[i] = {static_cast<uint32_t>(part * num_features_), static_cast<uint32_t>(starts_[part] + row - before)};
+  }
+  return true;
+}
+
+void JaggedWindow::select_offsets(const Place* places, size_t n, int64_t* out) const {
+  int64_t total = 0;
+  *out++ = 0;
+  for (size_t f = 0; f < num_features_; ++f) {
+    for (size_t i = 0; i < n; ++i) {
+      const int64_t* const offsets = columns_[places[i].column + f].offsets;
+      const int64_t* const bag = offsets + places[i].row;
+      total += offsets ? bag[1] - bag[0] : 1;
+      *out++ = total;
+    }
+  }
+}
+
+void JaggedWindow::select_values(const Place* places, size_t n, const int64_t* offsets, int64_t* out) const {
+  for (size_t f = 0; f < num_features_; ++f, offsets += n) {
+    for (size_t i = 0; i < n; ++i) {
+      const JaggedColumn& column = columns_[places[i].column + f];
+      const int64_t row = places[i].row;
+      const int64_t* from = column.values + (column.offsets ? column.offsets[row] : row);
+      int64_t* to = out + offsets[i];
+      for (int64_t left = offsets[i + 1] - offsets[i]; left > 0; --left) *to++ = *from++;
+    }
+  }
+}
+
+int64_t count_newlines(const uint8_t* bytes, size_t size) {
+  int64_t count = 0;
+  for (size_t i = 0; i < size; ++i) count += bytes[i] == '\n';
+  return count;
 }
 
 }  // namespace penstock

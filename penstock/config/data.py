@@ -37,8 +37,8 @@ class TextSource(FileSource):
     A name may stand for several: `I{1..13}` is I1, I2, ... I13.
     """
     types: Mapping[str, Literal["string", "int64", "float32", "float64"]] = {}
-    """Type by column name or glob; a column without one: label and numeric columns float64, others
-    string.
+    """Type by column name or glob; a column without one: label, weight and numeric columns float64,
+    event time int64, others string.
     """
     on_malformed_row: Literal["fail", "quarantine"] = "fail"
     """A row with the wrong number of fields or a value that is not of its type.
@@ -204,7 +204,7 @@ class DataConfig(Config):
     weight: str | None = None
     """Column of sample weights (>= 0)."""
     event_time: str | None = None
-    """Column of timestamps, dates or integers (then milliseconds since 1970 UTC)."""
+    """Column of timestamps, dates, ISO 8601 text or integers (then milliseconds since 1970 UTC)."""
     numeric: tuple[NumericColumns, ...] = ()
     shuffle: Shuffle = Shuffle()
     prefetch_batches: PositiveInt = 8

@@ -1,0 +1,289 @@
+"""Turns the table of a chunk into plain arrays, checking every value on the way.
+
+`Rows` is a decoded chunk, a `Window` joins chunks, `Samples` is a batch cut from it: numpy arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from penstock import _core
+from penstock.config import FailOnMissing
+from penstock.data.schema import Columns, FeatureColumn, NumericGroup, is_text
+from penstock.data.source import Chunk, Place
+from penstock.data.transforms import (
+    BadValue,
+    Keys,
+    one_array,
+    read_keys,
+    read_numbers,
+    transform_numbers,
+)
+from penstock.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Decoded rows of one chunk. n rows."""
+
+    dense: NDArray[np.float32]
+    """[n, numeric columns], finite."""
+    keys: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | None]]
+    """Of each feature: values, and offsets [n + 1]; no offsets: one key a row."""
+    labels: NDArray[np.float32]
+    """[n]"""
+    weights: NDArray[np.float32] | None
+    event_time: NDArray[np.int64] | None
+    """[n] ms since 1970 UTC."""
+    teacher: NDArray[np.float32] | None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are (n)."""
+        return int(self.labels.shape[0])
+
+
+class Window:
+    """Stretches of several chunks as one run of rows, from which batches are cut."""
+
+    def __init__(self, parts: Sequence[tuple[Rows, int, int]]) -> None:
+        """Joins the rows [start, stop) of each of `parts`, in order. Keys are not copied."""
+        rows, starts, stops = zip(*parts, strict=True)
+
+        def join(arrays: list[Any]) -> Any:
+            if arrays[0] is None:
+                return None
+            if len(arrays) == 1:
+                return arrays[0][starts[0] : stops[0]]
+            return np.concatenate([a[i:j] for a, i, j in zip(arrays, starts, stops, strict=True)])
+
+        self._dense = join([part.dense for part in rows])
+        self._labels = join([part.labels for part in rows])
+        self._weights = join([part.weights for part in rows])
+        self._event_time = join([part.event_time for part in rows])
+        self._teacher = join([part.teacher for part in rows])
+        self._keys = _core.JaggedWindow([k for part in rows for k in part.keys], starts, stops)
+        self.num_rows = int(self._labels.shape[0])
+
+    def reorder(self, order: NDArray[np.int64]) -> Window:
+        """A copy with the rows in another order.
+
+        Feature by feature, so that each stays in cache: cutting many batches from the copy is much
+        faster than picking the rows of each from everywhere.
+        """
+        samples = self.select(order)
+        n = len(order)
+        features = (samples.offsets.size - 1) // n
+        columns = [
+            (samples.values, samples.offsets[feature * n : (feature + 1) * n + 1])
+            for feature in range(features)
+        ]
+        rows = Rows(samples.dense, columns, *samples[3:])
+        return Window([(rows, 0, n)])
+
+    def select(self, rows: NDArray[np.int64]) -> Samples:
+        """Copies the rows of those numbers, in that order."""
+        values, offsets = self._keys.select(rows)
+        return Samples(
+            self._dense.take(rows, axis=0),
+            values,
+            offsets,
+            self._labels.take(rows),
+            None if self._weights is None else self._weights.take(rows),
+            None if self._event_time is None else self._event_time.take(rows),
+            None if self._teacher is None else self._teacher.take(rows),
+        )
+
+
+class Samples(NamedTuple):
+    """The arrays of a batch, as `penstock.types.Batch` names them."""
+
+    dense: NDArray[np.float32]
+    values: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    labels: NDArray[np.float32]
+    weights: NDArray[np.float32] | None
+    event_time: NDArray[np.int64] | None
+    teacher: NDArray[np.float32] | None
+
+
+class Decoder:
+    """Decodes chunks with the columns `columns.names`. Has no state, so threads may share it."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self._num_numeric = len(columns.numeric_names)
+
+    def decode(self, chunk: Chunk) -> Rows:
+        """Decodes a chunk.
+
+        Raises:
+          DataError: a value is not what the job says; names its file, row and column.
+        """
+        columns, table, place = self._columns, chunk.table, chunk.place
+        dense = np.empty((table.num_rows, self._num_numeric), dtype=np.float32)
+        for group in columns.numeric:
+            self._fill_numbers(dense, group, table, place)
+        keys = [self._read_keys(feature, table, place) for feature in columns.features]
+        times = columns.event_time
+        return Rows(
+            dense,
+            [(column.values, _offsets(column.lengths)) for column in keys],
+            self._read_labels(table, place),
+            self._read_weights(table, place),
+            None if times is None else read_times(table.column(times), times, place),
+            None
+            if columns.teacher is None
+            else read_numbers(table.column(columns.teacher)).astype(np.float32),
+        )
+
+    def _fill_numbers(
+        self, dense: NDArray[np.float32], group: NumericGroup, table: pa.Table, place: Place
+    ) -> None:
+        config = group.config
+        for name, position in zip(group.names, group.positions, strict=True):
+            given = read_numbers(table.column(name))
+            absent = np.isnan(given)
+            if absent.any():
+                if isinstance(config.missing, FailOnMissing):
+                    at = place.locate(int(absent.argmax()))
+                    raise DataError(
+                        f"{at}, column {name!r}: missing number; set `missing` of data.numeric to "
+                        "{policy: fill} or mend the file"
+                    )
+                given = np.where(absent, config.missing.value, given)
+            numbers = given
+            if config.transforms:
+                # In float64, so that a result does not depend on how a file stores its numbers.
+                numbers = transform_numbers(given.astype(np.float64), config.transforms)
+            with np.errstate(over="ignore"):
+                column = numbers.astype(np.float32, copy=False)
+            dense[:, position] = column
+            finite = np.isfinite(column)
+            if not finite.all():
+                row = int(finite.argmin())
+                raise DataError(
+                    f"{place.locate(row)}, column {name!r}: {given[row]} is no finite float32 "
+                    "after transforms; add the transform clip before others or mend the file"
+                )
+
+    def _read_keys(self, feature: FeatureColumn, table: pa.Table, place: Place) -> Keys:
+        missing = feature.config.missing
+        column = table.column(feature.name)
+        try:
+            return read_keys(
+                column, feature.config.transforms, None if missing == "empty" else missing
+            )
+        except BadValue as bad:
+            at = place.locate(_row_of_value(one_array(column), bad.index))
+            raise DataError(
+                f"{at}, column {feature.name!r}: {bad.reason}; mend the file or use the transform "
+                "hash"
+            ) from None
+
+    def _read_labels(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
+        name, at_least = self._columns.label, self._columns.at_least
+        if name is None:
+            return np.full(table.num_rows, np.nan, dtype=np.float32)
+        given = read_numbers(table.column(name))
+        if at_least is None:
+            bad = (given != 0) & (given != 1)
+            labels = given.astype(np.float32)
+        else:
+            bad = np.isnan(given)
+            labels = (given >= at_least).astype(np.float32)
+        if bad.any():
+            row = int(bad.argmax())
+            if np.isnan(given[row]):
+                raise DataError(
+                    f"{place.locate(row)}, column {name!r}: the label is missing; leave such rows "
+                    "out of the file"
+                )
+            raise DataError(
+                f"{place.locate(row)}, column {name!r}: label {given[row]:g} is not 0 or 1; set "
+                "data.label.at_least to make labels of numbers"
+            )
+        return labels
+
+    def _read_weights(self, table: pa.Table, place: Place) -> NDArray[np.float32] | None:
+        name = self._columns.weight
+        if name is None:
+            return None
+        weights = read_numbers(table.column(name)).astype(np.float32)
+        # Also true of NaN.
+        bad = ~((weights >= 0) & np.isfinite(weights))
+        if bad.any():
+            row = int(bad.argmax())
+            raise DataError(
+                f"{place.locate(row)}, column {name!r}: weight {weights[row]:g} is not a finite "
+                "number >= 0; mend the file"
+            )
+        return weights
+
+
+def read_times(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.int64]:
+    """Times in ms since 1970 UTC, from timestamps, dates, integers (ms) or ISO 8601 text.
+
+    Raises:
+      DataError: a time is missing or cannot be read.
+    """
+    array = one_array(column)
+    if array.null_count:
+        row = int(array.is_null().to_numpy(zero_copy_only=False).argmax())
+        raise DataError(
+            f"{place.locate(row)}, column {name!r}: the event time is missing; leave such rows out "
+            "of the file"
+        )
+    if is_text(array.type):
+        array = _parse_times(array.cast(pa.string()), name, place)
+    if not pa.types.is_integer(array.type):
+        array = pc.cast(array, pa.timestamp("ms"), safe=False)
+    times: NDArray[np.int64] = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return times
+
+
+def _parse_times(texts: pa.Array, name: str, place: Place) -> pa.Array:
+    # Arrow reads a zone only if the type has one, and no zone only if it has none.
+    for kind in (pa.timestamp("ms", tz="UTC"), pa.timestamp("ms")):
+        try:
+            return texts.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    low, high = 0, len(texts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            texts.slice(low, middle - low).cast(pa.timestamp("ms"))
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    raise DataError(
+        f"{place.locate(low)}, column {name!r}: {texts[low].as_py()!r} is no ISO 8601 time, or "
+        "only some times of the column have a zone"
+    )
+
+
+def _offsets(lengths: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+    if lengths is None:
+        return None
+    offsets = np.zeros(lengths.size + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _row_of_value(array: pa.Array, index: int) -> int:
+    """Row of the `index`-th value that is not null (within lists, where it is a list column)."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = array.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _row_of_value(array.flatten(), index)
+        return int(pc.list_parent_indices(array)[inner].as_py())
+    return int(np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))[index])
