@@ -8,7 +8,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -39,15 +41,31 @@ struct PlanArrays {
   std::vector<uint8_t> is_mean;
   std::vector<int64_t> column;
   int64_t stride;
+  std::vector<int64_t> by_table;
+
+  PlanArrays(std::vector<int64_t> packed_feature, std::vector<uint32_t> table, std::vector<uint8_t> is_mean,
+             std::vector<int64_t> column, int64_t stride)
+      : packed_feature(std::move(packed_feature)),
+        table(std::move(table)),
+        is_mean(std::move(is_mean)),
+        column(std::move(column)),
+        stride(stride),
+        by_table(this->table.size()) {
+    std::iota(by_table.begin(), by_table.end(), 0);
+    std::stable_sort(by_table.begin(), by_table.end(),
+                     [this](int64_t a, int64_t b) { return this->table[a] < this->table[b]; });
+  }
 
   PoolingPlan plan() const {
-    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), is_mean.data(), column.data(), stride};
+    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), is_mean.data(), column.data(),
+            stride, by_table.data()};
   }
 };
 
 PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, int64_t batch_size) {
   const int64_t bags = static_cast<int64_t>(offsets.shape(0)) - 1;
-  return {keys.data(), offsets.data(), batch_size, batch_size == 0 ? 0 : bags / batch_size};
+  return {keys.data(), offsets.data(), batch_size, batch_size == 0 ? 0 : bags / batch_size,
+          static_cast<int64_t>(keys.size())};
 }
 
 const Hyper* hypers_of(const InRows& hypers) { return reinterpret_cast<const Hyper*>(hypers.data()); }
@@ -192,7 +210,8 @@ void bind_host_store(nb::module_& m) {
       .value("OK", Status::kOk)
       .value("OUT_OF_MEMORY", Status::kOutOfMemory)
       .value("TOO_MANY_ROWS", Status::kTooManyRows)
-      .value("STALE_CURSOR", Status::kStaleCursor);
+      .value("STALE_CURSOR", Status::kStaleCursor)
+      .value("BAD_OFFSETS", Status::kBadOffsets);
 
   nb::class_<BufferPool>(m, "BufferPool")
       .def("__init__", [](BufferPool*) { throw nb::type_error("use buffer_pool()"); })

@@ -10,9 +10,8 @@ namespace {
 constexpr int64_t kChunkKeys = 4096;       // keys of one task where there are no samples
 constexpr int64_t kTileBytes = 256 << 10;  // rows of one tile: found and prefetched, then pooled, within the L2 cache
 constexpr size_t kStreamBytes = 1 << 20;  // an output larger than this will not stay in the caches anyway
-constexpr uint32_t kNumBuckets = 64;
-
-uint32_t bucket_of(uint32_t slot) { return (slot * 0x9E3779B1u) >> 26; }
+constexpr int64_t kMinUnitKeys = 2048;     // fewer keys are not worth another pass over a table's slots
+constexpr int64_t kMaxUnitKeys = 16384;    // the grouping of more keys leaves the L2 cache
 
 uint32_t extent_rows(uint64_t handed_out) {
   // An eighth of a shard's share at a time: small stores waste little, large ones seldom take the lock.
@@ -48,16 +47,47 @@ bool HostStore::commit_slots(uint64_t slots) {
   return values_.commit(slots * dim_ * sizeof(float)) && states_.commit(slots * state_dim_ * sizeof(float));
 }
 
-int64_t HostStore::samples_per_tile(const PoolingPlan& plan, const PackedKeys& batch) const {
+bool HostStore::classify(PackedKeys* batch) {
+  const int64_t bags = batch->num_bags();
+  if (batch->offsets[0] != 0 || batch->offsets[bags] != batch->num_keys) return false;
+  constexpr int64_t kBagsPerTask = 1 << 15;
+  std::atomic<bool> is_rising{true}, is_one_hot{true};
+  pool_.run((bags + kBagsPerTask - 1) / kBagsPerTask, [&](int64_t task, int) {
+    const int64_t last = std::min((task + 1) * kBagsPerTask, bags);
+    int64_t falls = 0, others = 0;
+    for (int64_t bag = task * kBagsPerTask; bag < last; ++bag) {
+      const int64_t size = batch->offsets[bag + 1] - batch->offsets[bag];
+      falls += size < 0;
+      others += size != 1;
+    }
+    if (falls != 0) is_rising = false;
+    if (others != 0) is_one_hot = false;
+  });
+  batch->is_one_hot = is_one_hot;
+  return is_rising;
+}
+
+std::vector<Tile> HostStore::lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const {
+  const int64_t size = batch.batch_size;
   int64_t keys = 0;
   for (int64_t f = 0; f < plan.num_features; ++f) {
-    const int64_t* const bags = batch.offsets + plan.packed_feature[f] * batch.batch_size;
-    keys += bags[batch.batch_size] - bags[0];
+    const int64_t first = plan.packed_feature[f] * size;
+    keys += batch.begin(first + size) - batch.begin(first);
   }
   const int64_t keys_per_tile = std::clamp<int64_t>(kTileBytes / (int64_t{dim_} * 4), 64, 2048);
-  const int64_t for_cache = keys_per_tile * batch.batch_size / std::max<int64_t>(keys, 1);
-  const int64_t for_balance = batch.batch_size / (int64_t{4} * num_threads());
-  return std::max<int64_t>(1, std::min(for_cache, for_balance));
+  // Whole cache lines are written feature by feature, so that one table's hot rows stay in the cache; where features
+  // share cache lines of the output, all features of a few samples go together.
+  const int64_t features = dim_ % 16 == 0 ? 1 : plan.num_features;
+  const int64_t per_sample = std::max<int64_t>(1, keys * features / std::max<int64_t>(1, size * plan.num_features));
+  const int64_t for_balance = size * plan.num_features / features / (int64_t{8} * num_threads()) + 1;
+  const int64_t samples = std::clamp<int64_t>(keys_per_tile / per_sample, 1, for_balance);
+  std::vector<Tile> tiles;
+  for (int64_t f = 0; f < plan.num_features; f += features) {
+    for (int64_t b = 0; b < size; b += samples) {
+      tiles.push_back({f, std::min(f + features, plan.num_features), b, std::min(b + samples, size)});
+    }
+  }
+  return tiles;
 }
 
 bool HostStore::flush(ThreadScratch& scratch) {
@@ -92,36 +122,33 @@ bool HostStore::find_keys(const int64_t* keys, int64_t count, uint32_t table, ui
   return has_misses;
 }
 
-bool HostStore::find_tile(const PoolingPlan& plan, const PackedKeys& batch, int64_t begin, int64_t end,
-                          uint32_t* slots, ThreadScratch& scratch) {
+bool HostStore::find_tile(const PoolingPlan& plan, const PackedKeys& batch, const Tile& tile, uint32_t* slots,
+                          ThreadScratch& scratch) {
   bool has_misses = false;
-  for (int64_t f = 0; f < plan.num_features; ++f) {
-    const int64_t* const bags = batch.offsets + plan.packed_feature[f] * batch.batch_size;
-    const int64_t first = bags[begin];
-    has_misses |= find_keys(batch.keys + first, bags[end] - first, plan.table[f], slots + first, scratch);
+  for (int64_t f = tile.first_feature; f < tile.last_feature; ++f) {
+    const int64_t bag = plan.packed_feature[f] * batch.batch_size;
+    const int64_t first = batch.begin(bag + tile.begin);
+    const int64_t count = batch.begin(bag + tile.end) - first;
+    has_misses |= find_keys(batch.keys + first, count, plan.table[f], slots + first, scratch);
   }
   return flush(scratch) || has_misses;
 }
 
-Status HostStore::pooled_lookup(const PoolingPlan& plan, const PackedKeys& batch, bool insert, float* out,
-                                Lookup* lookup) {
+Status HostStore::pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool insert, float* out, Lookup* lookup) {
   const std::lock_guard<std::mutex> guard(call_);
-  const int64_t samples = samples_per_tile(plan, batch);
-  const int64_t tiles = (batch.batch_size + samples - 1) / samples;
+  if (!classify(&batch)) return Status::kBadOffsets;
+  const std::vector<Tile> tiles = lookup_tiles(plan, batch);
   const bool stream = static_cast<size_t>(batch.batch_size * plan.stride) * sizeof(float) > kStreamBytes;
-  lookup->slots.resize(static_cast<size_t>(batch.offsets[batch.num_bags()]));
+  lookup->slots.resize(static_cast<size_t>(batch.num_keys));
   lookup->erase_version = erase_version_;
-  tile_has_misses_.assign(static_cast<size_t>(tiles), 0);
+  lookup->is_one_hot = batch.is_one_hot;
+  tile_has_misses_.assign(tiles.size(), 0);
   for (ThreadScratch& scratch : scratch_) scratch.misses.clear();
   const auto pool_tile = [&](int64_t tile) {
-    const int64_t begin = tile * samples;
-    kernels_.pool(rows(), plan, batch, lookup->slots.data(), initializers_.data(), begin,
-                  std::min(begin + samples, batch.batch_size), stream, out);
+    kernels_.pool(rows(), plan, batch, lookup->slots.data(), initializers_.data(), tiles[tile], stream, out);
   };
-  pool_.run(tiles, [&](int64_t tile, int thread) {
-    const int64_t begin = tile * samples;
-    const bool has_misses = find_tile(plan, batch, begin, std::min(begin + samples, batch.batch_size),
-                                      lookup->slots.data(), scratch_[thread]);
+  pool_.run(static_cast<int64_t>(tiles.size()), [&](int64_t tile, int thread) {
+    const bool has_misses = find_tile(plan, batch, tiles[tile], lookup->slots.data(), scratch_[thread]);
     if (has_misses && insert) {
       tile_has_misses_[tile] = 1;
     } else {
@@ -134,7 +161,7 @@ Status HostStore::pooled_lookup(const PoolingPlan& plan, const PackedKeys& batch
   const Status status = insert_misses();
   if (status != Status::kOk) return status;
   lookup->num_missing = 0;
-  pool_.run(tiles, [&](int64_t tile, int) {
+  pool_.run(static_cast<int64_t>(tiles.size()), [&](int64_t tile, int) {
     if (tile_has_misses_[tile]) pool_tile(tile);
   });
   return Status::kOk;
@@ -222,77 +249,96 @@ Status HostStore::refresh(const PoolingPlan& plan, LookupGradient& gradient) {
   Lookup& lookup = *gradient.lookup;
   if (lookup.erase_version == erase_version_ && lookup.num_missing == 0) return Status::kOk;
   for (ThreadScratch& scratch : scratch_) scratch.misses.clear();
-  find_tile(plan, gradient.batch, 0, gradient.batch.batch_size, lookup.slots.data(), scratch_[0]);
+  const Tile everything{0, plan.num_features, 0, gradient.batch.batch_size};
+  find_tile(plan, gradient.batch, everything, lookup.slots.data(), scratch_[0]);
   lookup.erase_version = erase_version_;
   lookup.num_missing = 0;
   return scratch_[0].misses.empty() ? Status::kOk : insert_misses();
 }
 
-void HostStore::sort_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) {
-  // Chunks of samples are counted, then placed, in parallel. The order within a bucket is that of (look-up, sample,
-  // feature, key), whatever the number of chunks, so sums do not depend on the number of threads.
-  const int64_t per_gradient = num_threads() * 4;
-  const int64_t chunks = per_gradient * static_cast<int64_t>(gradients.size());
-  std::vector<int64_t> next(static_cast<size_t>(chunks * kNumBuckets));
-  const auto visit = [&](int64_t chunk, const auto& body) {
-    const LookupGradient& gradient = gradients[chunk / per_gradient];
-    const int64_t part = chunk % per_gradient, size = gradient.batch.batch_size;
-    const uint32_t* const slots = gradient.lookup->slots.data();
-    for (int64_t b = size * part / per_gradient; b < size * (part + 1) / per_gradient; ++b) {
-      for (int64_t f = 0; f < plan.num_features; ++f) {
-        const int64_t* const bag = gradient.batch.offsets + plan.packed_feature[f] * size + b;
-        for (int64_t n = bag[0]; n < bag[1]; ++n) body(gradient, b, f, slots[n], bag[1] - bag[0]);
+std::vector<HostStore::Unit> HostStore::update_units(const PoolingPlan& plan,
+                                                     const std::vector<LookupGradient>& gradients) const {
+  // A table's keys are one unit, so that its rows are summed and updated while they are in the cache; a table with many
+  // keys is split by slot. A row belongs to one unit, and its occurrences are visited in the order of (look-up, feature,
+  // sample, key), so sums do not depend on the number of threads.
+  std::vector<Unit> units;
+  std::vector<int64_t> keys;
+  int64_t total = 0;
+  for (int64_t first = 0, last; first < plan.num_features; first = last) {
+    const uint32_t table = plan.table[plan.by_table[first]];
+    int64_t count = 0;
+    for (last = first; last < plan.num_features && plan.table[plan.by_table[last]] == table; ++last) {
+      for (const LookupGradient& gradient : gradients) {
+        const int64_t bag = plan.packed_feature[plan.by_table[last]] * gradient.batch.batch_size;
+        count += gradient.batch.begin(bag + gradient.batch.batch_size) - gradient.batch.begin(bag);
       }
     }
-  };
-  pool_.run(chunks, [&](int64_t chunk, int) {
-    int64_t* const counts = next.data() + chunk * kNumBuckets;
-    visit(chunk, [&](const LookupGradient&, int64_t, int64_t, uint32_t slot, int64_t) { ++counts[bucket_of(slot)]; });
-  });
-  bucket_begin_.assign(kNumBuckets + 1, 0);
-  int64_t total = 0;
-  for (uint32_t bucket = 0; bucket < kNumBuckets; ++bucket) {
-    bucket_begin_[bucket] = total;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t count = next[chunk * kNumBuckets + bucket];
-      next[chunk * kNumBuckets + bucket] = total;
-      total += count;
+    total += count;
+    if (count == 0) continue;
+    units.push_back({table, 0, 1, first, last});
+    keys.push_back(count);
+  }
+  const int64_t unit_keys = std::clamp<int64_t>(total / (int64_t{4} * num_threads()), kMinUnitKeys, kMaxUnitKeys);
+  const size_t tables = units.size();
+  for (size_t i = 0; i < tables; ++i) {
+    units[i].parts = static_cast<uint32_t>((keys[i] + unit_keys - 1) / unit_keys);
+    for (uint32_t part = 1; part < units[i].parts; ++part) {
+      units.push_back(units[i]);
+      units.back().part = part;
     }
   }
-  bucket_begin_[kNumBuckets] = total;
-  ensure_size(occurrences_, static_cast<size_t>(total));
-  pool_.run(chunks, [&](int64_t chunk, int) {
-    int64_t* const place = next.data() + chunk * kNumBuckets;
-    visit(chunk, [&](const LookupGradient& gradient, int64_t b, int64_t f, uint32_t slot, int64_t bag_size) {
-      const float scale = plan.is_mean[f] && bag_size > 1 ? 1.0f / static_cast<float>(bag_size) : 1.0f;
-      const float* const grad = gradient.grad + b * plan.stride + plan.column[f];
-      occurrences_[place[bucket_of(slot)]++] = {Occurrence::pack(grad, plan.table[f]), slot, scale};
-    });
-  });
+  return units;
+}
+
+void HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
+                                    const Unit& unit, std::vector<Occurrence>* occurrences) {
+  occurrences->clear();
+  for (const auto& [lookup, batch, grad] : gradients) {
+    const uint32_t* const slots = lookup->slots.data();
+    for (int64_t i = unit.first; i < unit.last; ++i) {
+      const int64_t f = plan.by_table[i];
+      const int64_t first_bag = plan.packed_feature[f] * batch.batch_size;
+      for (int64_t b = 0; b < batch.batch_size; ++b) {
+        const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
+        const float scale = plan.is_mean[f] && end - begin > 1 ? 1.0f / static_cast<float>(end - begin) : 1.0f;
+        const float* const source = grad + b * plan.stride + plan.column[f];
+        for (int64_t n = begin; n < end; ++n) {
+          // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots.
+          const uint64_t scrambled = slots[n] * 0x9E3779B1u;
+          if (unit.parts > 1 && (scrambled * unit.parts) >> 32 != unit.part) continue;
+          occurrences->push_back({source, slots[n], scale});
+        }
+      }
+    }
+  }
 }
 
 Status HostStore::apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients,
                                   const Hyper* hypers, int64_t* rows_updated) {
   const std::lock_guard<std::mutex> guard(call_);
   for (LookupGradient& gradient : gradients) {
+    gradient.batch.is_one_hot = gradient.lookup->is_one_hot;
     const Status status = refresh(plan, gradient);
     if (status != Status::kOk) return status;
   }
-  sort_occurrences(plan, gradients);
+  const std::vector<Unit> units = update_units(plan, gradients);
   for (ThreadScratch& scratch : scratch_) scratch.rows = 0;
-  pool_.run(kNumBuckets, [&](int64_t bucket, int thread) {
-    const int64_t first = bucket_begin_[bucket], count = bucket_begin_[bucket + 1] - first;
-    if (count == 0) return;
+  pool_.run(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
     ThreadScratch& scratch = scratch_[thread];
+    collect_occurrences(plan, gradients, units[unit], &scratch.occurrences);
+    const size_t count = scratch.occurrences.size();
+    if (count == 0) return;
     uint64_t hash_size = 64;
-    while (hash_size < 2 * static_cast<uint64_t>(count)) hash_size *= 2;
+    while (hash_size < 2 * count) hash_size *= 2;
     ensure_size(scratch.hash_slots, hash_size);
-    ensure_size(scratch.unique_of, static_cast<size_t>(count));
-    ensure_size(scratch.begin, static_cast<size_t>(count) + 1);
-    ensure_size(scratch.order, static_cast<size_t>(count));
-    scratch.rows += kernels_.update(rows(), occurrences_.data() + first, count, hypers,
-                                    {scratch.hash_slots.data(), scratch.unique_of.data(), scratch.begin.data(),
-                                     scratch.order.data(), hash_size});
+    ensure_size(scratch.unique_of, count);
+    ensure_size(scratch.unique_slot, count);
+    ensure_size(scratch.begin, count + 1);
+    ensure_size(scratch.order, count);
+    scratch.rows += kernels_.update(rows(), scratch.occurrences.data(), static_cast<int64_t>(count),
+                                    hypers[units[unit].table],
+                                    {scratch.hash_slots.data(), scratch.unique_of.data(), scratch.unique_slot.data(),
+                                     scratch.begin.data(), scratch.order.data(), hash_size});
   });
   *rows_updated = 0;
   for (const ThreadScratch& scratch : scratch_) *rows_updated += scratch.rows;

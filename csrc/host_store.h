@@ -23,6 +23,7 @@ enum class Status {
   kOutOfMemory,   // the system gave no memory; what was done before stays done
   kTooManyRows,   // 2^32 - 1 rows in one store
   kStaleCursor,   // the store changed while it was exported
+  kBadOffsets,    // offsets do not rise from 0 to the number of keys
   kIndexFull,     // internal: grow the index and go on
 };
 
@@ -30,6 +31,7 @@ enum class Status {
 struct Lookup {
   std::vector<uint32_t> slots;  // [N] by position in the packed keys; only the plan's features are filled
   uint64_t erase_version = 0;  // slots hold as long as no row was erased since
+  bool is_one_hot = false;
   int64_t num_missing = 0;  // keys read without a row (insert == false)
 };
 
@@ -57,7 +59,7 @@ class HostStore {
   bool open();
 
   // Pools the batch into out [B, plan.stride]. With `insert`, absent keys get rows; without, they read as initial values.
-  Status pooled_lookup(const PoolingPlan& plan, const PackedKeys& batch, bool insert, float* out, Lookup* lookup);
+  Status pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool insert, float* out, Lookup* lookup);
 
   // One optimizer step on every row that the look-ups touched, on the sum of its gradients; rows: how many.
   Status apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients, const Hyper* hypers,
@@ -115,23 +117,36 @@ class HostStore {
   struct alignas(64) ThreadScratch {
     std::vector<Miss> misses;
     std::unique_ptr<KeyChunk> chunk = std::make_unique<KeyChunk>();
+    std::vector<Occurrence> occurrences;
     std::vector<uint64_t> hash_slots;
-    std::vector<uint32_t> unique_of, begin, order;
+    std::vector<uint32_t> unique_of, unique_slot, begin, order;
     int64_t rows = 0;
   };
 
-  bool find_tile(const PoolingPlan& plan, const PackedKeys& batch, int64_t begin, int64_t end, uint32_t* slots,
+  // Keys of one table of the plan that one thread updates: those of `part` among `parts`, by slot.
+  struct Unit {
+    uint32_t table;
+    uint32_t part;
+    uint32_t parts;
+    int64_t first;  // features of the table: plan.by_table[first .. last)
+    int64_t last;
+  };
+
+  bool find_tile(const PoolingPlan& plan, const PackedKeys& batch, const Tile& tile, uint32_t* slots,
                  ThreadScratch& scratch);
   bool find_keys(const int64_t* keys, int64_t count, uint32_t table, uint32_t* slots, ThreadScratch& scratch);
   bool flush(ThreadScratch& scratch);
   Status locate(uint32_t table, const int64_t* keys, int64_t count, bool insert, std::vector<uint32_t>* slots);
   Status insert_misses();
   Status insert_shard(uint32_t shard, const Miss* misses, int64_t count, int64_t* done);
-  void sort_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients);
+  std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
+  static void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
+                                  const Unit& unit, std::vector<Occurrence>* occurrences);
+  bool classify(PackedKeys* batch);
   void copy_rows(const uint32_t* slots, int64_t count, float* values, float* state);
   Status take_slot(ShardSlots& shard, uint32_t* slot);
   Status refresh(const PoolingPlan& plan, LookupGradient& gradient);
-  int64_t samples_per_tile(const PoolingPlan& plan, const PackedKeys& batch) const;
+  std::vector<Tile> lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const;
   bool commit_slots(uint64_t slots);
   Rows rows() const {
     return {reinterpret_cast<float*>(values_.data()), reinterpret_cast<float*>(states_.data()), dim_, state_dim_};
@@ -157,8 +172,6 @@ class HostStore {
   std::vector<ThreadScratch> scratch_;
   std::vector<Miss> sorted_misses_;
   std::vector<uint8_t> tile_has_misses_;
-  std::vector<Occurrence> occurrences_;
-  std::vector<int64_t> bucket_begin_;
 };
 
 }  // namespace penstock

@@ -237,16 +237,17 @@ inline void fill_initial(const S& shape, const Initializer& init, uint64_t key, 
 
 template <int D>
 void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, const uint32_t* slots,
-          const Initializer* initializers, int64_t begin, int64_t end, bool stream, float* out) {
+          const Initializer* initializers, const Tile& tile, bool stream, float* out) {
   const Shape<D> shape(rows.dim);
   float initial[kChunks<D> * kLanes];
   Lanes sum[kChunks<D>];
-  for (int64_t b = begin; b < end; ++b) {
-    for (int64_t f = 0; f < plan.num_features; ++f) {
-      const int64_t* const bag = batch.offsets + plan.packed_feature[f] * batch.batch_size + b;
+  for (int64_t b = tile.begin; b < tile.end; ++b) {
+    for (int64_t f = tile.first_feature; f < tile.last_feature; ++f) {
+      const int64_t bag = plan.packed_feature[f] * batch.batch_size + b;
+      const int64_t first = batch.begin(bag), last = batch.begin(bag + 1);
       float* const target = out + b * plan.stride + plan.column[f];
       for (int c = 0; c < num_chunks(shape); ++c) sum[c] = Lanes{};
-      for (int64_t n = bag[0]; n < bag[1]; ++n) {
+      for (int64_t n = first; n < last; ++n) {
         const float* row = initial;
         if (slots[n] != kNoSlot) {
           row = rows.value(slots[n]);
@@ -255,8 +256,8 @@ void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, co
         }
         for (int c = 0; c < num_chunks(shape); ++c) sum[c] += load(shape, row, c);
       }
-      if (plan.is_mean[f] && bag[1] - bag[0] > 1) {
-        const float scale = 1.0f / static_cast<float>(bag[1] - bag[0]);
+      if (plan.is_mean[f] && last - first > 1) {
+        const float scale = 1.0f / static_cast<float>(last - first);
         for (int c = 0; c < num_chunks(shape); ++c) sum[c] *= scale;
       }
       for (int c = 0; c < num_chunks(shape); ++c) {
@@ -288,6 +289,7 @@ inline uint32_t group_by_slot(const Occurrence* occurrences, int64_t count, cons
     if (entry == kFree) {
       scratch.hash_slots[place] = slot << 32 | unique;
       scratch.begin[unique] = 1;
+      scratch.unique_slot[unique] = static_cast<uint32_t>(slot);
       scratch.unique_of[i] = unique++;
     } else {
       const uint32_t u = static_cast<uint32_t>(entry);
@@ -305,17 +307,17 @@ inline uint32_t group_by_slot(const Occurrence* occurrences, int64_t count, cons
 }
 
 template <int D, typename Optimizer>
-int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper* hypers,
+int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
                const UpdateScratch& scratch) {
   constexpr int kGradAhead = 12;
-  constexpr uint32_t kRowAhead = 8;
+  constexpr uint32_t kRowAhead = 16;
   const Shape<D> shape(rows.dim);
   const uint32_t unique = group_by_slot(occurrences, count, scratch);
   const auto prefetch_grad = [&](int64_t k) {
-    prefetch_floats<0, 3>(occurrences[scratch.order[k]].grad(), shape.dim());
+    prefetch_floats<0, 3>(occurrences[scratch.order[k]].grad, shape.dim());
   };
   const auto prefetch_target = [&](uint32_t u) {
-    const uint32_t slot = occurrences[scratch.order[scratch.begin[u]]].slot;
+    const uint32_t slot = scratch.unique_slot[u];
     prefetch_floats<1, 3>(rows.value(slot), shape.dim());
     prefetch_floats<1, 3>(rows.state(slot), rows.state_dim);
   };
@@ -329,10 +331,10 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
     for (uint32_t k = scratch.begin[u]; k < last; ++k) {
       if (k + kGradAhead < count) prefetch_grad(k + kGradAhead);
       const Occurrence& occurrence = occurrences[scratch.order[k]];
-      for (int c = 0; c < num_chunks(shape); ++c) grad[c] += occurrence.scale * load(shape, occurrence.grad(), c);
+      for (int c = 0; c < num_chunks(shape); ++c) grad[c] += occurrence.scale * load(shape, occurrence.grad, c);
     }
-    const Occurrence& any = occurrences[scratch.order[last - 1]];
-    Optimizer::step(shape, rows.value(any.slot), rows.state(any.slot), grad, hypers[any.table()]);
+    const uint32_t slot = scratch.unique_slot[u];
+    Optimizer::step(shape, rows.value(slot), rows.state(slot), grad, hyper);
   }
   return unique;
 }

@@ -44,6 +44,7 @@ struct PoolingPlan {
   const uint8_t* is_mean;
   const int64_t* column;  // first column of the output
   int64_t stride;         // columns of the output
+  const int64_t* by_table;  // the plan's features, those of one table side by side, in order
 };
 
 // A packed batch of B samples: bag (f, b) holds keys[offsets[f * B + b] .. offsets[f * B + b + 1]).
@@ -52,27 +53,33 @@ struct PackedKeys {
   const int64_t* offsets;
   int64_t batch_size;
   int64_t num_features;  // of the packed batch, served by this store or not
+  int64_t num_keys;
+  bool is_one_hot = false;  // every bag holds one key, so offsets[i] == i and need not be read
 
   [[gnu::always_inline]] int64_t num_bags() const { return num_features * batch_size; }
+  [[gnu::always_inline]] int64_t begin(int64_t bag) const { return is_one_hot ? bag : offsets[bag]; }
+};
+
+// A rectangle of a batch: features [first_feature, last_feature) of the plan, samples [begin, end).
+struct Tile {
+  int64_t first_feature;
+  int64_t last_feature;
+  int64_t begin;
+  int64_t end;
 };
 
 // One occurrence of a row in a batch: scale * grad[0..dim) is its share of the row's gradient.
 struct Occurrence {
-  uint64_t grad_and_table;  // address in the low 48 bits, table in the high 16
+  const float* grad;
   uint32_t slot;
   float scale;
-
-  static uint64_t pack(const float* grad, uint32_t table) {
-    return reinterpret_cast<uint64_t>(grad) | uint64_t{table} << 48;
-  }
-  [[gnu::always_inline]] const float* grad() const { return reinterpret_cast<const float*>(grad_and_table & ((uint64_t{1} << 48) - 1)); }
-  [[gnu::always_inline]] uint32_t table() const { return static_cast<uint32_t>(grad_and_table >> 48); }
 };
 
 // Working memory of update(); the caller sizes it for `count` occurrences.
 struct UpdateScratch {
   uint64_t* hash_slots;   // [hash_size] power of two >= 2 * count
   uint32_t* unique_of;    // [count]
+  uint32_t* unique_slot;  // [count]
   uint32_t* begin;        // [count + 1]
   uint32_t* order;        // [count]
   uint64_t hash_size;
@@ -84,13 +91,13 @@ struct RowKernels {
   int64_t (*find)(const IndexView& index, const Rows& rows, const uint64_t* keys, const uint32_t* tables, int64_t count,
                   uint32_t* slots);
 
-  // Pools samples [begin, end) into out [B, stride]; a key without a row reads as its initial value.
+  // Pools a tile into out [B, stride]; a key without a row reads as its initial value.
   void (*pool)(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, const uint32_t* slots,
-               const Initializer* initializers, int64_t begin, int64_t end, bool stream, float* out);
+               const Initializer* initializers, const Tile& tile, bool stream, float* out);
 
-  // Sums the gradients of equal slots, in order, and applies one optimizer step to each row.
+  // Sums the gradients of equal slots, in order, and applies one optimizer step to each row; all are of one table.
   // Returns the number of rows updated.
-  int64_t (*update)(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper* hypers,
+  int64_t (*update)(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
                     const UpdateScratch& scratch);
 
   // Writes the first value and state of a row.

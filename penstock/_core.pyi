@@ -11,6 +11,7 @@ class Status(enum.Enum):
     OUT_OF_MEMORY = 1
     TOO_MANY_ROWS = 2
     STALE_CURSOR = 3
+    BAD_OFFSETS = 4
 
 class BufferPool:
     def take_rows(self, rows: int, columns: int) -> NDArray[np.float32] | None: ...

@@ -240,12 +240,11 @@ class EmbeddingCollection(nn.Module):
                     f"{name} of the batch: expected contiguous int64 [n] on the CPU, "
                     f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
-        bags = sparse.offsets.numel() - 1
-        if self._names and (bags < 0 or bags % len(self._names)):
+        num_offsets, num_features = sparse.offsets.numel(), len(self._names)
+        if not num_offsets or (num_features and (num_offsets - 1) % num_features):
             raise ConfigError(
-                f"{bags + 1} offsets for {len(self._names)} features: expected features * B + 1"
+                f"{num_offsets} offsets for {num_features} features: expected features * B + 1"
             )
-        _check_offsets(sparse)
 
 
 class _PooledLookup(torch.autograd.Function):
@@ -271,17 +270,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _check_offsets(sparse: KeyedJagged) -> None:
-    offsets, num_keys = sparse.offsets, sparse.values.numel()
-    if not offsets.numel():
-        raise ConfigError("offsets of the batch are empty: expected features * B + 1")
-    if int(offsets[0]) != 0 or int(offsets[-1]) != num_keys or bool((offsets.diff() < 0).any()):
-        raise ConfigError(
-            f"offsets of the batch must rise from 0 to the number of keys ({num_keys}), "
-            f"got {int(offsets[0])} to {int(offsets[-1])}"
-        )
 
 
 def _refuse_duplicates(what: str, names: list[str]) -> None:

@@ -155,6 +155,11 @@ class HostStore:
             out.numpy(),
             lookup,
         )
+        if status == _core.Status.BAD_OFFSETS:
+            raise ConfigError(
+                "offsets of the batch must rise from 0 to the number of keys "
+                f"({batch.values.numel()}), got {int(batch.offsets[0])} to {int(batch.offsets[-1])}"
+            )
         self._raise_for(status)
         return lookup
 

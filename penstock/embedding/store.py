@@ -156,6 +156,7 @@ class Store(Protocol):
           What `apply_gradients` needs to know of this look-up.
 
         Raises:
+          ConfigError: the offsets do not rise from 0 to the number of keys.
           CapacityError: as `find_or_insert`; `out` is then undefined.
         """
 
@@ -164,7 +165,7 @@ class Store(Protocol):
     ) -> int:
         """One optimizer step for each row touched, on the sum of its gradients; returns the rows.
 
-        Sums run in the order of (look-up, sample, feature, key), so the bits of the result do not
+        Sums run in the order of (look-up, feature, sample, key), so the bits of the result do not
         depend on the number of threads. A row erased since the look-up begins anew.
         """
 
