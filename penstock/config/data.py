@@ -204,7 +204,9 @@ class DataConfig(Config):
     weight: str | None = None
     """Column of sample weights (>= 0)."""
     event_time: str | None = None
-    """Column of timestamps, dates or integers (then milliseconds since 1970 UTC)."""
+    """Column of timestamps, dates or integers (then `event_time_unit` since 1970 UTC)."""
+    event_time_unit: Literal["s", "ms", "us", "ns"] = "ms"
+    """Unit of an integer `event_time`."""
     numeric: tuple[NumericColumns, ...] = ()
     shuffle: Shuffle = Shuffle()
     prefetch_batches: PositiveInt = 8

@@ -1,0 +1,179 @@
+"""The command line: parse, call, print.
+
+Commands import what they need when they run, so that help and `schema` answer without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from penstock.errors import PenstockError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Trains click models on files of any size, with embedding tables that grow with the ids "
+        "they meet.\n\n"
+        "A [bold]job[/] (YAML, or a Python function) says what is read and what is trained; a "
+        "[bold]run folder[/] keeps what came of it: job.yaml, metrics, checkpoints, summary.json."
+        "\n\n[bold]First steps[/]\n\n"
+        "  penstock train jobs/synthetic.yaml --out runs/first\n\n"
+        "  penstock inspect runs/first\n\n"
+        "  penstock evaluate runs/first"
+    ),
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make data.")
+app.add_typer(data_app, name="data")
+
+JobArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB", help="A YAML file (jobs/criteo.yaml) or module:function returning a Job."
+    ),
+]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")
+]
+
+
+@app.command()
+def train(
+    job: JobArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder. Default: runs/<job name>-<time>.", show_default=False),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=VALUE", help="Sets one field of the job, in YAML; repeatable."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
+    ] = False,
+) -> None:
+    """Trains a job, evaluates it on the held-out part, and keeps a checkpoint.
+
+    Ctrl-C (or SIGTERM) finishes the step, writes a checkpoint and says how to go on. A run that
+    is resumed ends with the same bits as one that was never stopped.
+
+    [bold]Examples[/]
+
+      penstock train jobs/synthetic.yaml
+
+      penstock train jobs/criteo.yaml --set data.source.path=train.parquet --out runs/criteo
+
+      penstock train jobs/synthetic.yaml --set training.epochs=2 --set features.0.pooling=mean
+
+      penstock train runs/criteo/job.yaml --out runs/criteo --resume
+    """
+    from penstock import run
+    from penstock.job_file import load_job
+    from penstock.report.folder import default_folder
+
+    loaded = load_job(job, sets or ())
+    if resume and out is None:
+        raise typer.BadParameter("name the run folder to go on with: --out FOLDER --resume")
+    run.train(loaded, out or default_folder(loaded), resume=resume)
+
+
+@app.command()
+def evaluate(
+    run_path: RunArgument,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Files to evaluate on, as a path or glob. Default: the job's held-out part.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Evaluates the newest checkpoint of a run; changes nothing in it.
+
+    [bold]Examples[/]
+
+      penstock evaluate runs/criteo
+
+      penstock evaluate runs/criteo --data 'day_23/*.parquet'
+    """
+    from penstock import run
+    from penstock.report.display import metrics_table, show
+
+    show(metrics_table(run.evaluate(run_path, data)))
+
+
+@app.command()
+def predict(
+    run_path: RunArgument,
+    data: Annotated[str, typer.Option(help="Files to score, as a path or glob.")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+) -> None:
+    """Scores every row of files with the newest checkpoint of a run.
+
+    Writes a Parquet file with the columns row (int64, from 0, in order of reading), score
+    (float32 probability) and, where the data has it, label. The label column may be missing.
+
+    [bold]Example[/]
+
+      penstock predict runs/criteo --data tomorrow.parquet --out scores.parquet
+    """
+    from penstock import run
+    from penstock.report.display import show
+
+    rows = run.predict(run_path, data, out)
+    show(f"{rows:,} rows scored: {out}")
+
+
+@app.command()
+def inspect(run_path: RunArgument) -> None:
+    """Shows what a run or checkpoint holds, and verifies its checksums.
+
+    [bold]Examples[/]
+
+      penstock inspect runs/criteo
+
+      penstock inspect runs/criteo/checkpoints/step-000000010000
+    """
+    from penstock.report.display import show
+    from penstock.report.inspection import inspect_path
+
+    for part in inspect_path(run_path):
+        show(part)
+
+
+@app.command()
+def schema() -> None:
+    """Prints the JSON schema of a job, for editors that check YAML as you type.
+
+    [bold]Example[/]
+
+      penstock schema > job.schema.json
+
+    and as the first line of a job: # yaml-language-server: $schema=job.schema.json
+    """
+    from penstock.config import Job
+
+    typer.echo(json.dumps(Job.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Runs the command line; a `PenstockError` is printed without a traceback and exits with 2."""
+    # Jobs and models named `module:function` are found in the folder one stands in, as with
+    # `python -m`; an entry point alone would look only in its own folder.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        app()
+    except PenstockError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)

@@ -1,0 +1,98 @@
+"""One run's report: the run folder and the terminal, fed by the story in `penstock/run.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from penstock.config import Job
+from penstock.report.display import Display, summary_table, tables_table
+from penstock.report.environment import hardware, peak_memory_bytes, versions
+from penstock.report.folder import RunFolder
+
+
+class RunReport:
+    """Writes a run's metrics and shows them.
+
+    Args:
+      folder: where the files go.
+      job: what is run.
+      total_samples: samples that the whole run will see, for the ETA.
+      console: where to print; None: the standard output.
+    """
+
+    def __init__(
+        self, folder: RunFolder, job: Job, total_samples: int, console: Console | None = None
+    ) -> None:
+        self._folder = folder
+        self._job = job
+        self._console = console or Console()
+        self._display = Display(self._console, total_samples)
+        self._last_evaluation: tuple[int, dict[str, Any]] | None = None
+
+    def start(self, step: int, samples: int) -> None:
+        """Begins at `step`: earlier lines of metrics.jsonl stay, later ones are removed."""
+        for line in self._folder.start(self._job, step):
+            if line.pop("kind") == "evaluation":
+                self._last_evaluation = line.pop("step"), _with_nan(line)
+        if step:
+            self._display.line(f"resumed at step {step:,} ({samples:,} samples)")
+        self._display.start(samples)
+
+    def advance(self, step: int, samples: int) -> None:
+        """Moves the bar after a step."""
+        self._display.advance(step, samples)
+
+    def training(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
+        """Records the metrics of a window of steps that ends with `step`."""
+        self._folder.append_metrics("train", step, {"samples": samples, **metrics})
+        self._display.training(step, samples, metrics)
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records an evaluation after `step`."""
+        self._last_evaluation = step, metrics
+        self._folder.append_metrics("evaluation", step, metrics)
+        self._display.evaluation(step, metrics)
+
+    def evaluation_at(self, step: int) -> dict[str, Any] | None:
+        """The evaluation recorded after `step`, by this process or the one it resumes."""
+        if self._last_evaluation is not None and self._last_evaluation[0] == step:
+            return self._last_evaluation[1]
+        return None
+
+    def interrupted(self, step: int) -> None:
+        """Says that the run stopped after `step` with a checkpoint, and how to go on."""
+        self._display.stop()
+        folder = self._folder.path
+        self._display.line(f"stopped after step {step:,}; the checkpoint is complete. Continue:")
+        self._display.line(f"  penstock train {self._folder.job_file} --out {folder} --resume")
+
+    def finished(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes summary.json and shows the final table; returns the whole summary."""
+        whole = {
+            "name": self._job.name,
+            **summary,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        self._folder.write_summary(whole)
+        self._display.stop()
+        if len(whole["tables"]) > 1:
+            self._console.print(tables_table(whole["tables"]))
+        self._console.print(summary_table(whole))
+        self._display.line(f"run folder: {self._folder.path}")
+        return whole
+
+    def close(self) -> None:
+        """Takes the bar away and closes the files."""
+        self._display.stop()
+        self._folder.close()
+
+
+def _with_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN; null stands for it in metrics.jsonl."""
+    return {name: math.nan if value is None else value for name, value in line.items()}

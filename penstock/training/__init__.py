@@ -1,0 +1,1 @@
+"""The parts of the training loop: one step, dense optimizer, metrics, checkpoints, signals."""
