@@ -1,1 +1,4 @@
-"""The parts of the training loop: one step, dense optimizer, metrics, checkpoints, signals."""
+"""Parts of the training loop: the dense half's optimizer, metrics, checkpoints.
+
+The loop itself is in `penstock.run`.
+"""

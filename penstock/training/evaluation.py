@@ -33,7 +33,9 @@ def evaluate_batches(
         best = teacher.compute()["auc"]
         result |= {
             "teacher_auc": best,
-            "share_of_teacher": (result["auc"] - 0.5) / (best - 0.5) if best != 0.5 else float("nan"),
+            "share_of_teacher": (result["auc"] - 0.5) / (best - 0.5)
+            if best != 0.5
+            else float("nan"),
         }
     return result
 

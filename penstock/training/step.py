@@ -105,7 +105,9 @@ def train_step(
             raise NonFiniteError(_stopped(step, f"the loss is {value}", batch))
         loss.backward()  # type: ignore[no-untyped-call]
         if leaf.grad is not None and not leaf.grad.isfinite().all():
-            raise NonFiniteError(_stopped(step, "the gradient of an embedding is not finite", batch))
+            raise NonFiniteError(
+                _stopped(step, "the gradient of an embedding is not finite", batch)
+            )
         try:
             norm = trainer.step(step)
         except NonFiniteError as error:
