@@ -50,12 +50,18 @@ class DCNConfig(Config):
     low_rank: PositiveInt | None = None
     """Rank of the cross matrices; null: full."""
     deep: tuple[PositiveInt, ...] = (128, 64)
+    """Widths of the deep MLP."""
+    structure: Literal["parallel", "stacked"] = "parallel"
+    """`parallel`: cross layers and deep MLP side by side; `stacked`: the MLP reads the cross
+    layers' output.
+    """
 
 
 class CustomModel(Config):
     """A module of the user's.
 
-    `factory(num_numeric=..., feature_dims=(...), **arguments)` returns it. Its `forward(dense [B, num_numeric], embeddings [B, sum of feature_dims])` returns logits [B].
+    `factory(num_numeric=..., feature_dims=(...), **arguments)` returns it. Its
+    `forward(dense [B, num_numeric], embeddings [B, sum of feature_dims])` returns logits [B].
     """
 
     kind: Literal["custom"] = "custom"

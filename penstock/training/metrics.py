@@ -1,0 +1,239 @@
+"""Metrics of a click predictor, summed batch by batch in bounded memory.
+
+The state is additive: metrics of two parts of a data set merge into those of the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from penstock.errors import DataError, NonFiniteError
+
+MAX_BINS = 1 << 20
+"""Bins of the histogram behind the AUC; with them it takes 20 MB."""
+_PENDING_SAMPLES = 1 << 19
+"""Samples kept as they came until they are sorted into the histogram."""
+
+
+class BinaryMetrics:
+    """Log loss, normalized entropy, AUC and calibration of logits against labels in {0, 1}.
+
+    Sums are float64. The AUC counts equal scores half. It comes from a histogram whose bins are
+    the single float32 values as long as at most `MAX_BINS` different ones came: then it is exact.
+    Beyond that, neighbouring bins are joined two by two (the last bits of the score are dropped)
+    until they fit, which leaves an error below 1e-4. The bins depend on the set of scores alone,
+    not on their order.
+    """
+
+    def __init__(self) -> None:
+        # Weighted sums of: loss, prediction, label, one; then the numbers of samples, positives.
+        self._sums = torch.zeros(6, dtype=torch.float64)
+        self._histogram = _ScoreHistogram(MAX_BINS)
+
+    def update(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+        """Adds samples.
+
+        Args:
+          logits: [B] any float type.
+          labels: [B] in {0, 1}; a probability in between counts as a part of each.
+          weights: [B] >= 0; None: 1 each.
+
+        Raises:
+          NonFiniteError: a logit is NaN or infinite.
+          DataError: a label is NaN, which is how data without a label column reads.
+        """
+        scores = logits.detach().to("cpu", torch.float32)
+        label = labels.detach().to("cpu", torch.float64)
+        if weights is None:
+            weight = torch.ones_like(label)
+        else:
+            weight = weights.detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(scores).all()):
+            bad = scores.numel() - int(torch.isfinite(scores).sum())
+            raise NonFiniteError(f"{bad} of {scores.numel()} logits are NaN or infinite")
+        if bool(torch.isnan(label).any()):
+            raise DataError("metrics need labels, but the data has no label column")
+        logit = scores.to(torch.float64)
+        # -log(p) for label 1, -log(1 - p) for label 0, without computing p.
+        loss = logit.clamp(min=0) - logit * label + torch.log1p(torch.exp(-logit.abs()))
+        self._sums += torch.stack((
+            (loss * weight).sum(),
+            (torch.sigmoid(logit) * weight).sum(),
+            (label * weight).sum(),
+            weight.sum(),
+            torch.tensor(label.numel(), dtype=torch.float64),
+            (label > 0.5).sum(dtype=torch.float64),
+        ))
+        self._histogram.add(scores, label * weight, (1 - label) * weight)
+
+    def merge(self, other: BinaryMetrics) -> None:
+        """Adds all samples of `other`, which stays as it is."""
+        self._sums += other._sums
+        self._histogram.merge(other._histogram)
+
+    def compute(self) -> dict[str, float]:
+        """The metrics of all samples so far.
+
+        Returns:
+          log_loss: mean, natural logarithm.
+          normalized_entropy: log_loss over that of always predicting the mean label; below 1 is
+            better than that.
+          auc: probability that a positive has a larger logit than a negative.
+          calibration: mean prediction over mean label.
+          samples, positives: numbers of samples, without weights.
+
+          NaN where undefined: all of them without samples (or weight), auc and
+          normalized_entropy with labels of one class, calibration without positives.
+        """
+        loss, prediction, label, weight, samples, positives = self._sums.tolist()
+        log_loss = loss / weight if weight else math.nan
+        entropy = _entropy(label / weight) if weight else math.nan
+        return {
+            "auc": self._histogram.auc(),
+            "log_loss": log_loss,
+            "normalized_entropy": log_loss / entropy if entropy else math.nan,
+            "calibration": prediction / label if label else math.nan,
+            "samples": int(samples),
+            "positives": int(positives),
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as tensors of fixed names; not shared with this object."""
+        return {"sums": self._sums.clone(), **self._histogram.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`; replaces what was there."""
+        self._sums = state["sums"].clone()
+        self._histogram.load_state_dict(state)
+
+
+def auc_of_scores(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
+    """Exact AUC of any scores, equal ones half; NaN with labels of one class or no sample.
+
+    Args:
+      scores: [B] float32; logits, probabilities, or anything that grows with them.
+      labels: [B] in {0, 1}.
+      weights: [B] >= 0; None: 1 each.
+    """
+    histogram = _ScoreHistogram(max_bins=None)
+    label = labels.to(torch.float64)
+    weight = torch.ones_like(label) if weights is None else weights.to(torch.float64)
+    histogram.add(scores.to(torch.float32), label * weight, (1 - label) * weight)
+    return histogram.auc()
+
+
+def logits_of_probabilities(probabilities: Tensor) -> Tensor:
+    """[B] probabilities in [0, 1] -> [B] float32 logits, finite: 0 and 1 become -+36.7."""
+    smallest = 2.0**-53
+    return torch.logit(probabilities.to(torch.float64), eps=smallest).to(torch.float32)
+
+
+def _entropy(probability: float) -> float:
+    """Log loss of always predicting `probability` where it is the mean label, in nats."""
+    if not 0.0 < probability < 1.0:
+        return 0.0
+    rest = 1.0 - probability
+    return -probability * math.log(probability) - rest * math.log(rest)
+
+
+class _ScoreHistogram:
+    """Weight of positives and negatives by score.
+
+    A bin is a run of 2 ** shift neighbouring float32 values. Only bins that are not empty are
+    kept, in order.
+    """
+
+    def __init__(self, max_bins: int | None) -> None:
+        self._max_bins = max_bins
+        self._shift = 0
+        self._bins = torch.zeros(0, dtype=torch.int32)
+        self._positive = torch.zeros(0, dtype=torch.float64)
+        self._negative = torch.zeros(0, dtype=torch.float64)
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._num_pending = 0
+
+    def add(self, scores: Tensor, positive: Tensor, negative: Tensor) -> None:
+        """Adds [B] float32 scores with their [B] float64 weights; keeps the weights' tensors."""
+        self._pending.append((_ordered_bits(scores), positive, negative))
+        self._num_pending += scores.numel()
+        if self._num_pending >= _PENDING_SAMPLES:
+            self._settle()
+
+    def merge(self, other: _ScoreHistogram) -> None:
+        self._settle()
+        other._settle()
+        self._coarsen(max(self._shift, other._shift))
+        self._pending.append((
+            # Back to the first float32 value of the bin, as if that had been the score.
+            other._bins << other._shift,
+            other._positive,
+            other._negative,
+        ))
+        self._settle()
+
+    def auc(self) -> float:
+        self._settle()
+        weight = float(self._positive.sum()) * float(self._negative.sum())
+        if not weight:
+            return math.nan
+        below = self._negative.cumsum(0) - 0.5 * self._negative
+        return float((self._positive * below).sum()) / weight
+
+    def state_dict(self) -> dict[str, Tensor]:
+        self._settle()
+        return {
+            "bins": self._bins.clone(),
+            "positive": self._positive.clone(),
+            "negative": self._negative.clone(),
+            "shift": torch.tensor(self._shift),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._pending.clear()
+        self._num_pending = 0
+        self._bins = state["bins"].clone()
+        self._positive = state["positive"].clone()
+        self._negative = state["negative"].clone()
+        self._shift = int(state["shift"])
+
+    def _settle(self) -> None:
+        """Sorts what is pending into the bins, and coarsens these while they are too many."""
+        if self._pending:
+            bits, positive, negative = (
+                torch.cat(parts) for parts in zip(*self._pending, strict=True)
+            )
+            self._pending.clear()
+            self._num_pending = 0
+            self._sum_equal(
+                torch.cat((self._bins, bits >> self._shift)),
+                torch.cat((self._positive, positive)),
+                torch.cat((self._negative, negative)),
+            )
+        while self._max_bins is not None and self._bins.numel() > self._max_bins:
+            self._coarsen(self._shift + 1)
+
+    def _coarsen(self, shift: int) -> None:
+        if shift != self._shift:
+            self._sum_equal(self._bins >> (shift - self._shift), self._positive, self._negative)
+            self._shift = shift
+
+    def _sum_equal(self, bins: Tensor, positive: Tensor, negative: Tensor) -> None:
+        ordered, order = bins.sort(stable=True)
+        is_first = torch.ones_like(ordered, dtype=torch.bool)
+        is_first[1:] = ordered[1:] != ordered[:-1]
+        self._bins = ordered[is_first]
+        place = is_first.cumsum(0) - 1
+        empty = torch.zeros(self._bins.numel(), dtype=torch.float64)
+        self._positive = empty.index_add(0, place, positive[order])
+        self._negative = empty.index_add(0, place, negative[order])
+
+
+def _ordered_bits(scores: Tensor) -> Tensor:
+    """[B] float32 -> [B] int32 in the same order; one score, one number."""
+    # Adding zero turns -0.0, which equals 0.0 but has other bits, into 0.0.
+    bits = (scores + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
