@@ -5,6 +5,7 @@ Commands import what they need when they run, so that help and `schema` answer w
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import sys
@@ -13,26 +14,47 @@ from typing import Annotated
 
 import typer
 
-from penstock.errors import PenstockError
+from penstock.errors import ConfigError, PenstockError
 
 app = typer.Typer(
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Trains click models on files of any size, with embedding tables that grow with the ids "
         "they meet.\n\n"
-        "A [bold]job[/] (YAML, or a Python function) says what is read and what is trained; a "
-        "[bold]run folder[/] keeps what came of it: job.yaml, metrics, checkpoints, summary.json."
-        "\n\n[bold]First steps[/]\n\n"
-        "  penstock train jobs/synthetic.yaml --out runs/first\n\n"
-        "  penstock inspect runs/first\n\n"
-        "  penstock evaluate runs/first"
+        "A **job** (YAML, or a Python function) says what is read and what is trained; a "
+        "**run folder** keeps what came of it: job.yaml, metrics, checkpoints, summary.json."
+        "\n\n**First steps**\n\n"
+        "    penstock train jobs/synthetic.yaml --out runs/first\n"
+        "    penstock inspect runs/first\n"
+        "    penstock evaluate runs/first\n"
     ),
 )
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make data.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Make data.")
 app.add_typer(data_app, name="data")
+
+
+class FileFormat(enum.StrEnum):
+    """Formats that `data synth` writes."""
+
+    parquet = "parquet"
+    csv = "csv"
+    tsv = "tsv"
+
+    @classmethod
+    def of(cls, path: Path) -> FileFormat:
+        """The format that a file's name ends with."""
+        ending = path.suffix.removeprefix(".")
+        if ending not in cls.__members__:
+            raise ConfigError(
+                f"{path}: no format is known by {path.suffix!r}; end the name with .parquet, .csv "
+                "or .tsv, or give --format"
+            )
+        return cls(ending)
+
 
 JobArgument = Annotated[
     str,
@@ -50,7 +72,9 @@ def train(
     job: JobArgument,
     out: Annotated[
         Path | None,
-        typer.Option(help="Run folder. Default: runs/<job name>-<time>.", show_default=False),
+        typer.Option(
+            help="Run folder. Default: runs/NAME-TIME, by the job's name.", show_default=False
+        ),
     ] = None,
     sets: Annotated[
         list[str] | None,
@@ -67,15 +91,12 @@ def train(
     Ctrl-C (or SIGTERM) finishes the step, writes a checkpoint and says how to go on. A run that
     is resumed ends with the same bits as one that was never stopped.
 
-    [bold]Examples[/]
+    **Examples**
 
-      penstock train jobs/synthetic.yaml
-
-      penstock train jobs/criteo.yaml --set data.source.path=train.parquet --out runs/criteo
-
-      penstock train jobs/synthetic.yaml --set training.epochs=2 --set features.0.pooling=mean
-
-      penstock train runs/criteo/job.yaml --out runs/criteo --resume
+        penstock train jobs/synthetic.yaml
+        penstock train jobs/criteo.yaml --set data.source.path=train.parquet --out runs/criteo
+        penstock train jobs/synthetic.yaml --set training.epochs=2 --set features.0.pooling=mean
+        penstock train runs/criteo/job.yaml --out runs/criteo --resume
     """
     from penstock import run
     from penstock.job_file import load_job
@@ -100,11 +121,10 @@ def evaluate(
 ) -> None:
     """Evaluates the newest checkpoint of a run; changes nothing in it.
 
-    [bold]Examples[/]
+    **Examples**
 
-      penstock evaluate runs/criteo
-
-      penstock evaluate runs/criteo --data 'day_23/*.parquet'
+        penstock evaluate runs/criteo
+        penstock evaluate runs/criteo --data 'day_23/*.parquet'
     """
     from penstock import run
     from penstock.report.display import metrics_table, show
@@ -123,9 +143,9 @@ def predict(
     Writes a Parquet file with the columns row (int64, from 0, in order of reading), score
     (float32 probability) and, where the data has it, label. The label column may be missing.
 
-    [bold]Example[/]
+    **Example**
 
-      penstock predict runs/criteo --data tomorrow.parquet --out scores.parquet
+        penstock predict runs/criteo --data tomorrow.parquet --out scores.parquet
     """
     from penstock import run
     from penstock.report.display import show
@@ -138,11 +158,10 @@ def predict(
 def inspect(run_path: RunArgument) -> None:
     """Shows what a run or checkpoint holds, and verifies its checksums.
 
-    [bold]Examples[/]
+    **Examples**
 
-      penstock inspect runs/criteo
-
-      penstock inspect runs/criteo/checkpoints/step-000000010000
+        penstock inspect runs/criteo
+        penstock inspect runs/criteo/checkpoints/step-000000010000
     """
     from penstock.report.display import show
     from penstock.report.inspection import inspect_path
@@ -151,13 +170,52 @@ def inspect(run_path: RunArgument) -> None:
         show(part)
 
 
+@data_app.command("synth")
+def synthesize(
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    rows: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 400_000,
+    seed: Annotated[int, typer.Option(help="Another seed, another teacher and other rows.")] = 0,
+    num_categorical: Annotated[int, typer.Option(min=1, help="Columns c0, c1, ...")] = 8,
+    num_numeric: Annotated[int, typer.Option(min=0, help="Columns n0, n1, ...")] = 4,
+    keys_per_feature: Annotated[
+        int, typer.Option(min=1, help="Different ids of each categorical column.")
+    ] = 100_000,
+    file_format: Annotated[
+        FileFormat | None,
+        typer.Option("--format", help="Default: by the file's name.", show_default=False),
+    ] = None,
+) -> None:
+    """Writes a synthetic click log whose teacher is known.
+
+    Columns: click, event_time (ms), n0.., c0.., and teacher, the true click probability.
+
+    **Examples**
+
+        penstock data synth --out clicks.parquet --rows 1000000
+        penstock data synth --out clicks.tsv --rows 10000 --seed 7
+    """
+    from penstock.config import SyntheticSource
+    from penstock.data.synthetic import write_synthetic
+
+    chosen = file_format or FileFormat.of(out)
+    config = SyntheticSource(
+        rows=rows,
+        seed=seed,
+        num_categorical=num_categorical,
+        num_numeric=num_numeric,
+        keys_per_feature=keys_per_feature,
+    )
+    write_synthetic(config, out, chosen.value)
+    typer.echo(f"{rows:,} rows: {out}")
+
+
 @app.command()
 def schema() -> None:
     """Prints the JSON schema of a job, for editors that check YAML as you type.
 
-    [bold]Example[/]
+    **Example**
 
-      penstock schema > job.schema.json
+        penstock schema > job.schema.json
 
     and as the first line of a job: # yaml-language-server: $schema=job.schema.json
     """

@@ -7,32 +7,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from penstock.config import Job
-from penstock.data.dataset import Dataset, Part
+from penstock.data.dataset import Dataset
 from penstock.data.loader import Loader
-from penstock.embedding.collection import EmbeddingCollection
-from penstock.models import build_model
-from penstock.report.environment import usable_cores
 from penstock.report.folder import RunFolder
 from penstock.report.run_report import RunReport
-from penstock.training.checkpoint import Checkpoints, TrainState
-from penstock.training.dense import DenseTrainer
+from penstock.training.checkpoint import Checkpoints
 from penstock.training.evaluation import evaluate_batches, scored
 from penstock.training.interruption import interruption
 from penstock.training.metrics import BinaryMetrics
 from penstock.training.prediction import write_scores
-from penstock.training.step import Clock, train_step
-from penstock.types import Batch, Position
+from penstock.training.setup import build
+from penstock.training.step import Clock, steps_s, train_step
+from penstock.training.trained import open_trained
+from penstock.types import Batch
 
 
 def train(
@@ -58,8 +55,8 @@ def train(
       CheckpointError: there is no checkpoint to resume from, or it is damaged or of another job.
       NonFiniteError: the loss became NaN or infinite; checkpoints written before stay good.
     """
-    with interruption() as stop, open_run(job, out, resume, console) as run:
-        run.restore() if resume else run.start()
+    with interruption() as stop, open_run(job, out, resume=resume, console=console) as run:
+        run.begin(resume)
         with run.remaining_batches() as batches:
             for batch in islice(run.clock.waiting_for(batches), run.steps_left()):
                 run.step(batch)
@@ -70,74 +67,100 @@ def train(
                 if run.is_due(job.training.checkpoint.every_steps):
                     run.save()
                 if stop.requested:
-                    break
-        run.save()
-        if stop.requested:
-            run.report.interrupted(run.state.step)
-            return None
+                    run.save()
+                    return run.report.interrupted(run.state.step)
         run.log()
+        run.save()
         run.evaluate()
         return run.report.finished(run.summary())
 
 
+def evaluate(path: Path, data: str | None = None) -> dict[str, float]:
+    """Measures the newest checkpoint of a run.
+
+    Args:
+      path: a run folder, or one of its checkpoints.
+      data: files to measure on, all rows; None: the job's held-out part.
+
+    Returns:
+      Metrics by name, see `evaluate_batches`.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is damaged.
+      ConfigError: nothing is held out and no data is given.
+      DataError: the data does not fit the job.
+    """
+    with open_trained(path, data) as trained, trained.batches() as batches:
+        return evaluate_batches(batches, trained.state.model, trained.state.collection)
+
+
+def predict(path: Path, data: str, out: Path) -> int:
+    """Scores every row of `data` with the newest checkpoint of a run, into a Parquet file.
+
+    Args:
+      path: a run folder, or one of its checkpoints.
+      data: files to score; the label column may be missing.
+      out: the file to write, see `write_scores`.
+
+    Returns:
+      Number of rows written.
+
+    Raises:
+      CheckpointError, ConfigError, DataError: as `evaluate`; or `out` cannot be written.
+    """
+    with open_trained(path, data, labels="optional") as trained, trained.batches() as batches:
+        return write_scores(scored(batches, trained.state.model, trained.state.collection), out)
+
+
 @contextmanager
 def open_run(
-    job: Job, out: Path, resume: bool = False, console: Console | None = None
+    job: Job, out: Path, *, resume: bool = False, console: Console | None = None
 ) -> Iterator[Run]:
     """Builds everything that a training run needs; closes it on the way out.
 
-    Nothing is written to `out` before the data and the model were found to fit the job.
+    Nothing is written to `out` before data, model and checkpoint were found to fit the job.
     """
     folder = RunFolder(out)
     if not resume:
         folder.refuse_unless_new()
     dataset = Dataset.open(job, quarantine=folder.quarantine_file)
-    state, trainer = build_state(job, dataset)
-    steps = -(-dataset.num_rows("train") * job.training.epochs // job.training.batch_size)
-    total = min(steps, job.training.max_steps or steps) * job.training.batch_size
-    with closing(RunReport(folder, job, total, console)) as report:
-        yield Run(job, folder, dataset, state, trainer, Checkpoints(folder.checkpoints, job), report)
+    with closing(RunReport(folder, job, planned_samples(job, dataset), console)) as report:
+        yield Run(job, dataset, Checkpoints(folder.checkpoints, job), report)
 
 
-def build_state(job: Job, dataset: Dataset) -> tuple[TrainState, DenseTrainer]:
-    """Makes the untrained tables, model and optimizer: a pure function of the job."""
-    threads = job.training.threads or usable_cores()
-    torch.set_num_threads(threads)
-    torch.manual_seed(job.training.seed)
-    collection = EmbeddingCollection(
-        dataset.tables, dataset.features, seed=job.training.seed, num_threads=threads
-    )
-    model = build_model(
-        job.model,
-        len(dataset.numeric),
-        collection.feature_dims,
-        [feature.name for feature in dataset.features],
-    )
-    trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
-    state = TrainState(collection=collection, model=model, optimizer=trainer.optimizer)
-    return state, trainer
+def planned_samples(job: Job, dataset: Dataset) -> int:
+    """Samples that the whole run will see, if no row is quarantined."""
+    samples = dataset.num_rows("train") * job.training.epochs
+    if job.training.max_steps is None:
+        return samples
+    return min(samples, job.training.max_steps * job.training.batch_size)
 
 
-@dataclass
 class Run:
-    """A training run while it is open."""
+    """A training run while it is open: what is trained, and what the loop can do with it."""
 
-    job: Job
-    folder: RunFolder
-    dataset: Dataset
-    state: TrainState
-    trainer: DenseTrainer
-    checkpoints: Checkpoints
-    report: RunReport
-    clock: Clock = field(default_factory=Clock)
+    def __init__(
+        self, job: Job, dataset: Dataset, checkpoints: Checkpoints, report: RunReport
+    ) -> None:
+        self.job = job
+        self.dataset = dataset
+        self.checkpoints = checkpoints
+        self.report = report
+        self.state, self.trainer = build(job, dataset)
+        self.clock = Clock()
+        self._began_s = time.monotonic()
+        self._samples = 0
+        self._saved_step: int | None = None
+        self._gradient_norm = 0.0
+        # What the clock and the counter showed when the current window of steps began.
+        self._window_seconds = dict(self.clock.seconds)
+        self._window_samples = 0
 
-    def start(self) -> None:
-        """Begins at step 0."""
-        self.report.start(step=0, samples=0)
-
-    def restore(self) -> None:
-        """Begins where the newest checkpoint ends."""
-        self.checkpoints.restore(self.checkpoints.newest(), self.state)
+    def begin(self, resume: bool) -> None:
+        """Starts at step 0 or, with `resume`, where the newest checkpoint ends."""
+        if resume:
+            self.checkpoints.restore(self.checkpoints.newest(), self.state)
+            self._saved_step = self.state.step
         self.report.start(self.state.step, self.state.position.samples)
 
     def remaining_batches(self) -> Loader:
@@ -169,14 +192,66 @@ class Run:
         state.metrics.update(result.logits, batch.labels, batch.weights)
         state.step += 1
         state.position = batch.end
-        self.gradient_norm = result.gradient_norm
-        self.samples += batch.batch_size
+        self._gradient_norm = result.gradient_norm
+        self._samples += batch.batch_size
         self.report.advance(state.step, state.position.samples)
 
     def log(self) -> None:
         """Records the metrics of the steps since the last log: each batch before its update."""
-        window = self.state.metrics.compute()
-        if not window["samples"]:
+        state, metrics = self.state, self.state.metrics.compute()
+        if not metrics["samples"]:
             return
-        self.state.metrics = BinaryMetrics()
-        ...
+        state.metrics = BinaryMetrics()
+        spent = {part: s - self._window_seconds[part] for part, s in self.clock.seconds.items()}
+        trained = self._samples - self._window_samples
+        self._window_seconds, self._window_samples = dict(self.clock.seconds), self._samples
+        self.report.training(
+            state.step,
+            state.position.samples,
+            {
+                "epoch": state.position.epoch,
+                **metrics,
+                "gradient_norm": self._gradient_norm,
+                "learning_rate": self.trainer.learning_rate(state.step - 1),
+                "samples_per_s": trained / max(steps_s(spent), 1e-9),
+                "seconds": spent,
+                "tables": self._tables(),
+            },
+        )
+
+    def evaluate(self) -> None:
+        """Measures the held-out part, unless there is none or it was measured at this step."""
+        if not self.dataset.has_evaluation or self.report.evaluation_at(self.state.step):
+            return
+        batch_size = self.job.training.evaluation_batch_size
+        with (
+            self.clock.measure("evaluation"),
+            self.dataset.batches("evaluation", batch_size=batch_size) as batches,
+        ):
+            metrics = evaluate_batches(batches, self.state.model, self.state.collection)
+        self.report.evaluation(self.state.step, metrics)
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless this step has one."""
+        if self._saved_step != self.state.step:
+            with self.clock.measure("checkpoint"):
+                self.checkpoints.save(self.state)
+            self._saved_step = self.state.step
+
+    def summary(self) -> dict[str, Any]:
+        """What the run amounts to; `RunReport.finished` adds versions and hardware."""
+        return {
+            "steps": self.state.step,
+            "samples": self.state.position.samples,
+            **self.report.final_metrics(self.state.step),
+            "samples_per_s": self._samples / max(steps_s(self.clock.seconds), 1e-9),
+            "seconds": self.clock.seconds,
+            "wall_s": time.monotonic() - self._began_s,
+            "tables": self._tables(),
+            "quarantined_rows": self.dataset.quarantined_rows,
+            "checkpoint": str(self.checkpoints.latest()),
+        }
+
+    def _tables(self) -> dict[str, dict[str, int]]:
+        stats = self.state.collection.table_stats()
+        return {table.name: {"rows": table.rows, "bytes": table.bytes} for table in stats}

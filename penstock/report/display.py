@@ -134,5 +134,24 @@ def _time_split(seconds: Mapping[str, float]) -> str:
     return f"{total:.1f} s: {parts}"
 
 
-def _number(value: float | None) -> str:
-    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "undefined" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def metrics_table(metrics: Mapping[str, Any], title: str = "") -> Table:
+    """The metrics of one evaluation, by name."""
+    table = Table(show_header=False, title=title)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else _number(value, 6))
+    return table
+
+
+def show(item: Table | str) -> None:
+    """Prints a table or a line on the standard output."""
+    console = Console()
+    if isinstance(item, str):
+        console.print(item, soft_wrap=True, markup=False, highlight=False)
+    else:
+        console.print(item)

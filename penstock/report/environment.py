@@ -10,13 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import penstock
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, at least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from penstock.embedding.collection import available_cores
 
 
 def versions() -> dict[str, str]:
@@ -28,7 +22,7 @@ def versions() -> dict[str, str]:
 def hardware() -> dict[str, str | int]:
     """CPU model, usable cores, and memory of the machine in bytes."""
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return {"cpu": _cpu_model(), "cores": usable_cores(), "memory_bytes": pages * page_bytes}
+    return {"cpu": _cpu_model(), "cores": available_cores(), "memory_bytes": pages * page_bytes}
 
 
 def peak_memory_bytes() -> int:

@@ -13,6 +13,16 @@ from penstock.report.display import Display, summary_table, tables_table
 from penstock.report.environment import hardware, peak_memory_bytes, versions
 from penstock.report.folder import RunFolder
 
+_SUMMARIZED = (
+    "auc",
+    "teacher_auc",
+    "share_of_teacher",
+    "log_loss",
+    "normalized_entropy",
+    "calibration",
+)
+"""Metrics that go from the last evaluation into the summary."""
+
 
 class RunReport:
     """Writes a run's metrics and shows them.
@@ -31,13 +41,17 @@ class RunReport:
         self._job = job
         self._console = console or Console()
         self._display = Display(self._console, total_samples)
+        self._last_training: dict[str, Any] = {}
         self._last_evaluation: tuple[int, dict[str, Any]] | None = None
 
     def start(self, step: int, samples: int) -> None:
         """Begins at `step`: earlier lines of metrics.jsonl stay, later ones are removed."""
         for line in self._folder.start(self._job, step):
-            if line.pop("kind") == "evaluation":
-                self._last_evaluation = line.pop("step"), _with_nan(line)
+            kind, at = line.pop("kind"), line.pop("step")
+            if kind == "evaluation":
+                self._last_evaluation = at, _with_nan(line)
+            else:
+                self._last_training = _with_nan(line)
         if step:
             self._display.line(f"resumed at step {step:,} ({samples:,} samples)")
         self._display.start(samples)
@@ -48,6 +62,7 @@ class RunReport:
 
     def training(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Records the metrics of a window of steps that ends with `step`."""
+        self._last_training = dict(metrics)
         self._folder.append_metrics("train", step, {"samples": samples, **metrics})
         self._display.training(step, samples, metrics)
 
@@ -62,6 +77,17 @@ class RunReport:
         if self._last_evaluation is not None and self._last_evaluation[0] == step:
             return self._last_evaluation[1]
         return None
+
+    def final_metrics(self, step: int) -> dict[str, Any]:
+        """The metrics of the summary after the last step, and what they were measured on."""
+        evaluation = self.evaluation_at(step)
+        if evaluation is not None:
+            found, where = evaluation, "held-out part"
+        else:
+            found, where = self._last_training, "last training steps, before their update"
+        metrics = {name: found[name] for name in _SUMMARIZED if name in found}
+        samples = 0 if evaluation is None else evaluation["samples"]
+        return {"measured_on": where, "evaluation_samples": samples, **metrics}
 
     def interrupted(self, step: int) -> None:
         """Says that the run stopped after `step` with a checkpoint, and how to go on."""

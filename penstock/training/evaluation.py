@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from penstock.embedding.collection import EmbeddingCollection
-from penstock.training.metrics import BinaryMetrics
+from penstock.training.metrics import BinaryMetrics, logits_of_probabilities
+from penstock.training.step import look_up
 from penstock.types import Batch
 
 
@@ -27,17 +29,18 @@ def evaluate_batches(
     for batch, logits in scored(batches, model, collection):
         metrics.update(logits, batch.labels, batch.weights)
         if batch.teacher is not None:
-            teacher.update(torch.logit(batch.teacher), batch.labels, batch.weights)
-    result = metrics.compute()
-    if teacher.samples:
-        best = teacher.compute()["auc"]
-        result |= {
-            "teacher_auc": best,
-            "share_of_teacher": (result["auc"] - 0.5) / (best - 0.5)
-            if best != 0.5
-            else float("nan"),
-        }
+            best = logits_of_probabilities(batch.teacher)
+            teacher.update(best, batch.labels, batch.weights)
+    result, best_reachable = metrics.compute(), teacher.compute()
+    if best_reachable["samples"]:
+        result["teacher_auc"] = best_reachable["auc"]
+        result["share_of_teacher"] = share_of_the_way(result["auc"], best_reachable["auc"])
     return result
+
+
+def share_of_the_way(auc: float, best: float) -> float:
+    """How far `auc` is on the way from 0.5 (knowing nothing) to `best`; NaN if there is none."""
+    return (auc - 0.5) / (best - 0.5) if best > 0.5 else math.nan
 
 
 def scored(
@@ -51,7 +54,7 @@ def scored(
     with _evaluation_mode(model, collection):
         for batch in batches:
             with torch.no_grad():
-                logits = model(batch.dense, collection(batch.sparse))
+                logits = model(batch.dense, look_up(collection, batch))
             yield batch, logits
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -53,9 +53,10 @@ class Clock:
                 return
             yield item
 
-    def steps_s(self) -> float:
-        """Seconds of training itself, without evaluation and checkpoints."""
-        return sum(self.seconds[part] for part in ("data", "embedding", "dense"))
+
+def steps_s(seconds: Mapping[str, float]) -> float:
+    """Seconds of training itself, without evaluation and checkpoints."""
+    return seconds["data"] + seconds["embedding"] + seconds["dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,28 +96,36 @@ def train_step(
       NonFiniteError: the loss or a gradient is not finite. Nothing was updated.
     """
     with clock.measure("embedding"):
-        pooled = collection(batch.sparse)
+        pooled = look_up(collection, batch)
     with clock.measure("dense"):
         leaf = pooled.detach().requires_grad_()
         logits = model(batch.dense, leaf)
         loss = weighted_loss(logits, batch.labels, batch.weights)
         value = loss.item()
         if not math.isfinite(value):
-            raise NonFiniteError(_stopped(step, f"the loss is {value}", batch))
+            raise NonFiniteError(f"step {step}: the loss is {value}; {_place(batch)}")
         loss.backward()  # type: ignore[no-untyped-call]
-        if leaf.grad is not None and not leaf.grad.isfinite().all():
+        if leaf.grad is not None and not bool(leaf.grad.isfinite().all()):
             raise NonFiniteError(
-                _stopped(step, "the gradient of an embedding is not finite", batch)
+                f"step {step}: the gradient of the embeddings is NaN or infinite; {_place(batch)}"
             )
         try:
             norm = trainer.step(step)
         except NonFiniteError as error:
-            raise NonFiniteError(_stopped(step, str(error), batch)) from None
+            raise NonFiniteError(f"{error}; {_place(batch)}") from None
     with clock.measure("embedding"):
-        if leaf.grad is not None:
+        if leaf.grad is not None and pooled.requires_grad:
             pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
         collection.apply_gradients()
     return StepResult(value, logits.detach(), norm)
+
+
+def look_up(collection: EmbeddingCollection, batch: Batch) -> Tensor:
+    """Pooled embeddings of a batch, [B, sum D] float32; [B, 0] for a job without features."""
+    if not collection.features:
+        return batch.dense.new_zeros((batch.batch_size, 0))
+    pooled: Tensor = collection(batch.sparse)
+    return pooled
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
@@ -133,10 +142,9 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Ten
     return binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum") / total
 
 
-def _stopped(step: int, problem: str, batch: Batch) -> str:
+def _place(batch: Batch) -> str:
     return (
-        f"step {step}: {problem}; stopped before any update. The batch: {batch.origin} (epoch "
-        f"{batch.start.epoch}, samples {batch.start.samples} to {batch.end.samples - 1} of the "
-        "run). Look at these rows, lower the learning rate or set training.clip_gradient_norm, "
-        "and go on from the last checkpoint with --resume"
+        f"stopped before any update, at the batch {batch.origin} (epoch {batch.start.epoch}, samples "
+        f"{batch.start.samples} to {batch.end.samples - 1} of the run). Look at these rows, lower "
+        "the learning rate or set training.clip_gradient_norm; the last checkpoint stays good"
     )

@@ -13,7 +13,12 @@ from penstock.config import parse_job
 SMALL = {
     "name": "small",
     "data": {
-        "source": {"format": "synthetic", "rows": 6000, "num_categorical": 4, "keys_per_feature": 500},
+        "source": {
+            "format": "synthetic",
+            "rows": 6000,
+            "num_categorical": 4,
+            "keys_per_feature": 500,
+        },
         "split": {"by": "fraction", "evaluation": 0.25},
         "label": {"column": "click"},
         "numeric": [{"columns": ["n[0-9]*"]}],

@@ -52,7 +52,9 @@ def test_schema_is_that_of_the_job(penstock):
     ],
 )
 def test_a_wrong_job_is_one_line_on_stderr(penstock, small_yaml, tmp_path, override, message):
-    code, shown, errors = penstock("train", small_yaml, "--out", tmp_path / "run", "--set", override)
+    code, shown, errors = penstock(
+        "train", small_yaml, "--out", tmp_path / "run", "--set", override
+    )
     assert (code, shown) == (2, "")
     assert errors == message.format(job=small_yaml)
     assert not (tmp_path / "run").exists()

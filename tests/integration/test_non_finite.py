@@ -76,4 +76,8 @@ def snapshot(state):
             for key, value, extra in zip(part.keys, part.values, part.state, strict=True)
         }
     dense = [value.detach().clone() for value in state.model.parameters()]
-    return {"step": state.step, "dense": dense, "rows": {k: {i: r.clone() for i, r in v.items()} for k, v in rows.items()}}
+    return {
+        "step": state.step,
+        "dense": dense,
+        "rows": {k: {i: r.clone() for i, r in v.items()} for k, v in rows.items()},
+    }

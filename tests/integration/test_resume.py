@@ -45,7 +45,13 @@ def contents(out):
         {name: value for name, value in json.loads(line).items() if name not in MEASURED}
         for line in text.splitlines()
     ]
-    return {"where": where, "tables": tables, "dense": dense, "optimizer": optimizer, "lines": lines}
+    return {
+        "where": where,
+        "tables": tables,
+        "dense": dense,
+        "optimizer": optimizer,
+        "lines": lines,
+    }
 
 
 def assert_same_bits(left, right, path=""):
@@ -109,7 +115,15 @@ cli.main()
 def test_after_a_signal(small_yaml, tmp_path, penstock, whole, name):
     out = tmp_path / "run"
     stopped = subprocess.run(
-        [sys.executable, "-c", SIGNALLED.format(step=8, signal=name), "train", small_yaml, "--out", out],
+        [
+            sys.executable,
+            "-c",
+            SIGNALLED.format(step=8, signal=name),
+            "train",
+            small_yaml,
+            "--out",
+            out,
+        ],
         capture_output=True,
         text=True,
         check=False,

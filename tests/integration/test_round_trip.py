@@ -62,7 +62,14 @@ def test_metrics_come_at_the_steps_asked_for(finished):
     assert [line["samples"] for line in train] == [128 * s for s in (7, 14, 21, 28, 35)] + [4500]
     assert [line["step"] for line in lines(out, "evaluation")] == [10, 20, 30, 36]
     for line in train:
-        assert {"auc", "log_loss", "normalized_entropy", "samples_per_s", "seconds", "tables"} <= set(line)
+        assert {
+            "auc",
+            "log_loss",
+            "normalized_entropy",
+            "samples_per_s",
+            "seconds",
+            "tables",
+        } <= set(line)
     assert "evaluation at step 10: AUC" in shown
     assert "ETA" in shown
 
@@ -81,18 +88,37 @@ def test_evaluate_agrees_with_the_end_of_training(penstock, finished):
 def test_predict_and_evaluate_on_files(penstock, finished, tmp_path):
     out, _ = finished
     fresh = tmp_path / "fresh.parquet"
-    assert penstock("data", "synth", "--out", fresh, "--rows", 3000, "--seed", 0,
-                    "--num-categorical", 4, "--keys-per-feature", 500)[0] == 0
+    assert (
+        penstock(
+            "data",
+            "synth",
+            "--out",
+            fresh,
+            "--rows",
+            3000,
+            "--seed",
+            0,
+            "--num-categorical",
+            4,
+            "--keys-per-feature",
+            500,
+        )[0]
+        == 0
+    )
     code, shown, errors = penstock("predict", out, "--data", fresh, "--out", tmp_path / "s.parquet")
     assert (code, errors) == (0, "")
     assert f"3,000 rows scored: {tmp_path / 's.parquet'}" in shown
     scores = pq.read_table(tmp_path / "s.parquet")
-    assert scores.schema == pa.schema(
-        [("row", pa.int64()), ("score", pa.float32()), ("label", pa.float32())]
-    )
+    assert scores.schema == pa.schema([
+        ("row", pa.int64()),
+        ("score", pa.float32()),
+        ("label", pa.float32()),
+    ])
     assert scores["row"].to_pylist() == list(range(3000))
     assert all(0 < score < 1 for score in scores["score"].to_pylist())
-    assert scores["label"].to_pylist() == pq.read_table(fresh)["click"].cast(pa.float32()).to_pylist()
+    assert (
+        scores["label"].to_pylist() == pq.read_table(fresh)["click"].cast(pa.float32()).to_pylist()
+    )
 
     code, shown, _ = penstock("evaluate", out, "--data", fresh)
     assert code == 0 and "3,000" in shown
@@ -101,8 +127,17 @@ def test_predict_and_evaluate_on_files(penstock, finished, tmp_path):
     table = pq.read_table(fresh)
     shuffled = table.select([name for name in reversed(table.column_names) if name != "click"])
     pq.write_table(shuffled, tmp_path / "unlabelled.parquet")
-    assert penstock("predict", out, "--data", tmp_path / "unlabelled.parquet",
-                    "--out", tmp_path / "u.parquet")[0] == 0
+    assert (
+        penstock(
+            "predict",
+            out,
+            "--data",
+            tmp_path / "unlabelled.parquet",
+            "--out",
+            tmp_path / "u.parquet",
+        )[0]
+        == 0
+    )
     unlabelled = pq.read_table(tmp_path / "u.parquet")
     assert unlabelled.column_names == ["row", "score"]
     assert unlabelled["score"].equals(scores["score"])
@@ -114,8 +149,9 @@ def test_predict_and_evaluate_on_files(penstock, finished, tmp_path):
 def test_predict_names_a_missing_column(penstock, finished, tmp_path):
     out, _ = finished
     pq.write_table(pa.table({"n0": [1.0], "c0": [1]}), tmp_path / "few.parquet")
-    code, _, errors = penstock("predict", out, "--data", tmp_path / "few.parquet",
-                               "--out", tmp_path / "s.parquet")
+    code, _, errors = penstock(
+        "predict", out, "--data", tmp_path / "few.parquet", "--out", tmp_path / "s.parquet"
+    )
     assert code == 2
     assert "n1" in errors and "Traceback" not in errors
     assert not list(tmp_path.glob("*s.parquet*"))
@@ -148,8 +184,16 @@ def test_inspect_refuses_a_flipped_byte_by_name(penstock, finished):
 
 
 def test_a_job_without_held_out_part_is_measured_while_training(penstock, small_yaml, tmp_path):
-    code, _, errors = penstock("train", small_yaml, "--out", tmp_path / "run", "--set", "data.split=null",
-                               "--set", "data.source.rows=1000")
+    code, _, errors = penstock(
+        "train",
+        small_yaml,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        "data.split=null",
+        "--set",
+        "data.source.rows=1000",
+    )
     assert (code, errors) == (0, "")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["measured_on"] == "last training steps, before their update"

@@ -1,0 +1,47 @@
+"""Builds what is trained: tables, model and optimizer, untrained, from the job alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from penstock.config import Job
+from penstock.data.dataset import Dataset
+from penstock.embedding.collection import EmbeddingCollection, available_cores
+from penstock.models import build_model
+from penstock.training.checkpoint import TrainState
+from penstock.training.dense import DenseTrainer
+
+
+class Untrained(NamedTuple):
+    """State at step 0, and what updates its dense part."""
+
+    state: TrainState
+    trainer: DenseTrainer
+
+
+def build(job: Job, dataset: Dataset) -> Untrained:
+    """Makes tables, model and optimizer: a pure function of the job and the columns of its data.
+
+    Effects: seeds torch's generator and sets the number of torch's threads.
+
+    Raises:
+      ConfigError: the model does not fit the columns, or a table is declared wrongly.
+    """
+    threads = job.training.threads or available_cores()
+    torch.set_num_threads(threads)
+    torch.manual_seed(job.training.seed)
+    collection = EmbeddingCollection(
+        dataset.tables, dataset.features, seed=job.training.seed, num_threads=threads
+    )
+    model = build_model(
+        job.model,
+        len(dataset.numeric),
+        collection.feature_dims,
+        [feature.name for feature in dataset.features],
+    )
+    trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
+    return Untrained(
+        TrainState(collection=collection, model=model, optimizer=trainer.optimizer), trainer
+    )
