@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
 from penstock.config import (
-    DataConfig,
     Job,
     ParquetSource,
     Shuffle,
@@ -14,10 +10,6 @@ from penstock.config import (
     SyntheticSource,
     TextSource,
 )
-from penstock.data.dataset import Dataset
-from penstock.errors import CheckpointError, ConfigError
-from penstock.training.checkpoint import TrainState
-from penstock.training.setup import build
 
 
 def on_other_data(job: Job, path: str) -> Job:

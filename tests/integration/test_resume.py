@@ -11,7 +11,6 @@ import threading
 import pytest
 import torch
 import yaml
-from conftest import STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from penstock import run as story

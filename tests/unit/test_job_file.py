@@ -103,11 +103,13 @@ def test_a_later_override_wins_and_a_kind_can_follow_its_fields(job_file):
         ),
         (
             "features.1.pooling=mean",
-            "--set features.1.pooling=mean: features is a list with indices 0 to 0, not '1'; use one of these or set the whole list",
+            "--set features.1.pooling=mean: features is a list with indices 0 to 0, not '1'; use "
+            "one of these or set the whole list",
         ),
         (
             "features.first.pooling=mean",
-            "--set features.first.pooling=mean: features is a list with indices 0 to 0, not 'first'; use one of these or set the whole list",
+            "--set features.first.pooling=mean: features is a list with indices 0 to 0, not "
+            "'first'; use one of these or set the whole list",
         ),
         (
             "name.first=1",
@@ -115,7 +117,8 @@ def test_a_later_override_wins_and_a_kind_can_follow_its_fields(job_file):
         ),
         (
             "training.epochs=[",
-            "--set training.epochs:1: not valid YAML: expected the node content, but found '<stream end>'",
+            "--set training.epochs:1: not valid YAML: expected the node content, but found "
+            "'<stream end>'",
         ),
         ("training.epoch=2", "{path}: training.epoch: unknown key; did you mean 'epochs'?"),
         ("trainning.epochs=2", "{path}: trainning: unknown key; did you mean 'training'?"),
@@ -177,7 +180,8 @@ def test_a_function_gives_a_job(tmp_path, monkeypatch):
     (tmp_path / "my_job_module.py").write_text(
         "from penstock.config import parse_job\n"
         "def small():\n"
-        "    return parse_job({'data': {'source': {'format': 'synthetic'}, 'label': {'column': 'click'}}})\n"
+        "    source = {'format': 'synthetic'}\n"
+        "    return parse_job({'data': {'source': source, 'label': {'column': 'click'}}})\n"
         "def number():\n    return 3\n",
         encoding="utf-8",
     )
