@@ -1,21 +1,182 @@
 // The only file that knows Python. Arrays come in as numpy views; the interpreter lock is released while the core works.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "buffer_pool.h"
 #include "columns.h"
+#include "host_store.h"
 
 namespace nb = nanobind;
+using namespace penstock;
 
 namespace {
 
+template <typename T>
+using In = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Out = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using InRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// Owns copies of the arrays that a PoolingPlan points to.
+struct PlanArrays {
+  std::vector<int64_t> packed_feature;
+  std::vector<uint32_t> table;
+  std::vector<uint8_t> is_mean;
+  std::vector<int64_t> column;
+  int64_t stride;
+
+  PoolingPlan plan() const {
+    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), is_mean.data(), column.data(), stride};
+  }
+};
+
+PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, int64_t batch_size) {
+  const int64_t bags = static_cast<int64_t>(offsets.shape(0)) - 1;
+  return {keys.data(), offsets.data(), batch_size, batch_size == 0 ? 0 : bags / batch_size};
+}
+
+const Hyper* hypers_of(const InRows& hypers) { return reinterpret_cast<const Hyper*>(hypers.data()); }
+static_assert(sizeof(Hyper) == 7 * sizeof(float));
+
 void bind_columns(nb::module_& m) {
   m.def(
-      "xxh64", [](nb::bytes data, uint64_t seed) { return penstock::xxh64(data.c_str(), data.size(), seed); },
+      "xxh64", [](nb::bytes data, uint64_t seed) { return xxh64(data.c_str(), data.size(), seed); },
       nb::arg("data"), nb::arg("seed") = 0);
+}
+
+void bind_host_store(nb::module_& m) {
+  nb::enum_<Status>(m, "Status")
+      .value("OK", Status::kOk)
+      .value("OUT_OF_MEMORY", Status::kOutOfMemory)
+      .value("TOO_MANY_ROWS", Status::kTooManyRows)
+      .value("STALE_CURSOR", Status::kStaleCursor);
+
+  nb::class_<BufferPool>(m, "BufferPool")
+      .def("__init__", [](BufferPool*) { throw nb::type_error("use buffer_pool()"); })
+      .def("take_rows", [](BufferPool& pool, int64_t rows, int64_t columns) -> nb::object {
+        std::unique_ptr<BufferPool::Loan> loan = pool.take(static_cast<size_t>(rows * columns) * sizeof(float));
+        if (!loan) return nb::none();
+        float* const data = reinterpret_cast<float*>(loan->region.data());
+        nb::capsule owner(loan.release(), [](void* p) noexcept { delete static_cast<BufferPool::Loan*>(p); });
+        const size_t shape[2] = {static_cast<size_t>(rows), static_cast<size_t>(columns)};
+        return nb::cast(nb::ndarray<nb::numpy, float>(data, 2, shape, owner));
+      });
+  m.def("buffer_pool", [] { return std::make_shared<BufferPool>(); });
+
+  nb::class_<PlanArrays>(m, "PoolingPlan")
+      .def(nb::init<std::vector<int64_t>, std::vector<uint32_t>, std::vector<uint8_t>, std::vector<int64_t>, int64_t>(),
+           nb::arg("packed_feature"), nb::arg("table"), nb::arg("is_mean"), nb::arg("column"), nb::arg("stride"));
+
+  nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing);
+
+  nb::class_<HostStore>(m, "HostStore")
+      .def(
+          "__init__",
+          [](HostStore* self, uint32_t dim, int optimizer,
+             const std::vector<std::tuple<int, float, float, uint64_t>>& initializers, int num_threads,
+             uint64_t max_bytes) {
+            std::vector<Initializer> tables;
+            for (const auto& [kind, scale, state, seed] : initializers) {
+              tables.push_back({static_cast<InitializerKind>(kind), scale, state, seed});
+            }
+            new (self) HostStore(dim, static_cast<OptimizerKind>(optimizer), std::move(tables), num_threads, max_bytes);
+          },
+          nb::arg("dim"), nb::arg("optimizer"), nb::arg("initializers"), nb::arg("num_threads"), nb::arg("max_bytes"))
+      .def("open", &HostStore::open)
+      .def(
+          "pooled_lookup",
+          [](HostStore& self, const PlanArrays& plan, In<int64_t> keys, In<int64_t> offsets, int64_t batch_size,
+             bool insert, OutRows out, Lookup& lookup) {
+            const nb::gil_scoped_release release;
+            return self.pooled_lookup(plan.plan(), packed(keys, offsets, batch_size), insert, out.data(), &lookup);
+          })
+      .def(
+          "apply_gradients",
+          [](HostStore& self, const PlanArrays& plan,
+             const std::vector<std::tuple<Lookup*, In<int64_t>, In<int64_t>, int64_t, InRows>>& gradients,
+             InRows hypers) {
+            std::vector<LookupGradient> parts;
+            for (const auto& [lookup, keys, offsets, batch_size, grad] : gradients) {
+              parts.push_back({lookup, packed(keys, offsets, batch_size), grad.data()});
+            }
+            int64_t rows = 0;
+            Status status;
+            {
+              const nb::gil_scoped_release release;
+              status = self.apply_gradients(plan.plan(), parts, hypers_of(hypers), &rows);
+            }
+            return std::make_tuple(status, rows);
+          })
+      .def(
+          "find",
+          [](HostStore& self, uint32_t table, In<int64_t> keys, bool insert, OutRows values, OutRows state,
+             Out<bool> found) {
+            const nb::gil_scoped_release release;
+            return self.find(table, keys.data(), static_cast<int64_t>(keys.size()), insert, values.data(), state.data(),
+                             found.data());
+          })
+      .def(
+          "insert_or_assign",
+          [](HostStore& self, uint32_t table, In<int64_t> keys, InRows values, nb::object state) {
+            const float* state_data = nullptr;
+            InRows rows;
+            if (!state.is_none()) {
+              rows = nb::cast<InRows>(state);
+              state_data = rows.data();
+            }
+            int64_t inserted = 0;
+            Status status;
+            {
+              const nb::gil_scoped_release release;
+              status = self.insert_or_assign(table, keys.data(), static_cast<int64_t>(keys.size()), values.data(),
+                                             state_data, &inserted);
+            }
+            return std::make_tuple(status, inserted);
+          },
+          nb::arg("table"), nb::arg("keys"), nb::arg("values"), nb::arg("state").none())
+      .def("erase",
+           [](HostStore& self, uint32_t table, In<int64_t> keys) {
+             const nb::gil_scoped_release release;
+             return self.erase(table, keys.data(), static_cast<int64_t>(keys.size()));
+           })
+      .def("export_batch",
+           [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, OutRows values,
+              OutRows state) {
+             int64_t rows = 0;
+             Status status;
+             {
+               const nb::gil_scoped_release release;
+               status = self.export_batch(table, &cursor, version, static_cast<int64_t>(keys.size()), keys.data(),
+                                          values.data(), state.data(), &rows);
+             }
+             return std::make_tuple(status, rows, cursor);
+           })
+      .def("num_rows", &HostStore::num_rows)
+      .def("check_invariants", &HostStore::check_invariants, nb::call_guard<nb::gil_scoped_release>())
+      .def("memory",
+           [](const HostStore& self) {
+             const StoreMemory m = self.memory();
+             return std::make_tuple(m.rows, m.free_slots, m.slot_capacity, m.index_bytes, m.row_bytes,
+                                    m.row_stride_bytes);
+           })
+      .def_prop_ro("content_version", &HostStore::content_version)
+      .def_prop_ro("isa", [](const HostStore& self) { return std::string(self.isa()); })
+      .def_prop_ro("num_threads", &HostStore::num_threads)
+      .def_prop_ro("state_dim", &HostStore::state_dim);
 }
 
 }  // namespace
 
 NB_MODULE(_core, m) {
   bind_columns(m);
+  bind_host_store(m);
 }

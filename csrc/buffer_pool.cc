@@ -1,0 +1,33 @@
+#include "buffer_pool.h"
+
+#include <utility>
+
+namespace penstock {
+
+BufferPool::Loan::~Loan() { pool->give_back(std::move(region)); }
+
+std::unique_ptr<BufferPool::Loan> BufferPool::take(size_t bytes) {
+  Region region;
+  {
+    const std::lock_guard<std::mutex> guard(lock_);
+    // Up to twice the size wanted: batches of unequal size share regions, a small one does not pin a huge one.
+    const auto it = idle_.lower_bound(bytes);
+    if (it != idle_.end() && (it->first <= 2 * bytes || it->first <= (size_t{2} << 20))) {
+      idle_bytes_ -= it->first;
+      region = std::move(it->second);
+      idle_.erase(it);
+    }
+  }
+  if (region.data() == nullptr && !(region.reserve(bytes) && region.commit(bytes))) return nullptr;
+  return std::unique_ptr<Loan>(new Loan{shared_from_this(), std::move(region)});
+}
+
+void BufferPool::give_back(Region region) {
+  const std::lock_guard<std::mutex> guard(lock_);
+  if (idle_bytes_ + region.committed() > kMaxIdleBytes) return;
+  const size_t size = region.committed();
+  idle_bytes_ += size;
+  idle_.emplace(size, std::move(region));
+}
+
+}  // namespace penstock

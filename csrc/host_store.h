@@ -1,0 +1,154 @@
+// Rows by (table, key) in this machine's memory: an index and an arena, for all tables of one row layout.
+//
+// Calls may come from any thread, one at a time (a lock sees to it); inside a call the work is split over the pool's
+// threads: rows and index shards have one owner each, so there are no locks on the way.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "index.h"
+#include "memory.h"
+#include "row_kernels.h"
+#include "thread_pool.h"
+
+namespace penstock {
+
+enum class Status {
+  kOk,
+  kOutOfMemory,   // the system gave no memory; what was done before stays done
+  kTooManyRows,   // 2^32 - 1 rows in one store
+  kStaleCursor,   // the store changed while it was exported
+  kIndexFull,     // internal: grow the index and go on
+};
+
+// What apply_gradients needs of a look-up: where each key's row is.
+struct Lookup {
+  std::vector<uint32_t> slots;  // [N] by position in the packed keys; only the plan's features are filled
+  uint64_t erase_version = 0;  // slots hold as long as no row was erased since
+  int64_t num_missing = 0;  // keys read without a row (insert == false)
+};
+
+struct LookupGradient {
+  Lookup* lookup;
+  PackedKeys batch;
+  const float* grad;  // [B, plan.stride]
+};
+
+struct StoreMemory {
+  uint64_t rows;
+  uint64_t free_slots;
+  uint64_t slot_capacity;
+  uint64_t index_bytes;
+  uint64_t row_bytes;
+  uint64_t row_stride_bytes;
+};
+
+class HostStore {
+ public:
+  // Tables are numbered as in `initializers`. max_bytes bounds the arena's address range; 0: twice the machine's memory.
+  HostStore(uint32_t dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
+            uint64_t max_bytes);
+
+  // False: no memory or address space.
+  bool open();
+
+  // Pools the batch into out [B, plan.stride]. With `insert`, absent keys get rows; without, they read as initial values.
+  Status pooled_lookup(const PoolingPlan& plan, const PackedKeys& batch, bool insert, float* out, Lookup* lookup);
+
+  // One optimizer step on every row that the look-ups touched, on the sum of its gradients; rows: how many.
+  Status apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients, const Hyper* hypers,
+                         int64_t* rows);
+
+  // values [n, dim] and state [n, state_dim]; absent keys read as initial. found[i]: the row was there before the call.
+  Status find(uint32_t table, const int64_t* keys, int64_t count, bool insert, float* values, float* state,
+              bool* found);
+
+  // Writes rows; of equal keys the last one stays. state may be null: initial. inserted: rows that were new.
+  Status insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, const float* values, const float* state,
+                          int64_t* inserted);
+
+  int64_t erase(uint32_t table, const int64_t* keys, int64_t count);
+
+  // Copies up to max_rows rows of a table from *cursor on (0 at first) and moves it; ends when it returns 0 rows.
+  // kStaleCursor: content_version() is not `version` any more.
+  Status export_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,
+                      float* values, float* state, int64_t* rows);
+
+  // Rises with every call that adds or removes rows.
+  uint64_t content_version() const { return content_version_; }
+
+  uint64_t num_rows(uint32_t table) const;
+  StoreMemory memory() const;
+  const char* isa() const { return isa_; }
+  int num_threads() const { return pool_.num_threads(); }
+  uint32_t dim() const { return dim_; }
+  uint32_t state_dim() const { return state_dim_; }
+
+  // Empty, or what is wrong: every entry reachable, slots used once, rows + free slots = slots handed out.
+  std::string check_invariants() const;
+
+ private:
+  struct Miss {
+    uint64_t key;
+    uint32_t table;
+    uint32_t* slot;  // where to write the answer
+  };
+  struct alignas(64) ShardSlots {
+    std::vector<uint32_t> free;
+    uint32_t next = 0;
+    uint32_t end = 0;  // [next, end) is this shard's current extent
+    std::vector<uint64_t> rows_of_table;
+  };
+  struct alignas(64) ThreadScratch {
+    std::vector<Miss> misses;
+    std::vector<uint64_t> keys;
+    std::vector<uint32_t> tables;
+    std::vector<uint32_t> slots;
+    std::vector<uint32_t*> targets;
+    std::vector<uint64_t> hash_slots;
+    std::vector<uint32_t> unique_of, begin, order;
+    int64_t rows = 0;
+  };
+
+  bool find_tile(const PoolingPlan& plan, const PackedKeys& batch, int64_t begin, int64_t end, uint32_t* slots,
+                 ThreadScratch& scratch);
+  bool find_chunk(ThreadScratch& scratch);
+  Status locate(uint32_t table, const int64_t* keys, int64_t count, bool insert, std::vector<uint32_t>* slots);
+  Status insert_misses();
+  Status insert_shard(uint32_t shard, const Miss* misses, int64_t count, int64_t* done);
+  void sort_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients);
+  void copy_rows(const uint32_t* slots, int64_t count, float* values, float* state);
+  Status take_slot(ShardSlots& shard, uint32_t* slot);
+  Status refresh(const PoolingPlan& plan, LookupGradient& gradient);
+  int64_t samples_per_tile(const PoolingPlan& plan, const PackedKeys& batch) const;
+  Rows rows() const { return {arena_.data(), stride_bytes_, dim_, state_dim_}; }
+
+  const uint32_t dim_;
+  const uint32_t state_dim_;
+  const size_t stride_bytes_;
+  const uint64_t max_bytes_;
+  const char* isa_ = "";
+  const RowKernels kernels_;
+  const std::vector<Initializer> initializers_;
+
+  mutable std::mutex call_;
+  ThreadPool pool_;
+  Index index_;
+  Region arena_;
+  std::mutex arena_growth_;
+  uint64_t slots_handed_out_ = 0;
+  uint64_t content_version_ = 1;
+  uint64_t erase_version_ = 1;
+  std::vector<ShardSlots> shards_;
+  std::vector<ThreadScratch> scratch_;
+  std::vector<Miss> sorted_misses_;
+  std::vector<uint8_t> tile_has_misses_;
+  std::vector<Occurrence> occurrences_;
+  std::vector<int64_t> bucket_begin_;
+};
+
+}  // namespace penstock

@@ -1,0 +1,104 @@
+#include "index.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace penstock {
+
+bool Index::allocate(uint64_t capacity, Region* region) {
+  const size_t bytes = capacity * kNumShards * sizeof(Entry);
+  return region->reserve(bytes) && region->commit(bytes);
+}
+
+bool Index::open() {
+  if (!allocate(kInitialCapacity, &region_)) return false;
+  capacity_ = kInitialCapacity;
+  std::fill_n(entries(), capacity_ * kNumShards, Entry{0, Entry::kEmpty});
+  return true;
+}
+
+uint32_t Index::find(uint64_t key, uint32_t table, uint64_t hash) const {
+  const IndexView index = view();
+  const Entry* const shard = index.shard(hash);
+  for (uint64_t i = index.home(hash);; i = i + 1 == capacity_ ? 0 : i + 1) {
+    if (shard[i].is_empty()) return kNoSlot;
+    if (shard[i].key == key && shard[i].table() == table) return shard[i].slot();
+  }
+}
+
+void Index::place(Entry* shard, uint64_t capacity, uint64_t home, Entry entry) {
+  uint64_t i = home;
+  while (!shard[i].is_empty()) i = i + 1 == capacity ? 0 : i + 1;
+  shard[i] = entry;
+}
+
+void Index::insert(uint64_t key, uint32_t table, uint64_t hash, uint32_t slot) {
+  const IndexView index = view();
+  place(index.shard(hash), capacity_, index.home(hash), Entry{key, Entry::pack(table, slot)});
+  ++counts_[shard_of(hash)].rows;
+}
+
+uint32_t Index::erase(uint64_t key, uint32_t table, uint64_t hash) {
+  const IndexView index = view();
+  Entry* const shard = index.shard(hash);
+  const auto after = [this](uint64_t i) { return i + 1 == capacity_ ? 0 : i + 1; };
+  uint64_t hole = index.home(hash);
+  while (!(shard[hole].key == key && shard[hole].table() == table)) {
+    if (shard[hole].is_empty()) return kNoSlot;
+    hole = after(hole);
+  }
+  const uint32_t slot = shard[hole].slot();
+  // Close the gap: an entry moves back into the hole unless its home lies cyclically within (hole, entry].
+  for (uint64_t i = after(hole); !shard[i].is_empty(); i = after(i)) {
+    const uint64_t home = index.home(hash_key(shard[i].key, shard[i].table()));
+    const uint64_t from_home = i >= home ? i - home : i + capacity_ - home;
+    const uint64_t from_hole = i >= hole ? i - hole : i + capacity_ - hole;
+    if (from_home < from_hole) continue;
+    shard[hole] = shard[i];
+    hole = i;
+  }
+  shard[hole] = Entry{0, Entry::kEmpty};
+  --counts_[shard_of(hash)].rows;
+  return slot;
+}
+
+bool Index::grow(ThreadPool& pool) {
+  // Small indexes double; large ones grow by 1.3, to keep the memory per row low.
+  const uint64_t capacity = capacity_ < 4096 ? capacity_ * 2 : capacity_ + capacity_ * 3 / 10;
+  Region region;
+  if (!allocate(capacity, &region)) return false;
+  const IndexView old = view();
+  const IndexView fresh{reinterpret_cast<Entry*>(region.data()), capacity};
+  pool.run(kNumShards, [&](int64_t shard, int) {
+    Entry* const from = old.entries + shard * old.capacity;
+    Entry* const to = fresh.entries + shard * capacity;
+    std::fill_n(to, capacity, Entry{0, Entry::kEmpty});
+    for (uint64_t i = 0; i < old.capacity; ++i) {
+      if (from[i].is_empty()) continue;
+      place(to, capacity, fresh.home(hash_key(from[i].key, from[i].table())), from[i]);
+    }
+    // Old and new need not be resident together.
+    const size_t begin = reinterpret_cast<char*>(from) - region_.data();
+    region_.release(begin, begin + old.capacity * sizeof(Entry));
+  });
+  region_ = std::move(region);
+  capacity_ = capacity;
+  return true;
+}
+
+bool Index::is_consistent() const {
+  for (uint32_t shard = 0; shard < kNumShards; ++shard) {
+    const Entry* const from = entries() + shard * capacity_;
+    uint64_t rows = 0;
+    for (uint64_t i = 0; i < capacity_; ++i) {
+      if (from[i].is_empty()) continue;
+      ++rows;
+      const uint64_t hash = hash_key(from[i].key, from[i].table());
+      if (shard_of(hash) != shard || find(from[i].key, from[i].table(), hash) != from[i].slot()) return false;
+    }
+    if (rows != counts_[shard].rows) return false;
+  }
+  return true;
+}
+
+}  // namespace penstock

@@ -1,0 +1,94 @@
+// (table, key) -> slot: open addressing over 16-byte entries, in shards that threads own one at a time.
+//
+// A key's hash picks the shard (top bits) and the home position in it (the rest, scaled to the capacity, so that the
+// capacity need not be a power of two). Linear probing, wrapping within the shard; deletion shifts entries back, so there
+// are no tombstones. All shards have one capacity and lie in one range of 2 MiB pages; they grow together.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "hashing.h"
+#include "memory.h"
+#include "thread_pool.h"
+
+namespace penstock {
+
+constexpr int kShardBits = 6;
+constexpr uint32_t kNumShards = 1u << kShardBits;
+constexpr uint32_t kNoSlot = ~0u;
+constexpr uint32_t kMaxTables = (1u << 16) - 1;
+
+struct Entry {
+  uint64_t key;
+  uint64_t meta;  // table << 48 | slot; kEmpty: no row
+
+  static constexpr uint64_t kEmpty = ~uint64_t{0};
+  static uint64_t pack(uint32_t table, uint32_t slot) { return uint64_t{table} << 48 | slot; }
+  [[gnu::always_inline]] uint32_t slot() const { return static_cast<uint32_t>(meta); }
+  [[gnu::always_inline]] uint32_t table() const { return static_cast<uint32_t>(meta >> 48); }
+  [[gnu::always_inline]] bool is_empty() const { return meta == kEmpty; }
+};
+static_assert(sizeof(Entry) == 16);
+
+// What a probe needs; plain data so that kernels of any instruction set can read it.
+struct IndexView {
+  Entry* entries;
+  uint64_t capacity;  // entries of one shard
+
+  [[gnu::always_inline]] Entry* shard(uint64_t hash) const { return entries + (hash >> (64 - kShardBits)) * capacity; }
+  [[gnu::always_inline]] uint64_t home(uint64_t hash) const {
+    return static_cast<uint64_t>((static_cast<unsigned __int128>(hash << kShardBits) * capacity) >> 64);
+  }
+};
+
+class Index {
+ public:
+  // False: no memory.
+  bool open();
+
+  IndexView view() const { return {entries(), capacity_}; }
+  uint64_t capacity() const { return capacity_; }
+  size_t memory_bytes() const { return region_.committed(); }
+
+  // Rows of a shard that it may hold before all shards must grow.
+  uint64_t limit() const { return capacity_ * kMaxLoadPercent / 100; }
+  uint64_t count(uint32_t shard) const { return counts_[shard].rows; }
+
+  static uint32_t shard_of(uint64_t hash) { return static_cast<uint32_t>(hash >> (64 - kShardBits)); }
+
+  // The slot of (key, table), or kNoSlot.
+  uint32_t find(uint64_t key, uint32_t table, uint64_t hash) const;
+
+  // Adds (key, table), which must be absent; the shard must be below limit(). The caller owns the shard.
+  void insert(uint64_t key, uint32_t table, uint64_t hash, uint32_t slot);
+
+  // Removes (key, table) and returns its slot, or kNoSlot. The caller owns the shard.
+  uint32_t erase(uint64_t key, uint32_t table, uint64_t hash);
+
+  // Moves all entries to a larger capacity. False: no memory, nothing changed.
+  bool grow(ThreadPool& pool);
+
+  // True if every entry can be found from its home position and the counts agree.
+  bool is_consistent() const;
+
+ private:
+  // Load stays in [0.59, 0.77]: 21 to 27 bytes of index a row.
+  static constexpr uint64_t kMaxLoadPercent = 77;
+  static constexpr uint64_t kInitialCapacity = 64;
+
+  struct alignas(64) Count {
+    uint64_t rows = 0;
+  };
+
+  Entry* entries() const { return reinterpret_cast<Entry*>(region_.data()); }
+  static bool allocate(uint64_t capacity, Region* region);
+  static void place(Entry* shard, uint64_t capacity, uint64_t home, Entry entry);
+
+  Region region_;
+  uint64_t capacity_ = 0;
+  std::vector<Count> counts_ = std::vector<Count>(kNumShards);
+};
+
+}  // namespace penstock

@@ -1,0 +1,40 @@
+// Address ranges that are reserved once and filled from the front, so that rows never move while a store grows.
+#pragma once
+
+#include <cstddef>
+
+namespace penstock {
+
+// A reserved range of zeroed memory; 2 MiB pages are asked for where the system has them. Not thread-safe.
+class Region {
+ public:
+  Region() = default;
+  ~Region();
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+  Region(Region&& other) noexcept;
+  Region& operator=(Region&& other) noexcept;
+
+  // Reserves addresses, no memory. False: the system refuses (address-space limit).
+  bool reserve(size_t bytes);
+
+  // Makes at least the first `bytes` bytes usable; what is there stays. False: out of memory or beyond the reserve.
+  bool commit(size_t bytes);
+
+  // Gives the memory of [begin, end) back to the system; it reads as zero afterwards.
+  void release(size_t begin, size_t end);
+
+  char* data() const { return data_; }
+  size_t reserved() const { return reserved_; }
+  size_t committed() const { return committed_; }
+
+ private:
+  char* data_ = nullptr;
+  size_t reserved_ = 0;
+  size_t committed_ = 0;
+};
+
+// Bytes of physical memory of this machine.
+size_t physical_memory_bytes();
+
+}  // namespace penstock

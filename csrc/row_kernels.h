@@ -1,0 +1,115 @@
+// The inner loops over rows. Compiled once per instruction set (row_kernels.cc), chosen when a store is opened.
+//
+// The small member functions are always inlined: one copy for all instruction sets must not exist.
+// Every set computes the same bits: lanes are fixed at 16, sums run in a fixed order, multiply-add is never fused.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "hashing.h"
+#include "index.h"
+
+namespace penstock {
+
+enum class OptimizerKind : int32_t { kSgd = 0, kAdagrad = 1, kRowWiseAdagrad = 2, kAdam = 3 };
+
+// Optimizer settings of one table at one step; unused ones are 0.
+struct Hyper {
+  float learning_rate;  // with the schedule's factor; for Adam also with the bias corrections
+  float weight_decay;
+  float eps;
+  float beta1;
+  float beta2;
+  float one_minus_beta1;
+  float one_minus_beta2;
+};
+
+// Fixed-size rows: [value dim | optimizer state].
+struct Rows {
+  char* base;
+  size_t stride_bytes;
+  uint32_t dim;
+  uint32_t state_dim;
+
+  [[gnu::always_inline]] float* at(uint32_t slot) const { return reinterpret_cast<float*>(base + stride_bytes * slot); }
+  [[gnu::always_inline]] size_t bytes() const { return (size_t{dim} + state_dim) * sizeof(float); }
+};
+
+// The features of a batch that one store serves; [F] arrays.
+struct PoolingPlan {
+  int64_t num_features;
+  const int64_t* packed_feature;  // which feature of the packed batch
+  const uint32_t* table;
+  const uint8_t* is_mean;
+  const int64_t* column;  // first column of the output
+  int64_t stride;         // columns of the output
+};
+
+// A packed batch of B samples: bag (f, b) holds keys[offsets[f * B + b] .. offsets[f * B + b + 1]).
+struct PackedKeys {
+  const int64_t* keys;
+  const int64_t* offsets;
+  int64_t batch_size;
+  int64_t num_features;  // of the packed batch, served by this store or not
+
+  [[gnu::always_inline]] int64_t num_bags() const { return num_features * batch_size; }
+};
+
+// One occurrence of a row in a batch: scale * grad[0..dim) is its share of the row's gradient.
+struct Occurrence {
+  uint64_t grad_and_table;  // address in the low 48 bits, table in the high 16
+  uint32_t slot;
+  float scale;
+
+  static uint64_t pack(const float* grad, uint32_t table) {
+    return reinterpret_cast<uint64_t>(grad) | uint64_t{table} << 48;
+  }
+  [[gnu::always_inline]] const float* grad() const { return reinterpret_cast<const float*>(grad_and_table & ((uint64_t{1} << 48) - 1)); }
+  [[gnu::always_inline]] uint32_t table() const { return static_cast<uint32_t>(grad_and_table >> 48); }
+};
+
+// Working memory of update(); the caller sizes it for `count` occurrences.
+struct UpdateScratch {
+  uint64_t* hash_slots;   // [hash_size] power of two >= 2 * count
+  uint32_t* unique_of;    // [count]
+  uint32_t* begin;        // [count + 1]
+  uint32_t* order;        // [count]
+  uint64_t hash_size;
+};
+
+struct RowKernels {
+  // Finds keys[i] of tables[i], i < count; slots[i] = kNoSlot where absent. Prefetches the values of the rows found.
+  // Returns the number of absent ones.
+  int64_t (*find)(const IndexView& index, const Rows& rows, const uint64_t* keys, const uint32_t* tables, int64_t count,
+                  uint32_t* slots);
+
+  // Pools samples [begin, end) into out [B, stride]; a key without a row reads as its initial value.
+  void (*pool)(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, const uint32_t* slots,
+               const Initializer* initializers, int64_t begin, int64_t end, bool stream, float* out);
+
+  // Sums the gradients of equal slots, in order, and applies one optimizer step to each row.
+  // Returns the number of rows updated.
+  int64_t (*update)(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper* hypers,
+                    const UpdateScratch& scratch);
+
+  // Writes the first value and state of a row.
+  void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, float* row);
+};
+
+// Kernels for the best instruction set of this machine; `isa` is its name. Dim and optimizer are fixed per store.
+RowKernels select_row_kernels(uint32_t dim, OptimizerKind optimizer, const char** isa);
+
+uint32_t optimizer_state_dim(OptimizerKind optimizer, uint32_t dim);
+
+namespace isa_generic {
+RowKernels row_kernels(uint32_t dim, OptimizerKind optimizer);
+}
+namespace isa_avx2 {
+RowKernels row_kernels(uint32_t dim, OptimizerKind optimizer);
+}
+namespace isa_avx512 {
+RowKernels row_kernels(uint32_t dim, OptimizerKind optimizer);
+}
+
+}  // namespace penstock

@@ -1,0 +1,295 @@
+"""`EmbeddingCollection`: tables without a vocabulary as a torch module, in place of nn.EmbeddingBag.
+
+```python
+tables = [TableConfig(name="item", dim=16, optimizer=Adagrad(learning_rate=0.05))]
+features = [FeatureConfig(name="clicked", table="item", pooling="mean")]
+embeddings = EmbeddingCollection(tables, features)
+head = torch.nn.Linear(16, 1)
+optimizer = torch.optim.Adam(head.parameters())
+for keys, label in batches:                                # keys [B, n] int64, any value
+    sparse = KeyedJagged.pack({"clicked": Jagged.from_dense(keys)})
+    loss = F.binary_cross_entropy_with_logits(head(embeddings(sparse))[:, 0], label)
+    loss.backward()
+    optimizer.step(), optimizer.zero_grad()
+    embeddings.apply_gradients()
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from penstock import _core
+from penstock.config import FeatureConfig, TableConfig
+from penstock.embedding.host_store import HostStore
+from penstock.embedding.store import (
+    CURSOR_START,
+    PooledFeature,
+    PooledGradient,
+    PoolingPlan,
+    RowLayout,
+    TableRows,
+)
+from penstock.errors import CapacityError, ConfigError
+from penstock.types import KeyedJagged
+
+
+class TableStats(NamedTuple):
+    """Size of one table."""
+
+    name: str
+    rows: int
+    bytes: int
+    """Values and optimizer state."""
+    memory_bytes: int
+    """With this table's share of index, alignment and free slots."""
+
+
+class _Group(NamedTuple):
+    """Tables of one row layout: one store, one call for all of them."""
+
+    store: HostStore
+    plan: PoolingPlan
+
+
+class _Pending(NamedTuple):
+    lookups: list[object]
+    batch: KeyedJagged
+    grad: Tensor
+
+
+class EmbeddingCollection(nn.Module):
+    """Pooled embeddings of every feature of a batch, and the optimizer step of their tables.
+
+    In training mode a new key gets a row. In evaluation mode, or under `torch.no_grad`, a missing
+    key reads as its initial value and no row is made; `num_missing` counts them.
+
+    The tables are no torch parameters: `state_dict` does not hold them (see `export_table`), and
+    torch's optimizers do not see them. `apply_gradients` takes the place of `optimizer.step()`.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        features: Sequence[FeatureConfig],
+        *,
+        seed: int = 0,
+        num_threads: int | None = None,
+    ) -> None:
+        """Makes empty tables.
+
+        Args:
+          tables: with distinct names.
+          features: with distinct names; the order is that of the output's columns.
+          seed: of the initial values.
+          num_threads: threads of one look-up or update; None: the cores this process may use.
+
+        Raises:
+          ConfigError: a name twice, or a feature of an unknown table.
+        """
+        super().__init__()
+        self.tables = tuple(tables)
+        self.features = tuple(features)
+        _refuse_duplicates("table", [table.name for table in tables])
+        _refuse_duplicates("feature", [feature.name for feature in features])
+        by_name = {table.name: table for table in tables}
+        for feature in features:
+            if feature.table not in by_name:
+                raise ConfigError(_unknown_table(feature, list(by_name)))
+        self.feature_dims = tuple(by_name[feature.table].dim for feature in features)
+        self.step = 0
+        """Updates applied so far; schedules and Adam's bias correction count by it."""
+        self.num_missing = 0
+        """Keys read without a row, in evaluation, since the beginning."""
+        self._names = tuple(feature.name for feature in features)
+        self._groups = self._make_groups(seed, num_threads or available_cores())
+        self._pending: list[_Pending] = []
+        self._outputs = _core.buffer_pool()
+        # Autograd calls backward only where an input needs a gradient; the tables are none.
+        self._anchor = torch.zeros(0, requires_grad=True)
+
+    def _make_groups(self, seed: int, num_threads: int) -> tuple[_Group, ...]:
+        first_column = [sum(self.feature_dims[:f]) for f in range(len(self.features))]
+        groups = []
+        for layout in dict.fromkeys(RowLayout.of(table) for table in self.tables):
+            tables = [table for table in self.tables if RowLayout.of(table) == layout]
+            number = {table.name: n for n, table in enumerate(tables)}
+            served = tuple(
+                PooledFeature(f, number[feature.table], feature.pooling == "mean", first_column[f])
+                for f, feature in enumerate(self.features)
+                if feature.table in number
+            )
+            store = HostStore(tables, seed=seed, num_threads=num_threads)
+            groups.append(_Group(store, PoolingPlan(served, sum(self.feature_dims))))
+        return tuple(groups)
+
+    def forward(self, sparse: KeyedJagged) -> Tensor:
+        """Pools the keys of each sample.
+
+        Args:
+          sparse: its features must be this collection's, in the same order.
+
+        Returns:
+          [B, sum(feature_dims)] float32: the features' vectors side by side; an empty bag is zeros.
+
+        Raises:
+          ConfigError: other features, or keys and offsets of a wrong type or shape.
+          CapacityError: no memory for a new row.
+        """
+        self._check(sparse)
+        if self.training and torch.is_grad_enabled():
+            out: Tensor = _PooledLookup.apply(self._anchor, self, sparse)
+            return out
+        out, lookups = self._lookup(sparse, insert=False)
+        self.num_missing += sum(lookup.num_missing for lookup in lookups)
+        return out
+
+    def apply_gradients(self) -> None:
+        """One optimizer step on all gradients of the backward passes since the last call.
+
+        Several backward passes add up, as in torch; a call without any changes nothing but the step.
+        """
+        pending, self._pending = self._pending, []
+        if pending:
+            for number, (store, plan) in enumerate(self._groups):
+                gradients = [
+                    PooledGradient(part.lookups[number], part.batch, part.grad) for part in pending
+                ]
+                store.apply_gradients(plan, gradients, self.step)
+        self.step += 1
+
+    def discard_gradients(self) -> None:
+        """Forgets the gradients that are not applied yet, as `optimizer.zero_grad()` does."""
+        self._pending.clear()
+
+    def export_table(self, table: str, batch_rows: int = 1 << 18) -> Iterator[TableRows]:
+        """Copies every row of a table once, in batches, in no particular order.
+
+        Raises:
+          RuntimeError: a row was added or removed meanwhile.
+        """
+        store, number = self._find_table(table)
+        cursor = CURSOR_START
+        while True:
+            rows, cursor = store.export_batch(number, cursor, batch_rows)
+            if not len(rows.keys):
+                return
+            yield rows
+
+    def import_rows(self, table: str, rows: TableRows) -> int:
+        """Writes rows into a table and returns how many keys were new; equal keys: the last stays."""
+        store, number = self._find_table(table)
+        return store.insert_or_assign(number, rows)
+
+    def table_stats(self) -> list[TableStats]:
+        """Rows and bytes of each table, in the order of `tables`."""
+        stats = {}
+        for store, _ in self._groups:
+            memory = store.memory()
+            row_bytes = 4 * (store.layout.dim + store.layout.state_dim)
+            for number, table in enumerate(store.tables):
+                rows = store.num_rows(number)
+                share = rows / memory.rows if memory.rows else 0.0
+                used = memory.slot_capacity * memory.row_stride_bytes + memory.index_bytes
+                stats[table.name] = TableStats(
+                    table.name, rows, rows * row_bytes, round(share * used)
+                )
+        return [stats[table.name] for table in self.tables]
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if a store is inconsistent. Reads everything: for tests."""
+        for store, _ in self._groups:
+            store.check_invariants()
+
+    def _lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
+        width = sum(self.feature_dims)
+        rows = self._outputs.take_rows(sparse.batch_size, width)
+        if rows is None:
+            raise CapacityError(f"no memory for the output of a batch of {sparse.batch_size}")
+        out = torch.from_numpy(rows)
+        lookups = [
+            store.pooled_lookup(plan, sparse, insert=insert, out=out)
+            for store, plan in self._groups
+        ]
+        return out, lookups
+
+    def _find_table(self, name: str) -> tuple[HostStore, int]:
+        for store, _ in self._groups:
+            for number, table in enumerate(store.tables):
+                if table.name == name:
+                    return store, number
+        raise ConfigError(f"no table {name!r}; there are {', '.join(t.name for t in self.tables)}")
+
+    def _check(self, sparse: KeyedJagged) -> None:
+        if sparse.features != self._names:
+            raise ConfigError(
+                f"the batch has features {list(sparse.features)}, "
+                f"this collection {list(self._names)}, in this order"
+            )
+        for name, tensor in (("values", sparse.values), ("offsets", sparse.offsets)):
+            is_flat = tensor.dim() == 1 and tensor.is_contiguous()
+            if tensor.dtype != torch.int64 or tensor.device.type != "cpu" or not is_flat:
+                raise ConfigError(
+                    f"{name} of the batch: expected contiguous int64 [n] on the CPU, "
+                    f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                )
+        bags = sparse.offsets.numel() - 1
+        if self._names and (bags < 0 or bags % len(self._names)):
+            raise ConfigError(
+                f"{bags + 1} offsets for {len(self._names)} features: expected features * B + 1"
+            )
+        _check_offsets(sparse)
+
+
+class _PooledLookup(torch.autograd.Function):
+    """The boundary to autograd: forward looks rows up, backward keeps their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, collection: EmbeddingCollection, sparse: KeyedJagged
+    ) -> Tensor:
+        out, lookups = collection._lookup(sparse, insert=True)
+        ctx.collection, ctx.sparse, ctx.lookups = collection, sparse, lookups
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        grad = grads[0].to(torch.float32).contiguous()
+        ctx.collection._pending.append(_Pending(ctx.lookups, ctx.sparse, grad))
+        return None, None, None
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_offsets(sparse: KeyedJagged) -> None:
+    offsets, num_keys = sparse.offsets, sparse.values.numel()
+    if not offsets.numel():
+        raise ConfigError("offsets of the batch are empty: expected features * B + 1")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != num_keys or bool((offsets.diff() < 0).any()):
+        raise ConfigError(
+            f"offsets of the batch must rise from 0 to the number of keys ({num_keys}), "
+            f"got {int(offsets[0])} to {int(offsets[-1])}"
+        )
+
+
+def _refuse_duplicates(what: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{what} names must differ; given twice: {', '.join(twice)}")
+
+
+def _unknown_table(feature: FeatureConfig, known: list[str]) -> str:
+    near = difflib.get_close_matches(feature.table, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"tables: {', '.join(known) or 'none'}"
+    return f"feature {feature.name!r}: no table {feature.table!r}; {hint}"

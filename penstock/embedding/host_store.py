@@ -1,0 +1,233 @@
+"""Rows in this machine's memory: the C++ core (csrc/host_store.h) behind the store contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock import _core
+from penstock.config import TableConfig
+from penstock.embedding import initializer, optimizer
+from penstock.embedding.store import (
+    Cursor,
+    FindResult,
+    PooledGradient,
+    PoolingPlan,
+    RowLayout,
+    StoreMemory,
+    TableRows,
+)
+from penstock.errors import CapacityError, ConfigError
+from penstock.types import KeyedJagged
+
+MAX_TABLES = 65_535
+
+
+class HostStore:
+    """Satisfies `Store`. All tables must have one row layout."""
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        *,
+        seed: int = 0,
+        num_threads: int = 1,
+        max_bytes: int = 0,
+    ) -> None:
+        """Opens an empty store.
+
+        Args:
+          tables: of one row layout, with distinct names.
+          seed: of the initial values.
+          num_threads: threads of one call, the caller's included.
+          max_bytes: most bytes of rows; 0: twice the machine's memory.
+        """
+        layouts = {RowLayout.of(table) for table in tables}
+        if len(layouts) != 1:
+            raise ConfigError(f"the tables of one store need one row layout, got {len(layouts)}")
+        if len(tables) > MAX_TABLES:
+            raise ConfigError(f"{len(tables)} tables of one row layout; at most {MAX_TABLES}")
+        self.layout = layouts.pop()
+        self.tables = tuple(tables)
+        self._hypers = optimizer.Hypers(tables)
+        self._core = _core.HostStore(
+            dim=self.layout.dim,
+            optimizer=optimizer.KINDS[self.layout.optimizer],
+            initializers=[
+                (
+                    initializer.KINDS[type(table.initializer)],
+                    initializer.scale_of(table.initializer),
+                    optimizer.initial_state(table.optimizer),
+                    initializer.table_seed(seed, table.name),
+                )
+                for table in tables
+            ],
+            num_threads=num_threads,
+            max_bytes=max_bytes,
+        )
+        if not self._core.open():
+            raise CapacityError(
+                "no address space for a host store; raise the limit on virtual memory (ulimit -v)"
+            )
+
+    @property
+    def isa(self) -> str:
+        """Instruction set of the kernels in use: generic, avx2 or avx512."""
+        return self._core.isa
+
+    def find(self, table: int, keys: Tensor) -> FindResult:
+        """See `Store.find`."""
+        return self._find(table, keys, insert=False)
+
+    def find_or_insert(self, table: int, keys: Tensor) -> FindResult:
+        """See `Store.find_or_insert`."""
+        return self._find(table, keys, insert=True)
+
+    def _find(self, table: int, keys: Tensor, *, insert: bool) -> FindResult:
+        self._check_table(table)
+        keys = _checked(keys, torch.int64, (None,), "keys")
+        values = np.empty((len(keys), self.layout.dim), dtype=np.float32)
+        state = np.empty((len(keys), self.layout.state_dim), dtype=np.float32)
+        found = np.empty(len(keys), dtype=np.bool_)
+        self._raise_for(self._core.find(table, keys.numpy(), insert, values, state, found))
+        return FindResult(
+            torch.from_numpy(values), torch.from_numpy(state), torch.from_numpy(found)
+        )
+
+    def insert_or_assign(self, table: int, rows: TableRows) -> int:
+        """See `Store.insert_or_assign`."""
+        self._check_table(table)
+        keys = _checked(rows.keys, torch.int64, (None,), "keys")
+        values = _checked(rows.values, torch.float32, (len(keys), self.layout.dim), "values")
+        state = _checked(rows.state, torch.float32, (len(keys), self.layout.state_dim), "state")
+        status, inserted = self._core.insert_or_assign(
+            table, keys.numpy(), values.numpy(), state.numpy()
+        )
+        self._raise_for(status)
+        return int(inserted)
+
+    def erase(self, table: int, keys: Tensor) -> int:
+        """See `Store.erase`."""
+        self._check_table(table)
+        return int(self._core.erase(table, _checked(keys, torch.int64, (None,), "keys").numpy()))
+
+    def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
+        """See `Store.export_batch`."""
+        self._check_table(table)
+        version = self._core.content_version if cursor.version is None else cursor.version
+        keys = np.empty(max_rows, dtype=np.int64)
+        values = np.empty((max_rows, self.layout.dim), dtype=np.float32)
+        state = np.empty((max_rows, self.layout.state_dim), dtype=np.float32)
+        status, count, position = self._core.export_batch(
+            table, cursor.position, version, keys, values, state
+        )
+        self._raise_for(status)
+        rows = TableRows(
+            torch.from_numpy(keys[:count]),
+            torch.from_numpy(values[:count]),
+            torch.from_numpy(state[:count]),
+        )
+        return rows, Cursor(position, version)
+
+    def num_rows(self, table: int) -> int:
+        """See `Store.num_rows`."""
+        self._check_table(table)
+        return int(self._core.num_rows(table))
+
+    def pooled_lookup(
+        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+    ) -> _core.Lookup:
+        """See `Store.pooled_lookup`."""
+        assert out.is_contiguous()
+        assert out.shape == (batch.batch_size, plan.stride)
+        lookup = _core.Lookup()
+        status = self._core.pooled_lookup(
+            _core_plan(plan),
+            batch.values.numpy(),
+            batch.offsets.numpy(),
+            batch.batch_size,
+            insert,
+            out.numpy(),
+            lookup,
+        )
+        self._raise_for(status)
+        return lookup
+
+    def apply_gradients(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+    ) -> int:
+        """See `Store.apply_gradients`."""
+        parts = [
+            (lookup, batch.values.numpy(), batch.offsets.numpy(), batch.batch_size, grad.numpy())
+            for lookup, batch, grad in gradients
+        ]
+        status, rows = self._core.apply_gradients(_core_plan(plan), parts, self._hypers.at(step))
+        self._raise_for(status)
+        return int(rows)
+
+    def memory(self) -> StoreMemory:
+        """See `Store.memory`."""
+        return StoreMemory(*self._core.memory())
+
+    def check_invariants(self) -> None:
+        """See `Store.check_invariants`."""
+        problem = self._core.check_invariants()
+        if problem:
+            raise AssertionError(problem)
+        memory = self.memory()
+        assert memory.rows + memory.free_slots == memory.slot_capacity, memory
+
+    def _check_table(self, table: int) -> None:
+        if not 0 <= table < len(self.tables):
+            raise ConfigError(f"table number {table} of a store with {len(self.tables)} tables")
+
+    def _raise_for(self, status: _core.Status) -> None:
+        if status == _core.Status.OK:
+            return
+        rows = self.memory().rows
+        names = ", ".join(table.name for table in self.tables[:4])
+        where = (
+            f"host store of {len(self.tables)} tables ({names}{', ...' * (len(self.tables) > 4)})"
+        )
+        if status == _core.Status.STALE_CURSOR:
+            raise RuntimeError(f"{where} changed while it was exported; begin the export again")
+        if status == _core.Status.TOO_MANY_ROWS:
+            raise CapacityError(
+                f"{where} holds {rows} rows, and a store takes 2^32 - 1; give some tables another dim"
+            )
+        raise CapacityError(
+            f"{where} cannot grow beyond {rows} rows: no memory; use a machine with more memory or "
+            "smaller tables"
+        )
+
+
+@lru_cache(maxsize=256)
+def _core_plan(plan: PoolingPlan) -> _core.PoolingPlan:
+    features = plan.features
+    return _core.PoolingPlan(
+        packed_feature=[feature.packed_feature for feature in features],
+        table=[feature.table for feature in features],
+        is_mean=[int(feature.is_mean) for feature in features],
+        column=[feature.column for feature in features],
+        stride=plan.stride,
+    )
+
+
+def _checked(
+    tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], name: str
+) -> Tensor:
+    """The tensor, contiguous, or an error that names it."""
+    is_shape = tensor.dim() == len(shape) and all(
+        want in {None, have} for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not is_shape:
+        wanted = ["n" if size is None else size for size in shape]
+        raise ConfigError(
+            f"{name}: expected {dtype} of shape {wanted} on the CPU, "
+            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )
+    return tensor.detach().contiguous()

@@ -1,0 +1,186 @@
+"""The contract of a store: rows by (table, key) on one device, for tables of one row layout.
+
+A row is `[value dim | optimizer state]`. `HostStore` (C++) and `DictStore` (plain Python, the oracle of the tests)
+satisfy it; one test suite runs on both. Tables are numbered in the order in which the store was given them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from penstock.config import Optimizer, TableConfig
+from penstock.embedding.optimizer import state_dim
+from penstock.types import KeyedJagged
+
+
+class RowLayout(NamedTuple):
+    """What tables must have in common to share a store."""
+
+    dim: int
+    optimizer: type[Optimizer]
+    state_dim: int
+
+    @classmethod
+    def of(cls, table: TableConfig) -> RowLayout:
+        """Layout of a table's rows."""
+        return cls(table.dim, type(table.optimizer), state_dim(table.optimizer, table.dim))
+
+
+class TableRows(NamedTuple):
+    """Rows of one table."""
+
+    keys: Tensor
+    """[n] int64."""
+    values: Tensor
+    """[n, D] float32."""
+    state: Tensor
+    """[n, S] float32 optimizer state; S may be 0."""
+
+
+class FindResult(NamedTuple):
+    """What `find` and `find_or_insert` return; copies, valid for ever."""
+
+    values: Tensor
+    """[n, D] float32; the initial value where the key was absent."""
+    state: Tensor
+    """[n, S] float32; the initial state where the key was absent."""
+    found: Tensor
+    """[n] bool: the key had a row before the call."""
+
+
+class StoreMemory(NamedTuple):
+    """Bytes and slots of a store."""
+
+    rows: int
+    free_slots: int
+    slot_capacity: int
+    """rows + free_slots == slot_capacity, always."""
+    index_bytes: int
+    row_bytes: int
+    """Memory of the arena, used or free."""
+    row_stride_bytes: int
+    """Distance between rows: value and state, aligned to 8."""
+
+
+@dataclass(frozen=True, slots=True)
+class PooledFeature:
+    """One feature that a store serves."""
+
+    packed_feature: int
+    """Number of the feature in the packed batch."""
+    table: int
+    """Number of the table in the store."""
+    is_mean: bool
+    column: int
+    """First column in the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingPlan:
+    """All features that a store serves, and the width of the output they write into."""
+
+    features: tuple[PooledFeature, ...]
+    stride: int
+
+
+class PooledGradient(NamedTuple):
+    """The gradient of one pooled look-up."""
+
+    lookup: object
+    """What `pooled_lookup` returned; used once."""
+    batch: KeyedJagged
+    grad: Tensor
+    """[B, plan.stride] float32, contiguous."""
+
+
+class Store(Protocol):
+    """Rows by (table, key). Calls may come from any thread; they run one at a time."""
+
+    layout: RowLayout
+    tables: Sequence[TableConfig]
+
+    def find(self, table: int, keys: Tensor) -> FindResult:
+        """Reads rows; never inserts.
+
+        Args:
+          table: number of the table.
+          keys: [n] int64, any value, duplicates allowed.
+        """
+
+    def find_or_insert(self, table: int, keys: Tensor) -> FindResult:
+        """Reads rows; an absent key gets one, with initial value and state.
+
+        Raises:
+          CapacityError: the store cannot hold another row; rows inserted so far stay.
+        """
+
+    def insert_or_assign(self, table: int, rows: TableRows) -> int:
+        """Writes rows and returns how many keys were new; of equal keys the last one stays.
+
+        Raises:
+          CapacityError: as `find_or_insert`.
+        """
+
+    def erase(self, table: int, keys: Tensor) -> int:
+        """Removes rows and returns how many there were; absent keys are no error."""
+
+    def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
+        """Copies up to `max_rows` rows, in no particular order, each once.
+
+        Begin with `CURSOR_START`; the end is reached when no rows come back.
+
+        Raises:
+          RuntimeError: a row was added or removed since the export began.
+        """
+
+    def num_rows(self, table: int) -> int:
+        """Rows of a table."""
+
+    def pooled_lookup(
+        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+    ) -> object:
+        """Pools every bag of the plan's features into `out` [B, plan.stride] float32.
+
+        Args:
+          plan: features, tables, columns.
+          batch: the packed keys.
+          insert: absent keys get rows; else they read as initial values and are counted
+            (`num_missing` of the result).
+          out: columns of other stores' features are left alone.
+
+        Returns:
+          What `apply_gradients` needs to know of this look-up.
+
+        Raises:
+          CapacityError: as `find_or_insert`; `out` is then undefined.
+        """
+
+    def apply_gradients(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+    ) -> int:
+        """One optimizer step for each row touched, on the sum of its gradients; returns the rows.
+
+        Sums run in the order of (look-up, sample, feature, key), so the bits of the result do not
+        depend on the number of threads. A row erased since the look-up begins anew.
+        """
+
+    def memory(self) -> StoreMemory:
+        """Bytes and slots."""
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if rows, free slots and index disagree. Reads everything: for tests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Place in an export."""
+
+    position: int = 0
+    version: int | None = None
+
+
+CURSOR_START = Cursor()
