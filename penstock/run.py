@@ -28,7 +28,7 @@ from penstock.training.metrics import BinaryMetrics
 from penstock.training.prediction import write_scores
 from penstock.training.setup import build
 from penstock.training.step import Clock, steps_s, train_step
-from penstock.training.trained import open_trained
+from penstock.training.trained import newest_of_run, open_trained
 from penstock.types import Batch
 
 
@@ -90,8 +90,9 @@ def evaluate(path: Path, data: str | None = None) -> dict[str, float]:
       ConfigError: nothing is held out and no data is given.
       DataError: the data does not fit the job.
     """
-    with open_trained(path, data) as trained, trained.batches() as batches:
-        return evaluate_batches(batches, trained.state.model, trained.state.collection)
+    trained = open_trained(path, data)
+    with trained.batches() as batches:
+        return evaluate_batches(batches, trained.model, trained.collection)
 
 
 def predict(path: Path, data: str, out: Path) -> int:
@@ -108,8 +109,9 @@ def predict(path: Path, data: str, out: Path) -> int:
     Raises:
       CheckpointError, ConfigError, DataError: as `evaluate`; or `out` cannot be written.
     """
-    with open_trained(path, data, labels="optional") as trained, trained.batches() as batches:
-        return write_scores(scored(batches, trained.state.model, trained.state.collection), out)
+    trained = open_trained(path, data, labels="optional")
+    with trained.batches() as batches:
+        return write_scores(scored(batches, trained.model, trained.collection), out)
 
 
 @contextmanager
@@ -121,11 +123,13 @@ def open_run(
     Nothing is written to `out` before data, model and checkpoint were found to fit the job.
     """
     folder = RunFolder(out)
-    if not resume:
+    if resume:
+        newest_of_run(out)
+    else:
         folder.refuse_unless_new()
     dataset = Dataset.open(job, quarantine=folder.quarantine_file)
     with closing(RunReport(folder, job, planned_samples(job, dataset), console)) as report:
-        yield Run(job, dataset, Checkpoints(folder.checkpoints, job), report)
+        yield Run(job, dataset, folder, report)
 
 
 def planned_samples(job: Job, dataset: Dataset) -> int:
@@ -139,14 +143,20 @@ def planned_samples(job: Job, dataset: Dataset) -> int:
 class Run:
     """A training run while it is open: what is trained, and what the loop can do with it."""
 
-    def __init__(
-        self, job: Job, dataset: Dataset, checkpoints: Checkpoints, report: RunReport
-    ) -> None:
+    def __init__(self, job: Job, dataset: Dataset, folder: RunFolder, report: RunReport) -> None:
         self.job = job
         self.dataset = dataset
-        self.checkpoints = checkpoints
+        self.folder = folder
         self.report = report
         self.state, self.trainer = build(job, dataset)
+        self.window = self.state.metrics = BinaryMetrics()
+        """Of the steps since the last log; part of a checkpoint."""
+        self.checkpoints = Checkpoints(
+            folder.checkpoints,
+            job.training.checkpoint.keep_last,
+            job,
+            numeric=dataset.numeric,
+        )
         self.clock = Clock()
         self._began_s = time.monotonic()
         self._samples = 0
@@ -159,7 +169,7 @@ class Run:
     def begin(self, resume: bool) -> None:
         """Starts at step 0 or, with `resume`, where the newest checkpoint ends."""
         if resume:
-            self.checkpoints.restore(self.checkpoints.newest(), self.state)
+            self.checkpoints.restore(newest_of_run(self.folder.path), self.state)
             self._saved_step = self.state.step
         self.report.start(self.state.step, self.state.position.samples)
 
@@ -189,7 +199,7 @@ class Run:
         result = train_step(
             state.model, state.collection, self.trainer, batch, state.step, self.clock
         )
-        state.metrics.update(result.logits, batch.labels, batch.weights)
+        self.window.update(result.logits, batch.labels, batch.weights)
         state.step += 1
         state.position = batch.end
         self._gradient_norm = result.gradient_norm
@@ -198,10 +208,10 @@ class Run:
 
     def log(self) -> None:
         """Records the metrics of the steps since the last log: each batch before its update."""
-        state, metrics = self.state, self.state.metrics.compute()
+        state, metrics = self.state, self.window.compute()
         if not metrics["samples"]:
             return
-        state.metrics = BinaryMetrics()
+        self.window = state.metrics = BinaryMetrics()
         spent = {part: s - self._window_seconds[part] for part, s in self.clock.seconds.items()}
         trained = self._samples - self._window_samples
         self._window_seconds, self._window_samples = dict(self.clock.seconds), self._samples

@@ -12,6 +12,7 @@ from penstock.embedding.collection import EmbeddingCollection, available_cores
 from penstock.models import build_model
 from penstock.training.checkpoint import TrainState
 from penstock.training.dense import DenseTrainer
+from penstock.types import Position
 
 
 class Untrained(NamedTuple):
@@ -42,6 +43,5 @@ def build(job: Job, dataset: Dataset) -> Untrained:
         [feature.name for feature in dataset.features],
     )
     trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
-    return Untrained(
-        TrainState(collection=collection, model=model, optimizer=trainer.optimizer), trainer
-    )
+    state = TrainState(0, Position(), collection, model, trainer.optimizer)
+    return Untrained(state, trainer)

@@ -143,8 +143,9 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Ten
 
 
 def _place(batch: Batch) -> str:
+    first, last = batch.start.samples, batch.end.samples - 1
     return (
-        f"stopped before any update, at the batch {batch.origin} (epoch {batch.start.epoch}, samples "
-        f"{batch.start.samples} to {batch.end.samples - 1} of the run). Look at these rows, lower "
-        "the learning rate or set training.clip_gradient_norm; the last checkpoint stays good"
+        f"stopped before any update, at the batch {batch.origin} (epoch {batch.start.epoch}, "
+        f"samples {first} to {last} of the run). Look at these rows, lower the learning rate or "
+        "set training.clip_gradient_norm; the last checkpoint stays good"
     )
