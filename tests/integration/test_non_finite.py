@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from run_contents import contents
 
 from penstock import run as story
 from penstock.config import parse_job
@@ -41,14 +42,24 @@ def test_the_run_stops_and_names_the_batch(poisoned, tmp_path, quiet):
     assert "poisoned.parquet rows 1792-1919" in message
     assert "epoch 0, samples 1792 to 1919 of the run" in message
     # The checkpoint after step 12 is untouched and usable.
-    with story.open_trained(out) as trained:
-        assert trained.state.step == 12
-        assert all(torch.isfinite(value).all() for value in trained.state.model.parameters())
+    found = contents(out)
+    assert found["step"] == 12
+    assert all(value.isfinite().all() for value in found["dense"].values())
+    story.train(
+        poisoned.model_copy(update={"training": stop_at(poisoned, 13)}),
+        out,
+        resume=True,
+        console=quiet,
+    )
+
+
+def stop_at(job, step):
+    return job.training.model_copy(update={"max_steps": step})
 
 
 def test_nothing_is_updated(poisoned, tmp_path, quiet):
     with story.open_run(poisoned, tmp_path / "run", console=quiet) as run:
-        run.start()
+        run.begin(resume=False)
         with run.remaining_batches() as batches:
             for batch in batches:
                 if batch.start.samples <= BAD_ROW < batch.end.samples:

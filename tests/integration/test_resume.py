@@ -9,64 +9,14 @@ import sys
 import threading
 
 import pytest
-import torch
 import yaml
+from run_contents import contents, differences
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from penstock import run as story
 from penstock.config import parse_job
 from penstock.errors import CheckpointError, ConfigError
 from penstock.training.interruption import interruption
-
-# Seconds and rates are of the machine, not of the run.
-MEASURED = {"seconds", "samples_per_s"}
-
-
-def contents(out):
-    """All that a run computed: rows by key, dense weights, optimizer state, metrics."""
-    with story.open_trained(out) as trained:
-        state = trained.state
-        tables = {}
-        for table in state.collection.tables:
-            parts = list(state.collection.export_table(table.name))
-            keys = torch.cat([part.keys for part in parts])
-            order = keys.argsort()
-            tables[table.name] = (
-                keys[order],
-                torch.cat([part.values for part in parts])[order],
-                torch.cat([part.state for part in parts])[order],
-            )
-        dense = {name: value.clone() for name, value in state.model.state_dict().items()}
-        optimizer = state.optimizer.state_dict()
-        where = (state.step, state.position)
-    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [
-        {name: value for name, value in json.loads(line).items() if name not in MEASURED}
-        for line in text.splitlines()
-    ]
-    return {
-        "where": where,
-        "tables": tables,
-        "dense": dense,
-        "optimizer": optimizer,
-        "lines": lines,
-    }
-
-
-def assert_same_bits(left, right, path=""):
-    assert type(left) is type(right), path
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype and torch.equal(left, right), path
-    elif isinstance(left, dict):
-        assert list(left) == list(right), path
-        for name in left:
-            assert_same_bits(left[name], right[name], f"{path}.{name}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), path
-        for index, (one, other) in enumerate(zip(left, right, strict=True)):
-            assert_same_bits(one, other, f"{path}.{index}")
-    else:
-        assert left == right, path
 
 
 @pytest.fixture
@@ -90,7 +40,7 @@ def test_after_a_crash(small_job, tmp_path, quiet, whole, monkeypatch, step):
         story.train(small_job, out, console=quiet)
     monkeypatch.setattr(story, "train_step", real)
     story.train(small_job, out, resume=True, console=quiet)
-    assert_same_bits(contents(out), whole)
+    assert not differences(contents(out), whole)
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     steps = [event.step for event in events.Scalars("train/log_loss")]
@@ -136,7 +86,7 @@ def test_after_a_signal(small_yaml, tmp_path, penstock, whole, name):
     code, shown, errors = penstock(*command.split())
     assert (code, errors) == (0, "")
     assert "resumed at step 9 (1,152 samples)" in shown
-    assert_same_bits(contents(out), whole)
+    assert not differences(contents(out), whole)
 
 
 def test_signals_are_a_question_first_and_an_order_then():
@@ -188,7 +138,8 @@ def test_resume_needs_a_checkpoint(small_job, tmp_path, quiet):
     with pytest.raises(CheckpointError) as caught:
         story.train(small_job, out, resume=True, console=quiet)
     assert str(caught.value) == (
-        f"{out / 'checkpoints'}: no complete checkpoint to resume from; start anew without --resume"
+        f"{out}: no complete checkpoint in this run folder; look at the name, or train anew "
+        "without --resume"
     )
     assert not out.exists()
 

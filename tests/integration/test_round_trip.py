@@ -6,7 +6,7 @@ import math
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import STEPS
+from small import STEPS
 
 from penstock import __version__
 

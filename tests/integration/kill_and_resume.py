@@ -1,6 +1,6 @@
 """Kills training with SIGKILL at random moments and compares what becomes of it, bit for bit.
 
-    python tests/crash/kill_and_resume.py --kills 50
+    python tests/integration/kill_and_resume.py --kills 50
 
 A small job with a checkpoint every few steps trains in a process of its own. It is killed, at a
 random moment or just after a checkpoint began to appear on disk, and started again with `resume`;
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import multiprocessing
 import random
 import sys
@@ -25,13 +24,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from run_contents import contents, differences
 
 from penstock import run as story
 from penstock.config import Job, parse_job
 from penstock.training import checkpoint
-
-# Seconds and rates are of the machine, not of the run.
-MEASURED = {"seconds", "samples_per_s"}
 
 
 def small_job(steps: int) -> Job:
@@ -58,69 +55,12 @@ def small_job(steps: int) -> Job:
 
 def train(job: Job, out: Path) -> None:
     """What the killed process does: start, or go on from the newest checkpoint if there is one."""
-    resume = story.has_checkpoint(out)
+    torch.set_num_threads(1)
+    resume = checkpoint.latest_checkpoint(out / "checkpoints") is not None
     if out.exists() and not resume:
-        out = restart_folder(out)
+        # It died before its first checkpoint.
+        out.rename(out.with_name(f"{out.name}-{time.monotonic_ns()}"))
     story.train(job, out, resume=resume, console=Console(file=io.StringIO()))
-
-
-def restart_folder(out: Path) -> Path:
-    """Moves a run that died before its first checkpoint out of the way."""
-    out.rename(out.with_name(f"{out.name}-before-first-checkpoint-{time.monotonic_ns()}"))
-    return out
-
-
-def contents(out: Path) -> dict[str, object]:
-    """All that a run computed: rows by key, dense weights, optimizer state, metrics."""
-    with story.open_trained(out) as trained:
-        state = trained.state
-        found: dict[str, object] = {"step": state.step, "position": state.position}
-        for table in state.collection.tables:
-            parts = list(state.collection.export_table(table.name))
-            keys = torch.cat([part.keys for part in parts])
-            order = keys.argsort()
-            found[f"rows of {table.name}"] = (
-                keys[order],
-                torch.cat([part.values for part in parts])[order],
-                torch.cat([part.state for part in parts])[order],
-            )
-        found["dense"] = state.model.state_dict()
-        assert state.optimizer is not None
-        found["optimizer"] = state.optimizer.state_dict()
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found["metrics"] = [
-        {name: value for name, value in json.loads(line).items() if name not in MEASURED}
-        for line in lines
-    ]
-    return found
-
-
-def differences(left: object, right: object, path: str = "") -> list[str]:
-    """Paths at which two trees of tensors and plain values are not the same bits."""
-    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-        same = left.dtype == right.dtype and left.shape == right.shape
-        same = (
-            same
-            and torch.equal(
-                left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
-            )
-            if left.dim()
-            else torch.equal(left, right)
-        )
-        return [] if same else [path]
-    if isinstance(left, dict) and isinstance(right, dict) and list(left) == list(right):
-        return [bad for key in left for bad in differences(left[key], right[key], f"{path}/{key}")]
-    if (
-        isinstance(left, list | tuple)
-        and isinstance(right, list | tuple)
-        and len(left) == len(right)
-    ):
-        return [
-            bad
-            for i, pair in enumerate(zip(left, right, strict=True))
-            for bad in differences(*pair, f"{path}/{i}")
-        ]
-    return [] if left == right else [path]
 
 
 @dataclass
@@ -156,22 +96,14 @@ def kill_somewhen(
     return killed and process.exitcode == -9
 
 
-def examine(job: Job, out: Path, tally: Tally) -> None:
-    """After a kill: the newest complete checkpoint must pass; a torn one must not be chosen."""
-    folder = out / "checkpoints"
-    if not story.has_checkpoint(out):
+def examine(out: Path, tally: Tally) -> None:
+    """After a kill: the newest complete checkpoint must be whole."""
+    newest = checkpoint.latest_checkpoint(out / "checkpoints")
+    if newest is None:
         tally.before_first += 1
         return
-    newest = checkpoint.Checkpoints(folder, job).latest()
-    assert newest is not None
-    if any(path != newest and not is_complete(path) for path in folder.iterdir()):
-        tally.while_saving += 1
+    tally.while_saving += any(".tmp-" in path.name for path in newest.parent.iterdir())
     checkpoint.verify(newest)
-
-
-def is_complete(path: Path) -> bool:
-    """Whether a folder is a committed checkpoint by its name."""
-    return path.is_dir() and path.name.startswith("step-")
 
 
 def main() -> int:
@@ -203,7 +135,7 @@ def main() -> int:
                     process, out, moment, arguments.longest_s
                 ):
                     tally.kills += 1
-                    examine(job, out, tally)
+                    examine(out, tally)
                     continue
                 process.join()
                 if process.exitcode != 0:
@@ -213,8 +145,8 @@ def main() -> int:
                 tally.problems += differences(contents(out), expected)
             tally.finished_runs += 1
     print(
-        f"{tally.kills} kills ({tally.while_saving} left a torn checkpoint, {tally.before_first} came "
-        f"before the first) in {tally.finished_runs} runs of {arguments.steps} steps, seed "
+        f"{tally.kills} kills ({tally.while_saving} left a torn checkpoint, {tally.before_first} "
+        f"came before the first) in {tally.finished_runs} runs of {arguments.steps} steps, seed "
         f"{arguments.seed}, {time.monotonic() - begin:.0f} s: "
         + ("; ".join(tally.problems) if tally.problems else "every run ended with the same bits")
     )
