@@ -1,6 +1,5 @@
 """A run that was stopped, by whatever, ends with the same bits as one that was not."""
 
-import json
 import os
 import re
 import signal
