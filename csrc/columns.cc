@@ -1,6 +1,8 @@
 #include "columns.h"
 
+#include <array>
 #include <bit>
+#include <charconv>
 #include <cstring>
 
 namespace penstock {
@@ -57,6 +59,97 @@ uint64_t xxh64(const void* data, size_t size, uint64_t seed) {
   hash ^= hash >> 29;
   hash *= kPrime3;
   return hash ^ (hash >> 32);
+}
+
+namespace {
+
+int64_t fold(uint64_t hash, uint64_t buckets) { return static_cast<int64_t>(buckets ? hash % buckets : hash); }
+
+// Value of every hexadecimal digit; 0xff for all other bytes.
+constexpr std::array<uint8_t, 256> kHexDigit = [] {
+  std::array<uint8_t, 256> table{};
+  table.fill(0xff);
+  for (uint8_t d = 0; d < 10; ++d) table['0' + d] = d;
+  for (uint8_t d = 0; d < 6; ++d) table['a' + d] = table['A' + d] = static_cast<uint8_t>(10 + d);
+  return table;
+}();
+
+}  // namespace
+
+template <typename Offset>
+void hash_strings(const Offset* offsets, const uint8_t* bytes, size_t n, uint64_t seed, uint64_t buckets,
+                  int64_t* out) {
+  for (size_t i = 0; i < n; ++i) {
+    out[i] = fold(xxh64(bytes + offsets[i], static_cast<size_t>(offsets[i + 1] - offsets[i]), seed), buckets);
+  }
+}
+
+template <typename Integer>
+void hash_integers(const Integer* values, size_t n, uint64_t seed, uint64_t buckets, int64_t* out) {
+  char text[24];
+  for (size_t i = 0; i < n; ++i) {
+    const char* const end = std::to_chars(text, text + sizeof text, values[i]).ptr;
+    out[i] = fold(xxh64(text, static_cast<size_t>(end - text), seed), buckets);
+  }
+}
+
+template <typename Offset>
+int64_t parse_hex(const Offset* offsets, const uint8_t* bytes, size_t n, int64_t* out) {
+  for (size_t i = 0; i < n; ++i) {
+    const uint8_t* p = bytes + offsets[i];
+    const uint8_t* const end = bytes + offsets[i + 1];
+    if (p == end || end - p > 16) return static_cast<int64_t>(i);
+    uint64_t value = 0;
+    uint8_t wrong = 0;
+    for (; p != end; ++p) {
+      const uint8_t digit = kHexDigit[*p];
+      wrong |= digit;
+      value = value << 4 | (digit & 0xf);
+    }
+    if (wrong & 0xf0) return static_cast<int64_t>(i);
+    out[i] = static_cast<int64_t>(value);
+  }
+  return -1;
+}
+
+template void hash_strings(const int32_t*, const uint8_t*, size_t, uint64_t, uint64_t, int64_t*);
+template void hash_strings(const int64_t*, const uint8_t*, size_t, uint64_t, uint64_t, int64_t*);
+template void hash_integers(const int64_t*, size_t, uint64_t, uint64_t, int64_t*);
+template void hash_integers(const uint64_t*, size_t, uint64_t, uint64_t, int64_t*);
+template int64_t parse_hex(const int32_t*, const uint8_t*, size_t, int64_t*);
+template int64_t parse_hex(const int64_t*, const uint8_t*, size_t, int64_t*);
+
+bool jagged_select_offsets(const int64_t* offsets, size_t features, size_t width, const int64_t* rows, size_t n,
+                           int64_t* out) {
+  for (size_t i = 0; i < n; ++i) {
+    if (rows[i] < 0 || static_cast<size_t>(rows[i]) >= width) return false;
+  }
+  int64_t total = 0;
+  *out++ = 0;
+  for (size_t f = 0; f < features; ++f, offsets += width) {
+    for (size_t i = 0; i < n; ++i) {
+      total += offsets[rows[i] + 1] - offsets[rows[i]];
+      *out++ = total;
+    }
+  }
+  return true;
+}
+
+void jagged_select_values(const int64_t* values, const int64_t* offsets, size_t features, size_t width,
+                          const int64_t* rows, size_t n, const int64_t* out_offsets, int64_t* out) {
+  for (size_t f = 0; f < features; ++f, offsets += width, out_offsets += n) {
+    for (size_t i = 0; i < n; ++i) {
+      const int64_t* from = values + offsets[rows[i]];
+      int64_t* to = out + out_offsets[i];
+      for (int64_t left = out_offsets[i + 1] - out_offsets[i]; left > 0; --left) *to++ = *from++;
+    }
+  }
+}
+
+int64_t count_newlines(const uint8_t* bytes, size_t size) {
+  int64_t count = 0;
+  for (size_t i = 0; i < size; ++i) count += bytes[i] == '\n';
+  return count;
 }
 
 }  // namespace penstock
