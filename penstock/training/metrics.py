@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +23,12 @@ _PENDING_SAMPLES = 1 << 19
 class BinaryMetrics:
     """Log loss, normalized entropy, AUC and calibration of logits against labels in {0, 1}.
 
-    Sums are float64. The AUC counts equal scores half. It comes from a histogram whose bins are
-    the single float32 values as long as at most `MAX_BINS` different ones came: then it is exact.
-    Beyond that, neighbouring bins are joined two by two (the last bits of the score are dropped)
-    until they fit, which leaves an error below 1e-4. The bins depend on the set of scores alone,
-    not on their order.
+    Sums are float64. The AUC counts equal scores half. It comes from a histogram of the scores,
+    one bin for each float32 value, so it is exact as long as at most `MAX_BINS` different ones
+    came. Beyond that, neighbouring bins are joined two by two (the last bit of every score is
+    dropped) until they fit: with any number of samples a bin is then at most about 2^-12 of its
+    score wide, and the error stays below 1e-4 unless most scores lie closer together than that.
+    The bins depend on the set of scores alone, not on their order.
     """
 
     def __init__(self) -> None:
@@ -222,7 +224,13 @@ class _ScoreHistogram:
             self._shift = shift
 
     def _sum_equal(self, bins: Tensor, positive: Tensor, negative: Tensor) -> None:
-        ordered, order = bins.sort(stable=True)
+        # Bin and place in one number: numpy sorts plain int64 five times as fast as torch sorts
+        # int32 with its order, and equal bins keep their order, which fixes the sums' rounding.
+        packed = torch.from_numpy(
+            np.sort(((bins.to(torch.int64) << 32) | torch.arange(bins.numel())).numpy())
+        )
+        ordered = (packed >> 32).to(torch.int32)
+        order = packed & 0xFFFFFFFF
         is_first = torch.ones_like(ordered, dtype=torch.bool)
         is_first[1:] = ordered[1:] != ordered[:-1]
         self._bins = ordered[is_first]

@@ -1,0 +1,150 @@
+"""Whether a checkpoint belongs to a job, and if not, which fields tell.
+
+A resumed run may change what does not alter the meaning of a row, a weight or a position in the
+input: where the data lies, for how long, how fast and how verbosely to train. Everything else
+must be as it was. docs/checkpoint_format.md lists and explains the fields.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from penstock.config import FeatureConfig, Job, TableConfig, parse_job
+from penstock.errors import ConfigError
+
+MAY_CHANGE = (
+    "name",
+    # The same data may have moved, and new files may follow those already read.
+    "data.source.path",
+    "data.source.on_malformed_row",
+    "data.evaluation_source*",
+    "data.prefetch_batches",
+    "data.reader_threads",
+    # Compared as the tables that they came to.
+    "tables*",
+    "table_defaults*",
+    "training.batch_size",
+    "training.epochs",
+    "training.max_steps",
+    "training.optimizer.learning_rate",
+    "training.optimizer.weight_decay",
+    "training.optimizer.schedule.*",
+    "training.clip_gradient_norm",
+    "training.evaluate_every_steps",
+    "training.evaluation_batch_size",
+    "training.log_every_steps",
+    "training.checkpoint.*",
+    "training.threads",
+    "table *.optimizer.learning_rate",
+    "table *.optimizer.weight_decay",
+    "table *.optimizer.schedule.*",
+)
+"""Globs of fields that a resumed run may change."""
+
+_MOST_LINES = 20
+_ABSENT = object()
+
+
+def resolve(
+    numeric: Sequence[str], features: Sequence[FeatureConfig], tables: Sequence[TableConfig]
+) -> dict[str, Any]:
+    """What the job came to, as plain data for the manifest."""
+    return {
+        "numeric": list(numeric),
+        "features": [feature.model_dump(mode="json") for feature in features],
+        "tables": [table.model_dump(mode="json") for table in tables],
+    }
+
+
+def differences(
+    saved_job: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    job: Job,
+    resolved: Mapping[str, Any],
+) -> list[str]:
+    """Compares a checkpoint's job with another one.
+
+    Args:
+      saved_job: fields of the job in the manifest.
+      saved: `resolve` of the checkpoint.
+      job: the job that wants to go on from it.
+      resolved: `resolve` of that job.
+
+    Returns:
+      One line for each field that differs and must not; empty: the checkpoint fits.
+    """
+    try:
+        # Through the current classes, so that a field younger than the checkpoint has its default.
+        before = parse_job(saved_job).model_dump(mode="json")
+    except ConfigError:
+        before = dict(saved_job)
+    lines = _compare(_leaves(before), _leaves(job.model_dump(mode="json")))
+    return [*lines, *resolved_differences(saved, resolved)]
+
+
+def resolved_differences(saved: Mapping[str, Any], resolved: Mapping[str, Any]) -> list[str]:
+    """The part of `differences` that concerns columns, features and tables."""
+    lines = []
+    if saved["numeric"] != resolved["numeric"]:
+        lines.append(_line("numeric columns", saved["numeric"], resolved["numeric"]))
+    for kind in ("feature", "table"):
+        before = {item["name"]: item for item in saved[f"{kind}s"]}
+        after = {item["name"]: item for item in resolved[f"{kind}s"]}
+        lines += [f"{kind} {name}: only in the checkpoint" for name in before if name not in after]
+        lines += [f"{kind} {name}: only in the job" for name in after if name not in before]
+        common = [name for name in before if name in after]
+        for name in common:
+            prefix = f"{kind} {name}."
+            lines += _compare(_leaves(before[name], prefix), _leaves(after[name], prefix))
+        # A table is found by its name, but the features' order is that of the model's inputs.
+        order = [name for name in after if name in before]
+        if kind == "feature" and common != order:
+            lines.append(_line("order of the features", common, order))
+    return lines
+
+
+def describe(lines: Sequence[str]) -> str:
+    """The lines, indented, cut off where they are many."""
+    shown = [f"  {line}" for line in lines[:_MOST_LINES]]
+    if len(lines) > _MOST_LINES:
+        shown.append(f"  and {len(lines) - _MOST_LINES} more")
+    return "\n".join(shown)
+
+
+def _compare(before: Iterator[tuple[str, Any]], after: Iterator[tuple[str, Any]]) -> list[str]:
+    old, new = dict(before), dict(after)
+    return [
+        _line(path, old.get(path, _ABSENT), new.get(path, _ABSENT))
+        for path in {**old, **new}
+        if old.get(path, _ABSENT) != new.get(path, _ABSENT)
+        and not any(fnmatch.fnmatchcase(path, pattern) for pattern in MAY_CHANGE)
+    ]
+
+
+def _line(path: str, before: Any, after: Any) -> str:
+    return f"{path}: {_show(before)} in the checkpoint, {_show(after)} in the job"
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything that is not itself a mapping or a list of mappings."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, f"{path}{name}." if _is_inner(item) else f"{path}{name}")
+    elif isinstance(value, list) and _is_inner(value):
+        for place, item in enumerate(value):
+            yield from _leaves(item, f"{path}{place}.")
+    else:
+        yield path, value
+
+
+def _is_inner(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value)
+    return isinstance(value, list) and bool(value) and all(isinstance(x, Mapping) for x in value)

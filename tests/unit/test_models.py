@@ -1,0 +1,273 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from penstock.config import CustomModel, DCNConfig, DLRMConfig
+from penstock.errors import ConfigError
+from penstock.models import DCN, DLRM, build_model
+
+
+def inputs(batch_size, num_numeric, feature_dims, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(batch_size, num_numeric, generator=generator)
+    embeddings = torch.randn(batch_size, sum(feature_dims), generator=generator)
+    return dense, embeddings
+
+
+def dlrm_by_loops(model, dense, embeddings):
+    """The paper's formula, one sample and one pair at a time."""
+    logits = []
+    for sample in range(dense.shape[0]):
+        numbers = dense[sample : sample + 1]
+        first = model.bottom(numbers)[0] if model.has_numeric else model.constant
+        vectors = [first, *embeddings[sample].reshape(-1, model.dim)]
+        dots = [torch.dot(vectors[i], vectors[j]) for i in range(len(vectors)) for j in range(i)]
+        row = torch.cat([first, *(dot.reshape(1) for dot in dots)])
+        logits.append(model.top(row.unsqueeze(0))[0])
+    return torch.stack(logits)
+
+
+def dcn_by_loops(model, dense, embeddings):
+    logits = []
+    for sample in range(dense.shape[0]):
+        x0 = torch.cat((dense[sample], embeddings[sample]))
+        x = x0
+        for layer in model.cross:
+            parts = layer.weight if isinstance(layer.weight, nn.Sequential) else [layer.weight]
+            product = x
+            for part in parts:
+                product = part.weight @ product
+            x = x0 * (product + parts[-1].bias) + x
+        if model.is_parallel:
+            x = torch.cat((x, model.deep(x0.unsqueeze(0))[0])) if model.has_deep else x
+        logits.append(model.head(x.unsqueeze(0))[0])
+    return torch.stack(logits)
+
+
+def check_against(reference, model, dense, embeddings):
+    """Logits and all gradients in float64, so that the tolerance is rounding alone."""
+    model = model.double()
+    for parameter in model.parameters():  # biases begin at zero and would hide a mistake
+        nn.init.normal_(parameter, std=0.5)
+    dense, embeddings = (
+        part.double().requires_grad_(part.numel() > 0) for part in (dense, embeddings)
+    )
+    wanted = [part for part in (dense, embeddings, *model.parameters()) if part.requires_grad]
+    results = []
+    for forward in (model, lambda d, e: reference(model, d, e)):
+        logits = forward(dense, embeddings)
+        gradients = torch.autograd.grad(logits.sin().sum(), wanted, allow_unused=True)
+        results.append([logits, *gradients])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("num_numeric", "feature_dims", "bottom", "top"),
+    [
+        (13, (8,) * 5, (16, 8), (12, 4)),
+        (1, (3,), (), ()),
+        (0, (4, 4, 4), (16,), (8,)),
+        (0, (5,), (16,), (8,)),
+        (6, (), (16, 8), (12,)),
+        (6, (), (), ()),
+    ],
+)
+def test_dlrm_is_the_papers_formula(num_numeric, feature_dims, bottom, top):
+    torch.manual_seed(0)
+    model = build_model(DLRMConfig(bottom=bottom, top=top), num_numeric, feature_dims)
+    assert isinstance(model, DLRM)
+    check_against(dlrm_by_loops, model, *inputs(4, num_numeric, feature_dims))
+
+
+@pytest.mark.parametrize("structure", ["parallel", "stacked"])
+@pytest.mark.parametrize("low_rank", [None, 2])
+@pytest.mark.parametrize("deep", [(), (7, 5)])
+@pytest.mark.parametrize(("num_numeric", "feature_dims"), [(3, (4, 2, 1)), (0, (4,)), (3, ())])
+def test_dcn_is_the_papers_formula(structure, low_rank, deep, num_numeric, feature_dims):
+    torch.manual_seed(0)
+    config = DCNConfig(cross_layers=2, low_rank=low_rank, deep=deep, structure=structure)
+    model = build_model(config, num_numeric, feature_dims)
+    assert isinstance(model, DCN)
+    check_against(dcn_by_loops, model, *inputs(3, num_numeric, feature_dims))
+
+
+@pytest.mark.parametrize("config", [DLRMConfig(), DCNConfig(), DCNConfig(structure="stacked")])
+@pytest.mark.parametrize("batch_size", [0, 1, 33])
+def test_logits_are_finite_of_one_number_a_sample_and_small_at_first(config, batch_size):
+    torch.manual_seed(0)
+    model = build_model(config, 4, (16,) * 8)
+    dense, embeddings = inputs(batch_size, 4, (16,) * 8)
+    logits = model(dense, 0.05 * embeddings)
+    assert logits.shape == (batch_size,)
+    assert logits.dtype == torch.float32
+    assert bool((logits.abs() < 20).all())
+
+
+@pytest.mark.parametrize("config", [DLRMConfig(), DCNConfig()])
+def test_initial_weights_are_a_function_of_the_seed(config):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        states.append(build_model(config, 3, (8, 8)).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("config", [DLRMConfig(), DCNConfig(), DCNConfig(structure="stacked")])
+def test_the_graph_has_no_breaks(config):
+    model = build_model(config, 3, (8, 8))
+    dense, embeddings = inputs(5, 3, (8, 8))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(dense, embeddings), model(dense, embeddings))
+
+
+def test_dlrm_refuses_several_dims():
+    with pytest.raises(ConfigError) as caught:
+        build_model(DLRMConfig(), 2, (16, 8), ("user", "item"))
+    assert str(caught.value) == (
+        "model dlrm needs one embedding dim for all features, got user 16, item 8; "
+        "give their tables one `dim`, or use model kind dcn_v2, which takes any dims"
+    )
+    with pytest.raises(ConfigError, match="got feature 0 16, feature 1 8;"):
+        build_model(DLRMConfig(), 2, (16, 8))
+
+
+def test_no_input_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        build_model(DCNConfig(), 0, ())
+    assert str(caught.value) == (
+        "the model has no input: no numeric column and no feature matches; "
+        "declare `data.numeric` or `features`"
+    )
+
+
+# What a user might write, in a module of its own on the Python path.
+USER_MODULE = """
+import torch
+from torch import nn
+
+class Wide(nn.Module):
+    def __init__(self, num_numeric, feature_dims, hidden=4):
+        super().__init__()
+        self.layers = nn.Sequential(nn.LazyLinear(hidden), nn.Dropout(0.5), nn.Linear(hidden, 1))
+
+    def forward(self, dense, embeddings):
+        assert not (self.training and dense.shape[0] == 2)
+        return self.layers(torch.cat((dense, embeddings), 1)).squeeze(1)
+
+class Group:
+    nested = Wide
+
+def column(num_numeric, feature_dims):
+    return nn.Sequential(Wide(num_numeric, feature_dims), nn.Unflatten(0, (-1, 1)))
+
+class Integer(Wide):
+    def forward(self, dense, embeddings):
+        return torch.zeros(dense.shape[0], dtype=torch.int64)
+
+class Pair(Wide):
+    def forward(self, dense, embeddings):
+        return dense, embeddings
+
+class Broken(Wide):
+    def forward(self, dense, embeddings):
+        return self.missing
+
+def nothing(num_numeric, feature_dims):
+    return None
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "my_click_model.py").write_text(USER_MODULE)
+    (tmp_path / "half_written.py").write_text("def model(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("my_click_model", None)
+
+
+@pytest.mark.parametrize("name", ["my_click_model:Wide", "my_click_model:Group.nested"])
+def test_a_users_module_takes_the_place_of_ours(user_module, name):
+    config = CustomModel(factory=name, arguments={"hidden": 6})
+    model = build_model(config, 3, (4, 2))
+    assert model.training
+    assert model.layers[0].weight.shape == (6, 9)  # the probe has given the lazy layer its shape
+    assert model(*inputs(5, 3, (4, 2))).shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "message"),
+    [
+        (
+            "no_such_module:Wide",
+            {},
+            "model.factory 'no_such_module:Wide': cannot import 'no_such_module': "
+            "ModuleNotFoundError: No module named 'no_such_module'; is its folder on PYTHONPATH?",
+        ),
+        (
+            "half_written:model",
+            {},
+            "model.factory 'half_written:model': cannot import 'half_written': "
+            "SyntaxError: invalid syntax (half_written.py, line 1); is its folder on PYTHONPATH?",
+        ),
+        (
+            "my_click_model:Narrow",
+            {},
+            "model.factory 'my_click_model:Narrow': module 'my_click_model' has no 'Narrow'",
+        ),
+        (
+            "my_click_model:Wide",
+            {"depth": 3},
+            "model.factory 'my_click_model:Wide': calling it with num_numeric=3, "
+            "feature_dims=(4, 2), depth=3 failed: TypeError: Wide.__init__() got an unexpected "
+            "keyword argument 'depth'",
+        ),
+        (
+            "my_click_model:nothing",
+            {},
+            "model.factory 'my_click_model:nothing' returned NoneType; "
+            "it must return a torch.nn.Module",
+        ),
+        (
+            "my_click_model:column",
+            {},
+            "model.factory 'my_click_model:column': forward(dense [2, 3], embeddings [2, 6]) "
+            "failed: TypeError: Sequential.forward() takes 2 positional arguments but 3 were given",
+        ),
+        (
+            "my_click_model:Integer",
+            {},
+            "model.factory 'my_click_model:Integer': forward returned int64 [2] for 2 samples; "
+            "it must return logits [2], one number a sample",
+        ),
+        (
+            "my_click_model:Pair",
+            {},
+            "model.factory 'my_click_model:Pair': forward returned tuple for 2 samples; "
+            "it must return logits [2], one number a sample",
+        ),
+        (
+            "my_click_model:Broken",
+            {},
+            "model.factory 'my_click_model:Broken': forward(dense [2, 3], embeddings [2, 6]) "
+            "failed: AttributeError: 'Broken' object has no attribute 'missing'",
+        ),
+    ],
+)
+def test_a_wrong_users_module_is_refused_by_name(user_module, factory, arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        build_model(CustomModel(factory=factory, arguments=arguments), 3, (4, 2))
+    assert str(caught.value) == message
+
+
+def test_models_import_no_other_plane():
+    code = (
+        "import sys, penstock.models; "
+        "print(*sorted({name.split('.')[1] for name in sys.modules if name[:9] == 'penstock.'}))"
+    )
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.split() == ["config", "errors", "models"]
