@@ -224,23 +224,16 @@ void bind_host_store(nb::module_& m) {
           })
       .def(
           "insert_or_assign",
-          [](HostStore& self, uint32_t table, In<int64_t> keys, InRows values, nb::object state) {
-            const float* state_data = nullptr;
-            InRows rows;
-            if (!state.is_none()) {
-              rows = nb::cast<InRows>(state);
-              state_data = rows.data();
-            }
+          [](HostStore& self, uint32_t table, In<int64_t> keys, InRows values, InRows state) {
             int64_t inserted = 0;
             Status status;
             {
               const nb::gil_scoped_release release;
               status = self.insert_or_assign(table, keys.data(), static_cast<int64_t>(keys.size()), values.data(),
-                                             state_data, &inserted);
+                                             state.data(), &inserted);
             }
             return std::make_tuple(status, inserted);
-          },
-          nb::arg("table"), nb::arg("keys"), nb::arg("values"), nb::arg("state").none())
+          })
       .def("erase",
            [](HostStore& self, uint32_t table, In<int64_t> keys) {
              const nb::gil_scoped_release release;
@@ -263,8 +256,7 @@ void bind_host_store(nb::module_& m) {
       .def("memory",
            [](const HostStore& self) {
              const StoreMemory m = self.memory();
-             return std::make_tuple(m.rows, m.free_slots, m.slot_capacity, m.index_bytes, m.row_bytes,
-                                    m.row_stride_bytes);
+             return std::make_tuple(m.rows, m.free_slots, m.slot_capacity, m.index_bytes, m.row_bytes);
            })
       .def_prop_ro("content_version", &HostStore::content_version)
       .def_prop_ro("isa", [](const HostStore& self) { return std::string(self.isa()); })

@@ -7,22 +7,16 @@
 namespace penstock {
 namespace {
 
-constexpr int64_t kChunkKeys = 1024;     // keys that one call of the find kernel pipelines
+constexpr int64_t kChunkKeys = 4096;       // keys of one task where there are no samples
 constexpr int64_t kTileBytes = 256 << 10;  // rows of one tile: found and prefetched, then pooled, within the L2 cache
-constexpr size_t kStreamBytes = 16 << 20;  // an output larger than this will not stay in the caches anyway
+constexpr size_t kStreamBytes = 1 << 20;  // an output larger than this will not stay in the caches anyway
 constexpr uint32_t kNumBuckets = 64;
-constexpr uint32_t kRowAlignment = 8;
 
 uint32_t bucket_of(uint32_t slot) { return (slot * 0x9E3779B1u) >> 26; }
 
 uint32_t extent_rows(uint64_t handed_out) {
   // An eighth of a shard's share at a time: small stores waste little, large ones seldom take the lock.
   return static_cast<uint32_t>(std::clamp<uint64_t>(handed_out / kNumShards / 8, 16, 4096));
-}
-
-size_t stride_of(uint32_t dim, uint32_t state_dim) {
-  const size_t bytes = (size_t{dim} + state_dim) * sizeof(float);
-  return (bytes + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
 }
 
 template <typename T>
@@ -36,7 +30,6 @@ HostStore::HostStore(uint32_t dim, OptimizerKind optimizer, std::vector<Initiali
                      uint64_t max_bytes)
     : dim_(dim),
       state_dim_(optimizer_state_dim(optimizer, dim)),
-      stride_bytes_(stride_of(dim, state_dim_)),
       max_bytes_(max_bytes != 0 ? max_bytes : 2 * uint64_t{physical_memory_bytes()}),
       kernels_(select_row_kernels(dim, optimizer, &isa_)),
       initializers_(std::move(initializers)),
@@ -46,7 +39,14 @@ HostStore::HostStore(uint32_t dim, OptimizerKind optimizer, std::vector<Initiali
   for (ShardSlots& shard : shards_) shard.rows_of_table.resize(initializers_.size());
 }
 
-bool HostStore::open() { return index_.open() && arena_.reserve(max_bytes_); }
+bool HostStore::open() {
+  const uint64_t floats = dim_ + state_dim_;
+  return index_.open() && values_.reserve(max_bytes_ / floats * dim_) && states_.reserve(max_bytes_ / floats * state_dim_);
+}
+
+bool HostStore::commit_slots(uint64_t slots) {
+  return values_.commit(slots * dim_ * sizeof(float)) && states_.commit(slots * state_dim_ * sizeof(float));
+}
 
 int64_t HostStore::samples_per_tile(const PoolingPlan& plan, const PackedKeys& batch) const {
   int64_t keys = 0;
@@ -54,28 +54,42 @@ int64_t HostStore::samples_per_tile(const PoolingPlan& plan, const PackedKeys& b
     const int64_t* const bags = batch.offsets + plan.packed_feature[f] * batch.batch_size;
     keys += bags[batch.batch_size] - bags[0];
   }
-  const int64_t keys_per_tile = std::clamp<int64_t>(kTileBytes / static_cast<int64_t>(stride_bytes_), 64, 2048);
+  const int64_t keys_per_tile = std::clamp<int64_t>(kTileBytes / (int64_t{dim_} * 4), 64, 2048);
   const int64_t for_cache = keys_per_tile * batch.batch_size / std::max<int64_t>(keys, 1);
   const int64_t for_balance = batch.batch_size / (int64_t{4} * num_threads());
   return std::max<int64_t>(1, std::min(for_cache, for_balance));
 }
 
-bool HostStore::find_chunk(ThreadScratch& scratch) {
-  const int64_t count = static_cast<int64_t>(scratch.keys.size());
-  ensure_size(scratch.slots, static_cast<size_t>(kChunkKeys));
-  uint32_t* const slots = scratch.slots.data();
+bool HostStore::flush(ThreadScratch& scratch) {
+  KeyChunk& chunk = *scratch.chunk;
   const int64_t absent =
-      kernels_.find(index_.view(), rows(), scratch.keys.data(), scratch.tables.data(), count, slots);
-  for (int64_t i = 0; i < count; ++i) *scratch.targets[i] = slots[i];
+      kernels_.find(index_.view(), rows(), chunk.keys, chunk.tables, chunk.count, chunk.slots);
+  for (int64_t i = 0; i < chunk.count; ++i) *chunk.targets[i] = chunk.slots[i];
   if (absent != 0) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (slots[i] == kNoSlot) scratch.misses.push_back({scratch.keys[i], scratch.tables[i], scratch.targets[i]});
+    for (int64_t i = 0; i < chunk.count; ++i) {
+      if (chunk.slots[i] == kNoSlot) scratch.misses.push_back({chunk.keys[i], chunk.tables[i], chunk.targets[i]});
     }
   }
-  scratch.keys.clear();
-  scratch.tables.clear();
-  scratch.targets.clear();
+  chunk.count = 0;
   return absent != 0;
+}
+
+bool HostStore::find_keys(const int64_t* keys, int64_t count, uint32_t table, uint32_t* slots,
+                          ThreadScratch& scratch) {
+  KeyChunk& chunk = *scratch.chunk;
+  bool has_misses = false;
+  for (int64_t first = 0; first < count;) {
+    const int64_t size = std::min(count - first, KeyChunk::kCapacity - chunk.count);
+    for (int64_t i = 0; i < size; ++i) {
+      chunk.keys[chunk.count + i] = static_cast<uint64_t>(keys[first + i]);
+      chunk.tables[chunk.count + i] = table;
+      chunk.targets[chunk.count + i] = slots + first + i;
+    }
+    chunk.count += size;
+    first += size;
+    if (chunk.count == KeyChunk::kCapacity) has_misses |= flush(scratch);
+  }
+  return has_misses;
 }
 
 bool HostStore::find_tile(const PoolingPlan& plan, const PackedKeys& batch, int64_t begin, int64_t end,
@@ -83,14 +97,10 @@ bool HostStore::find_tile(const PoolingPlan& plan, const PackedKeys& batch, int6
   bool has_misses = false;
   for (int64_t f = 0; f < plan.num_features; ++f) {
     const int64_t* const bags = batch.offsets + plan.packed_feature[f] * batch.batch_size;
-    for (int64_t n = bags[begin]; n < bags[end]; ++n) {
-      scratch.keys.push_back(static_cast<uint64_t>(batch.keys[n]));
-      scratch.tables.push_back(plan.table[f]);
-      scratch.targets.push_back(slots + n);
-      if (static_cast<int64_t>(scratch.keys.size()) == kChunkKeys) has_misses |= find_chunk(scratch);
-    }
+    const int64_t first = bags[begin];
+    has_misses |= find_keys(batch.keys + first, bags[end] - first, plan.table[f], slots + first, scratch);
   }
-  return find_chunk(scratch) || has_misses;
+  return flush(scratch) || has_misses;
 }
 
 Status HostStore::pooled_lookup(const PoolingPlan& plan, const PackedKeys& batch, bool insert, float* out,
@@ -140,7 +150,7 @@ Status HostStore::take_slot(ShardSlots& shard, uint32_t* slot) {
     const std::lock_guard<std::mutex> guard(arena_growth_);
     const uint64_t rows = extent_rows(slots_handed_out_);
     if (slots_handed_out_ + rows >= kNoSlot) return Status::kTooManyRows;
-    if (!arena_.commit((slots_handed_out_ + rows) * stride_bytes_)) return Status::kOutOfMemory;
+    if (!commit_slots(slots_handed_out_ + rows)) return Status::kOutOfMemory;
     shard.next = static_cast<uint32_t>(slots_handed_out_);
     shard.end = static_cast<uint32_t>(slots_handed_out_ + rows);
     slots_handed_out_ += rows;
@@ -165,7 +175,7 @@ Status HostStore::insert_shard(uint32_t shard_number, const Miss* misses, int64_
       if (index_.count(shard_number) >= index_.limit()) return Status::kIndexFull;
       const Status status = take_slot(shard, &slot);
       if (status != Status::kOk) return status;
-      kernels_.initialize(rows(), initializers_[miss.table], miss.key, rows().at(slot));
+      kernels_.initialize(rows(), initializers_[miss.table], miss.key, rows().value(slot), rows().state(slot));
       index_.insert(miss.key, miss.table, hash, slot);
       ++shard.rows_of_table[miss.table];
     }
@@ -295,13 +305,9 @@ Status HostStore::locate(uint32_t table, const int64_t* keys, int64_t count, boo
   for (ThreadScratch& scratch : scratch_) scratch.misses.clear();
   pool_.run((count + kChunkKeys - 1) / kChunkKeys, [&](int64_t chunk, int thread) {
     ThreadScratch& scratch = scratch_[thread];
-    const int64_t last = std::min((chunk + 1) * kChunkKeys, count);
-    for (int64_t i = chunk * kChunkKeys; i < last; ++i) {
-      scratch.keys.push_back(static_cast<uint64_t>(keys[i]));
-      scratch.tables.push_back(table);
-      scratch.targets.push_back(slots->data() + i);
-    }
-    find_chunk(scratch);
+    const int64_t first = chunk * kChunkKeys;
+    find_keys(keys + first, std::min(kChunkKeys, count - first), table, slots->data() + first, scratch);
+    flush(scratch);
   });
   if (!insert) return Status::kOk;
   for (const ThreadScratch& scratch : scratch_) {
@@ -316,11 +322,13 @@ void HostStore::copy_rows(const uint32_t* slots, int64_t count, float* values, f
     const Rows all = rows();
     const int64_t last = std::min((chunk + 1) * kChunkKeys, count);
     for (int64_t i = chunk * kChunkKeys; i < last; ++i) {
-      if (i + kAhead < last && slots[i + kAhead] != kNoSlot) __builtin_prefetch(all.at(slots[i + kAhead]));
+      if (i + kAhead < last && slots[i + kAhead] != kNoSlot) {
+        __builtin_prefetch(all.value(slots[i + kAhead]));
+        __builtin_prefetch(all.state(slots[i + kAhead]));
+      }
       if (slots[i] == kNoSlot) continue;
-      const float* const row = all.at(slots[i]);
-      std::memcpy(values + i * dim_, row, dim_ * sizeof(float));
-      std::memcpy(state + i * state_dim_, row + dim_, state_dim_ * sizeof(float));
+      std::memcpy(values + i * dim_, all.value(slots[i]), dim_ * sizeof(float));
+      std::memcpy(state + i * state_dim_, all.state(slots[i]), state_dim_ * sizeof(float));
     }
   });
 }
@@ -334,12 +342,10 @@ Status HostStore::find(uint32_t table, const int64_t* keys, int64_t count, bool 
   if (insert) status = locate(table, keys, count, true, &slots);
   if (status != Status::kOk) return status;
   copy_rows(slots.data(), count, values, state);
-  std::vector<float> row(size_t{dim_} + state_dim_);
   for (int64_t i = 0; i < count; ++i) {
     if (slots[i] != kNoSlot) continue;
-    kernels_.initialize(rows(), initializers_[table], static_cast<uint64_t>(keys[i]), row.data());
-    std::copy_n(row.data(), dim_, values + i * dim_);
-    std::copy_n(row.data() + dim_, state_dim_, state + i * state_dim_);
+    kernels_.initialize(rows(), initializers_[table], static_cast<uint64_t>(keys[i]), values + i * dim_,
+                        state + i * state_dim_);
   }
   return Status::kOk;
 }
@@ -357,13 +363,8 @@ Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t 
   pool_.run(owners, [&](int64_t owner, int) {
     for (int64_t i = 0; i < count; ++i) {
       if (slots[i] % owners != static_cast<uint32_t>(owner)) continue;
-      float* const row = rows().at(slots[i]);
-      std::memcpy(row, values + i * dim_, dim_ * sizeof(float));
-      if (state != nullptr) {
-        std::memcpy(row + dim_, state + i * state_dim_, state_dim_ * sizeof(float));
-      } else {
-        std::fill_n(row + dim_, state_dim_, initializers_[table].state);
-      }
+      std::memcpy(rows().value(slots[i]), values + i * dim_, dim_ * sizeof(float));
+      std::memcpy(rows().state(slots[i]), state + i * state_dim_, state_dim_ * sizeof(float));
     }
   });
   return Status::kOk;
@@ -419,7 +420,7 @@ uint64_t HostStore::num_rows(uint32_t table) const {
 }
 
 StoreMemory HostStore::memory() const {
-  StoreMemory memory{0, 0, slots_handed_out_, index_.memory_bytes(), arena_.committed(), stride_bytes_};
+  StoreMemory memory{0, 0, slots_handed_out_, index_.memory_bytes(), values_.committed() + states_.committed()};
   for (uint32_t shard = 0; shard < kNumShards; ++shard) {
     memory.rows += index_.count(shard);
     memory.free_slots += shards_[shard].free.size() + (shards_[shard].end - shards_[shard].next);

@@ -1,4 +1,5 @@
-// Rows by (table, key) in this machine's memory: an index and an arena, for all tables of one row layout.
+// Rows by (table, key) in this machine's memory: an index and two arenas (values, optimizer states), for all tables of
+// one row layout.
 //
 // Calls may come from any thread, one at a time (a lock sees to it); inside a call the work is split over the pool's
 // threads: rows and index shards have one owner each, so there are no locks on the way.
@@ -44,12 +45,11 @@ struct StoreMemory {
   uint64_t slot_capacity;
   uint64_t index_bytes;
   uint64_t row_bytes;
-  uint64_t row_stride_bytes;
 };
 
 class HostStore {
  public:
-  // Tables are numbered as in `initializers`. max_bytes bounds the arena's address range; 0: twice the machine's memory.
+  // Tables are numbered as in `initializers`. max_bytes bounds the arenas' address range; 0: twice the machine's memory.
   HostStore(uint32_t dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
             uint64_t max_bytes);
 
@@ -67,7 +67,7 @@ class HostStore {
   Status find(uint32_t table, const int64_t* keys, int64_t count, bool insert, float* values, float* state,
               bool* found);
 
-  // Writes rows; of equal keys the last one stays. state may be null: initial. inserted: rows that were new.
+  // Writes rows; of equal keys the last one stays. inserted: rows that were new.
   Status insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, const float* values, const float* state,
                           int64_t* inserted);
 
@@ -103,12 +103,18 @@ class HostStore {
     uint32_t end = 0;  // [next, end) is this shard's current extent
     std::vector<uint64_t> rows_of_table;
   };
+  // Keys on their way to the find kernel.
+  struct KeyChunk {
+    static constexpr int64_t kCapacity = 1024;
+    uint64_t keys[kCapacity];
+    uint32_t tables[kCapacity];
+    uint32_t slots[kCapacity];
+    uint32_t* targets[kCapacity];
+    int64_t count = 0;
+  };
   struct alignas(64) ThreadScratch {
     std::vector<Miss> misses;
-    std::vector<uint64_t> keys;
-    std::vector<uint32_t> tables;
-    std::vector<uint32_t> slots;
-    std::vector<uint32_t*> targets;
+    std::unique_ptr<KeyChunk> chunk = std::make_unique<KeyChunk>();
     std::vector<uint64_t> hash_slots;
     std::vector<uint32_t> unique_of, begin, order;
     int64_t rows = 0;
@@ -116,7 +122,8 @@ class HostStore {
 
   bool find_tile(const PoolingPlan& plan, const PackedKeys& batch, int64_t begin, int64_t end, uint32_t* slots,
                  ThreadScratch& scratch);
-  bool find_chunk(ThreadScratch& scratch);
+  bool find_keys(const int64_t* keys, int64_t count, uint32_t table, uint32_t* slots, ThreadScratch& scratch);
+  bool flush(ThreadScratch& scratch);
   Status locate(uint32_t table, const int64_t* keys, int64_t count, bool insert, std::vector<uint32_t>* slots);
   Status insert_misses();
   Status insert_shard(uint32_t shard, const Miss* misses, int64_t count, int64_t* done);
@@ -125,11 +132,13 @@ class HostStore {
   Status take_slot(ShardSlots& shard, uint32_t* slot);
   Status refresh(const PoolingPlan& plan, LookupGradient& gradient);
   int64_t samples_per_tile(const PoolingPlan& plan, const PackedKeys& batch) const;
-  Rows rows() const { return {arena_.data(), stride_bytes_, dim_, state_dim_}; }
+  bool commit_slots(uint64_t slots);
+  Rows rows() const {
+    return {reinterpret_cast<float*>(values_.data()), reinterpret_cast<float*>(states_.data()), dim_, state_dim_};
+  }
 
   const uint32_t dim_;
   const uint32_t state_dim_;
-  const size_t stride_bytes_;
   const uint64_t max_bytes_;
   const char* isa_ = "";
   const RowKernels kernels_;
@@ -138,7 +147,8 @@ class HostStore {
   mutable std::mutex call_;
   ThreadPool pool_;
   Index index_;
-  Region arena_;
+  Region values_;
+  Region states_;
   std::mutex arena_growth_;
   uint64_t slots_handed_out_ = 0;
   uint64_t content_version_ = 1;

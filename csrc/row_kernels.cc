@@ -110,67 +110,72 @@ inline float horizontal_sum(Lanes x) {
   return lane[0];
 }
 
-inline void prefetch_row(const char* row, size_t bytes) {
-  for (size_t line = 0; line < bytes + 63; line += 64) __builtin_prefetch(row + line, 0, 2);
+template <int kWrite, int kLocality>
+[[gnu::always_inline]] inline void prefetch_floats(const float* first, size_t count) {
+  const char* const begin = reinterpret_cast<const char*>(first);
+  const size_t bytes = count * sizeof(float);
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(begin + line, kWrite, kLocality);
+  // Floats that do not fill lines may reach into one more.
+  if (bytes % 64 != 0) __builtin_prefetch(begin + bytes - 1, kWrite, kLocality);
 }
 
-// --- optimizers: one struct each, state_dim and step() -----------------------------------------------------------------
+// --- optimizers: one struct each; step() updates one row -----------------------------------------------------------------
 
 struct Sgd {
   template <typename S>
-  static void step(const S& shape, float* row, const Lanes* grad, const Hyper& h) {
+  static void step(const S& shape, float* value, float*, const Lanes* grad, const Hyper& h) {
     for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes w = load(shape, row, c);
-      store(shape, row, c, w - h.learning_rate * (grad[c] + h.weight_decay * w));
+      const Lanes w = load(shape, value, c);
+      store(shape, value, c, w - h.learning_rate * (grad[c] + h.weight_decay * w));
     }
   }
 };
 
 struct Adagrad {
   template <typename S>
-  static void step(const S& shape, float* row, const Lanes* grad, const Hyper& h) {
-    float* const sum = row + shape.dim();
+  static void step(const S& shape, float* value, float* state, const Lanes* grad, const Hyper& h) {
+    float* const sum = state;
     for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes w = load(shape, row, c);
+      const Lanes w = load(shape, value, c);
       const Lanes g = grad[c] + h.weight_decay * w;
       const Lanes s = load(shape, sum, c) + g * g;
       store(shape, sum, c, s);
-      store(shape, row, c, w - h.learning_rate * g / (square_root(s) + h.eps));
+      store(shape, value, c, w - h.learning_rate * g / (square_root(s) + h.eps));
     }
   }
 };
 
 struct RowWiseAdagrad {
   template <typename S>
-  static void step(const S& shape, float* row, const Lanes* grad, const Hyper& h) {
+  static void step(const S& shape, float* value, float* state, const Lanes* grad, const Hyper& h) {
     Lanes squares = {};
     for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes g = grad[c] + h.weight_decay * load(shape, row, c);
+      const Lanes g = grad[c] + h.weight_decay * load(shape, value, c);
       squares += g * g;
     }
-    float& sum = row[shape.dim()];
+    float& sum = *state;
     sum += horizontal_sum(squares) / static_cast<float>(shape.dim());
     const float factor = h.learning_rate / (__builtin_sqrtf(sum) + h.eps);
     for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes w = load(shape, row, c);
-      store(shape, row, c, w - factor * (grad[c] + h.weight_decay * w));
+      const Lanes w = load(shape, value, c);
+      store(shape, value, c, w - factor * (grad[c] + h.weight_decay * w));
     }
   }
 };
 
 struct Adam {
   template <typename S>
-  static void step(const S& shape, float* row, const Lanes* grad, const Hyper& h) {
-    float* const mean = row + shape.dim();
+  static void step(const S& shape, float* value, float* state, const Lanes* grad, const Hyper& h) {
+    float* const mean = state;
     float* const variance = mean + shape.dim();
     for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes w = load(shape, row, c);
+      const Lanes w = load(shape, value, c);
       const Lanes g = grad[c] + h.weight_decay * w;
       const Lanes m = h.beta1 * load(shape, mean, c) + h.one_minus_beta1 * g;
       const Lanes v = h.beta2 * load(shape, variance, c) + h.one_minus_beta2 * (g * g);
       store(shape, mean, c, m);
       store(shape, variance, c, v);
-      store(shape, row, c, w - h.learning_rate * m / (square_root(v) + h.eps));
+      store(shape, value, c, w - h.learning_rate * m / (square_root(v) + h.eps));
     }
   }
 };
@@ -179,7 +184,7 @@ struct Adam {
 
 int64_t find(const IndexView& index, const Rows& rows, const uint64_t* keys, const uint32_t* tables, int64_t count,
              uint32_t* slots) {
-  constexpr int kAhead = 24;  // probes in flight: more than the line fill buffers of a core
+  constexpr int kAhead = 12;  // probes in flight: more than the line fill buffers of a core
   const Entry* home[kAhead];
   const auto begin = [&](int64_t i) {
     const uint64_t hash = hash_key(keys[i], tables[i]);
@@ -187,7 +192,6 @@ int64_t find(const IndexView& index, const Rows& rows, const uint64_t* keys, con
     __builtin_prefetch(entry, 0, 3);
     home[i % kAhead] = entry;
   };
-  const size_t value_bytes = rows.bytes();
   const int64_t ahead = count < kAhead ? count : kAhead;
   for (int64_t i = 0; i < ahead; ++i) begin(i);
   int64_t absent = 0;
@@ -217,7 +221,7 @@ int64_t find(const IndexView& index, const Rows& rows, const uint64_t* keys, con
     if (slot == kNoSlot) {
       ++absent;
     } else {
-      prefetch_row(rows.base + rows.stride_bytes * slot, value_bytes);
+      prefetch_floats<0, 2>(rows.value(slot), rows.dim);
     }
   }
   return absent;
@@ -245,7 +249,7 @@ void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, co
       for (int64_t n = bag[0]; n < bag[1]; ++n) {
         const float* row = initial;
         if (slots[n] != kNoSlot) {
-          row = rows.at(slots[n]);
+          row = rows.value(slots[n]);
         } else {
           fill_initial(shape, initializers[plan.table[f]], static_cast<uint64_t>(batch.keys[n]), initial);
         }
@@ -307,15 +311,13 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
   constexpr uint32_t kRowAhead = 8;
   const Shape<D> shape(rows.dim);
   const uint32_t unique = group_by_slot(occurrences, count, scratch);
-  const size_t row_bytes = rows.bytes();
-  const size_t grad_bytes = shape.dim() * sizeof(float);
   const auto prefetch_grad = [&](int64_t k) {
-    const char* const grad = reinterpret_cast<const char*>(occurrences[scratch.order[k]].grad());
-    for (size_t line = 0; line < grad_bytes; line += 64) __builtin_prefetch(grad + line, 0, 3);
+    prefetch_floats<0, 3>(occurrences[scratch.order[k]].grad(), shape.dim());
   };
   const auto prefetch_target = [&](uint32_t u) {
-    const char* const row = rows.base + rows.stride_bytes * occurrences[scratch.order[scratch.begin[u]]].slot;
-    for (size_t line = 0; line < row_bytes + 63; line += 64) __builtin_prefetch(row + line, 1, 3);
+    const uint32_t slot = occurrences[scratch.order[scratch.begin[u]]].slot;
+    prefetch_floats<1, 3>(rows.value(slot), shape.dim());
+    prefetch_floats<1, 3>(rows.state(slot), rows.state_dim);
   };
   for (int64_t k = 0; k < count && k < kGradAhead; ++k) prefetch_grad(k);
   for (uint32_t u = 0; u < unique && u < kRowAhead; ++u) prefetch_target(u);
@@ -330,14 +332,14 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
       for (int c = 0; c < num_chunks(shape); ++c) grad[c] += occurrence.scale * load(shape, occurrence.grad(), c);
     }
     const Occurrence& any = occurrences[scratch.order[last - 1]];
-    Optimizer::step(shape, rows.at(any.slot), grad, hypers[any.table()]);
+    Optimizer::step(shape, rows.value(any.slot), rows.state(any.slot), grad, hypers[any.table()]);
   }
   return unique;
 }
 
-void initialize(const Rows& rows, const Initializer& init, uint64_t key, float* row) {
-  fill_initial(Shape<0>(rows.dim), init, key, row);
-  for (uint32_t i = 0; i < rows.state_dim; ++i) row[rows.dim + i] = init.state;
+void initialize(const Rows& rows, const Initializer& init, uint64_t key, float* value, float* state) {
+  fill_initial(Shape<0>(rows.dim), init, key, value);
+  for (uint32_t i = 0; i < rows.state_dim; ++i) state[i] = init.state;
 }
 
 template <int D>

@@ -25,15 +25,15 @@ struct Hyper {
   float one_minus_beta2;
 };
 
-// Fixed-size rows: [value dim | optimizer state].
+// Rows by slot, in two arrays: a look-up touches values alone, and a value of 16 floats is one cache line.
 struct Rows {
-  char* base;
-  size_t stride_bytes;
+  float* values;
+  float* states;
   uint32_t dim;
   uint32_t state_dim;
 
-  [[gnu::always_inline]] float* at(uint32_t slot) const { return reinterpret_cast<float*>(base + stride_bytes * slot); }
-  [[gnu::always_inline]] size_t bytes() const { return (size_t{dim} + state_dim) * sizeof(float); }
+  [[gnu::always_inline]] float* value(uint32_t slot) const { return values + size_t{dim} * slot; }
+  [[gnu::always_inline]] float* state(uint32_t slot) const { return states + size_t{state_dim} * slot; }
 };
 
 // The features of a batch that one store serves; [F] arrays.
@@ -94,7 +94,7 @@ struct RowKernels {
                     const UpdateScratch& scratch);
 
   // Writes the first value and state of a row.
-  void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, float* row);
+  void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, float* value, float* state);
 };
 
 // Kernels for the best instruction set of this machine; `isa` is its name. Dim and optimizer are fixed per store.

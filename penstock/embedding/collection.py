@@ -1,4 +1,4 @@
-"""`EmbeddingCollection`: tables without a vocabulary as a torch module, in place of nn.EmbeddingBag.
+"""`EmbeddingCollection`: tables without a vocabulary, in place of nn.EmbeddingBag.
 
 ```python
 tables = [TableConfig(name="item", dim=16, optimizer=Adagrad(learning_rate=0.05))]
@@ -48,7 +48,7 @@ class TableStats(NamedTuple):
     bytes: int
     """Values and optimizer state."""
     memory_bytes: int
-    """With this table's share of index, alignment and free slots."""
+    """With this table's share of the index and of free slots."""
 
 
 class _Group(NamedTuple):
@@ -144,7 +144,7 @@ class EmbeddingCollection(nn.Module):
         """
         self._check(sparse)
         if self.training and torch.is_grad_enabled():
-            out: Tensor = _PooledLookup.apply(self._anchor, self, sparse)
+            out: Tensor = _PooledLookup.apply(self._anchor, self, sparse)  # type: ignore[no-untyped-call]
             return out
         out, lookups = self._lookup(sparse, insert=False)
         self.num_missing += sum(lookup.num_missing for lookup in lookups)
@@ -153,7 +153,8 @@ class EmbeddingCollection(nn.Module):
     def apply_gradients(self) -> None:
         """One optimizer step on all gradients of the backward passes since the last call.
 
-        Several backward passes add up, as in torch; a call without any changes nothing but the step.
+        Several backward passes add up, as in torch; a call without any changes nothing but the
+        step.
         """
         pending, self._pending = self._pending, []
         if pending:
@@ -183,7 +184,7 @@ class EmbeddingCollection(nn.Module):
             yield rows
 
     def import_rows(self, table: str, rows: TableRows) -> int:
-        """Writes rows into a table and returns how many keys were new; equal keys: the last stays."""
+        """Writes rows into a table; returns how many keys were new. Equal keys: the last stays."""
         store, number = self._find_table(table)
         return store.insert_or_assign(number, rows)
 
@@ -196,7 +197,7 @@ class EmbeddingCollection(nn.Module):
             for number, table in enumerate(store.tables):
                 rows = store.num_rows(number)
                 share = rows / memory.rows if memory.rows else 0.0
-                used = memory.slot_capacity * memory.row_stride_bytes + memory.index_bytes
+                used = memory.row_bytes + memory.index_bytes
                 stats[table.name] = TableStats(
                     table.name, rows, rows * row_bytes, round(share * used)
                 )

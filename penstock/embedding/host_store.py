@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -162,7 +163,13 @@ class HostStore:
     ) -> int:
         """See `Store.apply_gradients`."""
         parts = [
-            (lookup, batch.values.numpy(), batch.offsets.numpy(), batch.batch_size, grad.numpy())
+            (
+                cast("_core.Lookup", lookup),
+                batch.values.numpy(),
+                batch.offsets.numpy(),
+                batch.batch_size,
+                grad.numpy(),
+            )
             for lookup, batch, grad in gradients
         ]
         status, rows = self._core.apply_gradients(_core_plan(plan), parts, self._hypers.at(step))
@@ -190,14 +197,14 @@ class HostStore:
             return
         rows = self.memory().rows
         names = ", ".join(table.name for table in self.tables[:4])
-        where = (
-            f"host store of {len(self.tables)} tables ({names}{', ...' * (len(self.tables) > 4)})"
-        )
+        more = ", ..." if len(self.tables) > 4 else ""
+        where = f"host store of {len(self.tables)} tables ({names}{more})"
         if status == _core.Status.STALE_CURSOR:
             raise RuntimeError(f"{where} changed while it was exported; begin the export again")
         if status == _core.Status.TOO_MANY_ROWS:
             raise CapacityError(
-                f"{where} holds {rows} rows, and a store takes 2^32 - 1; give some tables another dim"
+                f"{where} holds {rows} rows, and a store takes 2^32 - 1; "
+                "give some of the tables another dim"
             )
         raise CapacityError(
             f"{where} cannot grow beyond {rows} rows: no memory; use a machine with more memory or "

@@ -1,6 +1,7 @@
 """First values of rows: a pure function of (seed, table, key, column), in numpy.
 
-The C++ core (csrc/hashing.h) computes the same function bit for bit. FORMAT: never change; the rows that a checkpoint
+The C++ core (csrc/hashing.h) computes the same function bit for bit. FORMAT: never change; the
+rows that a checkpoint
 does not hold are this function.
 """
 

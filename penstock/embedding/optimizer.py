@@ -1,14 +1,15 @@
-"""What the stores need to know of an optimizer: floats of state a row, and its numbers at a step."""
+"""What the stores need to know of an optimizer: its state's size, its numbers at a step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.config import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad, TableConfig
+from penstock.config import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad, Schedule, TableConfig
 
 KINDS: dict[type, int] = {SGD: 0, Adagrad: 1, RowWiseAdagrad: 2, Adam: 3}
 
@@ -49,7 +50,7 @@ class Hypers:
 
     def at(self, step: int) -> NDArray[np.float32]:
         """[T, 7] float32 for the update number `step`, counted from 0."""
-        factors = np.array([_factor(clock, step) for clock in self._clocks])
+        factors = np.array([clock.factor(step) for clock in self._clocks])
         hypers = self._base.copy()
         hypers[:, LEARNING_RATE] *= factors[self._clock_of_table]
         return hypers.astype(np.float32)
@@ -69,15 +70,21 @@ def _settings(optimizer: Optimizer) -> list[float]:
     ]
 
 
-def _clock(optimizer: Optimizer) -> tuple[object, ...]:
+class _Clock(NamedTuple):
+    """What makes the learning rate depend on the step."""
+
+    schedule: Schedule
+    betas: tuple[float, float] | None
+    """Of Adam, for its bias correction."""
+
+    def factor(self, step: int) -> float:
+        factor = self.schedule.factor(step)
+        if self.betas is None:
+            return factor
+        beta1, beta2 = self.betas
+        return factor * math.sqrt(1.0 - beta2 ** (step + 1)) / (1.0 - beta1 ** (step + 1))
+
+
+def _clock(optimizer: Optimizer) -> _Clock:
     betas = (optimizer.beta1, optimizer.beta2) if isinstance(optimizer, Adam) else None
-    return optimizer.schedule, betas
-
-
-def _factor(clock: tuple[object, ...], step: int) -> float:
-    schedule, betas = clock
-    factor: float = schedule.factor(step)  # type: ignore[attr-defined]
-    if betas is not None:
-        beta1, beta2 = betas  # type: ignore[misc]
-        factor *= math.sqrt(1.0 - beta2 ** (step + 1)) / (1.0 - beta1 ** (step + 1))
-    return factor
+    return _Clock(optimizer.schedule, betas)

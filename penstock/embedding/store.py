@@ -1,7 +1,9 @@
 """The contract of a store: rows by (table, key) on one device, for tables of one row layout.
 
-A row is `[value dim | optimizer state]`. `HostStore` (C++) and `DictStore` (plain Python, the oracle of the tests)
-satisfy it; one test suite runs on both. Tables are numbered in the order in which the store was given them.
+A row is a value of `dim` floats and its optimizer state. `HostStore` (C++) and `DictStore` (plain
+Python, the oracle of the tests)
+satisfy it; one test suite runs on both. Tables are numbered in the order in which the store was
+given them.
 """
 
 from __future__ import annotations
@@ -61,9 +63,7 @@ class StoreMemory(NamedTuple):
     """rows + free_slots == slot_capacity, always."""
     index_bytes: int
     row_bytes: int
-    """Memory of the arena, used or free."""
-    row_stride_bytes: int
-    """Distance between rows: value and state, aligned to 8."""
+    """Memory of the arenas, used or free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class Store(Protocol):
         """Bytes and slots."""
 
     def check_invariants(self) -> None:
-        """Raises AssertionError if rows, free slots and index disagree. Reads everything: for tests."""
+        """Raises AssertionError if rows, slots and index disagree; reads everything: for tests."""
 
 
 @dataclass(frozen=True, slots=True)

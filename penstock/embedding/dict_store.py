@@ -1,0 +1,199 @@
+"""Plain Python rows in a dictionary: the oracle that the contract suite compares every store with.
+
+Slow and obvious on purpose. Pooling and updates run in numpy, one row after the other; sums are in
+float64, so that
+fused kernels are compared with something better than themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from penstock.config import SGD, Adagrad, RowWiseAdagrad, TableConfig
+from penstock.embedding import optimizer
+from penstock.embedding.initializer import initial_values
+from penstock.embedding.store import (
+    Cursor,
+    FindResult,
+    PooledGradient,
+    PoolingPlan,
+    RowLayout,
+    StoreMemory,
+    TableRows,
+)
+from penstock.types import KeyedJagged
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass
+class _Row:
+    value: FloatArray
+    state: FloatArray
+
+
+@dataclass(frozen=True)
+class DictLookup:
+    """What a look-up leaves for the update: nothing, keys are looked up again."""
+
+    num_missing: int
+
+
+class DictStore:
+    """Satisfies `Store`; rows are kept in float64."""
+
+    def __init__(self, tables: Sequence[TableConfig], *, seed: int = 0) -> None:
+        self.tables = tuple(tables)
+        self.layout = RowLayout.of(tables[0])
+        self._seed = seed
+        self._hypers = optimizer.Hypers(tables)
+        self._rows: list[dict[int, _Row]] = [{} for _ in tables]
+        self._version = 0
+
+    def _initial(self, table: int, key: int) -> _Row:
+        config = self.tables[table]
+        keys = np.array([key], dtype=np.int64)
+        value = initial_values(config.initializer, self._seed, config.name, keys, config.dim)[0]
+        state = np.full(self.layout.state_dim, optimizer.initial_state(config.optimizer))
+        return _Row(value.astype(np.float64), state)
+
+    def _row(self, table: int, key: int, *, insert: bool) -> _Row:
+        row = self._rows[table].get(key)
+        if row is None:
+            row = self._initial(table, key)
+            if insert:
+                self._rows[table][key] = row
+                self._version += 1
+        return row
+
+    def find(self, table: int, keys: Tensor) -> FindResult:
+        """See `Store.find`."""
+        return self._find(table, keys, insert=False)
+
+    def find_or_insert(self, table: int, keys: Tensor) -> FindResult:
+        """See `Store.find_or_insert`."""
+        return self._find(table, keys, insert=True)
+
+    def _find(self, table: int, keys: Tensor, *, insert: bool) -> FindResult:
+        found = [key in self._rows[table] for key in keys.tolist()]
+        rows = [self._row(table, key, insert=insert) for key in keys.tolist()]
+        return FindResult(
+            _stack([row.value for row in rows], self.layout.dim),
+            _stack([row.state for row in rows], self.layout.state_dim),
+            torch.tensor(found, dtype=torch.bool),
+        )
+
+    def insert_or_assign(self, table: int, rows: TableRows) -> int:
+        """See `Store.insert_or_assign`."""
+        before = len(self._rows[table])
+        values, state = rows.values.double().numpy(), rows.state.double().numpy()
+        for i, key in enumerate(rows.keys.tolist()):
+            self._rows[table][key] = _Row(values[i].copy(), state[i].copy())
+        self._version += 1
+        return len(self._rows[table]) - before
+
+    def erase(self, table: int, keys: Tensor) -> int:
+        """See `Store.erase`."""
+        self._version += 1
+        return sum(self._rows[table].pop(key, None) is not None for key in keys.tolist())
+
+    def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
+        """See `Store.export_batch`."""
+        version = self._version if cursor.version is None else cursor.version
+        if version != self._version:
+            raise RuntimeError("store changed while it was exported; begin the export again")
+        part = list(self._rows[table].items())[cursor.position : cursor.position + max_rows]
+        rows = TableRows(
+            torch.tensor([key for key, _ in part], dtype=torch.int64),
+            _stack([row.value for _, row in part], self.layout.dim),
+            _stack([row.state for _, row in part], self.layout.state_dim),
+        )
+        return rows, Cursor(cursor.position + len(part), version)
+
+    def num_rows(self, table: int) -> int:
+        """See `Store.num_rows`."""
+        return len(self._rows[table])
+
+    def pooled_lookup(
+        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+    ) -> DictLookup:
+        """See `Store.pooled_lookup`."""
+        missing = 0
+        for feature in plan.features:
+            last = feature.column + self.layout.dim
+            for sample, keys in enumerate(_bags(batch, feature.packed_feature)):
+                missing += sum(key not in self._rows[feature.table] for key in keys)
+                rows = [self._row(feature.table, key, insert=insert) for key in keys]
+                total = np.sum([row.value for row in rows], axis=0) if rows else 0.0
+                divisor = len(keys) if feature.is_mean and keys else 1
+                out[sample, feature.column : last] = torch.as_tensor(total / divisor)
+        return DictLookup(0 if insert else missing)
+
+    def apply_gradients(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+    ) -> int:
+        """See `Store.apply_gradients`."""
+        sums: dict[tuple[int, int], FloatArray] = {}
+        for _, batch, grad in gradients:
+            for feature in plan.features:
+                last = feature.column + self.layout.dim
+                part = grad[:, feature.column : last].double().numpy()
+                for sample, keys in enumerate(_bags(batch, feature.packed_feature)):
+                    share = part[sample] / (len(keys) if feature.is_mean and keys else 1)
+                    for key in keys:
+                        name = (feature.table, key)
+                        sums[name] = sums.get(name, 0.0) + share
+        for (table, key), total in sums.items():
+            row = self._row(table, key, insert=True)
+            update_row(self.tables[table], row.value, row.state, total, step)
+        return len(sums)
+
+    def memory(self) -> StoreMemory:
+        """See `Store.memory`; bytes are not counted."""
+        rows = sum(len(rows) for rows in self._rows)
+        return StoreMemory(rows, 0, rows, 0, 0)
+
+    def check_invariants(self) -> None:
+        """See `Store.check_invariants`; a dictionary has none to check."""
+
+
+def update_row(
+    table: TableConfig, value: FloatArray, state: FloatArray, grad: FloatArray, step: int
+) -> None:
+    """One optimizer step of one row, in place, in float64: the reference of all kernels."""
+    rule = table.optimizer
+    grad = grad + rule.weight_decay * value
+    rate = rule.learning_rate * rule.schedule.factor(step)
+    if isinstance(rule, SGD):
+        value -= rate * grad
+    elif isinstance(rule, Adagrad):
+        state += grad * grad
+        value -= rate * grad / (np.sqrt(state) + rule.eps)
+    elif isinstance(rule, RowWiseAdagrad):
+        state += np.mean(grad * grad)
+        value -= rate * grad / (np.sqrt(state) + rule.eps)
+    else:
+        mean, variance = state[: table.dim], state[table.dim :]
+        mean[:] = rule.beta1 * mean + (1 - rule.beta1) * grad
+        variance[:] = rule.beta2 * variance + (1 - rule.beta2) * grad * grad
+        bias1, bias2 = 1 - rule.beta1 ** (step + 1), 1 - rule.beta2 ** (step + 1)
+        value -= rate * np.sqrt(bias2) / bias1 * mean / (np.sqrt(variance) + rule.eps)
+
+
+def _bags(batch: KeyedJagged, feature: int) -> list[list[int]]:
+    size = batch.batch_size
+    offsets = batch.offsets[feature * size : (feature + 1) * size + 1].tolist()
+    return [
+        batch.values[first:last].tolist()
+        for first, last in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+
+
+def _stack(rows: list[FloatArray], width: int) -> Tensor:
+    return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(rows), width))
