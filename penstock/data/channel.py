@@ -1,0 +1,83 @@
+"""A bounded queue between two threads that ends, fails and closes; nobody ever polls."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Closed(Exception):
+    """The channel was closed by `close`; whoever works for it stops. Internal to the loader."""
+
+
+class Ended(Exception):
+    """The producer ended the channel and all its items were taken. Internal to the loader."""
+
+
+class Channel(Generic[T]):
+    """Passes items from one producer to one consumer in order.
+
+    The producer ends it with `end` or `fail`, the consumer stops it with `close`.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._ended = False
+        self._closed = False
+        self._error: BaseException | None = None
+
+    def put(self, item: T) -> None:
+        """Adds an item; blocks while the channel is full.
+
+        Raises:
+          Closed: the consumer closed the channel.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
+            if self._closed:
+                raise Closed
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def get(self) -> T:
+        """Takes the oldest item; blocks while there is none.
+
+        Raises:
+          Ended: the producer ended the channel and all items were taken.
+          Closed: the channel was closed.
+          Exception: what the producer failed with, after the items before it.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._ended or bool(self._items))
+            if self._closed:
+                raise Closed
+            if self._items:
+                item = self._items.popleft()
+                self._changed.notify_all()
+                return item
+            if self._error is not None:
+                raise self._error
+            raise Ended
+
+    def end(self) -> None:
+        """Says that no item follows."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the channel with an error that `get` raises."""
+        self._error = error
+        self.end()
+
+    def close(self) -> None:
+        """Drops the items and wakes both sides; may be called from any thread, more than once."""
+        with self._changed:
+            self._closed = True
+            self._items.clear()
+            self._changed.notify_all()

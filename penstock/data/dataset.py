@@ -1,0 +1,171 @@
+"""The data of a job: what is read, as what, in which parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from penstock.config import (
+    FeatureConfig,
+    Job,
+    ParquetSource,
+    SyntheticSource,
+    TableConfig,
+    TextSource,
+)
+from penstock.config import Source as SourceConfig
+from penstock.data.loader import Loader, LoaderPlan
+from penstock.data.parquet import ParquetFiles
+from penstock.data.parts import Part, PartRows, divide
+from penstock.data.quarantine import Quarantine
+from penstock.data.schema import (
+    Columns,
+    default_text_types,
+    resolve_columns,
+    resolve_features,
+)
+from penstock.data.source import Source
+from penstock.data.synthetic import SyntheticRows
+from penstock.data.text import TextFiles
+from penstock.errors import ConfigError
+from penstock.types import Position
+
+
+class Dataset:
+    """Rows of a job's source, divided into training and evaluation. Starts no thread itself."""
+
+    numeric: tuple[str, ...]
+    """Names of the columns of `Batch.dense`."""
+    features: tuple[FeatureConfig, ...]
+    """Features of `Batch.sparse`, in the order of the source's columns."""
+    tables: tuple[TableConfig, ...]
+    """Those of the job, then one for each feature without a table."""
+
+    def __init__(
+        self, job: Job, columns: Columns, parts: dict[Part, PartRows], quarantine: Quarantine
+    ) -> None:
+        self.numeric = columns.numeric_names
+        self.features, self.tables = resolve_features(job, columns)
+        self._job = job
+        self._columns = columns
+        self._parts = parts
+        self._quarantine = quarantine
+
+    @classmethod
+    def open(
+        cls,
+        job: Job,
+        *,
+        quarantine: Path | None = None,
+        labels: Literal["required", "optional"] = "required",
+    ) -> Dataset:
+        """Lists the files and splits of a job and checks columns and types.
+
+        Args:
+          job: what to read.
+          quarantine: JSON lines file to which malformed rows are appended; None: only counted.
+          labels: `optional` for prediction: without the label column, labels are NaN.
+
+        Raises:
+          ConfigError: columns, features or tables of the job do not fit together.
+          DataError: files or columns are missing or not what the job says.
+
+        Effects: reads the metadata of every file; to divide text by fraction or anything by time,
+        also counts lines or reads times.
+        """
+        data = job.data
+        kept = Quarantine(quarantine)
+        source = _open_source(data.source, job, kept)
+        columns = resolve_columns(job, source.schema, source.paths[0], labels)
+        train, held_out = divide(source, data.split, data.event_time)
+        if data.evaluation_source is not None:
+            other = _open_source(data.evaluation_source, job, kept)
+            other_columns = resolve_columns(job, other.schema, other.paths[0], labels)
+            _check_equal(columns, other_columns, other.paths[0])
+            held_out, _ = divide(other, None, data.event_time)
+        parts: dict[Part, PartRows] = {"train": train}
+        if held_out is not None:
+            parts["evaluation"] = held_out
+        return cls(job, columns, parts, kept)
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether rows are held out."""
+        return "evaluation" in self._parts
+
+    @property
+    def quarantined_rows(self) -> int:
+        """Malformed rows left out so far, each counted once."""
+        return self._quarantine.rows
+
+    def num_rows(self, part: Part) -> int:
+        """Rows of a part, malformed ones included. May read the part's files once to count."""
+        return self._rows(part).count_rows()
+
+    def batches(
+        self,
+        part: Part,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int = 1,
+        start: Position = Position(),  # noqa: B008 (frozen)
+        shuffle: bool | None = None,
+    ) -> Loader:
+        """Starts reading a part.
+
+        Args:
+          part: `train` or `evaluation`; the latter is always read in order.
+          batch_size: samples of every batch but the last of an epoch.
+          seed: of the shuffling.
+          epochs: passes over the part, counted from epoch 0 whatever `start` is.
+          start: where to begin; the `end` of a batch continues exactly after it.
+          shuffle: False: in order; None: as the job says.
+
+        Returns:
+          An iterator of batches with threads of its own; close it, or use it in a `with`.
+
+        Raises:
+          ConfigError: there is no such part, or it cannot be shuffled.
+          DataError: `start` lies outside the data.
+        """
+        if batch_size <= 0 or epochs <= 0:
+            raise ConfigError(f"batch_size {batch_size} and epochs {epochs} must be positive")
+        rows = self._rows(part)
+        window = self._job.data.shuffle.window_rows
+        if shuffle and (part == "evaluation" or not window):
+            why = "evaluation is read in order" if window else "data.shuffle.window_rows is 0"
+            raise ConfigError(f"shuffle=True: {why}")
+        shuffled = part == "train" and shuffle is not False
+        plan = LoaderPlan.of(batch_size, window if shuffled else 0, seed, epochs, start)
+        data = self._job.data
+        return Loader(rows, self._columns, plan, data.reader_threads, data.prefetch_batches)
+
+    def _rows(self, part: Part) -> PartRows:
+        if part not in self._parts:
+            raise ConfigError(
+                f"no {part} rows: nothing is held out; set data.split or data.evaluation_source"
+            )
+        return self._parts[part]
+
+
+def _open_source(config: SourceConfig, job: Job, quarantine: Quarantine) -> Source:
+    if isinstance(config, ParquetSource):
+        return ParquetFiles(config)
+    if isinstance(config, TextSource):
+        return TextFiles(config, default_text_types(job), quarantine)
+    assert isinstance(config, SyntheticSource)
+    return SyntheticRows(config)
+
+
+def _check_equal(columns: Columns, other: Columns, origin: str) -> None:
+    """Patterns must resolve to the same columns in both sources."""
+    for kind, expected, found in (
+        ("numeric columns", columns.numeric_names, other.numeric_names),
+        ("features", [f.name for f in columns.features], [f.name for f in other.features]),
+    ):
+        if list(expected) != list(found):
+            raise ConfigError(
+                f"data.evaluation_source: {origin} has other {kind} ({', '.join(found)}) than "
+                f"data.source ({', '.join(expected)}); name the columns that both have"
+            )

@@ -1,0 +1,290 @@
+"""Turns the table of a chunk into plain arrays, checking every value on the way.
+
+`Rows` is what windows and batches are cut from: numpy arrays, all features packed in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from penstock import _core
+from penstock.config import FailOnMissing
+from penstock.data.schema import Columns, FeatureColumn, NumericGroup, is_text
+from penstock.data.source import Chunk, Place
+from penstock.data.transforms import (
+    BadValue,
+    Keys,
+    one_array,
+    read_keys,
+    read_numbers,
+    transform_numbers,
+)
+from penstock.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Decoded rows. n rows, F features, N keys."""
+
+    dense: NDArray[np.float32]
+    """[n, numeric columns], finite."""
+    values: NDArray[np.int64]
+    """[N] keys, feature by feature."""
+    offsets: NDArray[np.int64]
+    """[F * n + 1]"""
+    labels: NDArray[np.float32]
+    """[n]"""
+    weights: NDArray[np.float32] | None
+    event_time: NDArray[np.int64] | None
+    """[n] ms since 1970 UTC."""
+    teacher: NDArray[np.float32] | None
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return int(self.labels.shape[0])
+
+    def select(self, rows: NDArray[np.int64]) -> Rows:
+        """Copies the rows of those numbers, in that order."""
+        n = self.num_rows
+        features = (self.offsets.size - 1) // n if n else 0
+        values, offsets = _core.jagged_select(self.values, self.offsets, features, n, rows)
+        return Rows(
+            self.dense.take(rows, axis=0),
+            values,
+            offsets,
+            self.labels.take(rows),
+            None if self.weights is None else self.weights.take(rows),
+            None if self.event_time is None else self.event_time.take(rows),
+            None if self.teacher is None else self.teacher.take(rows),
+        )
+
+
+def concatenate(parts: Sequence[tuple[Rows, int, int]], num_features: int) -> Rows:
+    """Joins the stretches [start, stop) of several decoded chunks, in order."""
+    rows, starts, stops = zip(*parts, strict=True)
+    if len(parts) == 1 and starts[0] == 0 and stops[0] == rows[0].num_rows:
+        return parts[0][0]
+    lengths, pieces = [], []
+    for part, start, stop in parts:
+        n = part.num_rows
+        lengths.append(np.diff(part.offsets).reshape(num_features, n)[:, start:stop])
+        first = np.arange(num_features) * n
+        pieces.append(
+            list(zip(part.offsets[first + start], part.offsets[first + stop], strict=True))
+        )
+    chosen = [
+        part.values[slice(*pieces[index][feature])]
+        for feature in range(num_features)
+        for index, part in enumerate(rows)
+    ]
+    values = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+
+    def join(arrays: list[Any]) -> Any:
+        if arrays[0] is None:
+            return None
+        return np.concatenate([a[i:j] for a, i, j in zip(arrays, starts, stops, strict=True)])
+
+    return Rows(
+        join([part.dense for part in rows]),
+        values,
+        _offsets(np.concatenate(lengths, axis=1).reshape(-1)),
+        join([part.labels for part in rows]),
+        join([part.weights for part in rows]),
+        join([part.event_time for part in rows]),
+        join([part.teacher for part in rows]),
+    )
+
+
+class Decoder:
+    """Decodes chunks with the columns `columns.names`. Has no state, so threads may share it."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self._num_numeric = len(columns.numeric_names)
+
+    def decode(self, chunk: Chunk) -> Rows:
+        """Decodes a chunk.
+
+        Raises:
+          DataError: a value is not what the job says; names its file, row and column.
+        """
+        columns, table, place = self._columns, chunk.table, chunk.place
+        dense = np.empty((table.num_rows, self._num_numeric), dtype=np.float32)
+        for group in columns.numeric:
+            self._fill_numbers(dense, group, table, place)
+        keys = [self._read_keys(feature, table, place) for feature in columns.features]
+        values, offsets = _pack(keys, table.num_rows)
+        times = columns.event_time
+        return Rows(
+            dense,
+            values,
+            offsets,
+            self._read_labels(table, place),
+            self._read_weights(table, place),
+            None if times is None else read_times(table.column(times), times, place),
+            None
+            if columns.teacher is None
+            else read_numbers(table.column(columns.teacher)).astype(np.float32),
+        )
+
+    def _fill_numbers(
+        self, dense: NDArray[np.float32], group: NumericGroup, table: pa.Table, place: Place
+    ) -> None:
+        config = group.config
+        for name, position in zip(group.names, group.positions, strict=True):
+            given = read_numbers(table.column(name))
+            absent = np.isnan(given)
+            if absent.any():
+                if isinstance(config.missing, FailOnMissing):
+                    at = place.locate(int(absent.argmax()))
+                    raise DataError(
+                        f"{at}, column {name!r}: missing number; set `missing` of data.numeric to "
+                        "{policy: fill} or mend the file"
+                    )
+                given = np.where(absent, config.missing.value, given)
+            numbers = given
+            if config.transforms:
+                # In float64, so that a result does not depend on how a file stores its numbers.
+                numbers = transform_numbers(given.astype(np.float64), config.transforms)
+            with np.errstate(over="ignore"):
+                dense[:, position] = numbers
+            finite = np.isfinite(dense[:, position])
+            if not finite.all():
+                row = int(finite.argmin())
+                raise DataError(
+                    f"{place.locate(row)}, column {name!r}: {given[row]} is no finite float32 "
+                    "after transforms; add the transform clip before others or mend the file"
+                )
+
+    def _read_keys(self, feature: FeatureColumn, table: pa.Table, place: Place) -> Keys:
+        missing = feature.config.missing
+        column = table.column(feature.name)
+        try:
+            return read_keys(
+                column, feature.config.transforms, None if missing == "empty" else missing
+            )
+        except BadValue as bad:
+            at = place.locate(_row_of_value(one_array(column), bad.index))
+            raise DataError(
+                f"{at}, column {feature.name!r}: {bad.reason}; mend the file or use the transform "
+                "hash"
+            ) from None
+
+    def _read_labels(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
+        name, at_least = self._columns.label, self._columns.at_least
+        if name is None:
+            return np.full(table.num_rows, np.nan, dtype=np.float32)
+        given = read_numbers(table.column(name))
+        if at_least is None:
+            bad = (given != 0) & (given != 1)
+            labels = given.astype(np.float32)
+        else:
+            bad = np.isnan(given)
+            labels = (given >= at_least).astype(np.float32)
+        if bad.any():
+            row = int(bad.argmax())
+            if np.isnan(given[row]):
+                raise DataError(
+                    f"{place.locate(row)}, column {name!r}: the label is missing; leave such rows "
+                    "out of the file"
+                )
+            raise DataError(
+                f"{place.locate(row)}, column {name!r}: label {given[row]:g} is not 0 or 1; set "
+                "data.label.at_least to make labels of numbers"
+            )
+        return labels
+
+    def _read_weights(self, table: pa.Table, place: Place) -> NDArray[np.float32] | None:
+        name = self._columns.weight
+        if name is None:
+            return None
+        weights = read_numbers(table.column(name)).astype(np.float32)
+        # Also true of NaN.
+        bad = ~((weights >= 0) & np.isfinite(weights))
+        if bad.any():
+            row = int(bad.argmax())
+            raise DataError(
+                f"{place.locate(row)}, column {name!r}: weight {weights[row]:g} is not a finite "
+                "number >= 0; mend the file"
+            )
+        return weights
+
+
+def read_times(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.int64]:
+    """Times in ms since 1970 UTC, from timestamps, dates, integers (ms) or ISO 8601 text.
+
+    Raises:
+      DataError: a time is missing or cannot be read.
+    """
+    array = one_array(column)
+    if array.null_count:
+        row = int(array.is_null().to_numpy(zero_copy_only=False).argmax())
+        raise DataError(
+            f"{place.locate(row)}, column {name!r}: the event time is missing; leave such rows out "
+            "of the file"
+        )
+    if is_text(array.type):
+        array = _parse_times(array.cast(pa.string()), name, place)
+    if not pa.types.is_integer(array.type):
+        array = pc.cast(array, pa.timestamp("ms"), safe=False)
+    times: NDArray[np.int64] = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return times
+
+
+def _parse_times(texts: pa.Array, name: str, place: Place) -> pa.Array:
+    # Arrow reads a zone only if the type has one, and no zone only if it has none.
+    for kind in (pa.timestamp("ms", tz="UTC"), pa.timestamp("ms")):
+        try:
+            return texts.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    low, high = 0, len(texts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            texts.slice(low, middle - low).cast(pa.timestamp("ms"))
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    raise DataError(
+        f"{place.locate(low)}, column {name!r}: {texts[low].as_py()!r} is no ISO 8601 time, or "
+        "only some times of the column have a zone"
+    )
+
+
+def _pack(keys: Sequence[Keys], rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Packs the columns of features one after the other: values and offsets [F * rows + 1]."""
+    if not keys:
+        return np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    values = np.concatenate([column.values for column in keys])
+    if all(column.lengths is None for column in keys):
+        return values, np.arange(len(keys) * rows + 1, dtype=np.int64)
+    one = np.ones(rows, dtype=np.int64)
+    return values, _offsets(
+        np.concatenate([one if column.lengths is None else column.lengths for column in keys])
+    )
+
+
+def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    offsets = np.zeros(lengths.size + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _row_of_value(array: pa.Array, index: int) -> int:
+    """Row of the `index`-th value that is not null (within lists, where it is a list column)."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = array.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _row_of_value(array.flatten(), index)
+        return int(pc.list_parent_indices(array)[inner].as_py())
+    return int(np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))[index])

@@ -1,0 +1,131 @@
+"""Finds the files that a path, directory or glob names, on any pyarrow file system."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+from pyarrow import fs
+
+from penstock.errors import DataError
+
+_GLOB = re.compile(r"[*?\[]")
+
+
+def list_files(
+    paths: str | Sequence[str],
+) -> tuple[fs.FileSystem, list[str]]:
+    """Lists the files in the order of reading.
+
+    Args:
+      paths: files, directories (read recursively, without names that begin with `.` or `_`) or
+        globs (`*` and `?` within a directory, `**` across), or URIs of these, all of one file
+        system.
+
+    Returns:
+      The file system and the paths within it. Several paths keep their order; the files of a
+      directory or glob are in order of name.
+
+    Raises:
+      DataError: a path does not exist or cannot be listed, or nothing matches it; a file is empty
+        or named twice.
+    """
+    given = [paths] if isinstance(paths, str) else list(paths)
+    if not given:
+        raise DataError("data.source.path names no file; give a file, directory or glob")
+    filesystem: fs.FileSystem | None = None
+    found: list[str] = []
+    for path in given:
+        this, inner = _resolve(path)
+        if filesystem is not None and not this.equals(filesystem):
+            raise DataError(f"{path}: on another file system than {given[0]}; read one at a time")
+        filesystem = this
+        try:
+            found += _expand(filesystem, inner, path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be listed: {error}") from None
+    assert filesystem is not None
+    twice = next((path for path, count in Counter(found).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{twice}: named twice; its rows would be read twice")
+    return filesystem, found
+
+
+def _resolve(path: str) -> tuple[fs.FileSystem, str]:
+    if "://" not in path:
+        return fs.LocalFileSystem(), path
+    try:
+        # A glob is no valid URI, so only the part before it is given to pyarrow.
+        glob = _GLOB.search(path)
+        stem = path[: path.rindex("/", 0, glob.start())] if glob else path
+        filesystem, inner = fs.FileSystem.from_uri(stem)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be opened: {error}") from None
+    return filesystem, inner + path[len(stem) :]
+
+
+def _expand(filesystem: fs.FileSystem, path: str, given: str) -> list[str]:
+    info = filesystem.get_file_info(path)
+    glob = _GLOB.search(path)
+    if info.type == fs.FileType.File:
+        files = [(path, info.size)]
+    elif info.type == fs.FileType.Directory:
+        files = sorted(_files_below(filesystem, path))
+        if not files:
+            raise DataError(f"{given}: the directory holds no file")
+    elif glob is not None:
+        root = path[: path.rfind("/", 0, glob.start()) + 1]
+        base = root.rstrip("/") or ("/" if root else ".")
+        if filesystem.get_file_info(base).type != fs.FileType.Directory:
+            raise DataError(f"{given}: no such directory: {base}")
+        found = _files_below(filesystem, base, deep="/" in path[len(root) :] or "**" in path)
+        pattern = glob_pattern(path)
+        files = sorted(file for file in found if pattern.fullmatch(file[0]))
+        if not files:
+            raise DataError(f"{given}: no file matches")
+    else:
+        raise DataError(f"{given}: no such file or directory")
+    for file, size in files:
+        if size == 0:
+            raise DataError(f"{file}: empty file (0 bytes); remove it or name the others")
+    return [file for file, _ in files]
+
+
+def _files_below(
+    filesystem: fs.FileSystem, base: str, deep: bool = True
+) -> Iterator[tuple[str, int]]:
+    """(path, bytes) of the files that are not hidden."""
+    prefix = base.rstrip("/") + "/"
+    for info in filesystem.get_file_info(fs.FileSelector(base, recursive=deep)):
+        inner = info.path.removeprefix(prefix)
+        hidden = any(part.startswith((".", "_")) for part in inner.split("/"))
+        if info.type == fs.FileType.File and not hidden:
+            # A glob relative to the working directory finds paths like it.
+            yield (inner if base == "." else info.path), info.size
+
+
+def glob_pattern(glob: str) -> re.Pattern[str]:
+    """Translates a path glob: `*` and `?` stay within a directory, `**` crosses directories."""
+    out = []
+    rest = glob
+    while rest:
+        if rest.startswith("**/"):
+            out.append("(?:.*/)?")
+            rest = rest[3:]
+        elif rest.startswith("**"):
+            out.append(".*")
+            rest = rest[2:]
+        elif rest[0] in "*?":
+            out.append("[^/]*" if rest[0] == "*" else "[^/]")
+            rest = rest[1:]
+        elif rest[0] == "[" and "]" in rest[2:]:
+            end = rest.index("]", 2)
+            inside = rest[1:end].replace("\\", "\\\\")
+            out.append(f"[{'^' + inside[1:] if inside[0] == '!' else inside}]")
+            rest = rest[end + 1 :]
+        else:
+            out.append(re.escape(rest[0]))
+            rest = rest[1:]
+    return re.compile("".join(out))

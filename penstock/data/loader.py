@@ -1,0 +1,347 @@
+"""Reads, shuffles and cuts batches in the background.
+
+Reader threads decode the next splits ahead; one assembler thread joins their chunks to windows,
+shuffles each window and cuts it into batches; the consumer takes batches from a bounded channel.
+What comes out is a pure function of (rows, seed, batch size), whatever the threads do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from penstock.data.channel import Channel, Closed, Ended
+from penstock.data.decode import Decoder, Rows, concatenate
+from penstock.data.parts import PartRows
+from penstock.data.schema import Columns
+from penstock.data.source import Place, Span
+from penstock.errors import DataError
+from penstock.types import Batch, KeyedJagged, Position
+
+_CHUNKS_AHEAD = 2
+"""Chunks that a reader may decode ahead of the assembler, for each split it has open."""
+_PLAIN_WINDOW_ROWS = 8_192
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderPlan:
+    """What a loader delivers. Equal plans over equal files deliver equal batches."""
+
+    batch_size: int
+    window_rows: int
+    """Rows that are joined, and shuffled if `shuffled`; a multiple of the batch size."""
+    shuffled: bool
+    seed: int
+    epochs: int
+    start: Position
+
+    @classmethod
+    def of(
+        cls, batch_size: int, shuffle_rows: int, seed: int, epochs: int, start: Position
+    ) -> LoaderPlan:
+        """Rounds the window up to whole batches, so that only an epoch's last batch is short."""
+        rows = max(shuffle_rows or _PLAIN_WINDOW_ROWS, batch_size)
+        window = -(-rows // batch_size) * batch_size
+        return cls(batch_size, window, shuffle_rows > 0, seed, epochs, start)
+
+
+class _Piece(NamedTuple):
+    """A stretch of decoded rows on its way into a window."""
+
+    rows: Rows
+    place: Place
+    split: int
+    split_row: int
+    """Number within the split of the row 0 of `rows`."""
+    start: int
+    stop: int
+
+
+class _Window(NamedTuple):
+    rows: Rows
+    at: Position
+    """Of its first row."""
+    after: Position
+    """Of the first row of the window after it."""
+    pieces: list[_Piece]
+
+
+class Loader:
+    """Iterator of batches and context manager; closing it stops its threads.
+
+    Safe to use from one thread. An error in the background is raised, with its type, by the `next`
+    that would have given the batch after it; the loader is closed then.
+    """
+
+    def __init__(
+        self, part: PartRows, columns: Columns, plan: LoaderPlan, threads: int, prefetch: int
+    ) -> None:
+        if plan.start.split > len(part.splits):
+            raise DataError(
+                f"position in split {plan.start.split}, but the data has {len(part.splits)} "
+                "splits; it is not the data that the checkpoint was taken on"
+            )
+        self._part = part
+        self._plan = plan
+        self._features = tuple(feature.name for feature in columns.features)
+        self._columns = columns.names
+        self._decoder = Decoder(columns)
+        self._out: Channel[Batch] = Channel(prefetch)
+        self._open_splits: deque[Channel[_Piece]] = deque()
+        self._split_opened = threading.Condition()
+        self._todo = self._splits_to_read()
+        self._max_open = threads + 1
+        self._finished = False
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._read_splits, name=f"reader-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        self._threads.append(threading.Thread(target=self._assemble, name="assembler", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._finished and not self._closed:
+            raise StopIteration
+        try:
+            return self._out.get()
+        except Closed:
+            raise ValueError("the loader is closed; ask the dataset for new batches") from None
+        except Ended:
+            self._finished = True
+            raise StopIteration from None
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the threads and waits for them: at most for the read that each is in."""
+        self._closed = True
+        self._out.close()
+        with self._split_opened:
+            for channel in self._open_splits:
+                channel.close()
+            self._split_opened.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # Reader threads.
+
+    def _splits_to_read(self) -> Iterator[tuple[int, int]]:
+        """(epoch, split) in order, from the start."""
+        for epoch in range(self._plan.start.epoch, self._plan.epochs):
+            for split in self._splits_of(epoch):
+                yield epoch, split
+
+    def _splits_of(self, epoch: int) -> range:
+        start = self._plan.start
+        return range(start.split if epoch == start.epoch else 0, len(self._part.splits))
+
+    def _read_splits(self) -> None:
+        while (job := self._next_split()) is not None:
+            epoch, split, channel = job
+            try:
+                self._read_split(epoch, split, channel)
+                channel.end()
+            except Closed:
+                return
+            # Not handled here: the assembler raises it where the consumer sees it.
+            except BaseException as error:
+                channel.fail(error)
+                return
+
+    def _next_split(self) -> tuple[int, int, Channel[_Piece]] | None:
+        with self._split_opened:
+            self._split_opened.wait_for(
+                lambda: self._closed or len(self._open_splits) < self._max_open
+            )
+            job = None if self._closed else next(self._todo, None)
+            if job is None:
+                return None
+            channel: Channel[_Piece] = Channel(_CHUNKS_AHEAD)
+            self._open_splits.append(channel)
+            self._split_opened.notify_all()
+            return *job, channel
+
+    def _read_split(self, epoch: int, split: int, channel: Channel[_Piece]) -> None:
+        start = self._plan.start
+        skip = start.split_row if (epoch, split) == (start.epoch, start.split) else 0
+        row = 0
+        for chunk in self._part.read(self._part.splits[split], self._columns):
+            n = chunk.table.num_rows
+            if n and row + n > skip:
+                rows = self._decoder.decode(chunk)
+                channel.put(_Piece(rows, chunk.place, split, row, max(skip - row, 0), n))
+            row += n
+
+    # The assembler thread.
+
+    def _assemble(self) -> None:
+        try:
+            for window in self._windows():
+                for batch in self._cut(window):
+                    self._out.put(batch)
+            self._out.end()
+        except Closed:
+            return
+        # Not handled here: `__next__` raises it.
+        except BaseException as error:
+            self._out.fail(error)
+
+    def _windows(self) -> Iterator[_Window]:
+        start = replace(self._plan.start, window_row=0)
+        at = replace(start, samples=self._plan.start.samples - self._plan.start.window_row)
+        for epoch in range(self._plan.start.epoch, self._plan.epochs):
+            waiting: deque[_Piece] = deque()
+            rows = 0
+            for piece in self._pieces(epoch):
+                waiting.append(piece)
+                rows += piece.stop - piece.start
+                # One row more than the window says where the next one begins.
+                while rows > self._plan.window_rows:
+                    taken = _take(waiting, self._plan.window_rows)
+                    rows -= self._plan.window_rows
+                    after = Position(
+                        epoch=epoch,
+                        window=at.window + 1,
+                        split=waiting[0].split,
+                        split_row=waiting[0].split_row + waiting[0].start,
+                        samples=at.samples + self._plan.window_rows,
+                    )
+                    yield self._window(taken, at, after)
+                    at = after
+            after = Position(epoch=epoch + 1, samples=at.samples + rows)
+            if rows:
+                yield self._window(list(waiting), at, after)
+            at = after
+
+    def _window(self, pieces: list[_Piece], at: Position, after: Position) -> _Window:
+        parts = [(piece.rows, piece.start, piece.stop) for piece in pieces]
+        return _Window(concatenate(parts, len(self._features)), at, after, pieces)
+
+    def _pieces(self, epoch: int) -> Iterator[_Piece]:
+        """Decoded pieces of one epoch, in order."""
+        for _ in self._splits_of(epoch):
+            with self._split_opened:
+                self._split_opened.wait_for(lambda: self._closed or bool(self._open_splits))
+                if self._closed:
+                    raise Closed
+                channel = self._open_splits[0]
+            while True:
+                try:
+                    piece = channel.get()
+                except Ended:
+                    break
+                yield piece
+            with self._split_opened:
+                self._open_splits.popleft()
+                self._split_opened.notify_all()
+
+    def _cut(self, window: _Window) -> Iterator[Batch]:
+        n = window.rows.num_rows
+        order = self._order(window, n)
+        begin = 0
+        if (
+            window.at.epoch == self._plan.start.epoch
+            and window.at.window == self._plan.start.window
+        ):
+            begin = self._plan.start.window_row
+        for start in range(begin, n, self._plan.batch_size):
+            stop = min(start + self._plan.batch_size, n)
+            rows = window.rows.select(order[start:stop])
+            ends = window.after
+            if stop < n:
+                ends = replace(window.at, window_row=stop, samples=window.at.samples + stop)
+            yield self._batch(
+                rows,
+                replace(window.at, window_row=start, samples=window.at.samples + start),
+                ends,
+                self._origin(window, start, stop),
+            )
+
+    def _order(self, window: _Window, n: int) -> NDArray[np.int64]:
+        if not self._plan.shuffled:
+            return np.arange(n, dtype=np.int64)
+        seed = [self._plan.seed & (2**64 - 1), window.at.epoch, window.at.window]
+        philox = np.random.Philox(np.random.SeedSequence(seed))
+        # Sorting raw bits, unlike numpy's shuffles, gives the same order in every numpy version.
+        return np.argsort(philox.random_raw(n), kind="stable")
+
+    def _batch(self, rows: Rows, start: Position, end: Position, origin: str) -> Batch:
+        def tensor(array: NDArray[np.generic] | None) -> torch.Tensor | None:
+            return None if array is None else torch.from_numpy(array)
+
+        return Batch(
+            dense=torch.from_numpy(rows.dense),
+            sparse=KeyedJagged(
+                self._features, torch.from_numpy(rows.values), torch.from_numpy(rows.offsets)
+            ),
+            labels=torch.from_numpy(rows.labels),
+            weights=tensor(rows.weights),
+            event_time=tensor(rows.event_time),
+            teacher=tensor(rows.teacher),
+            start=start,
+            end=end,
+            origin=origin,
+        )
+
+    def _origin(self, window: _Window, start: int, stop: int) -> str:
+        """Where the rows come from: those of the whole window if it is shuffled."""
+        if self._plan.shuffled:
+            start, stop = 0, window.rows.num_rows
+        spans: list[Span] = []
+        row = 0
+        for piece in window.pieces:
+            size = piece.stop - piece.start
+            low, high = max(start - row, 0), min(stop - row, size)
+            row += size
+            if low >= high:
+                continue
+            span = piece.place.span(piece.start + low, piece.start + high)
+            if spans and spans[-1].path == span.path and spans[-1].unit == span.unit:
+                # Batches of text may begin in the stretch in which the one before ended.
+                spans[-1] = spans[-1]._replace(stop=max(span.stop, spans[-1].stop))
+            else:
+                spans.append(span)
+        words = ", ".join(map(str, spans[:2]))
+        if len(spans) > 2:
+            words = f"{spans[0]} to {spans[-1]}"
+        return words + (" (shuffled)" if self._plan.shuffled else "")
+
+
+def _take(waiting: deque[_Piece], rows: int) -> list[_Piece]:
+    """Removes the first `rows` rows of the pieces, cutting the last one taken."""
+    taken = []
+    while rows:
+        piece = waiting.popleft()
+        size = piece.stop - piece.start
+        if size > rows:
+            waiting.appendleft(piece._replace(start=piece.start + rows))
+            piece = piece._replace(stop=piece.start + rows)
+            size = rows
+        taken.append(piece)
+        rows -= size
+    return taken

@@ -1,0 +1,162 @@
+"""Parquet files of one schema; a split is a run of row groups of one file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime
+from functools import lru_cache
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from penstock.config import ParquetSource
+from penstock.data.files import list_files
+from penstock.data.source import CHUNK_ROWS, Chunk, RowPlace, Split
+from penstock.errors import DataError
+
+SPLIT_ROWS = 131_072
+"""Small row groups are read together up to this many rows.
+
+FORMAT: positions in checkpoints count splits; never change.
+"""
+
+
+class ParquetFiles:
+    """Source over Parquet files. A `Split` is [start, stop) in rows of its file."""
+
+    def __init__(self, config: ParquetSource) -> None:
+        self.paths: Sequence[str]
+        self._filesystem, self.paths = list_files(config.path)
+        # Footers of wide tables are large: only those of files being read are kept.
+        self._footer = lru_cache(maxsize=16)(self._read_footer)
+        self._splits: list[Split] = []
+        self.schema: pa.Schema = self._footer(self.paths[0]).schema.to_arrow_schema()
+        self.schema = self.schema.remove_metadata()
+        for path in self.paths:
+            footer = self._footer(path)
+            _check_schema(path, footer.schema.to_arrow_schema(), self.paths[0], self.schema)
+            self._splits += _group_rows(path, footer)
+        if not self._splits:
+            raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
+
+    def splits(self) -> Sequence[Split]:
+        """All splits, in the order of reading."""
+        return self._splits
+
+    def count_rows(self, split: Split) -> int:
+        """Rows of the split."""
+        return split.stop - split.start
+
+    def cut(self, split: Split, row: int) -> tuple[Split, Split]:
+        """Cuts a split before its row `row`."""
+        middle = split.start + row
+        return Split(split.path, split.start, middle), Split(split.path, middle, split.stop)
+
+    def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
+        """Reads the rows of a split in order."""
+        footer = self._footer(split.path)
+        groups, first = _row_groups(footer, split)
+        try:
+            with (
+                self._filesystem.open_input_file(split.path) as file,
+                pq.ParquetFile(file, metadata=footer) as parquet,
+            ):
+                for batch in parquet.iter_batches(
+                    CHUNK_ROWS, row_groups=groups, columns=list(columns), use_threads=False
+                ):
+                    start = max(split.start - first, 0)
+                    stop = min(split.stop - first, batch.num_rows)
+                    if start < stop:
+                        rows = batch.slice(start, stop - start).select(list(columns))
+                        place = RowPlace(split.path, first + start)
+                        yield Chunk(pa.Table.from_batches([rows]), place)
+                    first += batch.num_rows
+                    if first >= split.stop:
+                        break
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{split.path}: cannot be read: {error}") from None
+
+    def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
+        """Looks at the minima and maxima that the files keep."""
+        footer = self._footer(split.path)
+        for group in _row_groups(footer, split)[0]:
+            bounds = _time_bounds(footer.row_group(group), column)
+            if bounds is None:
+                return True
+            if (high is None or bounds[0] < high) and (low is None or bounds[1] >= low):
+                return True
+        return False
+
+    def _read_footer(self, path: str) -> pq.FileMetaData:
+        try:
+            with self._filesystem.open_input_file(path) as file:
+                return pq.read_metadata(file)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def _check_schema(path: str, schema: pa.Schema, first_path: str, first: pa.Schema) -> None:
+    remedy = "all files of a source have one schema; name the files of one schema"
+    for field in first:
+        index = schema.get_field_index(field.name)
+        if index < 0:
+            raise DataError(f"{path}: column {field.name!r} of {first_path} is missing; {remedy}")
+        if schema.field(index).type != field.type:
+            raise DataError(
+                f"{path}: column {field.name!r} is {schema.field(index).type}, but "
+                f"{field.type} in {first_path}; {remedy}"
+            )
+    for name in schema.names:
+        if first.get_field_index(name) < 0:
+            raise DataError(f"{path}: column {name!r} is not in {first_path}; {remedy}")
+
+
+def _group_rows(path: str, footer: pq.FileMetaData) -> Iterator[Split]:
+    start = stop = 0
+    for group in range(footer.num_row_groups):
+        rows = footer.row_group(group).num_rows
+        if stop > start and stop + rows - start > SPLIT_ROWS:
+            yield Split(path, start, stop)
+            start = stop
+        stop += rows
+    if stop > start:
+        yield Split(path, start, stop)
+
+
+def _row_groups(footer: pq.FileMetaData, split: Split) -> tuple[list[int], int]:
+    """Row groups that hold rows of the split, and the file's row at which the first begins."""
+    groups: list[int] = []
+    first = row = 0
+    for group in range(footer.num_row_groups):
+        stop = row + footer.row_group(group).num_rows
+        if stop > split.start and row < split.stop:
+            if not groups:
+                first = row
+            groups.append(group)
+        row = stop
+    return groups, first
+
+
+def _time_bounds(group: pq.RowGroupMetaData, column: str) -> tuple[int, int] | None:
+    """Least and greatest time of a row group in ms, rounded outwards; None where unknown."""
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        if chunk.path_in_schema == column:
+            statistics = chunk.statistics
+            if statistics is None or not statistics.has_min_max or statistics.null_count:
+                return None
+            low, high = _milliseconds(statistics.min), _milliseconds(statistics.max)
+            return None if low is None or high is None else (low, high + 1)
+    return None
+
+
+def _milliseconds(value: object) -> int | None:
+    if isinstance(value, int):
+        return value
+    if isinstance(value, datetime):
+        aware = value if value.tzinfo else value.replace(tzinfo=UTC)
+        return math.floor(aware.timestamp() * 1000)
+    if isinstance(value, date):
+        return int(datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp()) * 1000
+    return None

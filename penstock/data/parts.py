@@ -1,0 +1,179 @@
+"""Divides the rows of a source into training and evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from penstock.config import FileSplit, FractionSplit, TimeSplit
+from penstock.data.decode import read_times
+from penstock.data.files import glob_pattern
+from penstock.data.source import Chunk, KeptPlace, Source, Split
+from penstock.errors import ConfigError, DataError
+
+Part: TypeAlias = Literal["train", "evaluation"]
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRange:
+    """Rows whose `column` lies in [low, high) ms."""
+
+    column: str
+    low: int | None
+    high: int | None
+
+    def keep(self, chunk: Chunk) -> Chunk:
+        """The rows of the chunk that lie in the range."""
+        times = read_times(chunk.table.column(self.column), self.column, chunk.place)
+        kept = np.ones(times.shape, dtype=bool)
+        if self.low is not None:
+            kept &= times >= self.low
+        if self.high is not None:
+            kept &= times < self.high
+        if kept.all():
+            return chunk
+        rows = np.flatnonzero(kept)
+        return Chunk(chunk.table.take(rows), KeptPlace(chunk.place, rows))
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """The rows of one part: splits of one source, perhaps filtered by time."""
+
+    source: Source
+    splits: Sequence[Split]
+    time_range: TimeRange | None = None
+
+    def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
+        """The part's rows of a split, in order, in chunks that may be empty."""
+        if self.time_range is None:
+            yield from self.source.read(split, columns)
+            return
+        for chunk in self.source.read(split, columns):
+            yield self.time_range.keep(chunk)
+
+    def count_rows(self) -> int:
+        """Rows of the part, malformed ones included; with a time range it reads the times."""
+        if self.time_range is None:
+            return sum(self.source.count_rows(split) for split in self.splits)
+        return sum(
+            chunk.table.num_rows
+            for split in self.splits
+            for chunk in self.read(split, [self.time_range.column])
+        )
+
+    def has_rows(self) -> bool:
+        """Whether there is any row; stops at the first."""
+        if self.time_range is None:
+            return any(self.source.count_rows(split) for split in self.splits)
+        return any(
+            chunk.table.num_rows
+            for split in self.splits
+            for chunk in self.read(split, [self.time_range.column])
+        )
+
+
+def divide(
+    source: Source, split: FractionSplit | TimeSplit | FileSplit | None, event_time: str | None
+) -> tuple[PartRows, PartRows | None]:
+    """Divides a source as `data.split` says.
+
+    Returns:
+      Training and evaluation; None where nothing is held out.
+
+    Raises:
+      DataError: a part would have no rows.
+      ConfigError: the time of the split cannot be read.
+    """
+    if split is None:
+        train = PartRows(source, source.splits())
+        if not train.has_rows():
+            raise DataError(f"{source.paths[0]}: no rows; the source has none at all")
+        return train, None
+    if isinstance(split, FractionSplit):
+        return _by_fraction(source, split)
+    if isinstance(split, FileSplit):
+        return _by_file(source, split)
+    assert event_time is not None
+    return _by_time(source, split, event_time)
+
+
+def _by_fraction(source: Source, split: FractionSplit) -> tuple[PartRows, PartRows]:
+    splits = source.splits()
+    rows = [source.count_rows(one) for one in splits]
+    total = sum(rows)
+    held_out = round(total * split.evaluation)
+    if not 0 < held_out < total:
+        part = "evaluation" if held_out == 0 else "train"
+        raise DataError(
+            f"data.split.evaluation {split.evaluation} of {total} rows leaves no rows for {part}; "
+            "change the fraction or give more data"
+        )
+    ends = np.cumsum(rows)
+    index = int(np.searchsorted(ends, total - held_out, side="right"))
+    left = total - held_out - int(ends[index] - rows[index])
+    if left == 0:
+        return PartRows(source, splits[:index]), PartRows(source, splits[index:])
+    before, after = source.cut(splits[index], left)
+    return (
+        PartRows(source, [*splits[:index], before]),
+        PartRows(source, [after, *splits[index + 1 :]]),
+    )
+
+
+def _by_file(source: Source, split: FileSplit) -> tuple[PartRows, PartRows]:
+    pattern = glob_pattern(split.evaluation)
+    # A bare name is meant in any directory.
+    anywhere = re.compile(f"(?:.*/)?(?:{pattern.pattern})")
+    matches = {path: anywhere.fullmatch(path) is not None for path in source.paths}
+    parts = [
+        PartRows(source, [one for one in source.splits() if matches[one.path] is held_out])
+        for held_out in (False, True)
+    ]
+    for part, name, which in zip(parts, ("train", "evaluation"), ("every", "no"), strict=True):
+        if not part.has_rows():
+            raise DataError(
+                f"data.split.evaluation {split.evaluation!r} matches {which} file with rows of "
+                f"{len(source.paths)}, which leaves no rows for {name}; change the glob"
+            )
+    return parts[0], parts[1]
+
+
+def _by_time(source: Source, split: TimeSplit, column: str) -> tuple[PartRows, PartRows]:
+    at = _parse_time(split.at)
+
+    def part(
+        low: int | None, high: int | None, order: Callable[[Sequence[Split]], Sequence[Split]]
+    ) -> PartRows:
+        possible = [one for one in source.splits() if source.may_hold(one, column, low, high)]
+        rows = PartRows(source, possible, TimeRange(column, low, high))
+        # Rows are usually in order of time, so one side finds its first row at the end.
+        if not PartRows(source, order(possible), rows.time_range).has_rows():
+            name = "evaluation" if high is None else "train"
+            side = "at or after" if high is None else "before"
+            raise DataError(
+                f"data.split.at {split.at!r}: no row has {column!r} {side} it, which leaves no "
+                f"rows for {name}; change the time"
+            )
+        return rows
+
+    return part(None, at, lambda splits: splits), part(at, None, lambda splits: splits[::-1])
+
+
+def _parse_time(at: int | str) -> int:
+    if isinstance(at, int):
+        return at
+    try:
+        moment = datetime.fromisoformat(at)
+    except ValueError:
+        raise ConfigError(
+            f"data.split.at: {at!r} is no ISO 8601 time; write it like 2026-01-31T00:00:00Z"
+        ) from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return round(moment.timestamp() * 1000)

@@ -1,0 +1,330 @@
+"""Which column is what: patterns to columns, types, features and tables.
+
+Pure: works on the names and types of a source, reads no row.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import pyarrow as pa
+
+from penstock.config import (
+    FeatureColumns,
+    FeatureConfig,
+    Hash,
+    Hex,
+    Job,
+    NumericColumns,
+    TableConfig,
+    TextSource,
+)
+from penstock.errors import ConfigError, DataError
+
+_GLOB = re.compile(r"[*?\[]")
+TEACHER = "teacher"
+"""Column of the true click probability, of synthetic sources alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureColumn:
+    """One categorical column."""
+
+    name: str
+    config: FeatureColumns
+
+
+@dataclass(frozen=True, slots=True)
+class NumericGroup:
+    """Numeric columns that are treated alike."""
+
+    config: NumericColumns
+    names: tuple[str, ...]
+    positions: tuple[int, ...]
+    """Columns of `Batch.dense` that they fill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What is read of a source, and as what."""
+
+    label: str | None
+    """None: the source has no labels (prediction)."""
+    at_least: float | None
+    weight: str | None
+    event_time: str | None
+    teacher: str | None
+    numeric: tuple[NumericGroup, ...]
+    features: tuple[FeatureColumn, ...]
+    """In the order of the source."""
+
+    @property
+    def numeric_names(self) -> tuple[str, ...]:
+        """In the order of `Batch.dense`, which is that of the source."""
+        placed = [
+            (position, name)
+            for group in self.numeric
+            for position, name in zip(group.positions, group.names, strict=True)
+        ]
+        return tuple(name for _, name in sorted(placed))
+
+    @property
+    def names(self) -> list[str]:
+        """Every column that is read, each once."""
+        special = (self.label, self.weight, self.event_time, self.teacher)
+        return [
+            *(name for name in special if name is not None),
+            *self.numeric_names,
+            *(feature.name for feature in self.features),
+        ]
+
+
+def resolve_columns(
+    job: Job, schema: pa.Schema, origin: str, labels: Literal["required", "optional"]
+) -> Columns:
+    """Finds the columns that a job names and checks their types.
+
+    Args:
+      job: what is wanted.
+      schema: what the source has.
+      origin: names the source in errors, for instance its first file.
+      labels: `optional` for prediction: the label column may be absent.
+
+    Raises:
+      ConfigError: a pattern matches nothing, or a column is claimed twice.
+      DataError: a column is missing or of the wrong type.
+    """
+    data = job.data
+    synthetic = data.source.format == "synthetic"
+    label: str | None = data.label.column
+    if labels == "optional" and label not in schema.names:
+        label = None
+    claims: dict[str, str] = {}
+    special = {
+        "data.label.column": label,
+        "data.weight": data.weight,
+        "data.event_time": data.event_time,
+    }
+    for field, name in special.items():
+        if name is not None:
+            if name not in schema.names:
+                raise DataError(
+                    f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}"
+                )
+            _claim(claims, name, field)
+    reserved = {data.label.column, *claims, *([TEACHER] if synthetic else [])}
+    order = {name: index for index, name in enumerate(schema.names)}
+    numeric: list[tuple[NumericColumns, list[str]]] = []
+    for index, group in enumerate(data.numeric):
+        field = f"data.numeric.{index}"
+        names = _match(group.columns, field, schema.names, reserved, origin)
+        for name in names:
+            _claim(claims, name, field)
+        numeric.append((group, names))
+    features: list[FeatureColumn] = []
+    for index, feature in enumerate(job.features):
+        field = f"features.{index}"
+        for name in _match(feature.columns, field, schema.names, reserved, origin):
+            _claim(claims, name, field)
+            features.append(FeatureColumn(name, feature))
+    features.sort(key=lambda feature: order[feature.name])
+    dense = sorted((name for _, names in numeric for name in names), key=order.__getitem__)
+    columns = Columns(
+        label=label,
+        at_least=data.label.at_least,
+        weight=data.weight,
+        event_time=data.event_time,
+        teacher=TEACHER if synthetic else None,
+        numeric=tuple(
+            NumericGroup(group, tuple(names), tuple(dense.index(name) for name in names))
+            for group, names in numeric
+        ),
+        features=tuple(features),
+    )
+    _check_types(columns, schema, origin, isinstance(data.source, TextSource))
+    return columns
+
+
+def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
+    """Types of text columns by name or glob, where the source declares none."""
+    data = job.data
+    types: dict[str, Literal["int64", "float64"]] = {data.label.column: "float64"}
+    if data.weight is not None:
+        types[data.weight] = "float64"
+    if data.event_time is not None:
+        types[data.event_time] = "int64"
+    return types | {pattern: "float64" for group in data.numeric for pattern in group.columns}
+
+
+def resolve_features(
+    job: Job, columns: Columns
+) -> tuple[tuple[FeatureConfig, ...], tuple[TableConfig, ...]]:
+    """Gives every feature its table.
+
+    Returns:
+      Features in the order of `columns`; the tables of the job, then the implied ones.
+
+    Raises:
+      ConfigError: a feature names an unknown table, two tables have one name, or no feature reads
+        a table.
+    """
+    tables: dict[str, TableConfig] = {}
+    for table in job.tables:
+        if table.name in tables:
+            raise ConfigError(f"tables: two are named {table.name!r}; give each its own name")
+        tables[table.name] = table
+    for index, group in enumerate(job.features):
+        if group.table is not None and group.table not in tables:
+            raise ConfigError(
+                f"features.{index}.table: no table {group.table!r} under `tables`"
+                f"{_nearest(group.table, list(tables))}"
+            )
+    features = []
+    for column in columns.features:
+        name = column.config.table or column.name
+        if name not in tables:
+            tables[name] = _implied_table(job, name)
+        features.append(FeatureConfig(name=column.name, table=name, pooling=column.config.pooling))
+    used = {feature.table for feature in features}
+    for index, table in enumerate(job.tables):
+        if table.name not in used:
+            raise ConfigError(
+                f"tables.{index}: no feature reads table {table.name!r}; set `table` of a feature "
+                "or remove it"
+            )
+    return tuple(features), tuple(tables.values())
+
+
+def _implied_table(job: Job, name: str) -> TableConfig:
+    defaults = job.table_defaults
+    try:
+        return TableConfig(
+            name=name,
+            dim=defaults.dim,
+            optimizer=defaults.optimizer,
+            initializer=defaults.initializer,
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            f"column {name!r} gives its table a name that is not allowed ({error}); name a table "
+            "for it: features[].table"
+        ) from None
+
+
+def _match(
+    patterns: Sequence[str], field: str, names: Sequence[str], reserved: set[str], origin: str
+) -> list[str]:
+    """Columns that match, in the order of the source; exact names may be reserved ones."""
+    found: set[str] = set()
+    for pattern in patterns:
+        if pattern in names:
+            found.add(pattern)
+            continue
+        matches = {name for name in names if fnmatchcase(name, pattern)} - reserved
+        if not matches and not _GLOB.search(pattern):
+            raise DataError(f"{origin}: no column {pattern!r} ({field}){_nearest(pattern, names)}")
+        if not matches:
+            raise ConfigError(
+                f"{field}.columns: {pattern!r} matches no column of {origin}"
+                f"{_nearest(_GLOB.split(pattern)[0], names)}"
+            )
+        found |= matches
+    return [name for name in names if name in found]
+
+
+def _claim(claims: dict[str, str], name: str, field: str) -> None:
+    if name in claims:
+        raise ConfigError(
+            f"column {name!r} is claimed by {claims[name]} and by {field}; leave it to one of them"
+        )
+    claims[name] = field
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(repr(one) for one in near)}?"
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"; there are {shown}" if names else "; there are none"
+
+
+def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -> None:
+    def wrong(name: str, remedy: str) -> DataError:
+        return DataError(f"{origin}: column {name!r} is {schema.field(name).type}; {remedy}")
+
+    for number in (columns.label, columns.weight):
+        if number is not None and not _is_number(schema.field(number).type):
+            raise wrong(number, "labels and weights are numbers; convert it")
+    for name in columns.numeric_names:
+        if not _is_number(schema.field(name).type):
+            raise wrong(
+                name, "numeric columns are numbers; list it under `features` (transform hash)"
+            )
+    if columns.event_time is not None and not _is_time(schema.field(columns.event_time).type):
+        raise wrong(columns.event_time, "event times are timestamps, dates or integers (ms)")
+    for feature in columns.features:
+        remedy = _key_remedy(schema.field(feature.name).type, feature, text)
+        if remedy is not None:
+            raise wrong(feature.name, remedy)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+        or pa.types.is_null(kind)
+    )
+
+
+def _is_time(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_timestamp(kind)
+        or pa.types.is_date(kind)
+        or is_text(kind)
+    )
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values are strings or bytes."""
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+def _key_remedy(kind: pa.DataType, feature: FeatureColumn, text: bool) -> str | None:
+    """What to do about a feature's type; None if it is fine."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_null(kind):
+        return None
+    as_text = is_text(kind)
+    if not as_text and not pa.types.is_integer(kind) and not pa.types.is_boolean(kind):
+        if pa.types.is_floating(kind):
+            return (
+                "keys are integers or strings: cast it to int64 (nullable) where it is written, or "
+                "list it under `data.numeric`"
+            )
+        return "keys are integers, strings or lists of these; convert it"
+    for transform in feature.config.transforms:
+        if isinstance(transform, Hex) and not as_text:
+            return "the transform hex reads text; remove it, or put it first"
+        as_text = as_text and not isinstance(transform, Hash | Hex)
+    if as_text:
+        declare = f", or declare data.source.types: {{{feature.name}: int64}}" if text else ""
+        return f"keys are 64-bit integers: add the transform hash (or hex){declare}"
+    return None

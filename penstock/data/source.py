@@ -1,0 +1,119 @@
+"""The contract of every source: columns, splits that read alone, chunks of rows.
+
+A `Split` is the unit of reading and of position in a checkpoint, a `Chunk` is what is decoded at
+once. Sources know files and rows; they know nothing of features, batches or epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+CHUNK_ROWS = 32_768
+"""Rows that are decoded at once where the format lets us choose; bounds the memory of a reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A piece of one file that reads alone: [start, stop) in the unit of its source."""
+
+    path: str
+    """As the user wrote it or as the glob found it."""
+    start: int
+    stop: int
+
+
+class Span(NamedTuple):
+    """A stretch of one file, for messages."""
+
+    path: str
+    unit: str
+    """`rows`, `bytes` or `lines`."""
+    start: int
+    stop: int
+    """Exclusive."""
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.unit} {self.start}-{self.stop - 1}"
+
+
+class Place(Protocol):
+    """Says where the rows of a chunk come from."""
+
+    def locate(self, row: int) -> str:
+        """Names one row of the chunk exactly; may read the file again, so only for errors."""
+
+    def span(self, start: int, stop: int) -> Span:
+        """Names the rows [start, stop) of the chunk without reading anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlace:
+    """Rows numbered from 0 within their file."""
+
+    path: str
+    first: int
+
+    def locate(self, row: int) -> str:
+        """Names one row of the chunk."""
+        return f"{self.path} row {self.first + row}"
+
+    def span(self, start: int, stop: int) -> Span:
+        """Names the rows [start, stop) of the chunk."""
+        return Span(self.path, "rows", self.first + start, self.first + stop)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPlace:
+    """Some rows of another place, after a filter."""
+
+    place: Place
+    kept: NDArray[np.int64]
+
+    def locate(self, row: int) -> str:
+        """Names one row of the chunk."""
+        return self.place.locate(int(self.kept[row]))
+
+    def span(self, start: int, stop: int) -> Span:
+        """Names the stretch that holds the rows [start, stop) of the chunk."""
+        return self.place.span(int(self.kept[start]), int(self.kept[stop - 1]) + 1)
+
+
+class Chunk(NamedTuple):
+    """Rows of one split, in order."""
+
+    table: pa.Table
+    place: Place
+
+
+class Source(Protocol):
+    """Rows in files (or made from numbers). Safe to read from several threads at once."""
+
+    schema: pa.Schema
+    """All columns. Text sources give the types that their columns are parsed to."""
+    paths: Sequence[str]
+    """The files, in the order of reading."""
+
+    def splits(self) -> Sequence[Split]:
+        """All splits, in the order of reading; the same on every call."""
+
+    def count_rows(self, split: Split) -> int:
+        """Rows of the split, malformed ones included."""
+
+    def cut(self, split: Split, row: int) -> tuple[Split, Split]:
+        """Cuts a split before its row `row`, where 0 < row < its rows."""
+
+    def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
+        """Reads the rows of a split in order, with the `columns` in the order given.
+
+        Raises:
+          DataError: the file cannot be read, or holds what it should not.
+        """
+
+    def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
+        """False only where the source knows that no time of `column` lies in [low, high) ms."""

@@ -1,0 +1,198 @@
+"""Column functions: keys from Arrow columns, numbers from Arrow columns. No loop over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from penstock import _core
+from penstock.config import Clip, Hash, Hex, Log, Scale
+
+
+class BadValue(Exception):
+    """A value that a transform cannot read. Internal: `decode` turns it into a DataError."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
+        self.index = index
+        """Among the values given."""
+        self.reason = reason
+
+
+class Keys(NamedTuple):
+    """The bags of one column: keys in the order of rows, and how many each row has."""
+
+    values: NDArray[np.int64]
+    """[N]"""
+    lengths: NDArray[np.int64] | None
+    """[n]; None: one key a row."""
+
+
+def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """The column as one array; copies only if it is in pieces."""
+    if isinstance(column, pa.Array):
+        return column
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    combined = column.combine_chunks()
+    # Some pyarrow versions give a chunked array back.
+    return combined if isinstance(combined, pa.Array) else pa.concat_arrays(combined.chunks)
+
+
+def read_keys(
+    column: pa.ChunkedArray | pa.Array, transforms: Sequence[Hash | Hex], missing: int | None
+) -> Keys:
+    """Reads a column of keys or of lists of keys.
+
+    Args:
+      column: integers, booleans, strings, dictionary-encoded or lists of these. Of unsigned 64-bit
+        integers the bits are kept.
+      transforms: applied in order.
+      missing: key that a null row reads as; None: an empty bag. A null within a list is left out
+        or reads as `missing` likewise.
+
+    Raises:
+      BadValue: `index` counts the values that are not null (of lists: within the flattened lists).
+    """
+    array = one_array(column)
+    if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+        # Arrow has few functions on views.
+        array = array.cast(pa.large_binary())
+    if pa.types.is_dictionary(array.type):
+        return _read_dictionary(array, transforms, missing)
+    if _is_list(array.type):
+        return _read_lists(array, transforms, missing)
+    if array.null_count == 0:
+        return Keys(_transform(array, transforms), None)
+    present = array.is_valid().to_numpy(zero_copy_only=False)
+    values = _transform(array.drop_null(), transforms)
+    if missing is None:
+        return Keys(values, present.astype(np.int64))
+    filled = np.full(len(array), missing, dtype=np.int64)
+    filled[present] = values
+    return Keys(filled, None)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _read_dictionary(
+    array: pa.DictionaryArray, transforms: Sequence[Hash | Hex], missing: int | None
+) -> Keys:
+    if array.dictionary.null_count:
+        return read_keys(array.dictionary_decode(), transforms, missing)
+    try:
+        # Every distinct value is transformed once.
+        keys = _transform(array.dictionary, transforms)
+    except BadValue:
+        # The bad value may be one that no row has; decoded, its index is a row's as well.
+        return read_keys(array.dictionary_decode(), transforms, missing)
+    indices = read_keys(array.indices, (), None if missing is None else -1)
+    values = np.append(keys, 0 if missing is None else missing)[indices.values]
+    return Keys(values, indices.lengths)
+
+
+def _read_lists(array: pa.Array, transforms: Sequence[Hash | Hex], missing: int | None) -> Keys:
+    lengths = pc.list_value_length(array)
+    if lengths.null_count:
+        lengths = lengths.fill_null(0)
+    counts = lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+    # flatten() skips null lists and honours slices.
+    inner = read_keys(array.flatten(), transforms, missing)
+    if inner.lengths is not None:
+        ends = np.concatenate([[0], np.cumsum(inner.lengths)])
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        counts = np.diff(ends[bounds])
+    if missing is None or array.null_count == 0:
+        return Keys(inner.values, counts)
+    absent = array.is_null().to_numpy(zero_copy_only=False)
+    # A null list becomes a bag of the one key, inserted where its keys would be.
+    starts = np.cumsum(counts) - counts
+    values = np.insert(inner.values, starts[absent], missing)
+    return Keys(values, counts + absent)
+
+
+def _transform(array: pa.Array, transforms: Sequence[Hash | Hex]) -> NDArray[np.int64]:
+    """Keys of an array without nulls."""
+    keys: NDArray[np.int64] | None = None
+    for transform in transforms:
+        if isinstance(transform, Hex):
+            keys, bad = _core.parse_hex(*_string_buffers(array))
+            if bad >= 0:
+                raise BadValue(bad, f"{array[bad].as_py()!r} is not 1 to 16 hexadecimal digits")
+        elif keys is not None:
+            keys = _core.hash_integers(keys, transform.seed, transform.buckets or 0)
+        else:
+            keys = _hash(array, transform)
+    return keys if keys is not None else _integers(array).view(np.int64)
+
+
+def _hash(array: pa.Array, transform: Hash) -> NDArray[np.int64]:
+    seed, buckets = transform.seed, transform.buckets or 0
+    if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
+        return _core.hash_integers(_integers(array), seed, buckets)
+    return _core.hash_strings(*_string_buffers(array), seed, buckets)
+
+
+def _integers(array: pa.Array) -> NDArray[np.int64]:
+    """[n] contiguous int64; uint64 stays what it is."""
+    if pa.types.is_boolean(array.type) or pa.types.is_null(array.type):
+        array = array.cast(pa.int64())
+    values = array.to_numpy(zero_copy_only=False)
+    if values.dtype != np.uint64:
+        values = values.astype(np.int64, copy=False)
+    return np.ascontiguousarray(values)
+
+
+def _string_buffers(
+    array: pa.Array,
+) -> tuple[NDArray[np.int32] | NDArray[np.int64], NDArray[np.uint8]]:
+    """Views of the offsets (of this slice) and bytes of a string or binary array."""
+    if pa.types.is_null(array.type):
+        array = array.cast(pa.string())
+    wide = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
+    _, offsets, data = array.buffers()
+    if len(array) == 0 or offsets is None:
+        return np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.uint8)
+    bytes_ = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)
+    first, stop = array.offset, array.offset + len(array) + 1
+    if wide:
+        return np.frombuffer(offsets, dtype=np.int64)[first:stop], bytes_
+    return np.frombuffer(offsets, dtype=np.int32)[first:stop], bytes_
+
+
+def read_numbers(column: pa.ChunkedArray | pa.Array) -> NDArray[np.floating]:
+    """[n] float32 or float64; nulls read as NaN. A view where there is nothing to convert."""
+    array = one_array(column)
+    kind = array.type
+    if not (pa.types.is_float32(kind) or pa.types.is_float64(kind)):
+        # pyarrow refuses to round large integers unless told to.
+        array = pc.cast(array, pa.float64(), safe=False)
+    values: NDArray[np.floating] = array.to_numpy(zero_copy_only=False)
+    return values
+
+
+def transform_numbers(
+    numbers: NDArray[np.float64], transforms: Sequence[Log | Clip | Scale]
+) -> NDArray[np.float64]:
+    """Applies `transforms` in order; may work in place."""
+    for transform in transforms:
+        if isinstance(transform, Log):
+            sign = np.copysign(1.0, numbers)
+            np.abs(numbers, out=numbers)
+            np.log1p(numbers, out=numbers)
+            numbers *= sign
+        elif isinstance(transform, Clip):
+            np.clip(numbers, transform.low, transform.high, out=numbers)
+        else:
+            numbers -= transform.offset
+            numbers *= transform.factor
+    return numbers

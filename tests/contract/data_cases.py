@@ -1,0 +1,143 @@
+"""Small files of every format with the same rows, and what the source contract suite asks of "
+"them."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pyarrow import csv
+
+from penstock.config import Job, parse_job
+from penstock.data import Dataset
+from penstock.types import Batch, Position
+
+NUMERIC, FEATURES = 3, 4
+
+
+def make_table(rows: int, seed: int = 0) -> pa.Table:
+    """label, weight, time, I1..I3 (with nulls), C1..C4 (with nulls; C4 of wild 64-bit keys)."""
+    rng = np.random.default_rng(seed)
+    columns = {
+        "label": pa.array(rng.integers(0, 2, rows)),
+        "weight": pa.array(rng.integers(1, 5, rows) / 2),
+        "time": pa.array(1_700_000_000_000 + np.arange(rows) * 1000),
+    }
+    for number in range(1, NUMERIC + 1):
+        columns[f"I{number}"] = pa.array(rng.integers(-3, 1000, rows), mask=rng.random(rows) < 0.2)
+    for number in range(1, FEATURES):
+        columns[f"C{number}"] = pa.array(rng.integers(0, 50, rows), mask=rng.random(rows) < 0.2)
+    columns["C4"] = pa.array(rng.integers(-(2**63), 2**63 - 1, rows))
+    return pa.table(columns)
+
+
+def write_case(kind: str, table: pa.Table, path: Path) -> dict[str, object]:
+    """Writes the rows and returns the `source` of a job."""
+    if kind == "parquet":
+        half = table.num_rows // 2
+        pq.write_table(table[:half], path / "part-0.parquet", row_group_size=max(1, half // 3))
+        pq.write_table(table[half:], path / "part-1.parquet", row_group_size=max(1, half // 2))
+        return {"format": "parquet", "path": str(path / "part-*.parquet")}
+    tsv = kind.startswith("tsv")
+    options = csv.WriteOptions(
+        delimiter="\t" if tsv else ",", include_header=not tsv, quoting_style="none"
+    )
+    file = path / f"rows.{'tsv' if tsv else 'csv'}"
+    csv.write_csv(table, file, options)
+    if kind.endswith("gz"):
+        compressed = file.with_name(file.name + ".gz")
+        compressed.write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+        file = compressed
+    source: dict[str, object] = {"format": kind[:3], "path": str(file), "types": {"C*": "int64"}}
+    if tsv:
+        source["columns"] = ["label", "weight", "time", "I{1..3}", "C{1..4}"]
+    return source
+
+
+def make_job(source: dict[str, object], **data: object) -> Job:
+    """A job over `make_table`'s columns; `data` replaces fields of `data`."""
+    return parse_job({
+        "data": {
+            "source": source,
+            "label": {"column": "label"},
+            "weight": "weight",
+            "event_time": "time",
+            "numeric": [{"columns": ["I*"], "transforms": [{"kind": "log"}]}],
+            "split": {"by": "fraction", "evaluation": 0.2},
+            "shuffle": {"window_rows": 100},
+            **data,
+        },
+        "features": [{"columns": ["C*"]}],
+    })
+
+
+def synthetic_job(rows: int, **data: object) -> Job:
+    return parse_job({
+        "data": {
+            "source": {"format": "synthetic", "rows": rows},
+            "label": {"column": "click"},
+            "event_time": "event_time",
+            "numeric": [{"columns": ["n*"]}],
+            "split": {"by": "fraction", "evaluation": 0.2},
+            "shuffle": {"window_rows": 100},
+            **data,
+        },
+        "features": [{"columns": ["c*"]}],
+    })
+
+
+def read_all(dataset: Dataset, part: str = "train", **options: object) -> list[Batch]:
+    with dataset.batches(part, **{"batch_size": 32, **options}) as batches:
+        return list(batches)
+
+
+def assert_same_batches(got: list[Batch], expected: list[Batch]) -> None:
+    """Bit for bit, positions and origins included."""
+    assert [batch.start for batch in got] == [batch.start for batch in expected]
+    for one, other in zip(got, expected, strict=True):
+        assert (one.end, one.origin) == (other.end, other.origin)
+        assert one.sparse.features == other.sparse.features
+        for a, b in zip(tensors(one), tensors(other), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def tensors(batch: Batch) -> list[torch.Tensor | None]:
+    return [
+        batch.dense,
+        batch.sparse.values,
+        batch.sparse.offsets,
+        batch.labels,
+        batch.weights,
+        batch.event_time,
+        batch.teacher,
+    ]
+
+
+def assert_resumes_everywhere(dataset: Dataset, part: str = "train", **options: object) -> None:
+    """Restores at every batch and compares the rest with the uninterrupted run."""
+    whole = read_all(dataset, part, **options)
+    assert whole, "a test of nothing"
+    for before, after in zip(whole, whole[1:], strict=False):
+        assert before.end == after.start
+    for index, batch in enumerate(whole):
+        # A checkpoint stores the position as plain numbers.
+        start = Position.from_dict(batch.end.to_dict())
+        assert_same_batches(read_all(dataset, part, start=start, **options), whole[index + 1 :])
+
+
+def rows_of(batches: list[Batch]) -> list[tuple[object, ...]]:
+    """Every sample as (label, dense, bags), for comparisons that forget the batching."""
+    out = []
+    for batch in batches:
+        bags = [batch.sparse[name] for name in batch.sparse.features]
+        for row in range(batch.batch_size):
+            keys = tuple(
+                tuple(bag.values[bag.offsets[row] : bag.offsets[row + 1]].tolist()) for bag in bags
+            )
+            out.append((batch.labels[row].item(), tuple(batch.dense[row].tolist()), keys))
+    return out

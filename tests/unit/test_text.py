@@ -1,0 +1,263 @@
+"""CSV and TSV: malformed rows, headers, line ends, and a Criteo log as it comes."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from penstock.config import parse_job
+from penstock.data import Dataset, text
+from penstock.data.text import expand_names
+from penstock.errors import ConfigError, DataError
+from tests.contract.data_cases import assert_resumes_everywhere, read_all
+
+
+def text_job(path, format="tsv", columns=("label", "I1", "C1"), shuffle=0, features=None, **source):
+    return parse_job({
+        "data": {
+            "source": {
+                "format": format,
+                "path": str(path),
+                **({"columns": columns} if columns else {}),
+                **source,
+            },
+            "label": {"column": "label"},
+            "numeric": [{"columns": ["I*"]}],
+            "shuffle": {"window_rows": shuffle},
+        },
+        "features": features or [{"columns": ["C*"], "transforms": [{"kind": "hash"}]}],
+    })
+
+
+def rows(count, bad=()):
+    lines = [f"{n % 2}\t{n}\tkey{n}" for n in range(count)]
+    for number, line in bad:
+        lines[number] = line
+    return ("\n".join(lines) + "\n").encode()
+
+
+def error_of(job):
+    dataset = Dataset.open(job)
+    with pytest.raises(DataError) as error:
+        read_all(dataset)
+    return str(error.value)
+
+
+def numbers(batches):
+    return [int(value) for batch in batches for value in batch.dense[:, 0]]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("1\t2", "2 fields, expected 3"),
+        ("1\t2\tx\ty", "4 fields, expected 3"),
+        ("1\ttwo\tx", "column 'I1' is no double: invalid value 'two'"),
+        ("", "blank line"),
+    ],
+)
+def test_malformed_row_fails_with_its_line_and_text(
+    line, reason, compressed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(text, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(text, "READ_BYTES", 100)
+    data = rows(200, [(137, line)])
+    path = tmp_path / ("x.tsv.gz" if compressed else "x.tsv")
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    assert error_of(text_job(path)) == (
+        f"{path}:138: {reason}: {line!r}; mend the file or set data.source.on_malformed_row: "
+        "quarantine"
+    )
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("header", [False, True])
+def test_malformed_rows_are_quarantined_once(compressed, header, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(text, "READ_BYTES", 100)
+    bad = [(0, "x\t1\ty"), (57, "1"), (58, "1\t?\tz"), (199, "1\t1\t1\t1")]
+    data = (b"label\tI1\tC1\n" if header else b"") + rows(200, bad)
+    path = tmp_path / ("x.tsv.gz" if compressed else "x.tsv")
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    job = text_job(
+        path, on_malformed_row="quarantine", columns=None if header else ("label", "I1", "C1")
+    )
+    kept = tmp_path / "quarantine.jsonl"
+    dataset = Dataset.open(job, quarantine=kept)
+    good = [number for number in range(200) if number not in dict(bad)]
+    assert numbers(read_all(dataset, epochs=2)) == good * 2
+    assert dataset.quarantined_rows == 4
+    assert dataset.num_rows("train") == 200
+    entries = sorted(
+        map(json.loads, kept.read_text().splitlines()), key=lambda entry: entry["line"]
+    )
+    assert [entry["line"] for entry in entries] == [number + 1 + header for number, _ in bad]
+    assert entries[1] == {
+        "file": str(path),
+        "line": 58 + header,
+        "reason": "1 fields, expected 3",
+        "text": "1",
+    }
+    assert [entry["text"] for entry in entries] == [line for _, line in bad]
+    # A resumed run finds them there; half a line of a killed run is dropped.
+    with kept.open("a") as out:
+        out.write('{"file": "x')
+    again = Dataset.open(job, quarantine=kept)
+    assert again.quarantined_rows == 4
+    read_all(again)
+    assert again.quarantined_rows == 4
+    assert len(kept.read_text().splitlines()) == 4
+
+
+def test_resumes_everywhere_among_malformed_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(text, "READ_BYTES", 100)
+    path = tmp_path / "x.tsv"
+    path.write_bytes(rows(300, [(number, "bad") for number in range(0, 300, 7)]))
+    dataset = Dataset.open(text_job(path, on_malformed_row="quarantine", shuffle=64))
+    assert_resumes_everywhere(dataset, epochs=2, batch_size=16)
+
+
+def test_a_label_is_named_by_its_line_among_malformed_rows(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_bytes(rows(50, [(3, "bad"), (4, "bad"), (20, "7\t1\tx"), (30, "bad")]))
+    assert error_of(text_job(path, on_malformed_row="quarantine")) == (
+        f"{path}:21, column 'label': label 7 is not 0 or 1; set data.label.at_least to make "
+        "labels of "
+        "numbers"
+    )
+
+
+def test_line_ends_byte_order_mark_and_a_last_line_without_end(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"\xef\xbb\xbflabel,I1,C1\r\n1,5,a\r\n0,6,b")
+    for columns in (None, ("label", "I1", "C1")):
+        if columns:
+            path.write_bytes(b"\xef\xbb\xbf1,5,a\n0,6,b")
+        batches = read_all(Dataset.open(text_job(path, "csv", columns)))
+        assert numbers(batches) == [5, 6]
+        assert batches[0].labels.tolist() == [1, 0]
+
+
+def test_quotes_and_words_that_are_not_null(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('label,I1,C1\n1,5,"a,b"\n0,6,NA\n0,7,\n')
+    bag = read_all(Dataset.open(text_job(path, "csv", None)))[0].sparse["C1"]
+    assert bag.offsets.tolist() == [0, 1, 2, 2]
+    # Tab-separated files have no quotes.
+    path.write_text('1\t5\t"a\n0\t6\tb"\n')
+    assert numbers(read_all(Dataset.open(text_job(path)))) == [5, 6]
+
+
+def test_gzip_of_several_members_reads_whole(tmp_path):
+    path = tmp_path / "x.tsv.gz"
+    path.write_bytes(gzip.compress(rows(10)) + gzip.compress(rows(5)))
+    dataset = Dataset.open(text_job(path))
+    assert dataset.num_rows("train") == 15
+    assert numbers(read_all(dataset)) == [*range(10), *range(5)]
+
+
+def test_strings_without_transform_are_refused_with_both_remedies(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_bytes(rows(3))
+    with pytest.raises(DataError) as error:
+        Dataset.open(text_job(path, features=[{"columns": ["C1"]}]))
+    assert str(error.value) == (
+        f"{path}: column 'C1' is string; keys are 64-bit integers: add the transform hash (or "
+        "hex), or "
+        "declare data.source.types: {C1: int64}"
+    )
+
+
+def test_headers_that_differ(tmp_path):
+    (tmp_path / "a.csv").write_text("label,I1,C1\n1,5,a\n")
+    (tmp_path / "b.csv").write_text("label,C1,I1\n1,a,5\n")
+    with pytest.raises(DataError) as error:
+        Dataset.open(text_job(tmp_path, "csv", None))
+    assert str(error.value) == (
+        f"{tmp_path}/b.csv: column 'C1' stands where {tmp_path}/a.csv has 'I1' (column 2); all "
+        "files of "
+        "a source have one header"
+    )
+
+
+def test_files_with_a_header_only_among_others_are_fine(tmp_path):
+    (tmp_path / "a.csv").write_text("label,I1,C1\n")
+    (tmp_path / "b.csv").write_text("label,I1,C1\n1,5,a\n")
+    assert numbers(read_all(Dataset.open(text_job(tmp_path, "csv", None)))) == [5]
+
+
+def test_names():
+    assert expand_names(["label", "I{1..3}", "x{9..10}y"]) == [
+        "label",
+        "I1",
+        "I2",
+        "I3",
+        "x9y",
+        "x10y",
+    ]
+    with pytest.raises(ConfigError, match=r"data.source.columns: 'I\{3..1\}' is an empty range"):
+        expand_names(["I{3..1}"])
+
+
+def test_types_that_match_no_column(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_bytes(rows(3))
+    with pytest.raises(ConfigError, match=r"data.source.types: 'D\*' matches no column"):
+        Dataset.open(text_job(path, types={"D*": "int64"}))
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
+def test_criteo_log(suffix, tmp_path, monkeypatch):
+    """label, 13 integers (blanks; I2 may be negative), 26 ids of 8 hexadecimal digits (blanks)."""
+    monkeypatch.setattr(text, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(text, "READ_BYTES", 7_000)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 300)
+    integers = rng.integers(0, 9000, (300, 13))
+    integers[:, 1] -= 3
+    ids = rng.integers(0, 2**32, (300, 26))
+    blank_i, blank_c = rng.random((300, 13)) < 0.3, rng.random((300, 26)) < 0.2
+    lines = [
+        "\t".join(
+            [str(labels[r])]
+            + ["" if blank_i[r, c] else str(integers[r, c]) for c in range(13)]
+            + ["" if blank_c[r, c] else f"{ids[r, c]:08x}" for c in range(26)]
+        )
+        for r in range(300)
+    ]
+    data = ("\n".join(lines) + "\n").encode()
+    path = tmp_path / f"day_0{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    job = parse_job({
+        "data": {
+            "source": {
+                "format": "tsv",
+                "path": str(path),
+                "columns": ["label", "I{1..13}", "C{1..26}"],
+            },
+            "label": {"column": "label"},
+            "numeric": [
+                {"columns": ["I*"], "transforms": [{"kind": "clip", "low": -1}, {"kind": "log"}]}
+            ],
+            "split": {"by": "fraction", "evaluation": 0.2},
+            "shuffle": {"window_rows": 64},
+        },
+        "features": [{"columns": ["C*"], "transforms": [{"kind": "hex"}], "missing": -1}],
+    })
+    dataset = Dataset.open(job)
+    assert dataset.numeric == tuple(f"I{n}" for n in range(1, 14))
+    assert [f.name for f in dataset.features] == [f"C{n}" for n in range(1, 27)]
+    assert [t.name for t in dataset.tables] == [f"C{n}" for n in range(1, 27)]
+    batches = read_all(dataset, shuffle=False) + read_all(dataset, "evaluation")
+    dense = np.concatenate([b.dense.numpy() for b in batches])
+    clipped = np.maximum(np.where(blank_i, 0, integers), -1).astype(np.float64)
+    np.testing.assert_array_equal(
+        dense, (np.sign(clipped) * np.log1p(np.abs(clipped))).astype(np.float32)
+    )
+    keys = np.concatenate([b.sparse.values.numpy().reshape(26, -1) for b in batches], axis=1)
+    np.testing.assert_array_equal(keys.T, np.where(blank_c, -1, ids))
+    assert np.concatenate([b.labels.numpy() for b in batches]).tolist() == labels.tolist()
+    assert_resumes_everywhere(dataset)
