@@ -283,18 +283,18 @@ class Checkpoints:
         for path in given_up:
             _remove(path)
         replaced = final.with_name(final.name + _REPLACED)
+        done: list[tuple[Path, Path]] = []
+        renames = [(temporary, final)]
+        if final.exists():
+            renames.insert(0, (final, replaced))
         try:
-            if final.exists():
-                os.rename(final, replaced)
-            os.rename(temporary, final)
+            for source, target in renames:
+                os.rename(source, target)
+                done.append((source, target))
             sync_directory(self._directory)
         except OSError:
-            if replaced.exists():
-                if final.exists():
-                    os.rename(final, temporary)
-                os.rename(replaced, final)
-            elif final.exists():
-                os.rename(final, temporary)
+            for source, target in reversed(done):
+                os.rename(target, source)
             raise
 
     def _explain_failure(self, final: Path, state: TrainState, error: OSError) -> str:
