@@ -1,4 +1,4 @@
-"""The C++ core (csrc/bindings.cc). Arrays are C-contiguous numpy arrays of exactly the dtype named."""
+"""The C++ core (csrc/bindings.cc). Arrays are C-contiguous numpy arrays of the dtype named."""
 
 import enum
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ def hash_strings(
     seed: int = 0,
     buckets: int = 0,
 ) -> NDArray[np.int64]:
-    """XXH64 of the n strings `bytes[offsets[i]:offsets[i + 1]]`, modulo `buckets` unless it is 0."""
+    """XXH64 of the strings `bytes[offsets[i]:offsets[i + 1]]`, modulo `buckets` unless it is 0."""
 
 def hash_integers(
     values: NDArray[np.int64] | NDArray[np.uint64], seed: int = 0, buckets: int = 0

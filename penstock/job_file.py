@@ -89,7 +89,7 @@ def parse_yaml(text: str, origin: str) -> Any:
         loader.dispose()
 
 
-class _JobLoader(yaml.SafeLoader):
+class _JobLoader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
     """Safe YAML that refuses duplicate keys and reads 1e-3 as a number, as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -68,7 +68,8 @@ def train(
                     run.save()
                 if stop.requested:
                     run.save()
-                    return run.report.interrupted(run.state.step)
+                    run.report.interrupted(run.state.step)
+                    return None
         run.log()
         run.save()
         run.evaluate()

@@ -18,8 +18,9 @@ from penstock.config import (
     TextSource,
     parse_job,
 )
-from penstock.data.dataset import Dataset, Part
+from penstock.data.dataset import Dataset
 from penstock.data.loader import Loader
+from penstock.data.parts import Part
 from penstock.embedding.collection import EmbeddingCollection
 from penstock.errors import CheckpointError, ConfigError
 from penstock.training.checkpoint import (
