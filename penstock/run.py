@@ -161,8 +161,7 @@ class Run:
         self.clock = Clock()
         self._began_s = time.monotonic()
         self._samples = 0
-        self._saved_step: int | None = None
-        self._gradient_norm = 0.0
+        self._is_saved = False
         # What the clock and the counter showed when the current window of steps began.
         self._window_seconds = dict(self.clock.seconds)
         self._window_samples = 0
@@ -171,8 +170,9 @@ class Run:
         """Starts at step 0 or, with `resume`, where the newest checkpoint ends."""
         if resume:
             self.checkpoints.restore(newest_of_run(self.folder.path), self.state)
-            self._saved_step = self.state.step
-        self.report.start(self.state.step, self.state.position.samples)
+            self._is_saved = True
+        window_is_open = self.window.compute()["samples"] > 0
+        self.report.start(self.state.step, self.state.position.samples, window_is_open)
 
     def remaining_batches(self) -> Loader:
         """The batches from the current position to the end of the last epoch."""
@@ -203,7 +203,7 @@ class Run:
         self.window.update(result.logits, batch.labels, batch.weights)
         state.step += 1
         state.position = batch.end
-        self._gradient_norm = result.gradient_norm
+        self._is_saved = False
         self._samples += batch.batch_size
         self.report.advance(state.step, state.position.samples)
 
@@ -213,6 +213,7 @@ class Run:
         if not metrics["samples"]:
             return
         self.window = state.metrics = BinaryMetrics()
+        self._is_saved = False
         spent = {part: s - self._window_seconds[part] for part, s in self.clock.seconds.items()}
         trained = self._samples - self._window_samples
         self._window_seconds, self._window_samples = dict(self.clock.seconds), self._samples
@@ -220,9 +221,7 @@ class Run:
             state.step,
             state.position.samples,
             {
-                "epoch": state.position.epoch,
                 **metrics,
-                "gradient_norm": self._gradient_norm,
                 "learning_rate": self.trainer.learning_rate(state.step - 1),
                 "samples_per_s": trained / max(steps_s(spent), 1e-9),
                 "seconds": spent,
@@ -243,11 +242,11 @@ class Run:
         self.report.evaluation(self.state.step, metrics)
 
     def save(self) -> None:
-        """Writes a checkpoint, unless this step has one."""
-        if self._saved_step != self.state.step:
+        """Writes a checkpoint, unless the newest one holds all this."""
+        if not self._is_saved:
             with self.clock.measure("checkpoint"):
                 self.checkpoints.save(self.state)
-            self._saved_step = self.state.step
+            self._is_saved = True
 
     def summary(self) -> dict[str, Any]:
         """What the run amounts to; `RunReport.finished` adds versions and hardware."""

@@ -51,8 +51,13 @@ class RunFolder:
                 "folder with --out"
             )
 
-    def start(self, job: Job, step: int) -> list[dict[str, Any]]:
+    def start(self, job: Job, step: int, drop_training_at_step: bool) -> list[dict[str, Any]]:
         """Writes job.yaml and opens the metrics, without the lines of steps after `step`.
+
+        Args:
+          job: what is run.
+          step: the last of which lines stay.
+          drop_training_at_step: of `step` itself, only evaluations stay.
 
         Returns:
           The lines of metrics.jsonl that stay, oldest first.
@@ -63,7 +68,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.job_file, dump_yaml(job))
-            kept = [line for line in _read_lines(self.metrics_file) if line["step"] <= step]
+            last = {"train": step - drop_training_at_step, "evaluation": step}
+            lines = _read_lines(self.metrics_file)
+            kept = [line for line in lines if line["step"] <= last[line["kind"]]]
             _replace(self.metrics_file, "".join(f"{json.dumps(line)}\n" for line in kept))
             # TensorBoard hides events of an earlier process from the purge step on.
             self._tensorboard = SummaryWriter(

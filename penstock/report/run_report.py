@@ -44,9 +44,16 @@ class RunReport:
         self._last_training: dict[str, Any] = {}
         self._last_evaluation: tuple[int, dict[str, Any]] | None = None
 
-    def start(self, step: int, samples: int) -> None:
-        """Begins at `step`: earlier lines of metrics.jsonl stay, later ones are removed."""
-        for line in self._folder.start(self._job, step):
+    def start(self, step: int, samples: int, window_is_open: bool = False) -> None:
+        """Begins at `step`: earlier lines of metrics.jsonl stay, later ones are removed.
+
+        Args:
+          step: steps trained so far.
+          samples: samples trained on so far.
+          window_is_open: the steps since the last log are still to be logged; then a line of them
+            that is there already, from a process that died after it, is removed too.
+        """
+        for line in self._folder.start(self._job, step, window_is_open):
             kind, at = line.pop("kind"), line.pop("step")
             if kind == "evaluation":
                 self._last_evaluation = at, _with_nan(line)
@@ -63,7 +70,8 @@ class RunReport:
     def training(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Records the metrics of a window of steps that ends with `step`."""
         self._last_training = dict(metrics)
-        self._folder.append_metrics("train", step, {"samples": samples, **metrics})
+        window = {"window_samples" if k == "samples" else k: v for k, v in metrics.items()}
+        self._folder.append_metrics("train", step, {"samples": samples, **window})
         self._display.training(step, samples, metrics)
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:

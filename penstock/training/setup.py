@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from penstock.config import Job
@@ -25,14 +27,15 @@ class Untrained(NamedTuple):
 def build(job: Job, dataset: Dataset) -> Untrained:
     """Makes tables, model and optimizer: a pure function of the job and the columns of its data.
 
-    Effects: seeds torch's generator and sets the number of torch's threads.
+    Effects: seeds the global generators of torch, numpy and Python, which a custom model may use,
+    and sets the number of torch's threads.
 
     Raises:
       ConfigError: the model does not fit the columns, or a table is declared wrongly.
     """
     threads = job.training.threads or available_cores()
     torch.set_num_threads(threads)
-    torch.manual_seed(job.training.seed)
+    _seed_generators(job.training.seed)
     collection = EmbeddingCollection(
         dataset.tables, dataset.features, seed=job.training.seed, num_threads=threads
     )
@@ -45,3 +48,9 @@ def build(job: Job, dataset: Dataset) -> Untrained:
     trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
     state = TrainState(0, Position(), collection, model, trainer.optimizer)
     return Untrained(state, trainer)
+
+
+def _seed_generators(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

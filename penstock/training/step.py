@@ -67,8 +67,6 @@ class StepResult:
     """Weighted mean of the binary cross-entropy, in nats."""
     logits: Tensor
     """[B] float32, detached."""
-    gradient_norm: float
-    """L2 norm of the dense gradients before clipping."""
 
 
 def train_step(
@@ -110,14 +108,14 @@ def train_step(
                 f"step {step}: the gradient of the embeddings is NaN or infinite; {_place(batch)}"
             )
         try:
-            norm = trainer.step(step)
+            trainer.step(step)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; {_place(batch)}") from None
     with clock.measure("embedding"):
         if leaf.grad is not None and pooled.requires_grad:
             pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
         collection.apply_gradients()
-    return StepResult(value, logits.detach(), norm)
+    return StepResult(value, logits.detach())
 
 
 def look_up(collection: EmbeddingCollection, batch: Batch) -> Tensor:

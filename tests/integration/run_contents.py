@@ -3,9 +3,9 @@
 import json
 
 import torch
+
 from penstock.training.checkpoint import read_manifest
 from penstock.training.checkpoint_files import read_tensors
-
 from penstock.training.trained import newest_of_run
 
 # Seconds and rates are of the machine, not of the run.
@@ -45,7 +45,7 @@ def differences(left, right, path=""):
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         same = (left.dtype, left.shape) == (right.dtype, right.shape)
         return [] if same and left.numpy().tobytes() == right.numpy().tobytes() else [path]
-    if isinstance(left, dict) and isinstance(right, dict) and list(left) == list(right):
+    if isinstance(left, dict) and isinstance(right, dict) and set(left) == set(right):
         return [bad for key in left for bad in differences(left[key], right[key], f"{path}/{key}")]
     if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
         pairs = enumerate(zip(left, right, strict=True))

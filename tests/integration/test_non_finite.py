@@ -11,15 +11,15 @@ from penstock import run as story
 from penstock.config import parse_job
 from penstock.errors import NonFiniteError
 
-BAD_ROW = 1800  # in batch 14 of 128 rows
+BAD_ROWS = slice(1800, 1864)  # in batch 14 of 128 rows
 
 
 @pytest.fixture
 def poisoned(small_fields, tmp_path):
-    """A job whose numbers overflow float32 in the first layer at one row."""
+    """A job whose numbers overflow float32 in the first layer at some rows."""
     random = np.random.default_rng(0)
     n0, n1 = (random.normal(size=3000).astype(np.float32) for _ in range(2))
-    n0[BAD_ROW] = n1[BAD_ROW] = 3e38
+    n0[BAD_ROWS], n1[BAD_ROWS] = random.choice(np.float32([-3e38, 3e38]), size=(2, 64))
     path = tmp_path / "poisoned.parquet"
     columns = {"click": random.integers(0, 2, 3000), "n0": n0, "n1": n1}
     columns |= {f"c{c}": random.integers(0, 100, 3000) for c in range(2)}
@@ -62,7 +62,7 @@ def test_nothing_is_updated(poisoned, tmp_path, quiet):
         run.begin(resume=False)
         with run.remaining_batches() as batches:
             for batch in batches:
-                if batch.start.samples <= BAD_ROW < batch.end.samples:
+                if batch.start.samples <= BAD_ROWS.start < batch.end.samples:
                     break
                 run.step(batch)
         before = snapshot(run.state)
