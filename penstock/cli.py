@@ -137,20 +137,26 @@ def predict(
     run_path: RunArgument,
     data: Annotated[str, typer.Option(help="Files to score, as a path or glob.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    no_label: Annotated[
+        bool,
+        typer.Option("--no-label", help="Text files without a header lack the label column."),
+    ] = False,
 ) -> None:
     """Scores every row of files with the newest checkpoint of a run.
 
     Writes a Parquet file with the columns row (int64, from 0, in order of reading), score
-    (float32 probability) and, where the data has it, label. The label column may be missing.
+    (float32 probability) and, where the data has it, label. The label column may be missing. A
+    malformed row is an error, since each row gets a score.
 
-    **Example**
+    **Examples**
 
         penstock predict runs/criteo --data tomorrow.parquet --out scores.parquet
+        penstock predict runs/criteo --data 'test/*.gz' --no-label --out scores.parquet
     """
     from penstock import run
     from penstock.report.display import show
 
-    rows = run.predict(run_path, data, out)
+    rows = run.predict(run_path, data, out, has_label=not no_label)
     show(f"{rows:,} rows scored: {out}")
 
 

@@ -84,7 +84,7 @@ def evaluate(path: Path, data: str | None = None) -> dict[str, float]:
       data: files to measure on, all rows; None: the job's held-out part.
 
     Returns:
-      Metrics by name, see `evaluate_batches`.
+      Metrics by name, see `evaluate_batches`; `quarantined_rows` where rows were left out.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is damaged.
@@ -93,16 +93,20 @@ def evaluate(path: Path, data: str | None = None) -> dict[str, float]:
     """
     trained = open_trained(path, data)
     with trained.batches() as batches:
-        return evaluate_batches(batches, trained.model, trained.collection)
+        metrics = evaluate_batches(batches, trained.model, trained.collection)
+    if trained.dataset.quarantined_rows:
+        metrics["quarantined_rows"] = trained.dataset.quarantined_rows
+    return metrics
 
 
-def predict(path: Path, data: str, out: Path) -> int:
+def predict(path: Path, data: str, out: Path, *, has_label: bool = True) -> int:
     """Scores every row of `data` with the newest checkpoint of a run, into a Parquet file.
 
     Args:
       path: a run folder, or one of its checkpoints.
       data: files to score; the label column may be missing.
       out: the file to write, see `write_scores`.
+      has_label: False: text without a header lacks the label column.
 
     Returns:
       Number of rows written.
@@ -110,7 +114,7 @@ def predict(path: Path, data: str, out: Path) -> int:
     Raises:
       CheckpointError, ConfigError, DataError: as `evaluate`; or `out` cannot be written.
     """
-    trained = open_trained(path, data, labels="optional")
+    trained = open_trained(path, data, labels="optional" if has_label else "absent")
     with trained.batches() as batches:
         return write_scores(scored(batches, trained.model, trained.collection), out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,9 +101,9 @@ class RunReport:
     def interrupted(self, step: int) -> None:
         """Says that the run stopped after `step` with a checkpoint, and how to go on."""
         self._display.stop()
-        folder = self._folder.path
+        command = ["penstock", "train", str(self._folder.job_file), "--out", str(self._folder.path)]
         self._display.line(f"stopped after step {step:,}; the checkpoint is complete. Continue:")
-        self._display.line(f"  penstock train {self._folder.job_file} --out {folder} --resume")
+        self._display.line(f"  {shlex.join([*command, '--resume'])}")
 
     def finished(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes summary.json and shows the final table; returns the whole summary."""

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, DataError
 from penstock.types import Batch
 
 
@@ -26,11 +26,14 @@ def write_scores(scored: Iterable[tuple[Batch, Tensor]], out: Path) -> int:
 
     Raises:
       ConfigError: the file cannot be written.
+      DataError: there is no row.
     """
     part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = _write(scored, part)
+        if not rows:
+            raise DataError(f"{out}: not written, since the data has no row to score")
         part.replace(out)
     except OSError as error:
         raise ConfigError(f"{out}: cannot write the scores: {error}") from None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -31,6 +31,8 @@ from penstock.training.checkpoint import (
 from penstock.training.checkpoint_files import MANIFEST
 from penstock.training.setup import build
 
+Labels: TypeAlias = Literal["required", "optional", "absent"]
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -48,15 +50,14 @@ class Trained:
         return self.dataset.batches(self.part, batch_size=batch_size, shuffle=False)
 
 
-def open_trained(
-    path: Path, data: str | None = None, labels: Literal["required", "optional"] = "required"
-) -> Trained:
+def open_trained(path: Path, data: str | None = None, labels: Labels = "required") -> Trained:
     """Loads the newest checkpoint of a run.
 
     Args:
       path: a run folder, or one of its checkpoints.
       data: files to use it on, all rows; None: what the job holds out.
-      labels: whether the label column may be missing.
+      labels: `optional`: the label column may be missing; `absent`: it is, also in text without a
+        header. Either is for prediction, where every row needs its score: a malformed one fails.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is damaged.
@@ -68,13 +69,16 @@ def open_trained(
     job = parse_job(manifest.job, origin=f"{checkpoint / MANIFEST}: job")
     if data is not None:
         job = _on_other_data(job, data, manifest.resolved)
+        if labels != "required":
+            job = _for_prediction(job, labels)
     elif job.data.split is None and job.data.evaluation_source is None:
         raise ConfigError(
             "the job holds nothing out: set data.split or data.evaluation_source, or name files "
             "with --data"
         )
     inputs = [*manifest.resolved["numeric"], *_feature_names(manifest.resolved)]
-    dataset = Dataset.open(job, labels=labels, order=inputs)
+    needed: Literal["required", "optional"] = "required" if labels == "required" else "optional"
+    dataset = Dataset.open(job, labels=needed, order=inputs)
     state, _ = build(job, dataset)
     load_tables_and_model(checkpoint, state.collection, state.model)
     part: Part = "evaluation" if data is None else "train"
@@ -131,6 +135,18 @@ def _on_other_data(job: Job, path: str, resolved: Mapping[str, Any]) -> Job:
     }
     data = job.data.model_copy(update=changes)
     return job.model_copy(update={"data": data, "features": features})
+
+
+def _for_prediction(job: Job, labels: Labels) -> Job:
+    source = job.data.source
+    if not isinstance(source, TextSource):
+        return job
+    columns = source.columns
+    if labels == "absent" and columns is not None:
+        columns = tuple(name for name in columns if name != job.data.label.column)
+    changes = {"columns": columns, "on_malformed_row": "fail"}
+    data = job.data.model_copy(update={"source": source.model_copy(update=changes)})
+    return job.model_copy(update={"data": data})
 
 
 def _feature_names(resolved: Mapping[str, Any]) -> list[str]:

@@ -16,10 +16,12 @@ import argparse
 import io
 import multiprocessing
 import random
+import signal
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -74,26 +76,34 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
 
-def kill_somewhen(
-    process: multiprocessing.Process, out: Path, moment: random.Random, longest_s: float
-) -> bool:
+def kill_somewhen(process: BaseProcess, out: Path, moment: random.Random, longest_s: float) -> bool:
     """Kills the process at a random moment; False if it ended by itself before."""
-    folder = out / "checkpoints"
-    deadline = time.monotonic() + moment.uniform(0.0, longest_s)
-    aim_at_save = moment.random() < 0.5
-    while process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    if aim_at_save:
-        before = folder.stat().st_mtime_ns if folder.exists() else 0
-        give_up = time.monotonic() + 2.0
-        while process.is_alive() and time.monotonic() < give_up:
-            if folder.exists() and folder.stat().st_mtime_ns != before:
-                break
-        time.sleep(moment.uniform(0.0, 0.01))
-    killed = process.is_alive()
+    choice = moment.random()
+    if choice > 0.1:
+        # One in ten dies while it starts; the others once training began, which writes job.yaml.
+        wait_for_change(process, out / "job.yaml", 60.0)
+    wait(process, moment.uniform(0.0, longest_s))
+    if choice > 0.6:
+        wait_for_change(process, out / "checkpoints", 2.0)
+        wait(process, moment.uniform(0.0, 0.02))
     process.kill()
     process.join()
-    return killed and process.exitcode == -9
+    return process.exitcode == -signal.SIGKILL
+
+
+def wait(process: BaseProcess, seconds: float) -> None:
+    """Waits, but not beyond the end of the process."""
+    process.join(seconds)
+
+
+def wait_for_change(process: BaseProcess, path: Path, longest_s: float) -> None:
+    """Waits until a file or folder is changed or made."""
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    end = time.monotonic() + longest_s
+    while process.is_alive() and time.monotonic() < end:
+        if path.exists() and path.stat().st_mtime_ns != before:
+            return
+        time.sleep(0.0005)
 
 
 def examine(out: Path, tally: Tally) -> None:
@@ -114,12 +124,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=240, help="steps of one run")
-    parser.add_argument("--longest-s", type=float, default=2.0, help="longest life before a kill")
+    parser.add_argument(
+        "--longest-s", type=float, default=1.0, help="longest training before a kill"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     moment, job, tally = random.Random(arguments.seed), small_job(arguments.steps), Tally()
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["penstock.run", "kill_and_resume"])
+    spawn.set_forkserver_preload(["penstock.run"])
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
