@@ -1,6 +1,7 @@
 // The only file that knows Python. Arrays come in as numpy views; the interpreter lock is released while the core works.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -8,8 +9,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "buffer_pool.h"
@@ -73,7 +76,7 @@ size_t num_strings(const In<Offset>& offsets, const In<uint8_t>& bytes) {
 }
 
 template <typename Offset>
-NewArray<int64_t> hash_strings(In<Offset> offsets, In<uint8_t> bytes, uint64_t seed, uint64_t buckets) {
+NewArray<int64_t> py_hash_strings(In<Offset> offsets, In<uint8_t> bytes, uint64_t seed, uint64_t buckets) {
   const size_t n = num_strings(offsets, bytes);
   int64_t* keys;
   auto out = make_array(n, &keys);
@@ -83,7 +86,7 @@ NewArray<int64_t> hash_strings(In<Offset> offsets, In<uint8_t> bytes, uint64_t s
 }
 
 template <typename Integer>
-NewArray<int64_t> hash_integers(In<Integer> values, uint64_t seed, uint64_t buckets) {
+NewArray<int64_t> py_hash_integers(In<Integer> values, uint64_t seed, uint64_t buckets) {
   int64_t* keys;
   auto out = make_array(values.size(), &keys);
   nb::gil_scoped_release unlocked;
@@ -92,7 +95,7 @@ NewArray<int64_t> hash_integers(In<Integer> values, uint64_t seed, uint64_t buck
 }
 
 template <typename Offset>
-std::pair<NewArray<int64_t>, int64_t> parse_hex(In<Offset> offsets, In<uint8_t> bytes) {
+std::pair<NewArray<int64_t>, int64_t> py_parse_hex(In<Offset> offsets, In<uint8_t> bytes) {
   const size_t n = num_strings(offsets, bytes);
   int64_t* keys;
   auto out = make_array(n, &keys);
@@ -104,44 +107,77 @@ std::pair<NewArray<int64_t>, int64_t> parse_hex(In<Offset> offsets, In<uint8_t> 
   return {out, bad};
 }
 
-std::pair<NewArray<int64_t>, NewArray<int64_t>> jagged_select(In<int64_t> values, In<int64_t> offsets, size_t features,
-                                                    size_t width, In<int64_t> rows) {
-  if (offsets.size() != features * width + 1 || static_cast<size_t>(offsets(features * width)) > values.size()) {
-    throw std::invalid_argument("jagged_select: offsets do not fit features, width and values");
+// Keeps the arrays alive that the window points into.
+class PyJaggedWindow {
+ public:
+  using Column = std::pair<In<int64_t>, std::optional<In<int64_t>>>;
+
+  PyJaggedWindow(std::vector<Column> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
+      : arrays_(std::move(columns)), window_(view(arrays_, starts, stops), starts, stops) {}
+
+  std::pair<NewArray<int64_t>, NewArray<int64_t>> select(In<int64_t> rows) const {
+    const size_t n = rows.size(), bags = window_.num_features() * n;
+    const std::unique_ptr<penstock::JaggedWindow::Place[]> places(new penstock::JaggedWindow::Place[n]);
+    int64_t *offsets, *values;
+    auto out_offsets = make_array(bags + 1, &offsets);
+    bool inside;
+    {
+      nb::gil_scoped_release unlocked;
+      inside = window_.locate(rows.data(), n, places.get());
+      if (inside) window_.select_offsets(places.get(), n, offsets);
+    }
+    if (!inside) throw std::out_of_range("a row lies outside the window");
+    auto out_values = make_array(static_cast<size_t>(offsets[bags]), &values);
+    {
+      nb::gil_scoped_release unlocked;
+      window_.select_values(places.get(), n, offsets, values);
+    }
+    return {out_values, out_offsets};
   }
-  const size_t n = rows.size();
-  int64_t *new_offsets, *new_values;
-  auto out_offsets = make_array(features * n + 1, &new_offsets);
-  bool inside;
-  {
-    nb::gil_scoped_release unlocked;
-    inside = penstock::jagged_select_offsets(offsets.data(), features, width, rows.data(), n, new_offsets);
+
+ private:
+  static std::vector<penstock::JaggedColumn> view(const std::vector<Column>& columns,
+                                                  const std::vector<int64_t>& starts,
+                                                  const std::vector<int64_t>& stops) {
+    if (starts.size() != stops.size() || (starts.empty() ? !columns.empty() : columns.size() % starts.size() != 0)) {
+      throw std::invalid_argument("JaggedWindow: columns, starts and stops do not fit");
+    }
+    const size_t features = starts.empty() ? 0 : columns.size() / starts.size();
+    std::vector<penstock::JaggedColumn> views;
+    for (size_t c = 0; c < columns.size(); ++c) {
+      const auto& [values, offsets] = columns[c];
+      const int64_t stop = stops[c / features];
+      const bool fits = starts[c / features] >= 0 && starts[c / features] <= stop &&
+                        static_cast<size_t>(stop) + (offsets ? 1 : 0) <= (offsets ? offsets->size() : values.size());
+      if (!fits || (offsets && static_cast<size_t>((*offsets)(stop)) > values.size())) {
+        throw std::invalid_argument("JaggedWindow: a column is shorter than its part");
+      }
+      views.push_back({values.data(), offsets ? offsets->data() : nullptr});
+    }
+    return views;
   }
-  if (!inside) throw std::out_of_range("jagged_select: a row lies outside [0, width)");
-  auto out_values = make_array(static_cast<size_t>(new_offsets[features * n]), &new_values);
-  {
-    nb::gil_scoped_release unlocked;
-    penstock::jagged_select_values(values.data(), offsets.data(), features, width, rows.data(), n, new_offsets,
-                                   new_values);
-  }
-  return {out_values, out_offsets};
-}
+
+  std::vector<Column> arrays_;
+  penstock::JaggedWindow window_;
+};
 
 void bind_columns(nb::module_& m) {
   m.def(
       "xxh64", [](nb::bytes data, uint64_t seed) { return penstock::xxh64(data.c_str(), data.size(), seed); },
       "data"_a, "seed"_a = 0);
   // .noconvert(): a wrong dtype is an error, never a hidden copy.
-  m.def("hash_strings", &hash_strings<int32_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert(), "seed"_a = 0,
+  m.def("hash_strings", &py_hash_strings<int32_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert(), "seed"_a = 0,
         "buckets"_a = 0);
-  m.def("hash_strings", &hash_strings<int64_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert(), "seed"_a = 0,
+  m.def("hash_strings", &py_hash_strings<int64_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert(), "seed"_a = 0,
         "buckets"_a = 0);
-  m.def("hash_integers", &hash_integers<int64_t>, "values"_a.noconvert(), "seed"_a = 0, "buckets"_a = 0);
-  m.def("hash_integers", &hash_integers<uint64_t>, "values"_a.noconvert(), "seed"_a = 0, "buckets"_a = 0);
-  m.def("parse_hex", &parse_hex<int32_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
-  m.def("parse_hex", &parse_hex<int64_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
-  m.def("jagged_select", &jagged_select, "values"_a.noconvert(), "offsets"_a.noconvert(), "features"_a, "width"_a,
-        "rows"_a.noconvert());
+  m.def("hash_integers", &py_hash_integers<int64_t>, "values"_a.noconvert(), "seed"_a = 0, "buckets"_a = 0);
+  m.def("hash_integers", &py_hash_integers<uint64_t>, "values"_a.noconvert(), "seed"_a = 0, "buckets"_a = 0);
+  m.def("parse_hex", &py_parse_hex<int32_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
+  m.def("parse_hex", &py_parse_hex<int64_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
+  nb::class_<PyJaggedWindow>(m, "JaggedWindow")
+      .def(nb::init<std::vector<PyJaggedWindow::Column>, std::vector<int64_t>, std::vector<int64_t>>(),
+           "columns"_a.noconvert(), "starts"_a, "stops"_a)
+      .def("select", &PyJaggedWindow::select, "rows"_a.noconvert());
   m.def(
       "count_newlines",
       [](In<uint8_t> bytes) {

@@ -4,6 +4,7 @@
 #include <bit>
 #include <charconv>
 #include <cstring>
+#include <utility>
 
 namespace penstock {
 namespace {
@@ -119,29 +120,49 @@ template void hash_integers(const uint64_t*, size_t, uint64_t, uint64_t, int64_t
 template int64_t parse_hex(const int32_t*, const uint8_t*, size_t, int64_t*);
 template int64_t parse_hex(const int64_t*, const uint8_t*, size_t, int64_t*);
 
-bool jagged_select_offsets(const int64_t* offsets, size_t features, size_t width, const int64_t* rows, size_t n,
-                           int64_t* out) {
-  for (size_t i = 0; i < n; ++i) {
-    if (rows[i] < 0 || static_cast<size_t>(rows[i]) >= width) return false;
+JaggedWindow::JaggedWindow(std::vector<JaggedColumn> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
+    : columns_(std::move(columns)), starts_(std::move(starts)) {
+  num_features_ = starts_.empty() ? 0 : columns_.size() / starts_.size();
+  ends_.reserve(stops.size());
+  for (size_t p = 0; p < stops.size(); ++p) {
+    num_rows_ += stops[p] - starts_[p];
+    ends_.push_back(num_rows_);
   }
-  int64_t total = 0;
-  *out++ = 0;
-  for (size_t f = 0; f < features; ++f, offsets += width) {
-    for (size_t i = 0; i < n; ++i) {
-      total += offsets[rows[i] + 1] - offsets[rows[i]];
-      *out++ = total;
-    }
+}
+
+bool JaggedWindow::locate(const int64_t* rows, size_t n, Place* places) const {
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t row = rows[i];
+    if (row < 0 || row >= num_rows_) return false;
+    size_t part = 0;
+    while (row >= ends_[part]) ++part;
+    const int64_t before = part ? ends_[part - 1] : 0;
+    places[i] = {static_cast<uint32_t>(part * num_features_), static_cast<uint32_t>(starts_[part] + row - before)};
   }
   return true;
 }
 
-void jagged_select_values(const int64_t* values, const int64_t* offsets, size_t features, size_t width,
-                          const int64_t* rows, size_t n, const int64_t* out_offsets, int64_t* out) {
-  for (size_t f = 0; f < features; ++f, offsets += width, out_offsets += n) {
+void JaggedWindow::select_offsets(const Place* places, size_t n, int64_t* out) const {
+  int64_t total = 0;
+  *out++ = 0;
+  for (size_t f = 0; f < num_features_; ++f) {
     for (size_t i = 0; i < n; ++i) {
-      const int64_t* from = values + offsets[rows[i]];
-      int64_t* to = out + out_offsets[i];
-      for (int64_t left = out_offsets[i + 1] - out_offsets[i]; left > 0; --left) *to++ = *from++;
+      const int64_t* const offsets = columns_[places[i].column + f].offsets;
+      const int64_t* const bag = offsets + places[i].row;
+      total += offsets ? bag[1] - bag[0] : 1;
+      *out++ = total;
+    }
+  }
+}
+
+void JaggedWindow::select_values(const Place* places, size_t n, const int64_t* offsets, int64_t* out) const {
+  for (size_t f = 0; f < num_features_; ++f, offsets += n) {
+    for (size_t i = 0; i < n; ++i) {
+      const JaggedColumn& column = columns_[places[i].column + f];
+      const int64_t row = places[i].row;
+      const int64_t* from = column.values + (column.offsets ? column.offsets[row] : row);
+      int64_t* to = out + offsets[i];
+      for (int64_t left = offsets[i + 1] - offsets[i]; left > 0; --left) *to++ = *from++;
     }
   }
 }

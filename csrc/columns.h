@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace penstock {
 
@@ -30,20 +31,45 @@ int64_t parse_hex(const Offset* offsets,  // [n + 1]
                   const uint8_t* bytes, size_t n,
                   int64_t* out);  // [n]
 
-// Rows of a jagged array packed feature by feature: bag (f, r) is values[offsets[f * width + r], ... + 1]).
-// First call: offsets of the selection; false if a row lies outside [0, width). Second call: its values.
-bool jagged_select_offsets(const int64_t* offsets,  // [features * width + 1]
-                           size_t features, size_t width,
-                           const int64_t* rows,  // [n]
-                           size_t n,
-                           int64_t* out);  // [features * n + 1]
-void jagged_select_values(const int64_t* values,   // [offsets[features * width]]
-                          const int64_t* offsets,  // [features * width + 1]
-                          size_t features, size_t width,
-                          const int64_t* rows,  // [n]
-                          size_t n,
-                          const int64_t* out_offsets,  // [features * n + 1]
-                          int64_t* out);               // [out_offsets[features * n]]
+// One feature of one decoded chunk: bag r is values[offsets[r], offsets[r + 1]), or values[r] alone without offsets.
+struct JaggedColumn {
+  const int64_t* values;
+  const int64_t* offsets;  // [rows + 1] or null
+};
+
+// The jagged columns of a window that lies in several chunks, none of them copied. Row r of the window is row
+// starts[p] + r - (rows of the parts before p) of the chunk p that holds it. Chunks have under 2^32 rows.
+class JaggedWindow {
+ public:
+  struct Place {
+    uint32_t column;  // index in `columns` of feature 0 of the row's chunk
+    uint32_t row;     // within the chunk
+  };
+
+  JaggedWindow(std::vector<JaggedColumn> columns,  // [parts * features], part by part
+               std::vector<int64_t> starts,        // [parts] first row taken of each chunk
+               std::vector<int64_t> stops);        // [parts]
+
+  size_t num_features() const { return num_features_; }
+
+  // The selection takes three calls: places of `rows` (false if one lies outside the window), offsets of their bags
+  // packed feature by feature, and the values.
+  bool locate(const int64_t* rows,  // [n]
+              size_t n,
+              Place* places) const;  // [n]
+  void select_offsets(const Place* places, size_t n,
+                      int64_t* out) const;  // [features * n + 1]
+  void select_values(const Place* places, size_t n,
+                     const int64_t* offsets,  // [features * n + 1], from select_offsets
+                     int64_t* out) const;     // [offsets[features * n]]
+
+ private:
+  std::vector<JaggedColumn> columns_;
+  std::vector<int64_t> starts_;
+  std::vector<int64_t> ends_;  // rows of the window up to the end of each part
+  size_t num_features_ = 0;
+  int64_t num_rows_ = 0;
+};
 
 // Bytes equal to '\n'.
 int64_t count_newlines(const uint8_t* bytes, size_t size);

@@ -16,9 +16,6 @@ static inline uint64_t mix64(uint64_t x) {
   return x ^ (x >> 33);
 }
 
-// Place of (table, key) in the index; not part of any format.
-static inline uint64_t hash_key(uint64_t key, uint32_t table) { return mix64(key + (table + 1) * kGolden); }
-
 enum class InitializerKind : int32_t { kUniform = 0, kNormal = 1, kConstant = 2 };
 
 struct Initializer {

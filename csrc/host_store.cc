@@ -165,11 +165,11 @@ Status HostStore::insert_shard(uint32_t shard_number, const Miss* misses, int64_
   ShardSlots& shard = shards_[shard_number];
   for (int64_t& i = *done; i < count; ++i) {
     if (i + kAhead < count) {
-      const uint64_t hash = hash_key(misses[i + kAhead].key, misses[i + kAhead].table);
+      const uint64_t hash = index_.hash(misses[i + kAhead].key, misses[i + kAhead].table);
       __builtin_prefetch(index.shard(hash) + index.home(hash), 1);
     }
     const Miss& miss = misses[i];
-    const uint64_t hash = hash_key(miss.key, miss.table);
+    const uint64_t hash = index_.hash(miss.key, miss.table);
     uint32_t slot = index_.find(miss.key, miss.table, hash);
     if (slot == kNoSlot) {
       if (index_.count(shard_number) >= index_.limit()) return Status::kIndexFull;
@@ -186,7 +186,7 @@ Status HostStore::insert_shard(uint32_t shard_number, const Miss* misses, int64_
 
 Status HostStore::insert_misses() {
   ++content_version_;
-  const auto shard_of = [](const Miss& miss) { return Index::shard_of(hash_key(miss.key, miss.table)); };
+  const auto shard_of = [this](const Miss& miss) { return Index::shard_of(index_.hash(miss.key, miss.table)); };
   // Counting sort by shard; each thread's misses stay in their order.
   const int64_t threads = num_threads();
   std::vector<int64_t> begin(kNumShards * threads + 1);
@@ -380,7 +380,7 @@ int64_t HostStore::erase(uint32_t table, const int64_t* keys, int64_t count) {
   pool_.run(owners, [&](int64_t owner, int) {
     int64_t mine = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const uint64_t hash = hash_key(static_cast<uint64_t>(keys[i]), table);
+      const uint64_t hash = index_.hash(static_cast<uint64_t>(keys[i]), table);
       const uint32_t shard = Index::shard_of(hash);
       if (shard % owners != static_cast<uint32_t>(owner)) continue;
       const uint32_t slot = index_.erase(static_cast<uint64_t>(keys[i]), table, hash);

@@ -1,6 +1,7 @@
 #include "index.h"
 
 #include <algorithm>
+#include <random>
 #include <utility>
 
 namespace penstock {
@@ -13,6 +14,8 @@ bool Index::allocate(uint64_t capacity, Region* region) {
 bool Index::open() {
   if (!allocate(kInitialCapacity, &region_)) return false;
   capacity_ = kInitialCapacity;
+  std::random_device entropy;
+  salt_ = uint64_t{entropy()} << 32 | entropy();
   std::fill_n(entries(), capacity_ * kNumShards, Entry{0, Entry::kEmpty});
   return true;
 }
@@ -50,7 +53,7 @@ uint32_t Index::erase(uint64_t key, uint32_t table, uint64_t hash) {
   const uint32_t slot = shard[hole].slot();
   // Close the gap: an entry moves back into the hole unless its home lies cyclically within (hole, entry].
   for (uint64_t i = after(hole); !shard[i].is_empty(); i = after(i)) {
-    const uint64_t home = index.home(hash_key(shard[i].key, shard[i].table()));
+    const uint64_t home = index.home(index.hash(shard[i].key, shard[i].table()));
     const uint64_t from_home = i >= home ? i - home : i + capacity_ - home;
     const uint64_t from_hole = i >= hole ? i - hole : i + capacity_ - hole;
     if (from_home < from_hole) continue;
@@ -68,14 +71,14 @@ bool Index::grow(ThreadPool& pool) {
   Region region;
   if (!allocate(capacity, &region)) return false;
   const IndexView old = view();
-  const IndexView fresh{reinterpret_cast<Entry*>(region.data()), capacity};
+  const IndexView fresh{reinterpret_cast<Entry*>(region.data()), capacity, salt_};
   pool.run(kNumShards, [&](int64_t shard, int) {
     Entry* const from = old.entries + shard * old.capacity;
     Entry* const to = fresh.entries + shard * capacity;
     std::fill_n(to, capacity, Entry{0, Entry::kEmpty});
     for (uint64_t i = 0; i < old.capacity; ++i) {
       if (from[i].is_empty()) continue;
-      place(to, capacity, fresh.home(hash_key(from[i].key, from[i].table())), from[i]);
+      place(to, capacity, fresh.home(fresh.hash(from[i].key, from[i].table())), from[i]);
     }
     // Old and new need not be resident together.
     const size_t begin = reinterpret_cast<char*>(from) - region_.data();
@@ -93,7 +96,7 @@ bool Index::is_consistent() const {
     for (uint64_t i = 0; i < capacity_; ++i) {
       if (from[i].is_empty()) continue;
       ++rows;
-      const uint64_t hash = hash_key(from[i].key, from[i].table());
+      const uint64_t hash = this->hash(from[i].key, from[i].table());
       if (shard_of(hash) != shard || find(from[i].key, from[i].table(), hash) != from[i].slot()) return false;
     }
     if (rows != counts_[shard].rows) return false;

@@ -2,7 +2,8 @@
 //
 // A key's hash picks the shard (top bits) and the home position in it (the rest, scaled to the capacity, so that the
 // capacity need not be a power of two). Linear probing, wrapping within the shard; deletion shifts entries back, so there
-// are no tombstones. All shards have one capacity and lie in one range of 2 MiB pages; they grow together.
+// are no tombstones. The hash is salted per index: rows exported from one and inserted into another would otherwise come in
+// the order of their homes, and pile up in a small part of an index that has yet to grow. All shards have one capacity and lie in one range of 2 MiB pages; they grow together.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +37,11 @@ static_assert(sizeof(Entry) == 16);
 struct IndexView {
   Entry* entries;
   uint64_t capacity;  // entries of one shard
+  uint64_t salt;
 
+  [[gnu::always_inline]] uint64_t hash(uint64_t key, uint32_t table) const {
+    return mix64((key + (table + 1) * kGolden) ^ salt);
+  }
   [[gnu::always_inline]] Entry* shard(uint64_t hash) const { return entries + (hash >> (64 - kShardBits)) * capacity; }
   [[gnu::always_inline]] uint64_t home(uint64_t hash) const {
     return static_cast<uint64_t>((static_cast<unsigned __int128>(hash << kShardBits) * capacity) >> 64);
@@ -48,7 +53,8 @@ class Index {
   // False: no memory.
   bool open();
 
-  IndexView view() const { return {entries(), capacity_}; }
+  IndexView view() const { return {entries(), capacity_, salt_}; }
+  uint64_t hash(uint64_t key, uint32_t table) const { return view().hash(key, table); }
   uint64_t capacity() const { return capacity_; }
   size_t memory_bytes() const { return region_.committed(); }
 
@@ -88,6 +94,7 @@ class Index {
 
   Region region_;
   uint64_t capacity_ = 0;
+  uint64_t salt_ = 0;
   std::vector<Count> counts_ = std::vector<Count>(kNumShards);
 };
 

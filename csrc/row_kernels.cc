@@ -187,7 +187,7 @@ int64_t find(const IndexView& index, const Rows& rows, const uint64_t* keys, con
   constexpr int kAhead = 12;  // probes in flight: more than the line fill buffers of a core
   const Entry* home[kAhead];
   const auto begin = [&](int64_t i) {
-    const uint64_t hash = hash_key(keys[i], tables[i]);
+    const uint64_t hash = index.hash(keys[i], tables[i]);
     const Entry* const entry = index.shard(hash) + index.home(hash);
     __builtin_prefetch(entry, 0, 3);
     home[i % kAhead] = entry;
@@ -204,7 +204,7 @@ int64_t find(const IndexView& index, const Rows& rows, const uint64_t* keys, con
     if (entry->key == key && entry->meta >> 48 == table) {
       slot = entry->slot();
     } else {
-      const Entry* const shard = index.shard(hash_key(key, tables[i]));
+      const Entry* const shard = index.shard(index.hash(key, tables[i]));
       for (;;) {
         if (entry->is_empty()) {
           slot = kNoSlot;

@@ -1,4 +1,4 @@
-"""The C++ core (csrc/bindings.cc). Arrays are C-contiguous numpy arrays of the dtype named."""
+"""The C++ core (csrc/bindings.cc). Arrays are C-contiguous numpy arrays."""
 
 import enum
 from collections.abc import Sequence
@@ -119,28 +119,33 @@ def parse_hex(
 ) -> tuple[NDArray[np.int64], int]:
     """Keys of 1 to 16 hexadecimal digits, and the index of the first bad string (-1: none)."""
 
-def jagged_select(
-    values: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    features: int,
-    width: int,
-    rows: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Selects `rows` of every feature of a jagged array packed feature by feature.
+class JaggedWindow:
+    """The jagged columns of a window of rows that lies in several chunks; copies none of them."""
 
-    Args:
-      values: [N] keys.
-      offsets: [features * width + 1]; bag (f, r) begins at offsets[f * width + r].
-      features: number of features.
-      width: rows of each feature.
-      rows: [b] rows to take, in order, repeats allowed.
+    def __init__(
+        self,
+        columns: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | None]],
+        starts: Sequence[int],
+        stops: Sequence[int],
+    ) -> None:
+        """Joins rows [starts[p], stops[p]) of the chunks p, in order.
 
-    Returns:
-      values and offsets [features * b + 1] of the selection.
+        Args:
+          columns: [parts * features], part by part: values and offsets [rows + 1] of each feature;
+            no offsets: one key a row. They must not change while the window lives.
+          starts: [parts]
+          stops: [parts]
+        """
 
-    Raises:
-      IndexError: a row lies outside [0, width).
-    """
+    def select(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Copies the bags of `rows` [n], packed feature by feature.
+
+        Returns:
+          values and offsets [features * n + 1].
+
+        Raises:
+          IndexError: a row lies outside the window.
+        """
 
 def count_newlines(bytes: NDArray[np.uint8]) -> int:
     """Number of bytes equal to 10."""

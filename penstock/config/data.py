@@ -39,8 +39,8 @@ class TextSource(FileSource):
     A name may stand for several: `I{1..13}` is I1, I2, ... I13.
     """
     types: Mapping[str, Literal["string", "int64", "float32", "float64"]] = {}
-    """Type by column name or glob; a column without one: label and numeric columns float64, others
-    string.
+    """Type by column name or glob; a column without one: label, weight and numeric columns float64,
+    event time int64, others string.
     """
     on_malformed_row: Literal["fail", "quarantine"] = "fail"
     """A row with the wrong number of fields or a value that is not of its type.
@@ -206,7 +206,8 @@ class DataConfig(Config):
     weight: str | None = None
     """Column of sample weights (>= 0)."""
     event_time: str | None = None
-    """Column of timestamps, dates or integers (then `event_time_unit` since 1970 UTC)."""
+    """Column of timestamps, dates, ISO 8601 text or integers (then `event_time_unit` since 1970
+    UTC)."""
     event_time_unit: TimeUnit = "ms"
     """Unit of an integer `event_time`."""
     numeric: tuple[NumericColumns, ...] = ()

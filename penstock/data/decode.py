@@ -1,13 +1,13 @@
 """Turns the table of a chunk into plain arrays, checking every value on the way.
 
-`Rows` is what windows and batches are cut from: numpy arrays, all features packed in one.
+`Rows` is a decoded chunk, a `Window` joins chunks, `Samples` is a batch cut from it: numpy arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,14 +33,12 @@ TICKS_PER_S: Mapping[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 1
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Decoded rows. n rows, F features, N keys."""
+    """Decoded rows of one chunk. n rows."""
 
     dense: NDArray[np.float32]
     """[n, numeric columns], finite."""
-    values: NDArray[np.int64]
-    """[N] keys, feature by feature."""
-    offsets: NDArray[np.int64]
-    """[F * n + 1]"""
+    keys: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | None]]
+    """Of each feature: values, and offsets [n + 1]; no offsets: one key a row."""
     labels: NDArray[np.float32]
     """[n]"""
     weights: NDArray[np.float32] | None
@@ -50,59 +48,72 @@ class Rows:
 
     @property
     def num_rows(self) -> int:
-        """N."""
+        """How many rows there are (n)."""
         return int(self.labels.shape[0])
 
-    def select(self, rows: NDArray[np.int64]) -> Rows:
+
+class Window:
+    """Stretches of several chunks as one run of rows, from which batches are cut."""
+
+    def __init__(self, parts: Sequence[tuple[Rows, int, int]]) -> None:
+        """Joins the rows [start, stop) of each of `parts`, in order. Keys are not copied."""
+        rows, starts, stops = zip(*parts, strict=True)
+
+        def join(arrays: list[Any]) -> Any:
+            if arrays[0] is None:
+                return None
+            if len(arrays) == 1:
+                return arrays[0][starts[0] : stops[0]]
+            return np.concatenate([a[i:j] for a, i, j in zip(arrays, starts, stops, strict=True)])
+
+        self._dense = join([part.dense for part in rows])
+        self._labels = join([part.labels for part in rows])
+        self._weights = join([part.weights for part in rows])
+        self._event_time = join([part.event_time for part in rows])
+        self._teacher = join([part.teacher for part in rows])
+        self._keys = _core.JaggedWindow([k for part in rows for k in part.keys], starts, stops)
+        self.num_rows = int(self._labels.shape[0])
+
+    def reorder(self, order: NDArray[np.int64]) -> Window:
+        """A copy with the rows in another order.
+
+        Feature by feature, so that each stays in cache: cutting many batches from the copy is much
+        faster than picking the rows of each from everywhere.
+        """
+        samples = self.select(order)
+        n = len(order)
+        features = (samples.offsets.size - 1) // n
+        columns = [
+            (samples.values, samples.offsets[feature * n : (feature + 1) * n + 1])
+            for feature in range(features)
+        ]
+        rows = Rows(samples.dense, columns, *samples[3:])
+        return Window([(rows, 0, n)])
+
+    def select(self, rows: NDArray[np.int64]) -> Samples:
         """Copies the rows of those numbers, in that order."""
-        n = self.num_rows
-        features = (self.offsets.size - 1) // n if n else 0
-        values, offsets = _core.jagged_select(self.values, self.offsets, features, n, rows)
-        return Rows(
-            self.dense.take(rows, axis=0),
+        values, offsets = self._keys.select(rows)
+        return Samples(
+            self._dense.take(rows, axis=0),
             values,
             offsets,
-            self.labels.take(rows),
-            None if self.weights is None else self.weights.take(rows),
-            None if self.event_time is None else self.event_time.take(rows),
-            None if self.teacher is None else self.teacher.take(rows),
+            self._labels.take(rows),
+            None if self._weights is None else self._weights.take(rows),
+            None if self._event_time is None else self._event_time.take(rows),
+            None if self._teacher is None else self._teacher.take(rows),
         )
 
 
-def concatenate(parts: Sequence[tuple[Rows, int, int]], num_features: int) -> Rows:
-    """Joins the stretches [start, stop) of several decoded chunks, in order."""
-    rows, starts, stops = zip(*parts, strict=True)
-    if len(parts) == 1 and starts[0] == 0 and stops[0] == rows[0].num_rows:
-        return parts[0][0]
-    lengths, pieces = [], []
-    for part, start, stop in parts:
-        n = part.num_rows
-        lengths.append(np.diff(part.offsets).reshape(num_features, n)[:, start:stop])
-        first = np.arange(num_features) * n
-        pieces.append(
-            list(zip(part.offsets[first + start], part.offsets[first + stop], strict=True))
-        )
-    chosen = [
-        part.values[slice(*pieces[index][feature])]
-        for feature in range(num_features)
-        for index, part in enumerate(rows)
-    ]
-    values = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+class Samples(NamedTuple):
+    """The arrays of a batch, as `penstock.types.Batch` names them."""
 
-    def join(arrays: list[Any]) -> Any:
-        if arrays[0] is None:
-            return None
-        return np.concatenate([a[i:j] for a, i, j in zip(arrays, starts, stops, strict=True)])
-
-    return Rows(
-        join([part.dense for part in rows]),
-        values,
-        _offsets(np.concatenate(lengths, axis=1).reshape(-1)),
-        join([part.labels for part in rows]),
-        join([part.weights for part in rows]),
-        join([part.event_time for part in rows]),
-        join([part.teacher for part in rows]),
-    )
+    dense: NDArray[np.float32]
+    values: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    labels: NDArray[np.float32]
+    weights: NDArray[np.float32] | None
+    event_time: NDArray[np.int64] | None
+    teacher: NDArray[np.float32] | None
 
 
 class Decoder:
@@ -123,12 +134,10 @@ class Decoder:
         for group in columns.numeric:
             self._fill_numbers(dense, group, table, place)
         keys = [self._read_keys(feature, table, place) for feature in columns.features]
-        values, offsets = _pack(keys, table.num_rows)
         times = columns.event_time
         return Rows(
             dense,
-            values,
-            offsets,
+            [(column.values, _offsets(column.lengths)) for column in keys],
             self._read_labels(table, place),
             self._read_weights(table, place),
             None
@@ -159,8 +168,9 @@ class Decoder:
                 # In float64, so that a result does not depend on how a file stores its numbers.
                 numbers = transform_numbers(given.astype(np.float64), config.transforms)
             with np.errstate(over="ignore"):
-                dense[:, position] = numbers
-            finite = np.isfinite(dense[:, position])
+                column = numbers.astype(np.float32, copy=False)
+            dense[:, position] = column
+            finite = np.isfinite(column)
             if not finite.all():
                 row = int(finite.argmin())
                 raise DataError(
@@ -269,20 +279,9 @@ def _parse_times(texts: pa.Array, name: str, place: Place) -> pa.Array:
     )
 
 
-def _pack(keys: Sequence[Keys], rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Packs the columns of features one after the other: values and offsets [F * rows + 1]."""
-    if not keys:
-        return np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    values = np.concatenate([column.values for column in keys])
-    if all(column.lengths is None for column in keys):
-        return values, np.arange(len(keys) * rows + 1, dtype=np.int64)
-    one = np.ones(rows, dtype=np.int64)
-    return values, _offsets(
-        np.concatenate([one if column.lengths is None else column.lengths for column in keys])
-    )
-
-
-def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def _offsets(lengths: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+    if lengths is None:
+        return None
     offsets = np.zeros(lengths.size + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from penstock.data.channel import Channel, Closed, Ended
-from penstock.data.decode import Decoder, Rows, concatenate
+from penstock.data.decode import Decoder, Rows, Samples, Window
 from penstock.data.parts import PartRows
 from penstock.data.schema import Columns
 from penstock.data.source import Place, Span
@@ -65,8 +65,10 @@ class _Piece(NamedTuple):
     stop: int
 
 
-class _Window(NamedTuple):
-    rows: Rows
+class _Stretch(NamedTuple):
+    """A window and where it lies."""
+
+    rows: Window
     at: Position
     """Of its first row."""
     after: Position
@@ -211,7 +213,7 @@ class Loader:
         except BaseException as error:
             self._out.fail(error)
 
-    def _windows(self) -> Iterator[_Window]:
+    def _windows(self) -> Iterator[_Stretch]:
         start = replace(self._plan.start, window_row=0)
         at = replace(start, samples=self._plan.start.samples - self._plan.start.window_row)
         for epoch in range(self._plan.start.epoch, self._plan.epochs):
@@ -238,9 +240,9 @@ class Loader:
                 yield self._window(list(waiting), at, after)
             at = after
 
-    def _window(self, pieces: list[_Piece], at: Position, after: Position) -> _Window:
+    def _window(self, pieces: list[_Piece], at: Position, after: Position) -> _Stretch:
         parts = [(piece.rows, piece.start, piece.stop) for piece in pieces]
-        return _Window(concatenate(parts, len(self._features)), at, after, pieces)
+        return _Stretch(Window(parts), at, after, pieces)
 
     def _pieces(self, epoch: int) -> Iterator[_Piece]:
         """Decoded pieces of one epoch, in order."""
@@ -260,9 +262,11 @@ class Loader:
                 self._open_splits.popleft()
                 self._split_opened.notify_all()
 
-    def _cut(self, window: _Window) -> Iterator[Batch]:
+    def _cut(self, window: _Stretch) -> Iterator[Batch]:
         n = window.rows.num_rows
-        order = self._order(window, n)
+        ordered = window.rows
+        if self._plan.shuffled:
+            ordered = ordered.reorder(self._order(window, n))
         begin = 0
         if (
             window.at.epoch == self._plan.start.epoch
@@ -271,7 +275,7 @@ class Loader:
             begin = self._plan.start.window_row
         for start in range(begin, n, self._plan.batch_size):
             stop = min(start + self._plan.batch_size, n)
-            rows = window.rows.select(order[start:stop])
+            rows = ordered.select(np.arange(start, stop))
             ends = window.after
             if stop < n:
                 ends = replace(window.at, window_row=stop, samples=window.at.samples + stop)
@@ -282,15 +286,13 @@ class Loader:
                 self._origin(window, start, stop),
             )
 
-    def _order(self, window: _Window, n: int) -> NDArray[np.int64]:
-        if not self._plan.shuffled:
-            return np.arange(n, dtype=np.int64)
+    def _order(self, window: _Stretch, n: int) -> NDArray[np.int64]:
         seed = [self._plan.seed & (2**64 - 1), window.at.epoch, window.at.window]
         philox = np.random.Philox(np.random.SeedSequence(seed))
         # Sorting raw bits, unlike numpy's shuffles, gives the same order in every numpy version.
         return np.argsort(philox.random_raw(n), kind="stable")
 
-    def _batch(self, rows: Rows, start: Position, end: Position, origin: str) -> Batch:
+    def _batch(self, rows: Samples, start: Position, end: Position, origin: str) -> Batch:
         def tensor(array: NDArray[np.generic] | None) -> torch.Tensor | None:
             return None if array is None else torch.from_numpy(array)
 
@@ -308,7 +310,7 @@ class Loader:
             origin=origin,
         )
 
-    def _origin(self, window: _Window, start: int, stop: int) -> str:
+    def _origin(self, window: _Stretch, start: int, stop: int) -> str:
         """Where the rows come from: those of the whole window if it is shuffled."""
         if self._plan.shuffled:
             start, stop = 0, window.rows.num_rows

@@ -186,10 +186,7 @@ def transform_numbers(
     """Applies `transforms` in order; may work in place."""
     for transform in transforms:
         if isinstance(transform, Log):
-            sign = np.copysign(1.0, numbers)
-            np.abs(numbers, out=numbers)
-            np.log1p(numbers, out=numbers)
-            numbers *= sign
+            np.copysign(np.log1p(np.abs(numbers)), numbers, out=numbers)
         elif isinstance(transform, Clip):
             np.clip(numbers, transform.low, transform.high, out=numbers)
         else:

@@ -56,21 +56,23 @@ class DictStore:
         self._rows: list[dict[int, _Row]] = [{} for _ in tables]
         self._version = 0
 
-    def _initial(self, table: int, key: int) -> _Row:
+    def _initial(self, table: int, keys: Tensor) -> list[_Row]:
         config = self.tables[table]
-        keys = np.array([key], dtype=np.int64)
-        value = initial_values(config.initializer, self._seed, config.name, keys, config.dim)[0]
-        state = np.full(self.layout.state_dim, optimizer.initial_state(config.optimizer))
-        return _Row(value.astype(np.float64), state)
+        values = initial_values(
+            config.initializer, self._seed, config.name, keys.numpy(), config.dim
+        ).astype(np.float64)
+        state = optimizer.initial_state(config.optimizer)
+        return [_Row(value, np.full(self.layout.state_dim, state)) for value in values]
 
-    def _row(self, table: int, key: int, *, insert: bool) -> _Row:
-        row = self._rows[table].get(key)
-        if row is None:
-            row = self._initial(table, key)
-            if insert:
-                self._rows[table][key] = row
-                self._version += 1
-        return row
+    def _locate(self, table: int, keys: Tensor, *, insert: bool) -> list[_Row]:
+        held = self._rows[table]
+        absent = [key for key in dict.fromkeys(keys.tolist()) if key not in held]
+        initial = self._initial(table, torch.tensor(absent, dtype=torch.int64))
+        new = dict(zip(absent, initial, strict=True))
+        if insert and new:
+            held.update(new)
+            self._version += 1
+        return [held[key] if key in held else new[key] for key in keys.tolist()]
 
     def find(self, table: int, keys: Tensor) -> FindResult:
         """See `Store.find`."""
@@ -82,7 +84,7 @@ class DictStore:
 
     def _find(self, table: int, keys: Tensor, *, insert: bool) -> FindResult:
         found = [key in self._rows[table] for key in keys.tolist()]
-        rows = [self._row(table, key, insert=insert) for key in keys.tolist()]
+        rows = self._locate(table, keys, insert=insert)
         return FindResult(
             _stack([row.value for row in rows], self.layout.dim),
             _stack([row.state for row in rows], self.layout.state_dim),
@@ -128,10 +130,10 @@ class DictStore:
         for feature in plan.features:
             last = feature.column + self.layout.dim
             for sample, keys in enumerate(_bags(batch, feature.packed_feature)):
-                missing += sum(key not in self._rows[feature.table] for key in keys)
-                rows = [self._row(feature.table, key, insert=insert) for key in keys]
+                missing += sum(key not in self._rows[feature.table] for key in keys.tolist())
+                rows = self._locate(feature.table, keys, insert=insert)
                 total = np.sum([row.value for row in rows], axis=0) if rows else 0.0
-                divisor = len(keys) if feature.is_mean and keys else 1
+                divisor = len(keys) if feature.is_mean and len(keys) else 1
                 out[sample, feature.column : last] = torch.as_tensor(total / divisor)
         return DictLookup(0 if insert else missing)
 
@@ -145,12 +147,12 @@ class DictStore:
                 last = feature.column + self.layout.dim
                 part = grad[:, feature.column : last].double().numpy()
                 for sample, keys in enumerate(_bags(batch, feature.packed_feature)):
-                    share = part[sample] / (len(keys) if feature.is_mean and keys else 1)
-                    for key in keys:
+                    share = part[sample] / (len(keys) if feature.is_mean and len(keys) else 1)
+                    for key in keys.tolist():
                         name = (feature.table, key)
                         sums[name] = sums.get(name, 0.0) + share
         for (table, key), total in sums.items():
-            row = self._row(table, key, insert=True)
+            (row,) = self._locate(table, torch.tensor([key]), insert=True)
             update_row(self.tables[table], row.value, row.state, total, step)
         return len(sums)
 
@@ -186,13 +188,10 @@ def update_row(
         value -= rate * np.sqrt(bias2) / bias1 * mean / (np.sqrt(variance) + rule.eps)
 
 
-def _bags(batch: KeyedJagged, feature: int) -> list[list[int]]:
+def _bags(batch: KeyedJagged, feature: int) -> list[Tensor]:
     size = batch.batch_size
     offsets = batch.offsets[feature * size : (feature + 1) * size + 1].tolist()
-    return [
-        batch.values[first:last].tolist()
-        for first, last in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+    return [batch.values[first:last] for first, last in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
 def _stack(rows: list[FloatArray], width: int) -> Tensor:

@@ -125,8 +125,8 @@ class Checkpoints:
         self._keep_last = keep_last
         self._job = job
         self._numeric = tuple(numeric)
-        # Later checkpoints than the one restored are of a continuation that was given up.
-        self._restored_step: int | None = None
+        # Step of the newest checkpoint that is of this run: restored or saved.
+        self._own_step: int | None = None
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; None where there is none.
@@ -162,7 +162,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             raise CheckpointError(self._explain_failure(final, state, error)) from error
-        self._restored_step = state.step
+        self._own_step = state.step
         try:
             self._tidy()
             for _, old in _list(self._directory)[: -self._keep_last]:
@@ -214,17 +214,19 @@ class Checkpoints:
         state.step = manifest.step
         state.position = manifest.position
         set_random_state(random)
-        self._restored_step = manifest.step
+        self._own_step = manifest.step
 
     def _given_up(self, step: int) -> list[Path]:
-        """Checkpoints later than `step`, which this run has left behind by restoring."""
+        """Checkpoints that this run has left behind by restoring an earlier one."""
         existing = _list(self._directory)
-        if existing and self._restored_step is None:
+        if existing and self._own_step is None:
             raise CheckpointError(
                 f"{self._directory} already holds {existing[-1][1].name}, which this run was not "
                 "resumed from; resume it, or train in a new run folder"
             )
-        return [path for number, path in existing if number > step]
+        since = self._own_step if self._own_step is not None else step
+        # That of the same step is replaced, not removed.
+        return [path for number, path in existing if number > since and number != step]
 
     def _make_directory(self) -> None:
         if not self._directory.is_dir():

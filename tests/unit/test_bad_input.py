@@ -327,6 +327,11 @@ class TestFiles:
         job = job_over({"format": "parquet", "path": str(path)})
         assert open_message(DataError, job).startswith(f"{path}: not a readable Parquet file: ")
 
+    def test_path_that_the_system_refuses(self, tmp_path):
+        path = tmp_path / ("x" * 300)
+        job = job_over({"format": "parquet", "path": str(path)})
+        assert open_message(DataError, job).startswith(f"{path}: cannot be listed: [Errno 36] ")
+
     def test_damaged_parquet_pages(self, parquet_job):
         job = parquet_job()
         dataset = Dataset.open(job)

@@ -323,8 +323,11 @@ def test_later_checkpoints_go_when_a_run_goes_on_from_an_earlier_one(tmp_path):
         run.train(1).save()
     again = Run(directory, keep_last=5)
     again.checkpoints.restore(directory / "step-000000001", again.state)
+    assert again.checkpoints.latest().name == "step-000000004"
+    again.train(2).save()
+    assert names(directory) == ["step-000000001", "step-000000003"]
     again.train(1).save()
-    assert names(directory) == ["step-000000001", "step-000000002"]
+    assert names(directory) == ["step-000000001", "step-000000003", "step-000000004"]
 
 
 def test_a_new_run_does_not_write_among_anothers_checkpoints(run):

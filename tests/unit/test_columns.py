@@ -48,9 +48,7 @@ def test_core_refuses_other_dtypes():
     with pytest.raises(TypeError):
         _core.hash_strings(np.zeros(1, np.int16), np.zeros(0, np.uint8))
     with pytest.raises(TypeError):
-        _core.jagged_select(
-            np.zeros(1, np.int32), np.zeros(1, np.int64), 0, 0, np.zeros(0, np.int64)
-        )
+        _core.JaggedWindow([(np.zeros(1, np.int32), None)], [0], [1])
 
 
 @given(st.lists(INT64, max_size=20), st.integers(0, 5))
@@ -160,35 +158,52 @@ def test_hash_after_hex_hashes_the_number():
     assert keys.tolist() == [signed(_core.xxh64(b"255"))]
 
 
-def reference_select(values, offsets, features, width, rows):
-    bags = [
-        values[offsets[f * width + r] : offsets[f * width + r + 1]]
-        for f in range(features)
-        for r in rows
-    ]
-    ends = np.cumsum([0] + [len(bag) for bag in bags])
-    return [key for bag in bags for key in bag], ends.tolist()
+BAG = st.lists(INT64, max_size=3)
 
 
 @given(st.data())
-def test_jagged_select_equals_a_plain_loop(data):
-    features, width = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 5))
-    lengths = data.draw(
-        st.lists(st.integers(0, 3), min_size=features * width, max_size=features * width)
-    )
-    offsets = np.cumsum([0, *lengths])
-    values = np.arange(offsets[-1]) * 7
-    rows = data.draw(st.lists(st.integers(0, width - 1), max_size=6))
-    got = _core.jagged_select(values, offsets, features, width, np.array(rows, dtype=np.int64))
-    assert [part.tolist() for part in got] == list(
-        reference_select(values.tolist(), offsets.tolist(), features, width, rows)
-    )
+def test_jagged_window_equals_a_plain_loop(data):
+    features = data.draw(st.integers(0, 3))
+    columns, starts, stops, bags = [], [], [], [[] for _ in range(features)]
+    for _ in range(data.draw(st.integers(1, 3))):
+        width = data.draw(st.integers(0, 5))
+        start = data.draw(st.integers(0, width))
+        stop = data.draw(st.integers(start, width))
+        starts.append(start)
+        stops.append(stop)
+        for feature in range(features):
+            one_each = data.draw(st.booleans())
+            bag = st.tuples(INT64) if one_each else BAG
+            chunk = data.draw(st.lists(bag, min_size=width, max_size=width))
+            offsets = np.cumsum([0, *map(len, chunk)])
+            values = np.array([key for keys in chunk for key in keys], dtype=np.int64)
+            columns.append((values, None if one_each else offsets))
+            bags[feature] += [list(keys) for keys in chunk[start:stop]]
+    total = sum(stops) - sum(starts)
+    rows = data.draw(st.lists(st.integers(0, total - 1), max_size=6)) if total else []
+    window = _core.JaggedWindow(columns, starts, stops)
+    values, offsets = window.select(np.array(rows, dtype=np.int64))
+    expected = [feature[row] for feature in bags for row in rows]
+    assert offsets.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
+    assert values.tolist() == [key for keys in expected for key in keys]
 
 
-def test_jagged_select_refuses_rows_outside():
+def test_jagged_window_refuses_what_does_not_fit():
+    keys = np.arange(3)
+    window = _core.JaggedWindow([(keys, None)], [1], [3])
     for row in (-1, 2):
-        with pytest.raises(IndexError, match="a row lies outside"):
-            _core.jagged_select(np.arange(2), np.arange(3), 1, 2, np.array([row]))
+        with pytest.raises(IndexError, match="a row lies outside the window"):
+            window.select(np.array([row]))
+    for columns, starts, stops in (
+        ([(keys, None)], [0], [4]),
+        ([(keys, np.array([0, 1]))], [0], [2]),
+        ([(keys, np.array([0, 9]))], [0], [1]),
+        ([(keys, None)], [2], [1]),
+    ):
+        with pytest.raises(ValueError, match="a column is shorter than its part"):
+            _core.JaggedWindow(columns, starts, stops)
+    with pytest.raises(ValueError, match="do not fit"):
+        _core.JaggedWindow([(keys, None)], [], [])
 
 
 def test_count_newlines():
