@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from run_contents import contents, differences
 
@@ -33,7 +32,7 @@ from penstock.config import Job, parse_job
 from penstock.training import checkpoint
 
 
-def small_job(steps: int) -> Job:
+def small_job(steps: int, threads: int) -> Job:
     """A job of many tables and few rows, so that a good part of its time goes into checkpoints."""
     return parse_job({
         "name": "crash",
@@ -48,7 +47,7 @@ def small_job(steps: int) -> Job:
         "model": {"kind": "dlrm", "bottom": [8], "top": [16]},
         "training": {
             "batch_size": 64,
-            "threads": 1,
+            "threads": threads,
             "log_every_steps": 10,
             "checkpoint": {"every_steps": 3, "keep_last": 2},
         },
@@ -57,7 +56,6 @@ def small_job(steps: int) -> Job:
 
 def train(job: Job, out: Path) -> None:
     """What the killed process does: start, or go on from the newest checkpoint if there is one."""
-    torch.set_num_threads(1)
     resume = checkpoint.latest_checkpoint(out / "checkpoints") is not None
     if out.exists() and not resume:
         # It died before its first checkpoint.
@@ -127,9 +125,13 @@ def main() -> int:
     parser.add_argument(
         "--longest-s", type=float, default=1.0, help="longest training before a kill"
     )
+    parser.add_argument("--threads", type=int, default=2, help="of training")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    moment, job, tally = random.Random(arguments.seed), small_job(arguments.steps), Tally()
+    moment, job, tally = (
+        random.Random(arguments.seed),
+        small_job(arguments.steps, arguments.threads),
+        Tally(),
+    )
     spawn = multiprocessing.get_context("forkserver")
     spawn.set_forkserver_preload(["penstock.run"])
     begin = time.monotonic()

@@ -6,6 +6,7 @@ import math
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from small import STEPS
 
 from penstock import __version__
@@ -204,3 +205,38 @@ def test_a_job_without_held_out_part_is_measured_while_training(penstock, small_
         "error: the job holds nothing out: set data.split or data.evaluation_source, or name files "
         "with --data"
     )
+
+
+def test_text_without_header_or_label(penstock, small_fields, tmp_path):
+    rows = tmp_path / "rows.tsv"
+    assert penstock("data", "synth", "--out", rows, "--rows", 2000)[0] == 0
+    header, *lines = rows.read_text(encoding="utf-8").splitlines()
+    rows.write_text("\n".join(lines) + "\n1\t2\n", encoding="utf-8")
+    small_fields["data"]["source"] = {
+        "format": "tsv",
+        "path": str(rows),
+        "columns": header.split("\t"),
+        "types": {"c*": "int64"},
+        "on_malformed_row": "quarantine",
+    }
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(small_fields), encoding="utf-8")
+    out = tmp_path / "run"
+    assert penstock("train", job, "--out", out)[0] == 0
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["quarantined_rows"] == 1
+    assert len((out / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+    code, shown, _ = penstock("evaluate", out, "--data", rows)
+    assert code == 0 and "quarantined_rows" in shown
+
+    # Prediction gives every row a score, so a malformed row is an error here.
+    code, _, errors = penstock("predict", out, "--data", rows, "--out", tmp_path / "s.parquet")
+    assert code == 2 and f"{rows}:2001: 2 fields, expected" in errors
+    test = tmp_path / "test.tsv"
+    test.write_text("".join(line.partition("\t")[2] + "\n" for line in lines), encoding="utf-8")
+    scores = tmp_path / "scores.parquet"
+    code, _, errors = penstock("predict", out, "--data", test, "--out", scores)
+    assert code == 2 and "fields, expected" in errors and not scores.exists()
+    assert penstock("predict", out, "--data", test, "--no-label", "--out", scores)[0] == 0
+    assert pq.read_table(scores).column_names == ["row", "score"]
+    assert pq.read_table(scores).num_rows == 2000
