@@ -32,10 +32,10 @@ class Display:
             return
         self._progress = Progress(
             TextColumn("step {task.fields[step]:,}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[metrics]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=self._console,
             refresh_per_second=4,
             transient=True,
@@ -54,14 +54,15 @@ class Display:
         """Shows the metrics of one window of steps."""
         shown = (
             f"loss {_number(metrics['log_loss'])}  NE {_number(metrics['normalized_entropy'])}  "
-            f"AUC {_number(metrics['auc'])}  {metrics['samples_per_s']:,.0f} samples/s"
+            f"AUC {_number(metrics['auc'])}  {metrics['samples_per_s']:,.0f}"
         )
         if self._progress is not None:
-            self._progress.update(self._task, completed=samples, step=step, metrics=shown)
+            # The line must fit into 80 columns.
+            self._progress.update(self._task, completed=samples, step=step, metrics=f"{shown}/s")
             return
         left_s = (self._total - samples) / max(metrics["samples_per_s"], 1e-9)
         eta = timedelta(seconds=round(max(left_s, 0.0)))
-        self.line(f"step {step:,}  {samples:,} samples  {shown}  ETA {eta}")
+        self.line(f"step {step:,}  {samples:,} samples  {shown} samples/s  ETA {eta}")
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of one evaluation."""
