@@ -22,7 +22,8 @@ def inspect_path(path: Path) -> Iterator[Table | str]:
     """
     checkpoint = locate_checkpoint(path)
     manifest = verify(checkpoint)
-    yield _overview(checkpoint, manifest)
+    yield f"checkpoint {checkpoint}"
+    yield _overview(manifest)
     yield tables_table({
         table.name: {
             "rows": table.rows,
@@ -38,9 +39,9 @@ def inspect_path(path: Path) -> Iterator[Table | str]:
     yield f"{len(manifest.files)} files, {size_text(size)}: all checksums verified"
 
 
-def _overview(checkpoint: Path, manifest: Manifest) -> Table:
+def _overview(manifest: Manifest) -> Table:
     position = manifest.position
-    shown = Table(show_header=False, title=f"checkpoint {checkpoint}")
+    shown = Table(show_header=False)
     shown.add_column(style="bold")
     shown.add_column()
     shown.add_row("job", str(manifest.job["name"]))
