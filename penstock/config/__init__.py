@@ -26,6 +26,7 @@ from penstock.config.data import (
     SyntheticSource,
     TextSource,
     TimeSplit,
+    TimeUnit,
 )
 from penstock.config.job import (
     CheckpointConfig,
@@ -95,6 +96,7 @@ __all__ = [
     "TableDefaults",
     "TextSource",
     "TimeSplit",
+    "TimeUnit",
     "TrainingConfig",
     "Uniform",
     "parse_job",

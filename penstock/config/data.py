@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from penstock.config.base import Config, Fraction, Int64, PositiveInt
+
+TimeUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 
 
 class FileSource(Config):
@@ -204,7 +206,10 @@ class DataConfig(Config):
     weight: str | None = None
     """Column of sample weights (>= 0)."""
     event_time: str | None = None
-    """Column of timestamps, dates, ISO 8601 text or integers (then milliseconds since 1970 UTC)."""
+    """Column of timestamps, dates, ISO 8601 text or integers (then `event_time_unit` since 1970
+    UTC)."""
+    event_time_unit: TimeUnit = "ms"
+    """Unit of an integer `event_time`."""
     numeric: tuple[NumericColumns, ...] = ()
     shuffle: Shuffle = Shuffle()
     prefetch_batches: PositiveInt = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,7 @@ class Dataset:
         *,
         quarantine: Path | None = None,
         labels: Literal["required", "optional"] = "required",
+        order: Sequence[str] = (),
     ) -> Dataset:
         """Lists the files and splits of a job and checks columns and types.
 
@@ -65,6 +67,8 @@ class Dataset:
           job: what to read.
           quarantine: JSON lines file to which malformed rows are appended; None: only counted.
           labels: `optional` for prediction: without the label column, labels are NaN.
+          order: names of numeric columns and features in the order to give them, as those of
+            another data set; empty: that of the source.
 
         Raises:
           ConfigError: columns, features or tables of the job do not fit together.
@@ -76,11 +80,11 @@ class Dataset:
         data = job.data
         kept = Quarantine(quarantine)
         source = _open_source(data.source, job, kept)
-        columns = resolve_columns(job, source.schema, source.paths[0], labels)
-        train, held_out = divide(source, data.split, data.event_time)
+        columns = resolve_columns(job, source.schema, source.paths[0], labels, order)
+        train, held_out = divide(source, data.split, data.event_time, data.event_time_unit)
         if data.evaluation_source is not None:
             other = _open_source(data.evaluation_source, job, kept)
-            other_columns = resolve_columns(job, other.schema, other.paths[0], labels)
+            other_columns = resolve_columns(job, other.schema, other.paths[0], labels, order)
             _check_equal(columns, other_columns, other.paths[0])
             held_out, _ = divide(other, None, data.event_time)
         parts: dict[Part, PartRows] = {"train": train}

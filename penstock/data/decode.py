@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock import _core
-from penstock.config import FailOnMissing
+from penstock.config import FailOnMissing, TimeUnit
 from penstock.data.schema import Columns, FeatureColumn, NumericGroup, is_text
 from penstock.data.source import Chunk, Place
 from penstock.data.transforms import (
@@ -27,6 +27,8 @@ from penstock.data.transforms import (
     transform_numbers,
 )
 from penstock.errors import DataError
+
+TICKS_PER_S: Mapping[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,9 @@ class Decoder:
             [(column.values, _offsets(column.lengths)) for column in keys],
             self._read_labels(table, place),
             self._read_weights(table, place),
-            None if times is None else read_times(table.column(times), times, place),
+            None
+            if times is None
+            else read_times(table.column(times), times, place, columns.time_unit),
             None
             if columns.teacher is None
             else read_numbers(table.column(columns.teacher)).astype(np.float32),
@@ -228,8 +232,10 @@ class Decoder:
         return weights
 
 
-def read_times(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.int64]:
-    """Times in ms since 1970 UTC, from timestamps, dates, integers (ms) or ISO 8601 text.
+def read_times(
+    column: pa.ChunkedArray, name: str, place: Place, unit: TimeUnit = "ms"
+) -> NDArray[np.int64]:
+    """Times in ms since 1970 UTC, from timestamps, dates, integers (`unit`) or ISO 8601 text.
 
     Raises:
       DataError: a time is missing or cannot be read.
@@ -243,10 +249,13 @@ def read_times(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.i
         )
     if is_text(array.type):
         array = _parse_times(array.cast(pa.string()), name, place)
-    if not pa.types.is_integer(array.type):
+    counted = pa.types.is_integer(array.type)
+    if not counted:
         array = pc.cast(array, pa.timestamp("ms"), safe=False)
     times: NDArray[np.int64] = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    return times
+    if counted and unit == "s":
+        return times * 1000
+    return times // (TICKS_PER_S[unit] // 1000) if counted and unit != "ms" else times
 
 
 def _parse_times(texts: pa.Array, name: str, place: Place) -> pa.Array:

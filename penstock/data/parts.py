@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from typing import Literal, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
-from penstock.config import FileSplit, FractionSplit, TimeSplit
-from penstock.data.decode import read_times
+from penstock.config import FileSplit, FractionSplit, TimeSplit, TimeUnit
+from penstock.data.decode import TICKS_PER_S, read_times
 from penstock.data.files import glob_pattern
 from penstock.data.source import Chunk, KeptPlace, Source, Split
 from penstock.errors import ConfigError, DataError
@@ -26,10 +27,12 @@ class TimeRange:
     column: str
     low: int | None
     high: int | None
+    unit: TimeUnit = "ms"
+    """Of integers in the column."""
 
     def keep(self, chunk: Chunk) -> Chunk:
         """The rows of the chunk that lie in the range."""
-        times = read_times(chunk.table.column(self.column), self.column, chunk.place)
+        times = read_times(chunk.table.column(self.column), self.column, chunk.place, self.unit)
         kept = np.ones(times.shape, dtype=bool)
         if self.low is not None:
             kept &= times >= self.low
@@ -79,9 +82,12 @@ class PartRows:
 
 
 def divide(
-    source: Source, split: FractionSplit | TimeSplit | FileSplit | None, event_time: str | None
+    source: Source,
+    split: FractionSplit | TimeSplit | FileSplit | None,
+    event_time: str | None,
+    unit: TimeUnit = "ms",
 ) -> tuple[PartRows, PartRows | None]:
-    """Divides a source as `data.split` says.
+    """Divides a source as `data.split` says; `unit` is that of integers in `event_time`.
 
     Returns:
       Training and evaluation; None where nothing is held out.
@@ -100,7 +106,7 @@ def divide(
     if isinstance(split, FileSplit):
         return _by_file(source, split)
     assert event_time is not None
-    return _by_time(source, split, event_time)
+    return _by_time(source, split, event_time, unit)
 
 
 def _by_fraction(source: Source, split: FractionSplit) -> tuple[PartRows, PartRows]:
@@ -144,14 +150,20 @@ def _by_file(source: Source, split: FileSplit) -> tuple[PartRows, PartRows]:
     return parts[0], parts[1]
 
 
-def _by_time(source: Source, split: TimeSplit, column: str) -> tuple[PartRows, PartRows]:
+def _by_time(
+    source: Source, split: TimeSplit, column: str, unit: TimeUnit
+) -> tuple[PartRows, PartRows]:
     at = _parse_time(split.at)
+    # Sources compare integers as they are, in the unit of the column.
+    ticks = TICKS_PER_S[unit] if pa.types.is_integer(source.schema.field(column).type) else 1000
 
     def part(
         low: int | None, high: int | None, order: Callable[[Sequence[Split]], Sequence[Split]]
     ) -> PartRows:
-        possible = [one for one in source.splits() if source.may_hold(one, column, low, high)]
-        rows = PartRows(source, possible, TimeRange(column, low, high))
+        first = None if low is None else low * ticks // 1000
+        end = None if high is None else -(-high * ticks // 1000)
+        possible = [one for one in source.splits() if source.may_hold(one, column, first, end)]
+        rows = PartRows(source, possible, TimeRange(column, low, high, unit))
         # Rows are usually in order of time, so one side finds its first row at the end.
         if not PartRows(source, order(possible), rows.time_range).has_rows():
             name = "evaluation" if high is None else "train"

@@ -23,6 +23,7 @@ from penstock.config import (
     NumericColumns,
     TableConfig,
     TextSource,
+    TimeUnit,
 )
 from penstock.errors import ConfigError, DataError
 
@@ -62,6 +63,8 @@ class Columns:
     numeric: tuple[NumericGroup, ...]
     features: tuple[FeatureColumn, ...]
     """In the order of the source."""
+    time_unit: TimeUnit = "ms"
+    """Of integers in `event_time`."""
 
     @property
     def numeric_names(self) -> tuple[str, ...]:
@@ -85,7 +88,11 @@ class Columns:
 
 
 def resolve_columns(
-    job: Job, schema: pa.Schema, origin: str, labels: Literal["required", "optional"]
+    job: Job,
+    schema: pa.Schema,
+    origin: str,
+    labels: Literal["required", "optional"],
+    order: Sequence[str] = (),
 ) -> Columns:
     """Finds the columns that a job names and checks their types.
 
@@ -94,6 +101,8 @@ def resolve_columns(
       schema: what the source has.
       origin: names the source in errors, for instance its first file.
       labels: `optional` for prediction: the label column may be absent.
+      order: names of numeric columns and features in the order to give them; a column that it
+        does not name comes after, in the order of the source.
 
     Raises:
       ConfigError: a pattern matches nothing, or a column is claimed twice.
@@ -118,7 +127,7 @@ def resolve_columns(
                 )
             _claim(claims, name, field)
     reserved = {data.label.column, *claims, *([TEACHER] if synthetic else [])}
-    order = {name: index for index, name in enumerate(schema.names)}
+    place = {name: index for index, name in enumerate(dict.fromkeys([*order, *schema.names]))}
     numeric: list[tuple[NumericColumns, list[str]]] = []
     for index, group in enumerate(data.numeric):
         field = f"data.numeric.{index}"
@@ -132,8 +141,8 @@ def resolve_columns(
         for name in _match(feature.columns, field, schema.names, reserved, origin):
             _claim(claims, name, field)
             features.append(FeatureColumn(name, feature))
-    features.sort(key=lambda feature: order[feature.name])
-    dense = sorted((name for _, names in numeric for name in names), key=order.__getitem__)
+    features.sort(key=lambda feature: place[feature.name])
+    dense = sorted((name for _, names in numeric for name in names), key=place.__getitem__)
     columns = Columns(
         label=label,
         at_least=data.label.at_least,
@@ -145,6 +154,7 @@ def resolve_columns(
             for group, names in numeric
         ),
         features=tuple(features),
+        time_unit=data.event_time_unit,
     )
     _check_types(columns, schema, origin, isinstance(data.source, TextSource))
     return columns

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -176,13 +177,21 @@ def write_synthetic(
         raise DataError(f"{path}: cannot be written: {error}") from None
 
 
-def _open_writer(path: Path, schema: pa.Schema, format: str) -> pq.ParquetWriter | csv.CSVWriter:
+@contextmanager
+def _open_writer(
+    path: Path, schema: pa.Schema, format: str
+) -> Iterator[pq.ParquetWriter | csv.CSVWriter]:
     if format == "parquet":
-        return pq.ParquetWriter(path, schema)
+        with pq.ParquetWriter(path, schema) as writer:
+            yield writer
+        return
     delimiter = "\t" if format == "tsv" else ","
-    return csv.CSVWriter(
-        path, schema, write_options=csv.WriteOptions(delimiter=delimiter, quoting_style="none")
-    )
+    # pyarrow would quote the names in the header, whatever the quoting style.
+    options = csv.WriteOptions(include_header=False, delimiter=delimiter, quoting_style="none")
+    with path.open("wb") as file:
+        file.write(delimiter.join(schema.names).encode() + b"\n")
+        with csv.CSVWriter(file, schema, write_options=options) as writer:
+            yield writer
 
 
 def _cumulative_weights(exponent: float, ranks: int) -> NDArray[np.float64]:

@@ -63,6 +63,7 @@ __all__ = [
     "Checkpoints",
     "Manifest",
     "TrainState",
+    "latest_checkpoint",
     "load_tables_and_model",
     "read_manifest",
     "verify",
@@ -130,14 +131,9 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest complete checkpoint; None where there is none.
 
-        Whether its files are undamaged is for `restore` to say. A directory of a checkpoint's
-        name without a readable manifest is passed over with a warning in the log.
+        See `latest_checkpoint`.
         """
-        for _, path in reversed(_list(self._directory)):
-            if is_complete(path):
-                return path
-            _log.warning("%s is not a complete checkpoint: no readable %s", path, MANIFEST)
-        return None
+        return latest_checkpoint(self._directory)
 
     def save(self, state: TrainState) -> Path:
         """Writes a checkpoint, then removes those that are too many.
@@ -315,6 +311,19 @@ class Checkpoints:
             f"{_needed_bytes(state):,} bytes, {free:,} bytes are free on its file system; "
             f"free some space and resume; {kept}"
         )
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint in a directory of them; None where there is none.
+
+    Whether its files are undamaged is for `restore` to say. A directory of a checkpoint's name
+    without a readable manifest is passed over with a warning in the log.
+    """
+    for _, path in reversed(_list(directory)):
+        if is_complete(path):
+            return path
+        _log.warning("%s is not a complete checkpoint: no readable %s", path, MANIFEST)
+    return None
 
 
 def load_tables_and_model(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_checkpoint import Run
 
 from penstock.training.checkpoint import read_manifest
 from penstock.training.checkpoint_files import Manifest
 from penstock.training.job_difference import MAY_CHANGE
+from tests.unit.test_checkpoint import Run
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "checkpoint_format.md").read_text()
 

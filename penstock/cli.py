@@ -1,0 +1,243 @@
+"""The command line: parse, call, print.
+
+Commands import what they need when they run, so that help and `schema` answer without torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from penstock.errors import ConfigError, PenstockError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Trains click models on files of any size, with embedding tables that grow with the ids "
+        "they meet.\n\n"
+        "A **job** (YAML, or a Python function) says what is read and what is trained; a "
+        "**run folder** keeps what came of it: job.yaml, metrics, checkpoints, summary.json."
+        "\n\n**First steps**\n\n"
+        "    penstock train jobs/synthetic.yaml --out runs/first\n"
+        "    penstock inspect runs/first\n"
+        "    penstock evaluate runs/first\n"
+    ),
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Make data.")
+app.add_typer(data_app, name="data")
+
+
+class FileFormat(enum.StrEnum):
+    """Formats that `data synth` writes."""
+
+    parquet = "parquet"
+    csv = "csv"
+    tsv = "tsv"
+
+    @classmethod
+    def of(cls, path: Path) -> FileFormat:
+        """The format that a file's name ends with."""
+        ending = path.suffix.removeprefix(".")
+        if ending not in cls.__members__:
+            raise ConfigError(
+                f"{path}: no format is known by {path.suffix!r}; end the name with .parquet, .csv "
+                "or .tsv, or give --format"
+            )
+        return cls(ending)
+
+
+JobArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB", help="A YAML file (jobs/criteo.yaml) or module:function returning a Job."
+    ),
+]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")
+]
+
+
+@app.command()
+def train(
+    job: JobArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder. Default: runs/NAME-TIME, by the job's name.", show_default=False
+        ),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=VALUE", help="Sets one field of the job, in YAML; repeatable."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
+    ] = False,
+) -> None:
+    """Trains a job, evaluates it on the held-out part, and keeps a checkpoint.
+
+    Ctrl-C (or SIGTERM) finishes the step, writes a checkpoint and says how to go on. A run that
+    is resumed ends with the same bits as one that was never stopped.
+
+    **Examples**
+
+        penstock train jobs/synthetic.yaml
+        penstock train jobs/criteo.yaml --set data.source.path=train.parquet --out runs/criteo
+        penstock train jobs/synthetic.yaml --set training.epochs=2 --set features.0.pooling=mean
+        penstock train runs/criteo/job.yaml --out runs/criteo --resume
+    """
+    from penstock import run
+    from penstock.job_file import load_job
+    from penstock.report.folder import default_folder
+
+    loaded = load_job(job, sets or ())
+    if resume and out is None:
+        raise typer.BadParameter("name the run folder to go on with: --out FOLDER --resume")
+    run.train(loaded, out or default_folder(loaded), resume=resume)
+
+
+@app.command()
+def evaluate(
+    run_path: RunArgument,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Files to evaluate on, as a path or glob. Default: the job's held-out part.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Evaluates the newest checkpoint of a run; changes nothing in it.
+
+    **Examples**
+
+        penstock evaluate runs/criteo
+        penstock evaluate runs/criteo --data 'day_23/*.parquet'
+    """
+    from penstock import run
+    from penstock.report.display import metrics_table, show
+
+    show(metrics_table(run.evaluate(run_path, data)))
+
+
+@app.command()
+def predict(
+    run_path: RunArgument,
+    data: Annotated[str, typer.Option(help="Files to score, as a path or glob.")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    no_label: Annotated[
+        bool,
+        typer.Option("--no-label", help="Text files without a header lack the label column."),
+    ] = False,
+) -> None:
+    """Scores every row of files with the newest checkpoint of a run.
+
+    Writes a Parquet file with the columns row (int64, from 0, in order of reading), score
+    (float32 probability) and, where the data has it, label. The label column may be missing. A
+    malformed row is an error, since each row gets a score.
+
+    **Examples**
+
+        penstock predict runs/criteo --data tomorrow.parquet --out scores.parquet
+        penstock predict runs/criteo --data 'test/*.gz' --no-label --out scores.parquet
+    """
+    from penstock import run
+    from penstock.report.display import show
+
+    rows = run.predict(run_path, data, out, has_label=not no_label)
+    show(f"{rows:,} rows scored: {out}")
+
+
+@app.command()
+def inspect(run_path: RunArgument) -> None:
+    """Shows what a run or checkpoint holds, and verifies its checksums.
+
+    **Examples**
+
+        penstock inspect runs/criteo
+        penstock inspect runs/criteo/checkpoints/step-000000010000
+    """
+    from penstock.report.display import show
+    from penstock.report.inspection import inspect_path
+
+    for part in inspect_path(run_path):
+        show(part)
+
+
+@data_app.command("synth")
+def synthesize(
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    rows: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 400_000,
+    seed: Annotated[int, typer.Option(help="Another seed, another teacher and other rows.")] = 0,
+    num_categorical: Annotated[int, typer.Option(min=1, help="Columns c0, c1, ...")] = 8,
+    num_numeric: Annotated[int, typer.Option(min=0, help="Columns n0, n1, ...")] = 4,
+    keys_per_feature: Annotated[
+        int, typer.Option(min=1, help="Different ids of each categorical column.")
+    ] = 100_000,
+    file_format: Annotated[
+        FileFormat | None,
+        typer.Option("--format", help="Default: by the file's name.", show_default=False),
+    ] = None,
+) -> None:
+    """Writes a synthetic click log whose teacher is known.
+
+    Columns: click, event_time (ms), n0.., c0.., and teacher, the true click probability.
+
+    **Examples**
+
+        penstock data synth --out clicks.parquet --rows 1000000
+        penstock data synth --out clicks.tsv --rows 10000 --seed 7
+    """
+    from penstock.config import SyntheticSource
+    from penstock.data.synthetic import write_synthetic
+
+    chosen = file_format or FileFormat.of(out)
+    config = SyntheticSource(
+        rows=rows,
+        seed=seed,
+        num_categorical=num_categorical,
+        num_numeric=num_numeric,
+        keys_per_feature=keys_per_feature,
+    )
+    write_synthetic(config, out, chosen.value)
+    typer.echo(f"{rows:,} rows: {out}")
+
+
+@app.command()
+def schema() -> None:
+    """Prints the JSON schema of a job, for editors that check YAML as you type.
+
+    **Example**
+
+        penstock schema > job.schema.json
+
+    and as the first line of a job: # yaml-language-server: $schema=job.schema.json
+    """
+    from penstock.config import Job
+
+    typer.echo(json.dumps(Job.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Runs the command line; a `PenstockError` is printed without a traceback and exits with 2."""
+    # Jobs and models named `module:function` are found in the folder one stands in, as with
+    # `python -m`; an entry point alone would look only in its own folder.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        app()
+    except PenstockError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)

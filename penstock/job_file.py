@@ -1,0 +1,211 @@
+"""Where a job comes from: a YAML file or a Python function, with overrides of single fields.
+
+The environment is not read and nothing is interpolated: what is written is what is run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from penstock.config import Job, parse_job
+from penstock.errors import ConfigError
+
+_YAML_SUFFIXES = (".yaml", ".yml")
+_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+_TAGS = ("kind", "format", "by", "policy")
+"""Fields that say which member of a union a mapping is."""
+
+
+def load_job(reference: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Loads a job.
+
+    Args:
+      reference: path of a YAML file, or `module:function` of a function without arguments that
+        returns a `Job`.
+      overrides: each `a.b=c`: a path of keys and list indices, and a value in YAML. Later ones
+        win. A mapping on the way that the job leaves out is made.
+
+    Raises:
+      ConfigError: the file or function cannot be read, a key stands twice, or the fields do not
+        make a valid job.
+    """
+    name = str(reference)
+    if _FUNCTION.match(name) and not Path(name).exists():
+        job = _call(name)
+        if not overrides:
+            return job
+        fields: Any = job.model_dump(mode="json")
+    else:
+        fields = read_fields(Path(reference))
+    for override in overrides:
+        fields = _apply(fields, override)
+    return parse_job(fields, origin=name)
+
+
+def read_fields(path: Path) -> Any:
+    """Reads the fields of a YAML file without checking them against `Job`.
+
+    Raises:
+      ConfigError: the file cannot be read, is not YAML, or gives a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such job file{_similar_files(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the job file: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def dump_yaml(job: Job) -> str:
+    """Writes every field of a job, defaults too, as YAML that `load_job` reads back."""
+    return str(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parses YAML; `origin` is named in errors.
+
+    Raises:
+      ConfigError: not YAML, or a key stands twice in one mapping.
+    """
+    loader = _JobLoader(text)
+    loader.name = origin
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{origin}:{mark.line + 1}" if mark is not None else origin
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
+    finally:
+        loader.dispose()
+
+
+class _JobLoader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
+    """Safe YAML that refuses duplicate keys and reads 1e-3 as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        first_line: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in first_line:
+                raise ConfigError(
+                    f"{self.name}:{line}: key {key!r} stands twice (first in line "
+                    f"{first_line[key]}); remove one"
+                )
+            first_line[key] = line
+        return dict(super().construct_mapping(node, deep=deep))
+
+
+_JobLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _call(name: str) -> Job:
+    module_name, function_name = name.split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(
+            f"{name}: no module {error.name!r} on the Python path; start from its folder or "
+            "install it"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(
+            f"{name}: module {module_name!r} has no function {function_name!r}"
+            f"{_did_you_mean(function_name, [key for key in vars(module) if key[0] != '_'])}"
+        )
+    job = function()
+    if not isinstance(job, Job):
+        raise ConfigError(f"{name}: returned {type(job).__name__}, expected penstock.config.Job")
+    return job
+
+
+def _apply(fields: Any, override: str) -> Any:
+    """Returns `fields` with one override applied (in place where they are mappings)."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: expected a.b=value, for instance training.epochs=2")
+    value = parse_yaml(text, f"--set {path}")
+    if fields is None:
+        fields = {}
+    node, model = fields, Job
+    at: type[BaseModel] | None = model
+    for depth, key in enumerate(keys):
+        done = ".".join(keys[:depth]) or "the job"
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            index = _index(node, key, done, override)
+            if last:
+                node[index] = value
+            node, at = node[index], None
+        elif isinstance(node, dict):
+            if last:
+                node[key] = value
+            elif node.get(key) is None:
+                node[key] = _default_tag(at, key)
+            node, at = node[key], _model_of(at, key)
+        else:
+            raise ConfigError(
+                f"--set {override}: {done} is {node!r}, which has no key {key!r}; set {done} itself"
+            )
+    return fields
+
+
+def _index(node: list[Any], key: str, done: str, override: str) -> int:
+    if key.isdecimal() and int(key) < len(node):
+        return int(key)
+    have = f"indices 0 to {len(node) - 1}" if node else "no items"
+    raise ConfigError(
+        f"--set {override}: {done} is a list with {have}, not {key!r}; use one of these or set "
+        "the whole list"
+    )
+
+
+def _model_of(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
+    """The class of the default value of a field, where it is configuration."""
+    if model is None or key not in model.model_fields:
+        return None
+    if isinstance(annotation := model.model_fields[key].annotation, type) and issubclass(
+        annotation, BaseModel
+    ):
+        return annotation
+    default = model.model_fields[key].get_default(call_default_factory=True, validated_data={})
+    return type(default) if isinstance(default, BaseModel) else None
+
+
+def _default_tag(model: type[BaseModel] | None, key: str) -> dict[str, Any]:
+    """The tag of the union member that a left-out field would be."""
+    chosen = _model_of(model, key)
+    if chosen is None:
+        return {}
+    return {tag: chosen.model_fields[tag].default for tag in _TAGS if tag in chosen.model_fields}
+
+
+def _similar_files(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder}"
+    names = sorted(item.name for item in folder.iterdir() if item.suffix in _YAML_SUFFIXES)
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"; did you mean {folder / near[0]}?" if near else ""
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,40 @@
+"""What a run ran on: versions and hardware, for its summary."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import penstock
+from penstock.embedding.collection import available_cores
+
+
+def versions() -> dict[str, str]:
+    """Versions of Penstock, Python and the libraries that decide a run's numbers."""
+    found = {"penstock": penstock.__version__, "python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in ("torch", "numpy", "pyarrow")}
+
+
+def hardware() -> dict[str, str | int]:
+    """CPU model, usable cores, and memory of the machine in bytes."""
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {"cpu": _cpu_model(), "cores": available_cores(), "memory_bytes": pages * page_bytes}
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _cpu_model() -> str:
+    facts = Path("/proc/cpuinfo")
+    if facts.exists():
+        for line in facts.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

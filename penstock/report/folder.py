@@ -1,0 +1,136 @@
+"""The run folder: which files a run writes, and how they go on after a restart.
+
+job.yaml (every field), metrics.jsonl, tensorboard/, checkpoints/, summary.json, quarantine.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from penstock.config import Job
+from penstock.errors import ConfigError
+from penstock.job_file import dump_yaml
+
+
+def default_folder(job: Job, runs: Path = Path("runs")) -> Path:
+    """A folder that does not exist yet: `runs/<job name>-<local time>`."""
+    stem = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, again = runs / stem, 1
+    while folder.exists():
+        again += 1
+        folder = runs / f"{stem}-{again}"
+    return folder
+
+
+class RunFolder:
+    """Files of one run. Nothing is written before `start`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job_file = path / "job.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.summary_file = path / "summary.json"
+        self.quarantine_file = path / "quarantine.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self._tensorboard: SummaryWriter | None = None
+
+    def refuse_unless_new(self) -> None:
+        """Raises `ConfigError` if there is something in the folder already."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; name a folder with --out")
+        if self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(
+                f"{self.path} is not empty; continue that run with --resume, or name another "
+                "folder with --out"
+            )
+
+    def start(self, job: Job, step: int, drop_training_at_step: bool) -> list[dict[str, Any]]:
+        """Writes job.yaml and opens the metrics, without the lines of steps after `step`.
+
+        Args:
+          job: what is run.
+          step: the last of which lines stay.
+          drop_training_at_step: of `step` itself, only evaluations stay.
+
+        Returns:
+          The lines of metrics.jsonl that stay, oldest first.
+
+        Raises:
+          ConfigError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(self.job_file, dump_yaml(job))
+            last = {"train": step - drop_training_at_step, "evaluation": step}
+            lines = _read_lines(self.metrics_file)
+            kept = [line for line in lines if line["step"] <= last[line["kind"]]]
+            _replace(self.metrics_file, "".join(f"{json.dumps(line)}\n" for line in kept))
+            # TensorBoard hides events of an earlier process from the purge step on.
+            self._tensorboard = SummaryWriter(
+                str(self.path / "tensorboard"), purge_step=step + 1 if step else None
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot write the run folder: {error}; name another with --out"
+            ) from None
+        return kept
+
+    def append_metrics(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds one line to metrics.jsonl and its numbers to TensorBoard."""
+        line = {"kind": kind, "step": step, **_finite(metrics)}
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        assert self._tensorboard is not None, "start() comes first"
+        for name, value in _numbers(metrics, kind):
+            self._tensorboard.add_scalar(name, value, step)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json; a number that is not finite becomes null."""
+        _replace(self.summary_file, json.dumps(_finite(summary), indent=2) + "\n")
+
+    def close(self) -> None:
+        """Flushes and closes TensorBoard's file."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a JSON-lines file; a last line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(metrics: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    """Flattens nested metrics to (`prefix/name`, number)."""
+    found: list[tuple[str, float]] = []
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}/{name}")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            found.append((f"{prefix}/{name}", value))
+    return found

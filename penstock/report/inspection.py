@@ -1,0 +1,76 @@
+"""What a run or a checkpoint holds, as tables for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Table
+
+from penstock.report.display import size_text, tables_table
+from penstock.report.folder import RunFolder
+from penstock.training.checkpoint_files import Manifest, verify
+from penstock.training.trained import locate_checkpoint
+
+
+def inspect_path(path: Path) -> Iterator[Table | str]:
+    """Describes the newest checkpoint of a run folder, or the checkpoint that `path` is.
+
+    Raises:
+      CheckpointError: there is none, or a file does not match its checksum.
+    """
+    checkpoint = locate_checkpoint(path)
+    manifest = verify(checkpoint)
+    yield f"checkpoint {checkpoint}"
+    yield _overview(manifest)
+    yield tables_table({
+        table.name: {
+            "rows": table.rows,
+            "bytes": 4 * table.rows * (table.dim + table.state_dim),
+        }
+        for table in manifest.tables
+    })
+    yield _files(manifest)
+    summary = RunFolder(path).summary_file
+    if summary.is_file():
+        yield _metrics(summary)
+    size = sum(record.bytes for record in manifest.files.values())
+    yield f"{len(manifest.files)} files, {size_text(size)}: all checksums verified"
+
+
+def _overview(manifest: Manifest) -> Table:
+    position = manifest.position
+    shown = Table(show_header=False)
+    shown.add_column(style="bold")
+    shown.add_column()
+    shown.add_row("job", str(manifest.job["name"]))
+    shown.add_row("step", f"{manifest.step:,}")
+    shown.add_row("samples", f"{position.samples:,}")
+    shown.add_row(
+        "position",
+        f"epoch {position.epoch}, window {position.window} row {position.window_row}, which begins "
+        f"in split {position.split} row {position.split_row}",
+    )
+    shown.add_row("written", manifest.created)
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    shown.add_row("versions", versions)
+    return shown
+
+
+def _files(manifest: Manifest) -> Table:
+    shown = Table("file", "bytes", "BLAKE2b")
+    shown.columns[1].justify = "right"
+    for name, record in manifest.files.items():
+        shown.add_row(name, f"{record.bytes:,}", f"{record.blake2b[:16]}...")
+    return shown
+
+
+def _metrics(path: Path) -> Table:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    shown = Table("metric", "value", title=f"measured on the {summary['measured_on']}")
+    shown.columns[1].justify = "right"
+    for name in ("auc", "teacher_auc", "log_loss", "normalized_entropy", "calibration"):
+        if summary.get(name) is not None:
+            shown.add_row(name, f"{summary[name]:.6f}")
+    return shown

@@ -1,0 +1,133 @@
+"""One run's report: the run folder and the terminal, fed by the story in `penstock/run.py`."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from penstock.config import Job
+from penstock.report.display import Display, summary_table, tables_table
+from penstock.report.environment import hardware, peak_memory_bytes, versions
+from penstock.report.folder import RunFolder
+
+_SUMMARIZED = (
+    "auc",
+    "teacher_auc",
+    "share_of_teacher",
+    "log_loss",
+    "normalized_entropy",
+    "calibration",
+)
+"""Metrics that go from the last evaluation into the summary."""
+
+
+class RunReport:
+    """Writes a run's metrics and shows them.
+
+    Args:
+      folder: where the files go.
+      job: what is run.
+      total_samples: samples that the whole run will see, for the ETA.
+      console: where to print; None: the standard output.
+    """
+
+    def __init__(
+        self, folder: RunFolder, job: Job, total_samples: int, console: Console | None = None
+    ) -> None:
+        self._folder = folder
+        self._job = job
+        self._console = console or Console()
+        self._display = Display(self._console, total_samples)
+        self._last_training: dict[str, Any] = {}
+        self._last_evaluation: tuple[int, dict[str, Any]] | None = None
+
+    def start(self, step: int, samples: int, window_is_open: bool = False) -> None:
+        """Begins at `step`: earlier lines of metrics.jsonl stay, later ones are removed.
+
+        Args:
+          step: steps trained so far.
+          samples: samples trained on so far.
+          window_is_open: the steps since the last log are still to be logged; then a line of them
+            that is there already, from a process that died after it, is removed too.
+        """
+        for line in self._folder.start(self._job, step, window_is_open):
+            kind, at = line.pop("kind"), line.pop("step")
+            if kind == "evaluation":
+                self._last_evaluation = at, _with_nan(line)
+            else:
+                self._last_training = _with_nan(line)
+        if step:
+            self._display.line(f"resumed at step {step:,} ({samples:,} samples)")
+        self._display.start(samples)
+
+    def advance(self, step: int, samples: int) -> None:
+        """Moves the bar after a step."""
+        self._display.advance(step, samples)
+
+    def training(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
+        """Records the metrics of a window of steps that ends with `step`."""
+        self._last_training = dict(metrics)
+        window = {"window_samples" if k == "samples" else k: v for k, v in metrics.items()}
+        self._folder.append_metrics("train", step, {"samples": samples, **window})
+        self._display.training(step, samples, metrics)
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records an evaluation after `step`."""
+        self._last_evaluation = step, metrics
+        self._folder.append_metrics("evaluation", step, metrics)
+        self._display.evaluation(step, metrics)
+
+    def evaluation_at(self, step: int) -> dict[str, Any] | None:
+        """The evaluation recorded after `step`, by this process or the one it resumes."""
+        if self._last_evaluation is not None and self._last_evaluation[0] == step:
+            return self._last_evaluation[1]
+        return None
+
+    def final_metrics(self, step: int) -> dict[str, Any]:
+        """The metrics of the summary after the last step, and what they were measured on."""
+        evaluation = self.evaluation_at(step)
+        if evaluation is not None:
+            found, where = evaluation, "held-out part"
+        else:
+            found, where = self._last_training, "last training steps, before their update"
+        metrics = {name: found[name] for name in _SUMMARIZED if name in found}
+        samples = 0 if evaluation is None else evaluation["samples"]
+        return {"measured_on": where, "evaluation_samples": samples, **metrics}
+
+    def interrupted(self, step: int) -> None:
+        """Says that the run stopped after `step` with a checkpoint, and how to go on."""
+        self._display.stop()
+        command = ["penstock", "train", str(self._folder.job_file), "--out", str(self._folder.path)]
+        self._display.line(f"stopped after step {step:,}; the checkpoint is complete. Continue:")
+        self._display.line(f"  {shlex.join([*command, '--resume'])}")
+
+    def finished(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes summary.json and shows the final table; returns the whole summary."""
+        whole = {
+            "name": self._job.name,
+            **summary,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        self._folder.write_summary(whole)
+        self._display.stop()
+        if len(whole["tables"]) > 1:
+            self._console.print(tables_table(whole["tables"]))
+        self._console.print(summary_table(whole))
+        self._display.line(f"run folder: {self._folder.path}")
+        return whole
+
+    def close(self) -> None:
+        """Takes the bar away and closes the files."""
+        self._display.stop()
+        self._folder.close()
+
+
+def _with_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN; null stands for it in metrics.jsonl."""
+    return {name: math.nan if value is None else value for name, value in line.items()}

@@ -1,0 +1,271 @@
+"""THE STORY: what a run does, from the job to the summary.
+
+`train` is the main path; `evaluate` and `predict` use what it left behind. How one step works is in
+`training/step.py`, what a checkpoint holds in `training/checkpoint.py`, how batches come about in
+`data/dataset.py`, where embeddings live in `embedding/collection.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from penstock.config import Job
+from penstock.data.dataset import Dataset
+from penstock.data.loader import Loader
+from penstock.report.folder import RunFolder
+from penstock.report.run_report import RunReport
+from penstock.training.checkpoint import Checkpoints
+from penstock.training.evaluation import evaluate_batches, scored
+from penstock.training.interruption import interruption
+from penstock.training.metrics import BinaryMetrics
+from penstock.training.prediction import write_scores
+from penstock.training.setup import build
+from penstock.training.step import Clock, steps_s, train_step
+from penstock.training.trained import newest_of_run, open_trained
+from penstock.types import Batch
+
+
+def train(
+    job: Job, out: Path, *, resume: bool = False, console: Console | None = None
+) -> dict[str, Any] | None:
+    """Trains a job to its end, evaluates it, and leaves checkpoint and summary in `out`.
+
+    SIGINT or SIGTERM stops after the current step with a complete checkpoint; a second one leaves
+    at once.
+
+    Args:
+      job: what to run.
+      out: the run folder; new or empty, unless `resume`.
+      resume: go on from the newest checkpoint in `out`. The result has the same bits as that of a
+        run that was never stopped.
+      console: where to print; None: the standard output.
+
+    Returns:
+      The content of summary.json; None where a signal stopped the run.
+
+    Raises:
+      ConfigError, DataError: the job, the folder or the data is wrong.
+      CheckpointError: there is no checkpoint to resume from, or it is damaged or of another job.
+      NonFiniteError: the loss became NaN or infinite; checkpoints written before stay good.
+    """
+    with interruption() as stop, open_run(job, out, resume=resume, console=console) as run:
+        run.begin(resume)
+        with run.remaining_batches() as batches:
+            for batch in islice(run.clock.waiting_for(batches), run.steps_left()):
+                run.step(batch)
+                if run.is_due(job.training.log_every_steps):
+                    run.log()
+                if run.is_due(job.training.evaluate_every_steps):
+                    run.evaluate()
+                if run.is_due(job.training.checkpoint.every_steps):
+                    run.save()
+                if stop.requested:
+                    run.save()
+                    run.report.interrupted(run.state.step)
+                    return None
+        run.log()
+        run.save()
+        run.evaluate()
+        return run.report.finished(run.summary())
+
+
+def evaluate(path: Path, data: str | None = None) -> dict[str, float]:
+    """Measures the newest checkpoint of a run.
+
+    Args:
+      path: a run folder, or one of its checkpoints.
+      data: files to measure on, all rows; None: the job's held-out part.
+
+    Returns:
+      Metrics by name, see `evaluate_batches`; `quarantined_rows` where rows were left out.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is damaged.
+      ConfigError: nothing is held out and no data is given.
+      DataError: the data does not fit the job.
+    """
+    trained = open_trained(path, data)
+    with trained.batches() as batches:
+        metrics = evaluate_batches(batches, trained.model, trained.collection)
+    if trained.dataset.quarantined_rows:
+        metrics["quarantined_rows"] = trained.dataset.quarantined_rows
+    return metrics
+
+
+def predict(path: Path, data: str, out: Path, *, has_label: bool = True) -> int:
+    """Scores every row of `data` with the newest checkpoint of a run, into a Parquet file.
+
+    Args:
+      path: a run folder, or one of its checkpoints.
+      data: files to score; the label column may be missing.
+      out: the file to write, see `write_scores`.
+      has_label: False: text without a header lacks the label column.
+
+    Returns:
+      Number of rows written.
+
+    Raises:
+      CheckpointError, ConfigError, DataError: as `evaluate`; or `out` cannot be written.
+    """
+    trained = open_trained(path, data, labels="optional" if has_label else "absent")
+    with trained.batches() as batches:
+        return write_scores(scored(batches, trained.model, trained.collection), out)
+
+
+@contextmanager
+def open_run(
+    job: Job, out: Path, *, resume: bool = False, console: Console | None = None
+) -> Iterator[Run]:
+    """Builds everything that a training run needs; closes it on the way out.
+
+    Nothing is written to `out` before data, model and checkpoint were found to fit the job.
+    """
+    folder = RunFolder(out)
+    if resume:
+        newest_of_run(out)
+    else:
+        folder.refuse_unless_new()
+    dataset = Dataset.open(job, quarantine=folder.quarantine_file)
+    with closing(RunReport(folder, job, planned_samples(job, dataset), console)) as report:
+        yield Run(job, dataset, folder, report)
+
+
+def planned_samples(job: Job, dataset: Dataset) -> int:
+    """Samples that the whole run will see, if no row is quarantined."""
+    samples = dataset.num_rows("train") * job.training.epochs
+    if job.training.max_steps is None:
+        return samples
+    return min(samples, job.training.max_steps * job.training.batch_size)
+
+
+class Run:
+    """A training run while it is open: what is trained, and what the loop can do with it."""
+
+    def __init__(self, job: Job, dataset: Dataset, folder: RunFolder, report: RunReport) -> None:
+        self.job = job
+        self.dataset = dataset
+        self.folder = folder
+        self.report = report
+        self.state, self.trainer = build(job, dataset)
+        self.window = self.state.metrics = BinaryMetrics()
+        """Of the steps since the last log; part of a checkpoint."""
+        self.checkpoints = Checkpoints(
+            folder.checkpoints,
+            job.training.checkpoint.keep_last,
+            job,
+            numeric=dataset.numeric,
+        )
+        self.clock = Clock()
+        self._began_s = time.monotonic()
+        self._samples = 0
+        self._is_saved = False
+        # What the clock and the counter showed when the current window of steps began.
+        self._window_seconds = dict(self.clock.seconds)
+        self._window_samples = 0
+
+    def begin(self, resume: bool) -> None:
+        """Starts at step 0 or, with `resume`, where the newest checkpoint ends."""
+        if resume:
+            self.checkpoints.restore(newest_of_run(self.folder.path), self.state)
+            self._is_saved = True
+        window_is_open = self.window.compute()["samples"] > 0
+        self.report.start(self.state.step, self.state.position.samples, window_is_open)
+
+    def remaining_batches(self) -> Loader:
+        """The batches from the current position to the end of the last epoch."""
+        training = self.job.training
+        return self.dataset.batches(
+            "train",
+            batch_size=training.batch_size,
+            seed=training.seed,
+            epochs=training.epochs,
+            start=self.state.position,
+        )
+
+    def steps_left(self) -> int | None:
+        """Steps until `max_steps`; None where the data alone ends the run."""
+        most = self.job.training.max_steps
+        return None if most is None else max(0, most - self.state.step)
+
+    def is_due(self, every_steps: int | None) -> bool:
+        """Whether something that happens every so many steps happens after this one."""
+        return every_steps is not None and self.state.step % every_steps == 0
+
+    def step(self, batch: Batch) -> None:
+        """Trains on one batch and moves on."""
+        state = self.state
+        result = train_step(
+            state.model, state.collection, self.trainer, batch, state.step, self.clock
+        )
+        self.window.update(result.logits, batch.labels, batch.weights)
+        state.step += 1
+        state.position = batch.end
+        self._is_saved = False
+        self._samples += batch.batch_size
+        self.report.advance(state.step, state.position.samples)
+
+    def log(self) -> None:
+        """Records the metrics of the steps since the last log: each batch before its update."""
+        state, metrics = self.state, self.window.compute()
+        if not metrics["samples"]:
+            return
+        self.window = state.metrics = BinaryMetrics()
+        self._is_saved = False
+        spent = {part: s - self._window_seconds[part] for part, s in self.clock.seconds.items()}
+        trained = self._samples - self._window_samples
+        self._window_seconds, self._window_samples = dict(self.clock.seconds), self._samples
+        self.report.training(
+            state.step,
+            state.position.samples,
+            {
+                **metrics,
+                "learning_rate": self.trainer.learning_rate(state.step - 1),
+                "samples_per_s": trained / max(steps_s(spent), 1e-9),
+                "seconds": spent,
+                "tables": self._tables(),
+            },
+        )
+
+    def evaluate(self) -> None:
+        """Measures the held-out part, unless there is none or it was measured at this step."""
+        if not self.dataset.has_evaluation or self.report.evaluation_at(self.state.step):
+            return
+        batch_size = self.job.training.evaluation_batch_size
+        with (
+            self.clock.measure("evaluation"),
+            self.dataset.batches("evaluation", batch_size=batch_size) as batches,
+        ):
+            metrics = evaluate_batches(batches, self.state.model, self.state.collection)
+        self.report.evaluation(self.state.step, metrics)
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless the newest one holds all this."""
+        if not self._is_saved:
+            with self.clock.measure("checkpoint"):
+                self.checkpoints.save(self.state)
+            self._is_saved = True
+
+    def summary(self) -> dict[str, Any]:
+        """What the run amounts to; `RunReport.finished` adds versions and hardware."""
+        return {
+            "steps": self.state.step,
+            "samples": self.state.position.samples,
+            **self.report.final_metrics(self.state.step),
+            "samples_per_s": self._samples / max(steps_s(self.clock.seconds), 1e-9),
+            "seconds": self.clock.seconds,
+            "wall_s": time.monotonic() - self._began_s,
+            "tables": self._tables(),
+            "quarantined_rows": self.dataset.quarantined_rows,
+            "checkpoint": str(self.checkpoints.latest()),
+        }
+
+    def _tables(self) -> dict[str, dict[str, int]]:
+        stats = self.state.collection.table_stats()
+        return {table.name: {"rows": table.rows, "bytes": table.bytes} for table in stats}

@@ -1,0 +1,56 @@
+"""Builds what is trained: tables, model and optimizer, untrained, from the job alone."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from penstock.config import Job
+from penstock.data.dataset import Dataset
+from penstock.embedding.collection import EmbeddingCollection, available_cores
+from penstock.models import build_model
+from penstock.training.checkpoint import TrainState
+from penstock.training.dense import DenseTrainer
+from penstock.types import Position
+
+
+class Untrained(NamedTuple):
+    """State at step 0, and what updates its dense part."""
+
+    state: TrainState
+    trainer: DenseTrainer
+
+
+def build(job: Job, dataset: Dataset) -> Untrained:
+    """Makes tables, model and optimizer: a pure function of the job and the columns of its data.
+
+    Effects: seeds the global generators of torch, numpy and Python, which a custom model may use,
+    and sets the number of torch's threads.
+
+    Raises:
+      ConfigError: the model does not fit the columns, or a table is declared wrongly.
+    """
+    threads = job.training.threads or available_cores()
+    torch.set_num_threads(threads)
+    _seed_generators(job.training.seed)
+    collection = EmbeddingCollection(
+        dataset.tables, dataset.features, seed=job.training.seed, num_threads=threads
+    )
+    model = build_model(
+        job.model,
+        len(dataset.numeric),
+        collection.feature_dims,
+        [feature.name for feature in dataset.features],
+    )
+    trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
+    state = TrainState(0, Position(), collection, model, trainer.optimizer)
+    return Untrained(state, trainer)
+
+
+def _seed_generators(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -1,0 +1,168 @@
+"""Opens what a run has learnt, for evaluation and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from penstock.config import (
+    Job,
+    ParquetSource,
+    Source,
+    SyntheticSource,
+    TextSource,
+    parse_job,
+)
+from penstock.data.dataset import Dataset
+from penstock.data.loader import Loader
+from penstock.data.parts import Part
+from penstock.embedding.collection import EmbeddingCollection
+from penstock.errors import CheckpointError, ConfigError
+from penstock.training.checkpoint import (
+    latest_checkpoint,
+    load_tables_and_model,
+    read_manifest,
+)
+from penstock.training.checkpoint_files import MANIFEST
+from penstock.training.setup import build
+
+Labels: TypeAlias = Literal["required", "optional", "absent"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's tables and model, and the data to use them on."""
+
+    job: Job
+    collection: EmbeddingCollection
+    model: nn.Module
+    dataset: Dataset
+    part: Part
+
+    def batches(self) -> Loader:
+        """The rows to score, in order of reading, once."""
+        batch_size = self.job.training.evaluation_batch_size
+        return self.dataset.batches(self.part, batch_size=batch_size, shuffle=False)
+
+
+def open_trained(path: Path, data: str | None = None, labels: Labels = "required") -> Trained:
+    """Loads the newest checkpoint of a run.
+
+    Args:
+      path: a run folder, or one of its checkpoints.
+      data: files to use it on, all rows; None: what the job holds out.
+      labels: `optional`: the label column may be missing; `absent`: it is, also in text without a
+        header. Either is for prediction, where every row needs its score: a malformed one fails.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is damaged.
+      ConfigError: no data is given and the job holds nothing out.
+      DataError: the data lacks a column.
+    """
+    checkpoint = locate_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    job = parse_job(manifest.job, origin=f"{checkpoint / MANIFEST}: job")
+    if data is not None:
+        job = _on_other_data(job, data, manifest.resolved)
+        if labels != "required":
+            job = _for_prediction(job, labels)
+    elif job.data.split is None and job.data.evaluation_source is None:
+        raise ConfigError(
+            "the job holds nothing out: set data.split or data.evaluation_source, or name files "
+            "with --data"
+        )
+    inputs = [*manifest.resolved["numeric"], *_feature_names(manifest.resolved)]
+    needed: Literal["required", "optional"] = "required" if labels == "required" else "optional"
+    dataset = Dataset.open(job, labels=needed, order=inputs)
+    state, _ = build(job, dataset)
+    load_tables_and_model(checkpoint, state.collection, state.model)
+    part: Part = "evaluation" if data is None else "train"
+    return Trained(job, state.collection, state.model, dataset, part)
+
+
+def locate_checkpoint(path: Path) -> Path:
+    """The newest complete checkpoint of a run folder, or the checkpoint that `path` is.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run or checkpoint")
+    if (path / MANIFEST).is_file():
+        return path
+    return newest_of_run(path)
+
+
+def newest_of_run(path: Path) -> Path:
+    """The newest complete checkpoint of a run folder.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    newest = latest_checkpoint(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(
+            f"{path}: no complete checkpoint in this run folder; look at the name, or train anew "
+            "without --resume"
+        )
+    return newest
+
+
+def _on_other_data(job: Job, path: str, resolved: Mapping[str, Any]) -> Job:
+    """The same job, reading all rows of `path` instead of its own data.
+
+    The format is the one that the name ends with; where it says nothing, that of the job's source.
+    Of the columns, those are read that the job's patterns found when it was trained.
+    """
+    numeric = tuple(
+        group.model_copy(update={"columns": _matching(group.columns, resolved["numeric"])})
+        for group in job.data.numeric
+    )
+    features = tuple(
+        group.model_copy(update={"columns": _matching(group.columns, _feature_names(resolved))})
+        for group in job.features
+    )
+    changes = {
+        "source": _source_like(job.data.source, path),
+        "evaluation_source": None,
+        "split": None,
+        "numeric": numeric,
+    }
+    data = job.data.model_copy(update=changes)
+    return job.model_copy(update={"data": data, "features": features})
+
+
+def _for_prediction(job: Job, labels: Labels) -> Job:
+    source = job.data.source
+    if not isinstance(source, TextSource):
+        return job
+    columns = source.columns
+    if labels == "absent" and columns is not None:
+        columns = tuple(name for name in columns if name != job.data.label.column)
+    changes = {"columns": columns, "on_malformed_row": "fail"}
+    data = job.data.model_copy(update={"source": source.model_copy(update=changes)})
+    return job.model_copy(update={"data": data})
+
+
+def _feature_names(resolved: Mapping[str, Any]) -> list[str]:
+    return [feature["name"] for feature in resolved["features"]]
+
+
+def _matching(patterns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if any(fnmatchcase(name, glob) for glob in patterns))
+
+
+def _source_like(source: Source, path: str) -> Source:
+    ending = path.removesuffix(".gz").rpartition(".")[2]
+    if ending not in {"parquet", "csv", "tsv"}:
+        ending = "parquet" if isinstance(source, SyntheticSource) else source.format
+    if ending == "parquet":
+        return ParquetSource(path=path)
+    if isinstance(source, TextSource):
+        return TextSource.model_validate(source.model_dump() | {"path": path, "format": ending})
+    return TextSource.model_validate({"path": path, "format": ending})

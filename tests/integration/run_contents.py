@@ -1,0 +1,53 @@
+"""All that a run computed, in a form that can be compared bit for bit."""
+
+import json
+
+import torch
+
+from penstock.training.checkpoint import read_manifest
+from penstock.training.checkpoint_files import read_tensors
+from penstock.training.trained import newest_of_run
+
+# Seconds and rates are of the machine, not of the run.
+MEASURED = {"seconds", "samples_per_s"}
+
+
+def contents(out):
+    """Reads a run folder: tables by key, dense weights, optimizer, random state, metrics."""
+    checkpoint = newest_of_run(out)
+    manifest = read_manifest(checkpoint)
+    tables = {}
+    for table in manifest.tables:
+        shards = [read_tensors(checkpoint / shard) for shard in table.shards]
+        whole = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+        order = whole["keys"].argsort()
+        tables[table.name] = {name: column[order] for name, column in whole.items()}
+    lines = [
+        {name: value for name, value in json.loads(line).items() if name not in MEASURED}
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return {
+        "step": manifest.step,
+        "collection_step": manifest.collection_step,
+        "position": manifest.position,
+        "tables": tables,
+        "dense": read_tensors(checkpoint / "dense.safetensors"),
+        "optimizer": manifest.optimizer,
+        "optimizer_tensors": read_tensors(checkpoint / "optimizer.safetensors"),
+        "window": read_tensors(checkpoint / "metrics.safetensors"),
+        "random": (checkpoint / "random.json").read_text(encoding="utf-8"),
+        "lines": lines,
+    }
+
+
+def differences(left, right, path=""):
+    """Paths at which two trees of tensors and plain values are not the same bits."""
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        same = (left.dtype, left.shape) == (right.dtype, right.shape)
+        return [] if same and left.numpy().tobytes() == right.numpy().tobytes() else [path]
+    if isinstance(left, dict) and isinstance(right, dict) and set(left) == set(right):
+        return [bad for key in left for bad in differences(left[key], right[key], f"{path}/{key}")]
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return [bad for i, pair in pairs for bad in differences(*pair, f"{path}/{i}")]
+    return [] if left == right else [path]

@@ -1,0 +1,95 @@
+"""Help that teaches, errors without a traceback, exit statuses, and a light start."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = (["train"], ["evaluate"], ["predict"], ["inspect"], ["schema"], ["data", "synth"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(penstock, command):
+    code, shown, errors = penstock(*command, "--help")
+    assert (code, errors) == (0, "")
+    assert f"penstock {' '.join(command)} " in shown.partition("Example")[2]
+
+
+def test_help_lists_what_exists(penstock):
+    code, shown, _ = penstock("--help")
+    assert code == 0
+    for command in ("train", "evaluate", "predict", "inspect", "data", "schema"):
+        assert f"│ {command} " in shown
+    assert shown.count("│ ") == len([
+        "train",
+        "evaluate",
+        "predict",
+        "inspect",
+        "data",
+        "schema",
+        "help",
+    ])
+
+
+@pytest.mark.parametrize("arguments", (["--help"], ["train", "--help"], ["schema"]), ids=" ".join)
+def test_help_and_schema_start_without_torch(arguments):
+    code = (
+        "import sys; from penstock.cli import main; sys.argv[1:] = " + repr(arguments) + "\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_schema_is_that_of_the_job(penstock):
+    code, shown, _ = penstock("schema")
+    assert code == 0
+    assert {"data", "features", "model", "training"} <= set(json.loads(shown)["properties"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epoch=2", "error: {job}: training.epoch: unknown key; did you mean 'epochs'?\n"),
+        (
+            "training.batch_size=0",
+            "error: {job}: training.batch_size: input should be greater than 0 (got 0)\n",
+        ),
+        ("epochs", "error: --set epochs: expected a.b=value, for instance training.epochs=2\n"),
+    ],
+)
+def test_a_wrong_job_is_one_line_on_stderr(penstock, small_yaml, tmp_path, override, message):
+    code, shown, errors = penstock(
+        "train", small_yaml, "--out", tmp_path / "run", "--set", override
+    )
+    assert (code, shown) == (2, "")
+    assert errors == message.format(job=small_yaml)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_run_is_named(penstock, tmp_path):
+    for command in (["evaluate"], ["inspect"]):
+        code, _, errors = penstock(*command, tmp_path / "none")
+        assert code == 2
+        assert errors == f"error: {tmp_path / 'none'}: no such run or checkpoint\n"
+
+
+def test_resume_needs_out(penstock, small_yaml):
+    code, _, errors = penstock("train", small_yaml, "--resume")
+    assert code == 2
+    assert "--out" in errors
+
+
+def test_data_synth_writes_every_format(penstock, tmp_path):
+    rows = {}
+    for name in ("a.parquet", "a.csv", "a.tsv"):
+        code, shown, errors = penstock("data", "synth", "--out", tmp_path / name, "--rows", 50)
+        assert (code, errors) == (0, "")
+        assert f"50 rows: {tmp_path / name}" in shown
+        rows[name] = (tmp_path / name).stat().st_size
+    assert all(rows.values())
+    header = (tmp_path / "a.tsv").read_text(encoding="utf-8").splitlines()[0]
+    assert header.split("\t")[0] == "click"
+    code, _, errors = penstock("data", "synth", "--out", tmp_path / "a.orc", "--rows", 50)
+    assert code == 2 and ".orc" in errors

@@ -1,0 +1,167 @@
+"""A run that was stopped, by whatever, ends with the same bits as one that was not."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import yaml
+from run_contents import contents, differences
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from penstock import run as story
+from penstock.config import parse_job
+from penstock.errors import CheckpointError, ConfigError
+from penstock.training.interruption import interruption
+
+
+@pytest.fixture
+def whole(small_job, tmp_path, quiet):
+    """The run that nothing stops."""
+    story.train(small_job, tmp_path / "whole", console=quiet)
+    return contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [6, 9, 12, 20, 35])
+def test_after_a_crash(small_job, tmp_path, quiet, whole, monkeypatch, step):
+    out, real = tmp_path / "run", story.train_step
+
+    def crash(model, collection, trainer, batch, at, clock):
+        if at == step:
+            raise RuntimeError("the power went")
+        return real(model, collection, trainer, batch, at, clock)
+
+    monkeypatch.setattr(story, "train_step", crash)
+    with pytest.raises(RuntimeError, match="the power went"):
+        story.train(small_job, out, console=quiet)
+    monkeypatch.setattr(story, "train_step", real)
+    story.train(small_job, out, resume=True, console=quiet)
+    assert not differences(contents(out), whole)
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train/log_loss")]
+    assert sorted(steps) == [7, 14, 21, 28, 35, 36]
+
+
+SIGNALLED = """
+import os, signal, sys
+from penstock import cli, run
+real = run.train_step
+def step(model, collection, trainer, batch, at, clock):
+    if at == {step}:
+        os.kill(os.getpid(), signal.{signal})
+    return real(model, collection, trainer, batch, at, clock)
+run.train_step = step
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_after_a_signal(small_yaml, tmp_path, penstock, whole, name):
+    out = tmp_path / "run"
+    stopped = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            SIGNALLED.format(step=8, signal=name),
+            "train",
+            small_yaml,
+            "--out",
+            out,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped after step 9; the checkpoint is complete. Continue:" in stopped.stdout
+    assert not (out / "summary.json").exists()
+    # The line that it printed is the line that continues.
+    command = re.search(r"^  penstock (train .*)$", stopped.stdout, re.MULTILINE).group(1)
+    code, shown, errors = penstock(*command.split())
+    assert (code, errors) == (0, "")
+    assert "resumed at step 9 (1,152 samples)" in shown
+    assert not differences(contents(out), whole)
+
+
+def test_signals_are_a_question_first_and_an_order_then():
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(SystemExit) as exit_:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert exit_.value.code == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_off_the_main_thread_signals_stay_as_they_are():
+    handlers = []
+
+    def look():
+        with interruption() as stop:
+            handlers.append((signal.getsignal(signal.SIGTERM), stop.requested))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert handlers == [(signal.getsignal(signal.SIGTERM), False)]
+
+
+def test_a_finished_run_resumes_to_the_same_summary(small_job, tmp_path, quiet):
+    out = tmp_path / "run"
+    first = story.train(small_job, out, console=quiet)
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    again = story.train(small_job, out, resume=True, console=quiet)
+    for name in ("auc", "teacher_auc", "log_loss", "steps", "samples", "tables"):
+        assert first[name] == again[name], name
+    assert (out / "metrics.jsonl").read_text(encoding="utf-8") == lines
+
+
+def test_max_steps_stops_and_the_run_can_go_on(small_fields, tmp_path, quiet, whole):
+    out = tmp_path / "run"
+    small_fields["training"]["max_steps"] = 15
+    part = story.train(parse_job(small_fields), out, console=quiet)
+    assert (part["steps"], part["samples"]) == (15, 15 * 128)
+    again = story.train(parse_job(small_fields), out, resume=True, console=quiet)
+    assert (again["steps"], again["samples"]) == (15, 15 * 128)
+
+
+def test_resume_needs_a_checkpoint(small_job, tmp_path, quiet):
+    out = tmp_path / "nothing"
+    with pytest.raises(CheckpointError) as caught:
+        story.train(small_job, out, resume=True, console=quiet)
+    assert str(caught.value) == (
+        f"{out}: no complete checkpoint in this run folder; look at the name, or train anew "
+        "without --resume"
+    )
+    assert not out.exists()
+
+
+def test_a_folder_in_use_is_refused_untouched(small_job, tmp_path, quiet):
+    out = tmp_path / "used"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        story.train(small_job, out, console=quiet)
+    assert str(caught.value) == (
+        f"{out} is not empty; continue that run with --resume, or name another folder with --out"
+    )
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_resume_with_another_job_is_refused_with_the_difference(
+    small_job, small_fields, tmp_path, quiet
+):
+    out = tmp_path / "run"
+    story.train(small_job, out, console=quiet)
+    small_fields["table_defaults"]["dim"] = 16
+    with pytest.raises(CheckpointError) as caught:
+        story.train(parse_job(small_fields), out, resume=True, console=quiet)
+    assert "table c0.dim: 8 in the checkpoint, 16 in the job" in str(caught.value)
+    assert yaml.safe_load((out / "job.yaml").read_text())["table_defaults"]["dim"] == 8
