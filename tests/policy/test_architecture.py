@@ -15,9 +15,9 @@ MAY_IMPORT = {
     "data": {"errors", "types", "config", "_core"},
     "models": {"errors", "config"},
     "embedding": {"errors", "types", "config", "_core"},
-    "training": {"errors", "types", "config", "embedding", "models"},
+    "training": {"errors", "types", "config", "data", "embedding", "models"},
     "job_file": {"errors", "config"},
-    "report": {"errors", "types", "config", "embedding", "training"},
+    "report": {"errors", "types", "config", "embedding", "job_file", "training"},
     "run": {
         "errors",
         "types",

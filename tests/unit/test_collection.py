@@ -153,6 +153,14 @@ def test_zero_samples_and_zero_features():
     assert nothing(KeyedJagged.pack({})).shape == (0, 0)
 
 
+def test_a_table_without_features_costs_nothing():
+    unused = TableConfig(name="unused", dim=5)
+    embeddings = EmbeddingCollection([*TABLES, unused], FEATURES)
+    embeddings(BAGS).sum().backward()
+    embeddings.apply_gradients()
+    assert [stats.rows for stats in embeddings.table_stats()] == [2, 4, 0]
+
+
 def test_many_tables_of_many_dims_use_one_store_a_layout():
     tables = [
         TableConfig(name=f"t{i}", dim=1 + i % 3, optimizer=RowWiseAdagrad()) for i in range(9)
