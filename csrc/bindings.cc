@@ -307,6 +307,7 @@ void bind_host_store(nb::module_& m) {
              return std::make_tuple(status, rows, cursor);
            })
       .def("num_rows", &HostStore::num_rows)
+      .def("longest_probe", &HostStore::longest_probe)
       .def("check_invariants", &HostStore::check_invariants, nb::call_guard<nb::gil_scoped_release>())
       .def("memory",
            [](const HostStore& self) {

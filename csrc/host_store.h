@@ -85,6 +85,7 @@ class HostStore {
 
   uint64_t num_rows(uint32_t table) const;
   StoreMemory memory() const;
+  uint64_t longest_probe() const { return index_.longest_probe(); }
   const char* isa() const { return isa_; }
   int num_threads() const { return pool_.num_threads(); }
   uint32_t dim() const { return dim_; }

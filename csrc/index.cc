@@ -15,7 +15,7 @@ bool Index::open() {
   if (!allocate(kInitialCapacity, &region_)) return false;
   capacity_ = kInitialCapacity;
   std::random_device entropy;
-  salt_ = uint64_t{entropy()} << 32 | entropy();
+  salt_ = uint64_t{entropy()} << 32 | entropy() | 1;
   std::fill_n(entries(), capacity_ * kNumShards, Entry{0, Entry::kEmpty});
   return true;
 }
@@ -87,6 +87,18 @@ bool Index::grow(ThreadPool& pool) {
   region_ = std::move(region);
   capacity_ = capacity;
   return true;
+}
+
+uint64_t Index::longest_probe() const {
+  uint64_t longest = 0;
+  for (uint64_t i = 0; i < capacity_ * kNumShards; ++i) {
+    const Entry& entry = entries()[i];
+    if (entry.is_empty()) continue;
+    const uint64_t home = view().home(hash(entry.key, entry.table()));
+    const uint64_t place = i % capacity_;
+    longest = std::max(longest, (place >= home ? place - home : place + capacity_ - home) + 1);
+  }
+  return longest;
 }
 
 bool Index::is_consistent() const {

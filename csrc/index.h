@@ -37,10 +37,11 @@ static_assert(sizeof(Entry) == 16);
 struct IndexView {
   Entry* entries;
   uint64_t capacity;  // entries of one shard
-  uint64_t salt;
+  uint64_t salt;  // odd
 
+  // Each table has a random-looking mask of its own: keys of one pattern in many tables do not meet.
   [[gnu::always_inline]] uint64_t hash(uint64_t key, uint32_t table) const {
-    return mix64((key + (table + 1) * kGolden) ^ salt);
+    return mix64(key ^ (salt * (2 * uint64_t{table} + 1)));
   }
   [[gnu::always_inline]] Entry* shard(uint64_t hash) const { return entries + (hash >> (64 - kShardBits)) * capacity; }
   [[gnu::always_inline]] uint64_t home(uint64_t hash) const {
@@ -75,6 +76,9 @@ class Index {
 
   // Moves all entries to a larger capacity. False: no memory, nothing changed.
   bool grow(ThreadPool& pool);
+
+  // Entries that the unluckiest find reads.
+  uint64_t longest_probe() const;
 
   // True if every entry can be found from its home position and the counts agree.
   bool is_consistent() const;

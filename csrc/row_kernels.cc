@@ -184,7 +184,7 @@ struct Adam {
 
 int64_t find(const IndexView& index, const Rows& rows, const uint64_t* keys, const uint32_t* tables, int64_t count,
              uint32_t* slots) {
-  constexpr int kAhead = 12;  // probes in flight: more than the line fill buffers of a core
+  constexpr int kAhead = 16;  // probes in flight: about as many as a core has line fill buffers
   const Entry* home[kAhead];
   const auto begin = [&](int64_t i) {
     const uint64_t hash = index.hash(keys[i], tables[i]);
@@ -313,10 +313,11 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
   constexpr uint32_t kRowAhead = 16;
   const Shape<D> shape(rows.dim);
   const uint32_t unique = group_by_slot(occurrences, count, scratch);
-  const auto prefetch_grad = [&](int64_t k) {
+  // Inlined by force: the compiler deems a function that only prefetches to be without effect, and drops calls of it.
+  const auto prefetch_grad = [&](int64_t k) __attribute__((always_inline)) {
     prefetch_floats<0, 3>(occurrences[scratch.order[k]].grad, shape.dim());
   };
-  const auto prefetch_target = [&](uint32_t u) {
+  const auto prefetch_target = [&](uint32_t u) __attribute__((always_inline)) {
     const uint32_t slot = scratch.unique_slot[u];
     prefetch_floats<1, 3>(rows.value(slot), shape.dim());
     prefetch_floats<1, 3>(rows.state(slot), rows.state_dim);
