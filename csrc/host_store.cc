@@ -24,10 +24,10 @@ void ensure_size(std::vector<T>& v, size_t size) {
 
 }  // namespace
 
-HostStore::HostStore(uint32_t dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
+HostStore::HostStore(uint32_t dim, uint32_t state_dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
                      uint64_t max_bytes)
     : dim_(dim),
-      state_dim_(optimizer_state_dim(optimizer, dim)),
+      state_dim_(state_dim),
       max_bytes_(max_bytes != 0 ? max_bytes : 2 * uint64_t{physical_memory_bytes()}),
       kernels_(select_row_kernels(dim, optimizer, &isa_)),
       initializers_(std::move(initializers)),

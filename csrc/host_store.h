@@ -52,7 +52,7 @@ struct StoreMemory {
 class HostStore {
  public:
   // Tables are numbered as in `initializers`. max_bytes bounds the arenas' address range; 0: twice the machine's memory.
-  HostStore(uint32_t dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
+  HostStore(uint32_t dim, uint32_t state_dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
             uint64_t max_bytes);
 
   // False: no memory or address space.

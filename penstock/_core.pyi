@@ -37,6 +37,7 @@ class HostStore:
     def __init__(
         self,
         dim: int,
+        state_dim: int,
         optimizer: int,
         initializers: Sequence[tuple[int, float, float, int]],
         num_threads: int,

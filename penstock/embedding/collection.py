@@ -6,7 +6,7 @@ features = [FeatureConfig(name="clicked", table="item", pooling="mean")]
 embeddings = EmbeddingCollection(tables, features)
 head = torch.nn.Linear(16, 1)
 optimizer = torch.optim.Adam(head.parameters())
-for keys, label in batches:                                # keys [B, n] int64, any value
+for keys, label in batches:  # keys [B, n] int64, any value
     sparse = KeyedJagged.pack({"clicked": Jagged.from_dense(keys)})
     loss = F.binary_cross_entropy_with_logits(head(embeddings(sparse))[:, 0], label)
     loss.backward()

@@ -57,7 +57,8 @@ class HostStore:
         self._hypers = optimizer.Hypers(tables)
         self._core = _core.HostStore(
             dim=self.layout.dim,
-            optimizer=optimizer.KINDS[self.layout.optimizer],
+            state_dim=self.layout.state_dim,
+            optimizer=optimizer.rule_of(tables[0].optimizer).code,
             initializers=[
                 (
                     initializer.KINDS[type(table.initializer)],

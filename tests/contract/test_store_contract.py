@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.config import SGD, Adagrad, Adam, Constant, RowWiseAdagrad, TableConfig, Uniform
+from penstock.config import (
+    FTRL,
+    LAMB,
+    SGD,
+    Adagrad,
+    Adam,
+    Constant,
+    MomentumSGD,
+    RowWiseAdagrad,
+    RowWiseAdam,
+    TableConfig,
+    Uniform,
+)
 from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.store import (
@@ -170,6 +182,11 @@ RULES = {
     "adagrad": Adagrad(learning_rate=0.1, weight_decay=0.01, initial_accumulator=0.1),
     "row_wise_adagrad": RowWiseAdagrad(learning_rate=0.1, weight_decay=0.01),
     "adam": Adam(learning_rate=0.01, weight_decay=0.01),
+    "clipped adam": Adam(learning_rate=0.01, clip_norm=0.5),
+    "momentum_sgd": MomentumSGD(learning_rate=0.05, weight_decay=0.01),
+    "row_wise_adam": RowWiseAdam(learning_rate=0.01, weight_decay=0.01),
+    "ftrl": FTRL(learning_rate=0.1, l1=0.3, weight_decay=0.01),
+    "lamb": LAMB(learning_rate=0.01, weight_decay=0.01),
 }
 
 
