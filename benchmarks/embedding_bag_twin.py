@@ -53,9 +53,7 @@ class EmbeddingBags(nn.Module):
         self.weights = {
             table.name: nn.Parameter(
                 torch.from_numpy(
-                    initial_values(
-                        table.initializer, seed, table.name, keys[table.name], table.dim
-                    )
+                    initial_values(table.initializer, seed, table.name, keys[table.name], table.dim)
                 )
             )
             for table in tables
