@@ -256,7 +256,7 @@ void bind_host_store(nb::module_& m) {
           "apply_gradients",
           [](HostStore& self, const PlanArrays& plan,
              const std::vector<std::tuple<Lookup*, In<int64_t>, In<int64_t>, int64_t, InRows>>& gradients,
-             InRows hypers) {
+             InRows hypers, bool is_order_free) {
             std::vector<LookupGradient> parts;
             for (const auto& [lookup, keys, offsets, batch_size, grad] : gradients) {
               parts.push_back({lookup, packed(keys, offsets, batch_size), grad.data()});
@@ -265,7 +265,7 @@ void bind_host_store(nb::module_& m) {
             Status status;
             {
               const nb::gil_scoped_release release;
-              status = self.apply_gradients(plan.plan(), parts, hypers_of(hypers), &rows);
+              status = self.apply_gradients(plan.plan(), parts, hypers_of(hypers), is_order_free, &rows);
             }
             return std::make_tuple(status, rows);
           })

@@ -137,9 +137,43 @@ inline uint32_t group_by_slot(const Occurrence* occurrences, int64_t count, cons
   return unique;
 }
 
+// Sum of scale * grad over occurrences order[first .. last) that has the same bits in any order: integers add exactly.
+// The unit is the row's largest share times 2^-40, so 2^22 occurrences fit and nothing that fp32 would keep is lost.
+template <typename S>
+[[gnu::noinline]] void sum_order_free(const S& shape, const Occurrence* occurrences, const uint32_t* first,
+                                      const uint32_t* last, Lanes* sum) {
+  float largest = 0.0f;
+  bool is_finite = true;
+  for (const uint32_t* k = first; k < last; ++k) {
+    const Occurrence& occurrence = occurrences[*k];
+    for (int i = 0; i < shape.dim(); ++i) {
+      const float share = __builtin_fabsf(occurrence.scale * occurrence.grad[i]);
+      largest = share > largest ? share : largest;
+      is_finite &= share <= 3.4028234e38f;  // false for NaN too
+    }
+  }
+  for (int c = 0; c < num_chunks(shape); ++c) sum[c] = Lanes{} + (is_finite ? 0.0f : __builtin_nanf(""));
+  if (largest == 0.0f || !is_finite) return;
+  int exponent;
+  __builtin_frexpf(largest, &exponent);
+  const double to_units = __builtin_ldexp(1.0, 40 - exponent), from_units = __builtin_ldexp(1.0, exponent - 40);
+  for (int c = 0; c < num_chunks(shape); ++c) {
+    int64_t units[kLanes] = {};
+    for (const uint32_t* k = first; k < last; ++k) {
+      const Lanes share = occurrences[*k].scale * load(shape, occurrences[*k].grad, c);
+      float lane[kLanes];
+      std::memcpy(lane, &share, sizeof(lane));
+      for (int i = 0; i < kLanes; ++i) units[i] += static_cast<int64_t>(__builtin_rint(lane[i] * to_units));
+    }
+    float lane[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(static_cast<double>(units[i]) * from_units);
+    std::memcpy(&sum[c], lane, sizeof(lane));
+  }
+}
+
 template <int D, typename Optimizer>
 int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
-               const UpdateScratch& scratch) {
+               bool is_order_free, const UpdateScratch& scratch) {
   constexpr int kGradAhead = 12;
   constexpr uint32_t kRowAhead = 16;
   const Shape<D> shape(rows.dim);
@@ -158,12 +192,16 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
   Lanes grad[kChunks<D>];
   for (uint32_t u = 0; u < unique; ++u) {
     if (u + kRowAhead < unique) prefetch_target(u + kRowAhead);
-    for (int c = 0; c < num_chunks(shape); ++c) grad[c] = Lanes{};
     const uint32_t last = scratch.begin[u + 1];
-    for (uint32_t k = scratch.begin[u]; k < last; ++k) {
-      if (k + kGradAhead < count) prefetch_grad(k + kGradAhead);
-      const Occurrence& occurrence = occurrences[scratch.order[k]];
-      for (int c = 0; c < num_chunks(shape); ++c) grad[c] += occurrence.scale * load(shape, occurrence.grad, c);
+    if (is_order_free) {
+      sum_order_free(shape, occurrences, scratch.order + scratch.begin[u], scratch.order + last, grad);
+    } else {
+      for (int c = 0; c < num_chunks(shape); ++c) grad[c] = Lanes{};
+      for (uint32_t k = scratch.begin[u]; k < last; ++k) {
+        if (k + kGradAhead < count) prefetch_grad(k + kGradAhead);
+        const Occurrence& occurrence = occurrences[scratch.order[k]];
+        for (int c = 0; c < num_chunks(shape); ++c) grad[c] += occurrence.scale * load(shape, occurrence.grad, c);
+      }
     }
     const uint32_t slot = scratch.unique_slot[u];
     if (hyper.clip_norm > 0.0f) clip(shape, grad, hyper.clip_norm);

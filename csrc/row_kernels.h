@@ -108,9 +108,9 @@ struct RowKernels {
                const Initializer* initializers, const Tile& tile, bool stream, float* out);
 
   // Sums the gradients of equal slots, in order, and applies one optimizer step to each row; all are of one table.
-  // Returns the number of rows updated.
+  // Returns the number of rows updated. is_order_free: sums that have the same bits in any order, in fixed point.
   int64_t (*update)(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
-                    const UpdateScratch& scratch);
+                    bool is_order_free, const UpdateScratch& scratch);
 
   // Writes the first value and state of a row.
   void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, float* value, float* state);
