@@ -13,8 +13,8 @@ constexpr int64_t kMinUnitKeys = 2048;     // fewer keys are not worth another p
 constexpr int64_t kMaxUnitKeys = 16384;    // the grouping of more keys leaves the L2 cache
 
 uint32_t extent_rows(uint64_t handed_out) {
-  // An eighth of a shard's share at a time: small stores waste little, large ones seldom take the lock.
-  return static_cast<uint32_t>(std::clamp<uint64_t>(handed_out / kNumShards / 8, 16, 4096));
+  // A 64th of a shard's share at a time: little is handed out and unused, and the lock is seldom taken.
+  return static_cast<uint32_t>(std::clamp<uint64_t>(handed_out / kNumShards / 64, 16, 4096));
 }
 
 template <typename T>

@@ -133,7 +133,7 @@ uint64_t HostStore::num_rows(uint32_t table) const {
 }
 
 StoreMemory HostStore::memory() const {
-  StoreMemory memory{0, 0, slots_handed_out_, index_.memory_bytes(), values_.committed() + states_.committed()};
+  StoreMemory memory{0, 0, slots_handed_out_, index_.memory_bytes(), slots_handed_out_ * (dim_ + state_dim_) * sizeof(float)};
   for (uint32_t shard = 0; shard < kNumShards; ++shard) {
     memory.rows += index_.count(shard);
     memory.free_slots += shards_[shard].free.size() + (shards_[shard].end - shards_[shard].next);

@@ -67,7 +67,7 @@ uint32_t Index::erase(uint64_t key, uint32_t table, uint64_t hash) {
 
 bool Index::grow(ThreadPool& pool) {
   // Small indexes double; large ones grow by 1.3, to keep the memory per row low.
-  const uint64_t capacity = capacity_ < 4096 ? capacity_ * 2 : capacity_ + capacity_ * 3 / 10;
+  const uint64_t capacity = capacity_ < 1024 ? capacity_ * 2 : capacity_ + capacity_ * 3 / 10;
   Region region;
   if (!allocate(capacity, &region)) return false;
   const IndexView old = view();

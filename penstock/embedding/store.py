@@ -63,7 +63,7 @@ class StoreMemory(NamedTuple):
     """rows + free_slots == slot_capacity, always."""
     index_bytes: int
     row_bytes: int
-    """Memory of the arenas, used or free."""
+    """Memory of the rows: that of `slot_capacity` of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -430,3 +430,15 @@ def test_keys_of_one_pattern_in_many_tables_do_not_pile_up(stride):
     # Linear probing at most 77 % full: 104,000 random keys stay below 150; keys of
     # several tables with one home would need thousands.
     assert store._core.longest_probe() < 250
+
+
+def test_a_row_costs_its_floats_and_at_most_32_bytes():
+    store = HostStore([TableConfig(name="a", dim=4)], num_threads=2)
+    overheads = []
+    for keys in torch.arange(1_600_000).split(50_000):
+        store.find_or_insert(0, keys)
+        memory = store.memory()
+        overhead = (memory.index_bytes + memory.row_bytes) / memory.rows - 4 * (4 + 1)
+        overheads.append((memory.rows, overhead))
+    # Fewer rows share a last page of 2 MiB.
+    assert max(overhead for rows, overhead in overheads if rows >= 800_000) <= 32, overheads
