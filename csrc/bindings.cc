@@ -197,6 +197,13 @@ void bind_columns(nb::module_& m) {
            "columns"_a.noconvert(), "starts"_a, "stops"_a)
       .def("select", &PyJaggedWindow::select, "rows"_a.noconvert());
   m.def(
+      "find_non_object",
+      [](In<uint8_t> bytes) {
+        nb::gil_scoped_release unlocked;
+        return penstock::find_non_object(bytes.data(), bytes.size());
+      },
+      "bytes"_a.noconvert());
+  m.def(
       "count_newlines",
       [](In<uint8_t> bytes) {
         nb::gil_scoped_release unlocked;

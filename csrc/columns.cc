@@ -173,4 +173,37 @@ int64_t count_newlines(const uint8_t* bytes, size_t size) {
   return count;
 }
 
+int64_t find_non_object(const uint8_t* bytes, size_t size) {
+  constexpr int kMaxDepth = 64;
+  int64_t line = 0;
+  for (size_t i = 0; i < size; ++i, ++line) {
+    int depth = 0;
+    bool seen = false, in_string = false;
+    for (; i < size && bytes[i] != '\n'; ++i) {
+      const uint8_t c = bytes[i];
+      if (in_string) {
+        if (c == '\\') {
+          if (i + 1 < size && bytes[i + 1] != '\n') ++i;
+        } else if (c == '"') {
+          in_string = false;
+        }
+      } else if (c == ' ' || c == '\t' || c == '\r') {
+        continue;
+      } else if (depth == 0) {
+        if (seen || c != '{') return line;
+        seen = true;
+        depth = 1;
+      } else if (c == '"') {
+        in_string = true;
+      } else if (c == '{' || c == '[') {
+        if (++depth > kMaxDepth) return line;
+      } else if (c == '}' || c == ']') {
+        --depth;
+      }
+    }
+    if (!seen || depth != 0 || in_string) return line;
+  }
+  return -1;
+}
+
 }  // namespace penstock

@@ -71,6 +71,10 @@ class JaggedWindow {
   int64_t num_rows_ = 0;
 };
 
+// Number (from 0) of the first line that has not the outer form of one JSON object: braces and brackets that close,
+// nested at most 64 deep, nothing before or after; -1 if there is none. What stands within is not looked at.
+int64_t find_non_object(const uint8_t* bytes, size_t size);
+
 // Bytes equal to '\n'.
 int64_t count_newlines(const uint8_t* bytes, size_t size);
 

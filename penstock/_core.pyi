@@ -149,5 +149,11 @@ class JaggedWindow:
           IndexError: a row lies outside the window.
         """
 
+def find_non_object(bytes: NDArray[np.uint8]) -> int:
+    """Number (from 0) of the first line without the outer form of one JSON object; -1: none.
+
+    An object here closes what it opens, is nested at most 64 deep, and is alone on its line.
+    """
+
 def count_newlines(bytes: NDArray[np.uint8]) -> int:
     """Number of bytes equal to 10."""

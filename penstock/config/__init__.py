@@ -5,6 +5,7 @@ device or imports torch.
 """
 
 from penstock.config.data import (
+    ArrowSource,
     Clip,
     DataConfig,
     FailOnMissing,
@@ -15,9 +16,11 @@ from penstock.config.data import (
     FractionSplit,
     Hash,
     Hex,
+    JsonLinesSource,
     Label,
     Log,
     NumericColumns,
+    OrcSource,
     ParquetSource,
     Scale,
     Shuffle,
@@ -27,6 +30,7 @@ from penstock.config.data import (
     TextSource,
     TimeSplit,
     TimeUnit,
+    format_of_path,
 )
 from penstock.config.job import (
     CheckpointConfig,
@@ -58,6 +62,7 @@ from penstock.config.tables import (
 __all__ = [
     "Adagrad",
     "Adam",
+    "ArrowSource",
     "CheckpointConfig",
     "Clip",
     "Constant",
@@ -77,12 +82,14 @@ __all__ = [
     "Hex",
     "Initializer",
     "Job",
+    "JsonLinesSource",
     "Label",
     "Log",
     "Model",
     "Normal",
     "NumericColumns",
     "Optimizer",
+    "OrcSource",
     "ParquetSource",
     "RowWiseAdagrad",
     "SGD",
@@ -99,5 +106,6 @@ __all__ = [
     "TimeUnit",
     "TrainingConfig",
     "Uniform",
+    "format_of_path",
     "parse_job",
 ]

@@ -50,6 +50,53 @@ class TextSource(FileSource):
     """
 
 
+class OrcSource(FileSource):
+    """ORC files of one schema."""
+
+    format: Literal["orc"] = "orc"
+
+
+class ArrowSource(FileSource):
+    """Arrow IPC files (`.arrow`, Feather version 2) or streams, of one schema."""
+
+    format: Literal["arrow"] = "arrow"
+
+
+JsonType: TypeAlias = Literal[
+    "string",
+    "int64",
+    "uint64",
+    "float32",
+    "float64",
+    "bool",
+    "list<string>",
+    "list<int64>",
+    "list<uint64>",
+    "list<float64>",
+    "list<bool>",
+]
+
+
+class JsonLinesSource(FileSource):
+    """JSON lines, plain or gzip (`.gz`): one object a line. A field that is absent is null.
+
+    Columns are the fields of the first 1000 lines of the first file, and those of `types`.
+    Objects and lists of lists within a row are not read.
+    """
+
+    format: Literal["jsonl"] = "jsonl"
+    types: Mapping[str, JsonType] = {}
+    """Type by column name or glob; a column without one has that of its first values (label,
+    weight and numeric columns that are integers there: float64). Text stays text, times too.
+    """
+    on_malformed_row: Literal["fail", "quarantine"] = "fail"
+    """A line that is no JSON object, or a value that is not of its column's type.
+
+    `fail` stops with file:line; `quarantine` leaves the row out, counts it and appends it to
+    quarantine.jsonl in the run.
+    """
+
+
 class SyntheticSource(Config):
     """Click log made by a known teacher, so that the best reachable AUC is known.
 
@@ -66,7 +113,28 @@ class SyntheticSource(Config):
     seed: Int64 = 0
 
 
-Source = Annotated[ParquetSource | TextSource | SyntheticSource, Field(discriminator="format")]
+Source = Annotated[
+    ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource | SyntheticSource,
+    Field(discriminator="format"),
+]
+
+
+_ENDINGS = {
+    "parquet": "parquet",
+    "orc": "orc",
+    "arrow": "arrow",
+    "arrows": "arrow",
+    "feather": "arrow",
+    "csv": "csv",
+    "tsv": "tsv",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+}
+
+
+def format_of_path(path: str) -> str | None:
+    """The `format` that a path's ending stands for (`.gz` aside); None: it says nothing."""
+    return _ENDINGS.get(path.removesuffix(".gz").rpartition(".")[2].lower())
 
 
 class FractionSplit(Config):
@@ -150,7 +218,11 @@ class NumericColumns(Config):
     """Numeric inputs: the columns whose names match, in the order of the source."""
 
     columns: tuple[str, ...]
-    """Names or globs (`I*`)."""
+    """Names or globs (`I*`).
+
+    A list column reads as its value where it holds one and as missing where it is empty; two
+    values stop the run.
+    """
     missing: Annotated[FillNumber | FailOnMissing, Field(discriminator="policy")] = Field(
         default_factory=FillNumber
     )
@@ -181,6 +253,7 @@ class Label(Config):
     """What the model predicts: a column of 0 and 1, or of numbers with a threshold."""
 
     column: str
+    """A list column reads as its value where it holds one and as missing where it is empty."""
     at_least: float | None = None
     """The label is 1 where the column is at least this; null: the column must hold 0 and 1
     alone.

@@ -21,6 +21,7 @@ from penstock.data.source import Chunk, Place
 from penstock.data.transforms import (
     BadValue,
     Keys,
+    is_list,
     one_array,
     read_keys,
     read_numbers,
@@ -153,7 +154,7 @@ class Decoder:
     ) -> None:
         config = group.config
         for name, position in zip(group.names, group.positions, strict=True):
-            given = read_numbers(table.column(name))
+            given = _read_numbers(table, name, place)
             absent = np.isnan(given)
             if absent.any():
                 if isinstance(config.missing, FailOnMissing):
@@ -196,7 +197,7 @@ class Decoder:
         name, at_least = self._columns.label, self._columns.at_least
         if name is None:
             return np.full(table.num_rows, np.nan, dtype=np.float32)
-        given = read_numbers(table.column(name))
+        given = _read_numbers(table, name, place)
         if at_least is None:
             bad = (given != 0) & (given != 1)
             labels = given.astype(np.float32)
@@ -220,7 +221,7 @@ class Decoder:
         name = self._columns.weight
         if name is None:
             return None
-        weights = read_numbers(table.column(name)).astype(np.float32)
+        weights = _read_numbers(table, name, place).astype(np.float32)
         # Also true of NaN.
         bad = ~((weights >= 0) & np.isfinite(weights))
         if bad.any():
@@ -279,6 +280,16 @@ def _parse_times(texts: pa.Array, name: str, place: Place) -> pa.Array:
     )
 
 
+def _read_numbers(table: pa.Table, name: str, place: Place) -> NDArray[np.floating]:
+    try:
+        return read_numbers(table.column(name))
+    except BadValue as bad:
+        raise DataError(
+            f"{place.locate(bad.index)}, column {name!r}: {bad.reason}; mend the file, or list the "
+            "column under `features`"
+        ) from None
+
+
 def _offsets(lengths: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
     if lengths is None:
         return None
@@ -291,8 +302,7 @@ def _row_of_value(array: pa.Array, index: int) -> int:
     """Row of the `index`-th value that is not null (within lists, where it is a list column)."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    kind = array.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(array.type):
         inner = _row_of_value(array.flatten(), index)
         return int(pc.list_parent_indices(array)[inner].as_py())
     return int(np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))[index])

@@ -20,11 +20,13 @@ from penstock.config import (
     Hash,
     Hex,
     Job,
+    JsonLinesSource,
     NumericColumns,
     TableConfig,
     TextSource,
     TimeUnit,
 )
+from penstock.data.transforms import is_list
 from penstock.errors import ConfigError, DataError
 
 _GLOB = re.compile(r"[*?\[]")
@@ -156,7 +158,7 @@ def resolve_columns(
         features=tuple(features),
         time_unit=data.event_time_unit,
     )
-    _check_types(columns, schema, origin, isinstance(data.source, TextSource))
+    _check_types(columns, schema, origin, isinstance(data.source, TextSource | JsonLinesSource))
     return columns
 
 
@@ -284,6 +286,8 @@ def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -
 
 
 def _is_number(kind: pa.DataType) -> bool:
+    if is_list(kind):
+        kind = kind.value_type
     return bool(
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)
@@ -316,7 +320,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 def _key_remedy(kind: pa.DataType, feature: FeatureColumn, text: bool) -> str | None:
     """What to do about a feature's type; None if it is fine."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         kind = kind.value_type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type

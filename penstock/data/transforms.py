@@ -65,7 +65,7 @@ def read_keys(
         array = array.cast(pa.large_binary())
     if pa.types.is_dictionary(array.type):
         return _read_dictionary(array, transforms, missing)
-    if _is_list(array.type):
+    if is_list(array.type):
         return _read_lists(array, transforms, missing)
     if array.null_count == 0:
         return Keys(_transform(array, transforms), None)
@@ -78,7 +78,8 @@ def read_keys(
     return Keys(filled, None)
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values are lists, of any layout that is read."""
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
@@ -170,14 +171,38 @@ def _string_buffers(
 
 
 def read_numbers(column: pa.ChunkedArray | pa.Array) -> NDArray[np.floating]:
-    """[n] float32 or float64; nulls read as NaN. A view where there is nothing to convert."""
+    """Reads a column of numbers, or of lists of at most one number.
+
+    Returns:
+      [n] float32 or float64; nulls and empty lists are NaN. A view where there is nothing to
+      convert.
+
+    Raises:
+      BadValue: a list holds more than one value; `index` counts rows.
+    """
     array = one_array(column)
+    if is_list(array.type):
+        array = _only_values(array)
     kind = array.type
     if not (pa.types.is_float32(kind) or pa.types.is_float64(kind)):
         # pyarrow refuses to round large integers unless told to.
         array = pc.cast(array, pa.float64(), safe=False)
     values: NDArray[np.floating] = array.to_numpy(zero_copy_only=False)
     return values
+
+
+def _only_values(array: pa.Array) -> pa.Array:
+    """The one value of each list, null where it is null or empty."""
+    lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    many = lengths > 1
+    if many.any():
+        row = int(many.argmax())
+        raise BadValue(row, f"{lengths[row]} values where at most one is expected")
+    values = one_array(array.flatten())
+    if lengths.all():
+        return values
+    where = np.cumsum(lengths) - 1
+    return values.take(pa.array(where, mask=lengths == 0))
 
 
 def transform_numbers(
