@@ -128,6 +128,21 @@ def hardware() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
 
 
+def commit() -> str:
+    """The checkout's commit, with a mark if files differ from it."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=10",
+    ]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def print_table(results: list[dict]) -> None:
     print(f"{hardware()}; milliseconds a step (lowest - highest turn), thousand samples/s")
     names = [name for name in CONTESTANTS if name in results[0]]
@@ -167,7 +182,8 @@ def main() -> None:
                 case = Case(dim, batch_size, arguments.threads)
                 results.append(run_case(case, arguments.turns, arguments.seconds, remote))
                 if arguments.json:
-                    print(json.dumps({**results[-1], "hardware": hardware()}), flush=True)
+                    context = {"commit": commit(), "hardware": hardware()}
+                    print(json.dumps({**results[-1], **context}), flush=True)
     if not arguments.json:
         print_table(results)
     if arguments.check:

@@ -236,6 +236,9 @@ def main() -> None:
     # `python -m`; an entry point alone would look only in its own folder.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    # Idle threads of torch's operators sleep instead of spinning: readers and the store want the
+    # cores too, and on a busy machine spinning costs ten times the work. Must precede torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PenstockError as error:

@@ -1,5 +1,10 @@
 """Shared by all tests: where a GPU is missing, tests that need one are skipped with a reason."""
 
+import os
+
+# As the command line does: idle threads sleep instead of spinning. Must precede torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
