@@ -13,6 +13,13 @@ from numpy.typing import NDArray
 from penstock import _core
 from penstock.config import Clip, Hash, Hex, Log, Scale
 
+_NUMBER_TYPES = {
+    pa.int32(): np.int32,
+    pa.int64(): np.int64,
+    pa.float32(): np.float32,
+    pa.float64(): np.float64,
+}
+
 
 class BadValue(Exception):
     """A value that a transform cannot read. Internal: `decode` turns it into a DataError."""
@@ -69,6 +76,13 @@ def read_keys(
         return _read_lists(array, transforms, missing)
     if array.null_count == 0:
         return Keys(_transform(array, transforms), None)
+    if missing is not None and not transforms and array.type in {pa.int64(), pa.uint64()}:
+        bits, data = array.buffers()
+        low, high = array.offset, array.offset + len(array)
+        given = np.frombuffer(data, dtype=np.int64)[low:high]
+        return Keys(
+            _core.fill_missing(given, np.frombuffer(bits, dtype=np.uint8), low, missing), None
+        )
     present = array.is_valid().to_numpy(zero_copy_only=False)
     values = _transform(array.drop_null(), transforms)
     if missing is None:
@@ -170,6 +184,24 @@ def _string_buffers(
     return np.frombuffer(offsets, dtype=np.int32)[first:stop], bytes_
 
 
+def number_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column of numbers, or of lists of at most one number, as one array of numbers.
+
+    Returns:
+      [n] int32, int64, float32 or float64; null where the list is empty or null.
+
+    Raises:
+      BadValue: a list holds more than one value; `index` counts rows.
+    """
+    array = one_array(column)
+    if is_list(array.type):
+        array = _only_values(array)
+    if array.type in _NUMBER_TYPES:
+        return array
+    # pyarrow refuses to round large integers unless told to.
+    return pc.cast(array, pa.float64(), safe=False)
+
+
 def read_numbers(column: pa.ChunkedArray | pa.Array) -> NDArray[np.floating]:
     """Reads a column of numbers, or of lists of at most one number.
 
@@ -178,17 +210,53 @@ def read_numbers(column: pa.ChunkedArray | pa.Array) -> NDArray[np.floating]:
       convert.
 
     Raises:
-      BadValue: a list holds more than one value; `index` counts rows.
+      BadValue: as `number_array`.
     """
-    array = one_array(column)
-    if is_list(array.type):
-        array = _only_values(array)
-    kind = array.type
-    if not (pa.types.is_float32(kind) or pa.types.is_float64(kind)):
-        # pyarrow refuses to round large integers unless told to.
+    array = number_array(column)
+    if pa.types.is_integer(array.type):
         array = pc.cast(array, pa.float64(), safe=False)
     values: NDArray[np.floating] = array.to_numpy(zero_copy_only=False)
     return values
+
+
+def fill_numbers(
+    column: pa.ChunkedArray | pa.Array,
+    plan: _core.NumberPlan,
+    out: NDArray[np.float32],
+    position: int,
+) -> int:
+    """Writes the numbers of a column, filled and transformed, to `out[:, position]`.
+
+    Returns:
+      The first row whose number is missing where that is an error, or not finite after the
+      transforms; -1 if there is none.
+
+    Raises:
+      BadValue: as `number_array`.
+    """
+    array = number_array(column)
+    valid, data = array.buffers()
+    low, high = array.offset, array.offset + len(array)
+    values = np.frombuffer(data, dtype=_NUMBER_TYPES[array.type])[low:high]
+    bits = None if array.null_count == 0 else np.frombuffer(valid, dtype=np.uint8)
+    return _core.transform_numbers(values, bits, low, plan, out, position)
+
+
+def number_plan(fill: float | None, transforms: Sequence[Log | Clip | Scale]) -> _core.NumberPlan:
+    """What `fill_numbers` does: `fill` in place of a missing number, then `transforms` in order.
+
+    In float64, so that a result does not depend on how a file stores its numbers.
+    """
+    steps = []
+    for transform in transforms:
+        if isinstance(transform, Log):
+            steps.append((0, 0.0, 0.0))
+        elif isinstance(transform, Clip):
+            low = -np.inf if transform.low is None else transform.low
+            steps.append((1, low, np.inf if transform.high is None else transform.high))
+        else:
+            steps.append((2, transform.offset, transform.factor))
+    return _core.NumberPlan(fill, steps)
 
 
 def _only_values(array: pa.Array) -> pa.Array:
@@ -203,18 +271,3 @@ def _only_values(array: pa.Array) -> pa.Array:
         return values
     where = np.cumsum(lengths) - 1
     return values.take(pa.array(where, mask=lengths == 0))
-
-
-def transform_numbers(
-    numbers: NDArray[np.float64], transforms: Sequence[Log | Clip | Scale]
-) -> NDArray[np.float64]:
-    """Applies `transforms` in order; may work in place."""
-    for transform in transforms:
-        if isinstance(transform, Log):
-            np.copysign(np.log1p(np.abs(numbers)), numbers, out=numbers)
-        elif isinstance(transform, Clip):
-            np.clip(numbers, transform.low, transform.high, out=numbers)
-        else:
-            numbers -= transform.offset
-            numbers *= transform.factor
-    return numbers
