@@ -42,6 +42,8 @@ class TextSource(FileSource):
     """Type by column name or glob; a column without one: label, weight and numeric columns float64,
     event time int64, others string.
     """
+    null_values: tuple[Annotated[str, Field(min_length=1, pattern=r"^[^\t\r\n,]+$")], ...] = ()
+    """Texts that mean null in every column (`\\N`, `NULL`), besides the empty field."""
     on_malformed_row: Literal["fail", "quarantine"] = "fail"
     """A row with the wrong number of fields or a value that is not of its type.
 
@@ -243,6 +245,10 @@ class FeatureColumns(Config):
     `table_defaults`.
     """
     pooling: Literal["sum", "mean"] = "sum"
+    max_keys: PositiveInt | None = None
+    """Of a longer list only this many keys are read; null: all."""
+    keep: Literal["first", "last"] = "first"
+    """Which ones `max_keys` keeps."""
     missing: Literal["empty"] | Int64 = "empty"
     """What a null reads as: an empty bag, or this key."""
     transforms: tuple[Annotated[Hash | Hex, Field(discriminator="kind")], ...] = ()

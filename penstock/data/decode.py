@@ -28,6 +28,7 @@ from penstock.data.transforms import (
     one_array,
     read_keys,
     read_numbers,
+    truncate,
 )
 from penstock.errors import DataError
 
@@ -199,12 +200,13 @@ class Decoder:
             )
 
     def _read_keys(self, feature: FeatureColumn, table: pa.Table, place: Place) -> Keys:
-        missing = feature.config.missing
+        config = feature.config
         column = table.column(feature.name)
         try:
-            return read_keys(
-                column, feature.config.transforms, None if missing == "empty" else missing
+            keys = read_keys(
+                column, config.transforms, None if config.missing == "empty" else config.missing
             )
+            return keys if config.max_keys is None else truncate(keys, config.max_keys, config.keep)
         except BadValue as bad:
             at = place.locate(_row_of_value(one_array(column), bad.index))
             raise DataError(

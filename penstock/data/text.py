@@ -57,7 +57,7 @@ def open_text(
         filesystem,
         paths,
         schema,
-        lambda columns: TextParser(schema, columns, delimiter),
+        lambda columns: TextParser(schema, columns, delimiter, config.null_values),
         has_header=config.columns is None,
         quarantine=quarantine if config.on_malformed_row == "quarantine" else None,
     )

@@ -18,12 +18,20 @@ _BLANK = re.compile(rb"(?:^|\n)\r?\n")
 class TextParser:
     """Turns lines into tables. Has no state, so threads may share it.
 
-    An empty field is null; no other text is. A blank line is no row, unless there is one column.
+    An empty field is null, as are the texts in
+    `null_values`. A blank line is no row, unless there is one column.
     """
 
-    def __init__(self, schema: pa.Schema, columns: Sequence[str], delimiter: str) -> None:
+    def __init__(
+        self,
+        schema: pa.Schema,
+        columns: Sequence[str],
+        delimiter: str,
+        null_values: Sequence[str] = (),
+    ) -> None:
         self._names = schema.names
         self._delimiter = delimiter
+        self._null_values = ["", *null_values]
         # Every column is converted, so that a row is malformed or not whatever is read of it.
         self._types = {field.name: field.type for field in schema}
         self._columns = list(columns)
@@ -85,7 +93,7 @@ class TextParser:
                 invalid_row_handler=skip,
             ),
             convert_options=csv.ConvertOptions(
-                column_types=self._types, null_values=[""], strings_can_be_null=True
+                column_types=self._types, null_values=self._null_values, strings_can_be_null=True
             ),
         )
 

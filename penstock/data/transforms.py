@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -90,6 +90,18 @@ def read_keys(
     filled = np.full(len(array), missing, dtype=np.int64)
     filled[present] = values
     return Keys(filled, None)
+
+
+def truncate(keys: Keys, max_keys: int, keep: Literal["first", "last"]) -> Keys:
+    """The first or last keys of bags that hold more than `max_keys`."""
+    if keys.lengths is None or not (keys.lengths > max_keys).any():
+        return keys
+    kept = np.minimum(keys.lengths, max_keys)
+    ends = np.cumsum(keys.lengths)
+    first = ends - (keys.lengths if keep == "first" else kept)
+    # Key i of a bag is `first[bag] + i`; `done` counts the keys kept of the bags before.
+    done = np.cumsum(kept) - kept
+    return Keys(keys.values[np.repeat(first - done, kept) + np.arange(kept.sum())], kept)
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from penstock import _core
 from penstock.config import Clip, Hash, Hex, Log, Scale
-from penstock.data.transforms import BadValue, fill_numbers, number_plan, read_keys, read_numbers
+from penstock.data.transforms import (
+    BadValue,
+    fill_numbers,
+    number_plan,
+    read_keys,
+    read_numbers,
+    truncate,
+)
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -340,3 +347,17 @@ def test_a_fill_of_keys_honours_slices_and_bits():
         _core.transform_numbers(
             np.zeros(2), None, 0, number_plan(0, []), np.zeros((2, 1), np.float32), 1
         )
+
+
+@given(st.lists(st.none() | st.lists(st.integers(0, 99), max_size=6)), st.integers(1, 4))
+def test_truncated_bags_equal_a_plain_loop(bags, most):
+    keys = read_keys(pa.array(bags, pa.list_(pa.int64())), (), None)
+    plain = [bag or [] for bag in bags]
+    for keep, expected in (
+        ("first", [bag[:most] for bag in plain]),
+        ("last", [bag[-most:] for bag in plain]),
+    ):
+        cut = truncate(keys, most, keep)
+        assert cut.values.tolist() == [key for bag in expected for key in bag]
+        lengths = np.ones(len(bags)) if cut.lengths is None else cut.lengths
+        assert lengths.tolist() == [len(bag) for bag in expected]

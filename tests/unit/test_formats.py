@@ -102,6 +102,14 @@ class TestListsOfAtMostOneValue:
         )
 
 
+def test_the_last_keys_of_a_list(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json_rows(3))
+    features = [{"columns": ["C1"], "max_keys": 1, "keep": "last"}]
+    (batch,) = read_all(Dataset.open(job_over({"format": "jsonl", "path": str(path)}, features)))
+    assert batch.sparse["C1"].values.tolist() == [1, 2, 3]
+
+
 class TestColumnarFiles:
     def test_stripes_are_counted_from_the_footer(self, tmp_path):
         path = tmp_path / "x.orc"

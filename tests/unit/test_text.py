@@ -261,3 +261,19 @@ def test_criteo_log(suffix, tmp_path, monkeypatch):
     np.testing.assert_array_equal(keys.T, np.where(blank_c, -1, ids))
     assert np.concatenate([b.labels.numpy() for b in batches]).tolist() == labels.tolist()
     assert_resumes_everywhere(dataset)
+
+
+def test_texts_that_mean_null(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_bytes(b"1\t\\N\tNULL\n0\t5\tN\n1\t\t\n1\tNULL\tnull\n")
+    job = text_job(path, null_values=["\\N", "NULL"])
+    (batch,) = read_all(Dataset.open(job))
+    assert batch.dense[:, 0].tolist() == [0, 5, 0, 0]
+    assert batch.sparse["C1"].offsets.tolist() == [0, 0, 1, 1, 2]
+    assert error_of(text_job(path)) == (
+        f"{path}:1: column 'I1' is no double: invalid value '\\N': '1\\t\\\\N\\tNULL'; mend the "
+        "file or set data.source.on_malformed_row: quarantine"
+    )
+    with pytest.raises(ConfigError) as error:
+        text_job(path, null_values=["a\tb"])
+    assert str(error.value).startswith("job: data.source.null_values.0: string should match")
