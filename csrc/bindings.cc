@@ -241,6 +241,15 @@ void bind_columns(nb::module_& m) {
       .def(nb::init<std::vector<PyJaggedWindow::Column>, std::vector<int64_t>, std::vector<int64_t>>(),
            "columns"_a.noconvert(), "starts"_a, "stops"_a)
       .def("cut", &PyJaggedWindow::cut, "rows"_a.noconvert(), "batch"_a);
+  m.def(
+      "cross_keys",
+      [](In<int64_t> keys, std::optional<In<uint8_t>> valid, size_t first_bit, Out<uint64_t> hashes) {
+        if (valid) check_bits(*valid, first_bit, keys.size());
+        if (hashes.size() != keys.size()) throw std::invalid_argument("hashes: wrong length");
+        nb::gil_scoped_release unlocked;
+        penstock::cross_keys(keys.data(), valid ? valid->data() : nullptr, first_bit, keys.size(), hashes.data());
+      },
+      "keys"_a.noconvert(), "valid"_a.noconvert().none(), "first_bit"_a, "hashes"_a.noconvert());
   m.def("fill_missing", &py_fill_missing, "values"_a.noconvert(), "valid"_a.noconvert(), "first_bit"_a, "missing"_a);
   nb::class_<NumberPlan>(m, "NumberPlan")
       .def("__init__",

@@ -98,6 +98,15 @@ void hash_integers(const Integer* values, size_t n, uint64_t seed, uint64_t buck
   }
 }
 
+void cross_keys(const int64_t* keys, const uint8_t* valid, size_t first_bit, size_t n, uint64_t* hashes) {
+  for (size_t i = 0; i < n; ++i) {
+    const bool present = !valid || (valid[(first_bit + i) >> 3] >> ((first_bit + i) & 7) & 1);
+    unsigned char bytes[8];
+    for (int b = 0; b < 8; ++b) bytes[b] = static_cast<unsigned char>(static_cast<uint64_t>(keys[i]) >> (8 * b));
+    hashes[i] = xxh64(bytes, present ? sizeof bytes : 0, hashes[i]);
+  }
+}
+
 template <typename Offset>
 int64_t parse_hex(const Offset* offsets, const uint8_t* bytes, size_t n, int64_t* out) {
   for (size_t i = 0; i < n; ++i) {

@@ -24,6 +24,12 @@ void hash_integers(const Integer* values,  // [n]
                    size_t n, uint64_t seed, uint64_t buckets,
                    int64_t* out);  // [n]
 
+// Crosses another column into hashes: hashes[i] = XXH64 of the 8 bytes of keys[i], little-endian, with the seed
+// hashes[i]; of no bytes where bit `first_bit + i` of `valid` is not set. FORMAT: never change.
+void cross_keys(const int64_t* keys, const uint8_t* valid,  // valid: null if all are
+                size_t first_bit, size_t n,
+                uint64_t* hashes);  // [n], changed in place
+
 // Reads 1 to 16 hexadecimal digits of either case; 16 digits fill the sign bit too. Returns the index of the first
 // string that is something else, -1 if there is none; `out` is complete before that index.
 template <typename Offset>

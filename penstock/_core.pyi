@@ -116,6 +116,17 @@ def hash_integers(
 ) -> NDArray[np.int64]:
     """XXH64 of the decimal text of each value, modulo `buckets` unless it is 0."""
 
+def cross_keys(
+    keys: NDArray[np.int64],
+    valid: NDArray[np.uint8] | None,
+    first_bit: int,
+    hashes: NDArray[np.uint64],
+) -> None:
+    """Replaces each of `hashes` [n] by XXH64 of the 8 bytes of its key, with the hash as seed.
+
+    Of no bytes where bit `first_bit + i` of `valid` is not set.
+    """
+
 def parse_hex(
     offsets: NDArray[np.int32] | NDArray[np.int64], bytes: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], int]:

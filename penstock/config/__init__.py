@@ -6,7 +6,9 @@ device or imports torch.
 
 from penstock.config.data import (
     ArrowSource,
+    Bucketize,
     Clip,
+    CrossedFeature,
     DataConfig,
     FailOnMissing,
     FeatureColumns,
@@ -63,9 +65,11 @@ __all__ = [
     "Adagrad",
     "Adam",
     "ArrowSource",
+    "Bucketize",
     "CheckpointConfig",
     "Clip",
     "Constant",
+    "CrossedFeature",
     "CustomModel",
     "DCNConfig",
     "DLRMConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
@@ -181,6 +182,26 @@ class Hex(Config):
     kind: Literal["hex"] = "hex"
 
 
+class Bucketize(Config):
+    """Number of boundaries at or below a number: 0 below the first, then 1, 2, ...
+
+    Must be the first transform, of a column of numbers, which may be a numeric input as well.
+    """
+
+    kind: Literal["bucketize"] = "bucketize"
+    boundaries: Annotated[
+        tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=1)
+    ]
+    """Ascending."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Bucketize:
+        for low, high in pairwise(self.boundaries):
+            if low >= high:
+                raise ValueError(f"boundaries must ascend, but {high:g} follows {low:g}")
+        return self
+
+
 class Log(Config):
     """sign(x) * log(1 + |x|)."""
 
@@ -251,8 +272,37 @@ class FeatureColumns(Config):
     """Which ones `max_keys` keeps."""
     missing: Literal["empty"] | Int64 = "empty"
     """What a null reads as: an empty bag, or this key."""
-    transforms: tuple[Annotated[Hash | Hex, Field(discriminator="kind")], ...] = ()
+    transforms: tuple[Annotated[Hash | Hex | Bucketize, Field(discriminator="kind")], ...] = ()
     """Applied in order; string columns need one."""
+
+    @property
+    def buckets_numbers(self) -> bool:
+        """Whether the columns are numbers that the first transform puts into buckets."""
+        return bool(self.transforms) and isinstance(self.transforms[0], Bucketize)
+
+    @model_validator(mode="after")
+    def _bucketize_is_first(self) -> FeatureColumns:
+        if any(isinstance(transform, Bucketize) for transform in self.transforms[1:]):
+            raise ValueError("bucketize reads numbers: put it first, and once")
+        return self
+
+
+class CrossedFeature(Config):
+    """A feature whose key stands for the values of several columns together.
+
+    The key is a 64-bit hash of the values in the order of `columns`: integers as they are, texts
+    by their bytes. A null is a value like any other. Columns hold one value a row; they may be
+    features of their own as well.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    columns: Annotated[tuple[str, ...], Field(min_length=2)]
+    """Names of columns of integers or text, two or more."""
+    table: str | None = None
+    """null: a table of its own, named like the feature, of `table_defaults`."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    buckets: PositiveInt | None = None
+    """Folds the key into [0, buckets)."""
 
 
 class Label(Config):

@@ -179,7 +179,7 @@ def _check_equal(columns: Columns, other: Columns, origin: str) -> None:
     """Patterns must resolve to the same columns in both sources."""
     for kind, expected, found in (
         ("numeric columns", columns.numeric_names, other.numeric_names),
-        ("features", [f.name for f in columns.features], [f.name for f in other.features]),
+        ("features", columns.feature_names, other.feature_names),
     ):
         if list(expected) != list(found):
             raise ConfigError(

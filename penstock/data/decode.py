@@ -22,6 +22,7 @@ from penstock.data.source import Chunk, Place
 from penstock.data.transforms import (
     BadValue,
     Keys,
+    cross,
     fill_numbers,
     is_list,
     number_plan,
@@ -156,6 +157,9 @@ class Decoder:
         for group, plan in zip(columns.numeric, self._plans, strict=True):
             self._fill_numbers(dense, group, plan, table, place)
         keys = [self._read_keys(feature, table, place) for feature in columns.features]
+        for one in columns.crosses:
+            crossed = [table.column(name) for name in one.columns]
+            keys.append(Keys(cross(crossed, one.seed, one.buckets), None))
         times = columns.event_time
         return Rows(
             dense,

@@ -94,7 +94,7 @@ class Loader:
             )
         self._part = part
         self._plan = plan
-        self._features = tuple(feature.name for feature in columns.features)
+        self._features = columns.feature_names
         self._columns = columns.names
         self._decoder = Decoder(columns)
         self._out: Channel[Batch] = Channel(prefetch)

@@ -18,8 +18,8 @@ _BLANK = re.compile(rb"(?:^|\n)\r?\n")
 class TextParser:
     """Turns lines into tables. Has no state, so threads may share it.
 
-    An empty field is null, as are the texts in
-    `null_values`. A blank line is no row, unless there is one column.
+    An empty field is null, as are the texts of `null_values`. A blank line is no row, unless there
+    is one column.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock import _core
-from penstock.config import Clip, Hash, Hex, Log, Scale
+from penstock.config import Bucketize, Clip, Hash, Hex, Log, Scale
+
+KeyTransform: TypeAlias = Hash | Hex | Bucketize
 
 _NUMBER_TYPES = {
     pa.int32(): np.int32,
@@ -52,7 +54,7 @@ def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def read_keys(
-    column: pa.ChunkedArray | pa.Array, transforms: Sequence[Hash | Hex], missing: int | None
+    column: pa.ChunkedArray | pa.Array, transforms: Sequence[KeyTransform], missing: int | None
 ) -> Keys:
     """Reads a column of keys or of lists of keys.
 
@@ -74,6 +76,10 @@ def read_keys(
         return _read_dictionary(array, transforms, missing)
     if is_list(array.type):
         return _read_lists(array, transforms, missing)
+    if pa.types.is_floating(array.type):
+        array = array.cast(pa.float64())
+        # NaN is missing, as in numeric columns.
+        array = pc.if_else(pc.is_nan(array), None, array)
     if array.null_count == 0:
         return Keys(_transform(array, transforms), None)
     if missing is not None and not transforms and array.type in {pa.int64(), pa.uint64()}:
@@ -90,6 +96,42 @@ def read_keys(
     filled = np.full(len(array), missing, dtype=np.int64)
     filled[present] = values
     return Keys(filled, None)
+
+
+def cross(
+    columns: Sequence[pa.ChunkedArray | pa.Array], seed: int, buckets: int | None
+) -> NDArray[np.int64]:
+    """Keys of the combinations of values of several columns.
+
+    Args:
+      columns: [n] each; integers, booleans, strings or dictionary-encoded ones of these.
+      seed: of the hash.
+      buckets: folds the keys into [0, buckets).
+
+    Returns:
+      [n]
+    """
+    hashes = np.full(len(columns[0]), seed, dtype=np.uint64)
+    for column in columns:
+        array = one_array(column)
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+            array = array.cast(pa.large_binary())
+        if pa.types.is_null(array.type):
+            array = array.cast(pa.string())
+        bits = array.buffers()[0] if array.null_count else None
+        first_bit = array.offset
+        if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
+            zero = pa.scalar(0, pa.int64()).cast(array.type)
+            keys = _integers(array.fill_null(zero)).view(np.int64)
+        else:
+            keys = _core.hash_strings(*_string_buffers(array))
+        valid = None if bits is None else np.frombuffer(bits, dtype=np.uint8)
+        _core.cross_keys(keys, valid, first_bit, hashes)
+    if buckets is not None:
+        hashes %= np.uint64(buckets)
+    return hashes.view(np.int64)
 
 
 def truncate(keys: Keys, max_keys: int, keep: Literal["first", "last"]) -> Keys:
@@ -112,7 +154,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def _read_dictionary(
-    array: pa.DictionaryArray, transforms: Sequence[Hash | Hex], missing: int | None
+    array: pa.DictionaryArray, transforms: Sequence[KeyTransform], missing: int | None
 ) -> Keys:
     if array.dictionary.null_count:
         return read_keys(array.dictionary_decode(), transforms, missing)
@@ -127,7 +169,7 @@ def _read_dictionary(
     return Keys(values, indices.lengths)
 
 
-def _read_lists(array: pa.Array, transforms: Sequence[Hash | Hex], missing: int | None) -> Keys:
+def _read_lists(array: pa.Array, transforms: Sequence[KeyTransform], missing: int | None) -> Keys:
     lengths = pc.list_value_length(array)
     if lengths.null_count:
         lengths = lengths.fill_null(0)
@@ -147,11 +189,14 @@ def _read_lists(array: pa.Array, transforms: Sequence[Hash | Hex], missing: int 
     return Keys(values, counts + absent)
 
 
-def _transform(array: pa.Array, transforms: Sequence[Hash | Hex]) -> NDArray[np.int64]:
+def _transform(array: pa.Array, transforms: Sequence[KeyTransform]) -> NDArray[np.int64]:
     """Keys of an array without nulls."""
     keys: NDArray[np.int64] | None = None
     for transform in transforms:
-        if isinstance(transform, Hex):
+        if isinstance(transform, Bucketize):
+            numbers = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+            keys = np.searchsorted(transform.boundaries, numbers, side="right").astype(np.int64)
+        elif isinstance(transform, Hex):
             keys, bad = _core.parse_hex(*_string_buffers(array))
             if bad >= 0:
                 raise BadValue(bad, f"{array[bad].as_py()!r} is not 1 to 16 hexadecimal digits")

@@ -125,8 +125,10 @@ def _on_other_data(job: Job, path: str, resolved: Mapping[str, Any]) -> Job:
         group.model_copy(update={"columns": _matching(group.columns, resolved["numeric"])})
         for group in job.data.numeric
     )
+    crosses = {one.name for one in job.crosses}
+    columns = [name for name in _feature_names(resolved) if name not in crosses]
     features = tuple(
-        group.model_copy(update={"columns": _matching(group.columns, _feature_names(resolved))})
+        group.model_copy(update={"columns": _matching(group.columns, columns)})
         for group in job.features
     )
     changes = {
