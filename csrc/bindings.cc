@@ -133,27 +133,44 @@ class PyJaggedWindow {
   PyJaggedWindow(std::vector<Column> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
       : arrays_(std::move(columns)), window_(view(arrays_, starts, stops), starts, stops) {}
 
-  std::pair<NewArray<int64_t>, NewArray<int64_t>> select(In<int64_t> rows) const {
-    const size_t n = rows.size(), bags = window_.num_features() * n;
-    const std::unique_ptr<penstock::JaggedWindow::Place[]> places(new penstock::JaggedWindow::Place[n]);
-    int64_t *offsets, *values;
-    auto out_offsets = make_array(bags + 1, &offsets);
+  using Cut = std::tuple<NewArray<int64_t>, std::optional<NewArray<int64_t>>, std::optional<NewArray<int64_t>>>;
+
+  Cut cut(In<int64_t> rows, int64_t batch) const {
+    if (batch <= 0) throw std::invalid_argument("batch: must be positive");
+    const auto size = static_cast<size_t>(batch);
+    return window_.has_small_places() ? cut_places<uint32_t>(rows, size) : cut_places<uint64_t>(rows, size);
+  }
+
+ private:
+  template <typename Place>
+  Cut cut_places(const In<int64_t>& rows, size_t batch) const {
+    const size_t n = rows.size(), batches = (n + batch - 1) / batch;
+    const std::unique_ptr<Place[]> places(new Place[n]);
+    const bool one_key = window_.one_key_a_bag();
+    size_t total = window_.num_features() * n;
+    std::optional<NewArray<int64_t>> out_offsets, out_starts;
+    int64_t *offsets = nullptr, *starts = nullptr;
+    if (!one_key) {
+      out_offsets = make_array(total + batches, &offsets);
+      out_starts = make_array(batches + 1, &starts);
+    }
     bool inside;
     {
       nb::gil_scoped_release unlocked;
       inside = window_.locate(rows.data(), n, places.get());
-      if (inside) window_.select_offsets(places.get(), n, offsets);
+      if (inside && !one_key) window_.cut_offsets(places.get(), n, batch, offsets, starts);
     }
     if (!inside) throw std::out_of_range("a row lies outside the window");
-    auto out_values = make_array(static_cast<size_t>(offsets[bags]), &values);
+    if (!one_key) total = static_cast<size_t>(starts[batches]);
+    int64_t* values;
+    auto out_values = make_array(total, &values);
     {
       nb::gil_scoped_release unlocked;
-      window_.select_values(places.get(), n, offsets, values);
+      window_.cut_values(places.get(), n, batch, offsets, starts, values);
     }
-    return {out_values, out_offsets};
+    return {out_values, out_offsets, out_starts};
   }
 
- private:
   static std::vector<penstock::JaggedColumn> view(const std::vector<Column>& columns,
                                                   const std::vector<int64_t>& starts,
                                                   const std::vector<int64_t>& stops) {
@@ -179,6 +196,34 @@ class PyJaggedWindow {
   penstock::JaggedWindow window_;
 };
 
+void check_bits(const In<uint8_t>& valid, size_t first_bit, size_t n) {
+  if (valid.size() * 8 < first_bit + n) throw std::invalid_argument("valid: too few bits");
+}
+
+NewArray<int64_t> py_fill_missing(In<int64_t> values, In<uint8_t> valid, size_t first_bit, int64_t missing) {
+  check_bits(valid, first_bit, values.size());
+  int64_t* filled;
+  auto out = make_array(values.size(), &filled);
+  nb::gil_scoped_release unlocked;
+  penstock::fill_missing(values.data(), valid.data(), first_bit, values.size(), missing, filled);
+  return out;
+}
+
+template <typename T>
+void bind_transform_numbers(nb::module_& m) {
+  m.def(
+      "transform_numbers",
+      [](In<T> values, std::optional<In<uint8_t>> valid, size_t first_bit, const NumberPlan& plan, OutRows out,
+         size_t column) {
+        if (valid) check_bits(*valid, first_bit, values.size());
+        if (out.shape(0) != values.size() || column >= out.shape(1)) throw std::invalid_argument("out: wrong shape");
+        nb::gil_scoped_release unlocked;
+        return penstock::transform_numbers(values.data(), valid ? valid->data() : nullptr, first_bit, values.size(),
+                                           plan, out.data() + column, out.shape(1));
+      },
+      "values"_a.noconvert(), "valid"_a.noconvert().none(), "first_bit"_a, "plan"_a, "out"_a.noconvert(), "column"_a);
+}
+
 void bind_columns(nb::module_& m) {
   m.def(
       "xxh64", [](nb::bytes data, uint64_t seed) { return penstock::xxh64(data.c_str(), data.size(), seed); },
@@ -195,7 +240,45 @@ void bind_columns(nb::module_& m) {
   nb::class_<PyJaggedWindow>(m, "JaggedWindow")
       .def(nb::init<std::vector<PyJaggedWindow::Column>, std::vector<int64_t>, std::vector<int64_t>>(),
            "columns"_a.noconvert(), "starts"_a, "stops"_a)
-      .def("select", &PyJaggedWindow::select, "rows"_a.noconvert());
+      .def("cut", &PyJaggedWindow::cut, "rows"_a.noconvert(), "batch"_a);
+  m.def(
+      "cross_keys",
+      [](In<int64_t> keys, std::optional<In<uint8_t>> valid, size_t first_bit, Out<uint64_t> hashes) {
+        if (valid) check_bits(*valid, first_bit, keys.size());
+        if (hashes.size() != keys.size()) throw std::invalid_argument("hashes: wrong length");
+        nb::gil_scoped_release unlocked;
+        penstock::cross_keys(keys.data(), valid ? valid->data() : nullptr, first_bit, keys.size(), hashes.data());
+      },
+      "keys"_a.noconvert(), "valid"_a.noconvert().none(), "first_bit"_a, "hashes"_a.noconvert());
+  m.def("fill_missing", &py_fill_missing, "values"_a.noconvert(), "valid"_a.noconvert(), "first_bit"_a, "missing"_a);
+  nb::class_<NumberPlan>(m, "NumberPlan")
+      .def("__init__",
+           [](NumberPlan* self, std::optional<double> fill, std::vector<std::tuple<int, double, double>> steps) {
+             new (self) NumberPlan{fill.has_value(), fill.value_or(0.0), {}};
+             for (const auto& [kind, a, b] : steps) self->steps.push_back({kind, a, b});
+           },
+           "fill"_a.none(), "steps"_a);
+  bind_transform_numbers<int32_t>(m);
+  bind_transform_numbers<int64_t>(m);
+  bind_transform_numbers<float>(m);
+  bind_transform_numbers<double>(m);
+  m.def(
+      "argsort_bits",
+      [](In<uint64_t> values) {
+        int64_t* order;
+        auto out = make_array(values.size(), &order);
+        nb::gil_scoped_release unlocked;
+        penstock::argsort_bits(values.data(), values.size(), order);
+        return out;
+      },
+      "values"_a.noconvert());
+  m.def(
+      "find_non_object",
+      [](In<uint8_t> bytes) {
+        nb::gil_scoped_release unlocked;
+        return penstock::find_non_object(bytes.data(), bytes.size());
+      },
+      "bytes"_a.noconvert());
   m.def(
       "count_newlines",
       [](In<uint8_t> bytes) {

@@ -118,6 +118,17 @@ def hash_integers(
 ) -> NDArray[np.int64]:
     """XXH64 of the decimal text of each value, modulo `buckets` unless it is 0."""
 
+def cross_keys(
+    keys: NDArray[np.int64],
+    valid: NDArray[np.uint8] | None,
+    first_bit: int,
+    hashes: NDArray[np.uint64],
+) -> None:
+    """Replaces each of `hashes` [n] by XXH64 of the 8 bytes of its key, with the hash as seed.
+
+    Of no bytes where bit `first_bit + i` of `valid` is not set.
+    """
+
 def parse_hex(
     offsets: NDArray[np.int32] | NDArray[np.int64], bytes: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], int]:
@@ -141,15 +152,56 @@ class JaggedWindow:
           stops: [parts]
         """
 
-    def select(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Copies the bags of `rows` [n], packed feature by feature.
+    def cut(
+        self, rows: NDArray[np.int64], batch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64] | None]:
+        """Copies the bags of `rows` [n] into batches of `batch` rows (the last may be short).
 
         Returns:
-          values and offsets [features * n + 1].
+          values: of each batch packed feature by feature, batch after batch.
+          offsets: of each batch, from 0, [features * its rows + 1], batch after batch; None, as is
+            the next: every bag has one key.
+          starts: [batches + 1] where the values of each batch begin.
 
         Raises:
           IndexError: a row lies outside the window.
         """
+
+def fill_missing(
+    values: NDArray[np.int64], valid: NDArray[np.uint8], first_bit: int, missing: int
+) -> NDArray[np.int64]:
+    """`values` [n], but `missing` where bit `first_bit + i` of `valid` is not set."""
+
+class NumberPlan:
+    """What is done to numbers: a fill for missing ones (None: an error), then steps in order."""
+
+    def __init__(self, fill: float | None, steps: Sequence[tuple[int, float, float]]) -> None:
+        """Steps are (0, _, _) log, (1, low, high) clip, (2, offset, factor) scale."""
+
+def transform_numbers(
+    values: NDArray[np.int32] | NDArray[np.int64] | NDArray[np.float32] | NDArray[np.float64],
+    valid: NDArray[np.uint8] | None,
+    first_bit: int,
+    plan: NumberPlan,
+    out: NDArray[np.float32],
+    column: int,
+) -> int:
+    """Fills, transforms in float64 and writes `values` [n] to `out[:, column]` [n, columns].
+
+    Null (a bit of `valid` that is not set) and NaN are missing.
+
+    Returns:
+      The first row that is missing without a fill, or not finite in the end; -1: none.
+    """
+
+def argsort_bits(values: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The stable ascending order of `values`; fast if their upper bits are random."""
+
+def find_non_object(bytes: NDArray[np.uint8]) -> int:
+    """Number (from 0) of the first line without the outer form of one JSON object; -1: none.
+
+    An object here closes what it opens, is nested at most 64 deep, and is alone on its line.
+    """
 
 def count_newlines(bytes: NDArray[np.uint8]) -> int:
     """Number of bytes equal to 10."""

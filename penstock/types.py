@@ -119,7 +119,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch of samples, on the CPU."""
+    """One batch of samples, on the CPU. To be read: batches may share memory, offsets too."""
 
     dense: Tensor
     """[B, number of numeric columns] float32, finite."""

@@ -5,7 +5,10 @@ device or imports torch.
 """
 
 from penstock.config.data import (
+    ArrowSource,
+    Bucketize,
     Clip,
+    CrossedFeature,
     DataConfig,
     FailOnMissing,
     FeatureColumns,
@@ -15,9 +18,11 @@ from penstock.config.data import (
     FractionSplit,
     Hash,
     Hex,
+    JsonLinesSource,
     Label,
     Log,
     NumericColumns,
+    OrcSource,
     ParquetSource,
     Scale,
     Shuffle,
@@ -27,6 +32,7 @@ from penstock.config.data import (
     TextSource,
     TimeSplit,
     TimeUnit,
+    format_of_path,
 )
 from penstock.config.job import (
     CheckpointConfig,
@@ -63,9 +69,12 @@ from penstock.config.tables import (
 __all__ = [
     "Adagrad",
     "Adam",
+    "ArrowSource",
+    "Bucketize",
     "CheckpointConfig",
     "Clip",
     "Constant",
+    "CrossedFeature",
     "CustomModel",
     "DCNConfig",
     "DLRMConfig",
@@ -83,6 +92,7 @@ __all__ = [
     "Hex",
     "Initializer",
     "Job",
+    "JsonLinesSource",
     "LAMB",
     "Label",
     "Log",
@@ -91,6 +101,7 @@ __all__ = [
     "Normal",
     "NumericColumns",
     "Optimizer",
+    "OrcSource",
     "ParquetSource",
     "Pooling",
     "RowWiseAdagrad",
@@ -109,5 +120,6 @@ __all__ = [
     "TimeUnit",
     "TrainingConfig",
     "Uniform",
+    "format_of_path",
     "parse_job",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
@@ -43,8 +44,57 @@ class TextSource(FileSource):
     """Type by column name or glob; a column without one: label, weight and numeric columns float64,
     event time int64, others string.
     """
+    null_values: tuple[Annotated[str, Field(min_length=1, pattern=r"^[^\t\r\n,]+$")], ...] = ()
+    """Texts that mean null in every column (`\\N`, `NULL`), besides the empty field."""
     on_malformed_row: Literal["fail", "quarantine"] = "fail"
     """A row with the wrong number of fields or a value that is not of its type.
+
+    `fail` stops with file:line; `quarantine` leaves the row out, counts it and appends it to
+    quarantine.jsonl in the run.
+    """
+
+
+class OrcSource(FileSource):
+    """ORC files of one schema."""
+
+    format: Literal["orc"] = "orc"
+
+
+class ArrowSource(FileSource):
+    """Arrow IPC files (`.arrow`, Feather version 2) or streams, of one schema."""
+
+    format: Literal["arrow"] = "arrow"
+
+
+JsonType: TypeAlias = Literal[
+    "string",
+    "int64",
+    "uint64",
+    "float32",
+    "float64",
+    "bool",
+    "list<string>",
+    "list<int64>",
+    "list<uint64>",
+    "list<float64>",
+    "list<bool>",
+]
+
+
+class JsonLinesSource(FileSource):
+    """JSON lines, plain or gzip (`.gz`): one object a line. A field that is absent is null.
+
+    Columns are the fields of the first 1000 lines of the first file, and those of `types`.
+    Objects and lists of lists within a row are not read.
+    """
+
+    format: Literal["jsonl"] = "jsonl"
+    types: Mapping[str, JsonType] = {}
+    """Type by column name or glob; a column without one has that of its first values (label,
+    weight and numeric columns that are integers there: float64). Text stays text, times too.
+    """
+    on_malformed_row: Literal["fail", "quarantine"] = "fail"
+    """A line that is no JSON object, or a value that is not of its column's type.
 
     `fail` stops with file:line; `quarantine` leaves the row out, counts it and appends it to
     quarantine.jsonl in the run.
@@ -67,7 +117,28 @@ class SyntheticSource(Config):
     seed: Int64 = 0
 
 
-Source = Annotated[ParquetSource | TextSource | SyntheticSource, Field(discriminator="format")]
+Source = Annotated[
+    ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource | SyntheticSource,
+    Field(discriminator="format"),
+]
+
+
+_ENDINGS = {
+    "parquet": "parquet",
+    "orc": "orc",
+    "arrow": "arrow",
+    "arrows": "arrow",
+    "feather": "arrow",
+    "csv": "csv",
+    "tsv": "tsv",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+}
+
+
+def format_of_path(path: str) -> str | None:
+    """The `format` that a path's ending stands for (`.gz` aside); None: it says nothing."""
+    return _ENDINGS.get(path.removesuffix(".gz").rpartition(".")[2].lower())
 
 
 class FractionSplit(Config):
@@ -112,6 +183,26 @@ class Hex(Config):
     kind: Literal["hex"] = "hex"
 
 
+class Bucketize(Config):
+    """Number of boundaries at or below a number: 0 below the first, then 1, 2, ...
+
+    Must be the first transform, of a column of numbers, which may be a numeric input as well.
+    """
+
+    kind: Literal["bucketize"] = "bucketize"
+    boundaries: Annotated[
+        tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=1)
+    ]
+    """Ascending."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Bucketize:
+        for low, high in pairwise(self.boundaries):
+            if low >= high:
+                raise ValueError(f"boundaries must ascend, but {high:g} follows {low:g}")
+        return self
+
+
 class Log(Config):
     """sign(x) * log(1 + |x|)."""
 
@@ -151,7 +242,11 @@ class NumericColumns(Config):
     """Numeric inputs: the columns whose names match, in the order of the source."""
 
     columns: tuple[str, ...]
-    """Names or globs (`I*`)."""
+    """Names or globs (`I*`).
+
+    A list column reads as its value where it holds one and as missing where it is empty; two
+    values stop the run.
+    """
     missing: Annotated[FillNumber | FailOnMissing, Field(discriminator="policy")] = Field(
         default_factory=FillNumber
     )
@@ -172,16 +267,50 @@ class FeatureColumns(Config):
     `table_defaults`.
     """
     pooling: Pooling = "sum"
+    max_keys: PositiveInt | None = None
+    """Of a longer list only this many keys are read; null: all."""
+    keep: Literal["first", "last"] = "first"
+    """Which ones `max_keys` keeps."""
     missing: Literal["empty"] | Int64 = "empty"
     """What a null reads as: an empty bag, or this key."""
-    transforms: tuple[Annotated[Hash | Hex, Field(discriminator="kind")], ...] = ()
+    transforms: tuple[Annotated[Hash | Hex | Bucketize, Field(discriminator="kind")], ...] = ()
     """Applied in order; string columns need one."""
+
+    @property
+    def buckets_numbers(self) -> bool:
+        """Whether the columns are numbers that the first transform puts into buckets."""
+        return bool(self.transforms) and isinstance(self.transforms[0], Bucketize)
+
+    @model_validator(mode="after")
+    def _bucketize_is_first(self) -> FeatureColumns:
+        if any(isinstance(transform, Bucketize) for transform in self.transforms[1:]):
+            raise ValueError("bucketize reads numbers: put it first, and once")
+        return self
+
+
+class CrossedFeature(Config):
+    """A feature whose key stands for the values of several columns together.
+
+    The key is a 64-bit hash of the values in the order of `columns`: integers as they are, texts
+    by their bytes. A null is a value like any other. Columns hold one value a row; they may be
+    features of their own as well.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    columns: Annotated[tuple[str, ...], Field(min_length=2)]
+    """Names of columns of integers or text, two or more."""
+    table: str | None = None
+    """null: a table of its own, named like the feature, of `table_defaults`."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    buckets: PositiveInt | None = None
+    """Folds the key into [0, buckets)."""
 
 
 class Label(Config):
     """What the model predicts: a column of 0 and 1, or of numbers with a threshold."""
 
     column: str
+    """A list column reads as its value where it holds one and as missing where it is empty."""
     at_least: float | None = None
     """The label is 1 where the column is at least this; null: the column must hold 0 and 1
     alone.

@@ -15,7 +15,7 @@ from penstock.config.base import (
     PositiveInt,
     Probability,
 )
-from penstock.config.data import DataConfig, FeatureColumns
+from penstock.config.data import CrossedFeature, DataConfig, FeatureColumns
 from penstock.config.explain import explain
 from penstock.config.tables import (
     EmbeddingDim,
@@ -136,6 +136,8 @@ class Job(Config):
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_.\-]+$")] = "job"
     data: DataConfig
     features: tuple[FeatureColumns, ...] = ()
+    crosses: tuple[CrossedFeature, ...] = ()
+    """Features from several columns; they come after the others, in this order."""
     tables: tuple[TableConfig, ...] = ()
     """Tables that need more than `table_defaults`; a feature refers to one by name."""
     table_defaults: TableDefaults = TableDefaults()

@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Literal
 
 from penstock.config import (
+    ArrowSource,
     FeatureConfig,
     Job,
+    JsonLinesSource,
+    OrcSource,
     ParquetSource,
     SyntheticSource,
     TableConfig,
     TextSource,
 )
 from penstock.config import Source as SourceConfig
+from penstock.data.arrow import ArrowFormat
+from penstock.data.columnar import GroupedFiles
+from penstock.data.json_lines import open_json_lines
 from penstock.data.loader import Loader, LoaderPlan
+from penstock.data.orc import OrcFormat
 from penstock.data.parquet import ParquetFiles
 from penstock.data.parts import Part, PartRows, divide
 from penstock.data.quarantine import Quarantine
@@ -27,7 +34,7 @@ from penstock.data.schema import (
 )
 from penstock.data.source import Source
 from penstock.data.synthetic import SyntheticRows
-from penstock.data.text import TextFiles
+from penstock.data.text import open_text
 from penstock.errors import ConfigError
 from penstock.types import Position
 
@@ -157,7 +164,13 @@ def _open_source(config: SourceConfig, job: Job, quarantine: Quarantine) -> Sour
     if isinstance(config, ParquetSource):
         return ParquetFiles(config)
     if isinstance(config, TextSource):
-        return TextFiles(config, default_text_types(job), quarantine)
+        return open_text(config, default_text_types(job), quarantine)
+    if isinstance(config, JsonLinesSource):
+        return open_json_lines(config, default_text_types(job), quarantine)
+    if isinstance(config, OrcSource):
+        return GroupedFiles(config, OrcFormat())
+    if isinstance(config, ArrowSource):
+        return GroupedFiles(config, ArrowFormat())
     assert isinstance(config, SyntheticSource)
     return SyntheticRows(config)
 
@@ -166,7 +179,7 @@ def _check_equal(columns: Columns, other: Columns, origin: str) -> None:
     """Patterns must resolve to the same columns in both sources."""
     for kind, expected, found in (
         ("numeric columns", columns.numeric_names, other.numeric_names),
-        ("features", [f.name for f in columns.features], [f.name for f in other.features]),
+        ("features", columns.feature_names, other.feature_names),
     ):
         if list(expected) != list(found):
             raise ConfigError(

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +22,14 @@ from penstock.data.source import Chunk, Place
 from penstock.data.transforms import (
     BadValue,
     Keys,
+    cross,
+    fill_numbers,
+    is_list,
+    number_plan,
     one_array,
     read_keys,
     read_numbers,
-    transform_numbers,
+    truncate,
 )
 from penstock.errors import DataError
 
@@ -72,36 +77,47 @@ class Window:
         self._event_time = join([part.event_time for part in rows])
         self._teacher = join([part.teacher for part in rows])
         self._keys = _core.JaggedWindow([k for part in rows for k in part.keys], starts, stops)
+        self._num_features = len(rows[0].keys)
         self.num_rows = int(self._labels.shape[0])
 
-    def reorder(self, order: NDArray[np.int64]) -> Window:
-        """A copy with the rows in another order.
+    def batches(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Samples]:
+        """Copies the rows of those numbers, in that order, and cuts the copy into batches.
 
-        Feature by feature, so that each stays in cache: cutting many batches from the copy is much
-        faster than picking the rows of each from everywhere.
+        All batches at once and feature by feature, so that each column stays in cache.
         """
-        samples = self.select(order)
-        n = len(order)
-        features = (samples.offsets.size - 1) // n
-        columns = [
-            (samples.values, samples.offsets[feature * n : (feature + 1) * n + 1])
-            for feature in range(features)
-        ]
-        rows = Rows(samples.dense, columns, *samples[3:])
-        return Window([(rows, 0, n)])
+        values, offsets, starts = self._keys.cut(rows, batch_size)
 
-    def select(self, rows: NDArray[np.int64]) -> Samples:
-        """Copies the rows of those numbers, in that order."""
-        values, offsets = self._keys.select(rows)
-        return Samples(
-            self._dense.take(rows, axis=0),
-            values,
-            offsets,
-            self._labels.take(rows),
-            None if self._weights is None else self._weights.take(rows),
-            None if self._event_time is None else self._event_time.take(rows),
-            None if self._teacher is None else self._teacher.take(rows),
-        )
+        def take(array: Any) -> Any:
+            return None if array is None else array.take(rows, axis=0)
+
+        dense, labels = take(self._dense), take(self._labels)
+        weights, event_time, teacher = map(take, (self._weights, self._event_time, self._teacher))
+
+        for number, low in enumerate(range(0, len(rows), batch_size)):
+            high = min(low + batch_size, len(rows))
+            bags = self._num_features * (high - low)
+            if offsets is None or starts is None:
+                first, stop = low * self._num_features, high * self._num_features
+                ends = _one_key_offsets(bags)
+            else:
+                first, stop = int(starts[number]), int(starts[number + 1])
+                begin = low * self._num_features + number
+                ends = offsets[begin : begin + bags + 1]
+            yield Samples(
+                dense[low:high],
+                values[first:stop],
+                ends,
+                labels[low:high],
+                None if weights is None else weights[low:high],
+                None if event_time is None else event_time[low:high],
+                None if teacher is None else teacher[low:high],
+            )
+
+
+@lru_cache(maxsize=16)
+def _one_key_offsets(bags: int) -> NDArray[np.int64]:
+    """Offsets of bags of one key; shared by all batches of that size."""
+    return np.arange(bags + 1)
 
 
 class Samples(NamedTuple):
@@ -122,6 +138,13 @@ class Decoder:
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
         self._num_numeric = len(columns.numeric_names)
+        self._plans = [
+            number_plan(
+                None if isinstance(config.missing, FailOnMissing) else config.missing.value,
+                config.transforms,
+            )
+            for config in (group.config for group in columns.numeric)
+        ]
 
     def decode(self, chunk: Chunk) -> Rows:
         """Decodes a chunk.
@@ -131,9 +154,12 @@ class Decoder:
         """
         columns, table, place = self._columns, chunk.table, chunk.place
         dense = np.empty((table.num_rows, self._num_numeric), dtype=np.float32)
-        for group in columns.numeric:
-            self._fill_numbers(dense, group, table, place)
+        for group, plan in zip(columns.numeric, self._plans, strict=True):
+            self._fill_numbers(dense, group, plan, table, place)
         keys = [self._read_keys(feature, table, place) for feature in columns.features]
+        for one in columns.crosses:
+            crossed = [table.column(name) for name in one.columns]
+            keys.append(Keys(cross(crossed, one.seed, one.buckets), None))
         times = columns.event_time
         return Rows(
             dense,
@@ -149,42 +175,42 @@ class Decoder:
         )
 
     def _fill_numbers(
-        self, dense: NDArray[np.float32], group: NumericGroup, table: pa.Table, place: Place
+        self,
+        dense: NDArray[np.float32],
+        group: NumericGroup,
+        plan: _core.NumberPlan,
+        table: pa.Table,
+        place: Place,
     ) -> None:
-        config = group.config
+        missing = group.config.missing
         for name, position in zip(group.names, group.positions, strict=True):
-            given = read_numbers(table.column(name))
-            absent = np.isnan(given)
-            if absent.any():
-                if isinstance(config.missing, FailOnMissing):
-                    at = place.locate(int(absent.argmax()))
-                    raise DataError(
-                        f"{at}, column {name!r}: missing number; set `missing` of data.numeric to "
-                        "{policy: fill} or mend the file"
-                    )
-                given = np.where(absent, config.missing.value, given)
-            numbers = given
-            if config.transforms:
-                # In float64, so that a result does not depend on how a file stores its numbers.
-                numbers = transform_numbers(given.astype(np.float64), config.transforms)
-            with np.errstate(over="ignore"):
-                column = numbers.astype(np.float32, copy=False)
-            dense[:, position] = column
-            finite = np.isfinite(column)
-            if not finite.all():
-                row = int(finite.argmin())
+            try:
+                row = fill_numbers(table.column(name), plan, dense, position)
+            except BadValue as bad:
+                raise _not_one_number(bad, name, place) from None
+            if row < 0:
+                continue
+            given = read_numbers(table.column(name))[row]
+            if np.isnan(given) and isinstance(missing, FailOnMissing):
                 raise DataError(
-                    f"{place.locate(row)}, column {name!r}: {given[row]} is no finite float32 "
-                    "after transforms; add the transform clip before others or mend the file"
+                    f"{place.locate(row)}, column {name!r}: missing number; set `missing` of "
+                    "data.numeric to {policy: fill} or mend the file"
                 )
+            if np.isnan(given) and not isinstance(missing, FailOnMissing):
+                given = missing.value
+            raise DataError(
+                f"{place.locate(row)}, column {name!r}: {given} is no finite float32 "
+                "after transforms; add the transform clip before others or mend the file"
+            )
 
     def _read_keys(self, feature: FeatureColumn, table: pa.Table, place: Place) -> Keys:
-        missing = feature.config.missing
+        config = feature.config
         column = table.column(feature.name)
         try:
-            return read_keys(
-                column, feature.config.transforms, None if missing == "empty" else missing
+            keys = read_keys(
+                column, config.transforms, None if config.missing == "empty" else config.missing
             )
+            return keys if config.max_keys is None else truncate(keys, config.max_keys, config.keep)
         except BadValue as bad:
             at = place.locate(_row_of_value(one_array(column), bad.index))
             raise DataError(
@@ -196,7 +222,7 @@ class Decoder:
         name, at_least = self._columns.label, self._columns.at_least
         if name is None:
             return np.full(table.num_rows, np.nan, dtype=np.float32)
-        given = read_numbers(table.column(name))
+        given = _read_numbers(table, name, place)
         if at_least is None:
             bad = (given != 0) & (given != 1)
             labels = given.astype(np.float32)
@@ -220,7 +246,7 @@ class Decoder:
         name = self._columns.weight
         if name is None:
             return None
-        weights = read_numbers(table.column(name)).astype(np.float32)
+        weights = _read_numbers(table, name, place).astype(np.float32)
         # Also true of NaN.
         bad = ~((weights >= 0) & np.isfinite(weights))
         if bad.any():
@@ -279,6 +305,20 @@ def _parse_times(texts: pa.Array, name: str, place: Place) -> pa.Array:
     )
 
 
+def _read_numbers(table: pa.Table, name: str, place: Place) -> NDArray[np.floating]:
+    try:
+        return read_numbers(table.column(name))
+    except BadValue as bad:
+        raise _not_one_number(bad, name, place) from None
+
+
+def _not_one_number(bad: BadValue, name: str, place: Place) -> DataError:
+    return DataError(
+        f"{place.locate(bad.index)}, column {name!r}: {bad.reason}; mend the file, or list the "
+        "column under `features`"
+    )
+
+
 def _offsets(lengths: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
     if lengths is None:
         return None
@@ -291,8 +331,7 @@ def _row_of_value(array: pa.Array, index: int) -> int:
     """Row of the `index`-th value that is not null (within lists, where it is a list column)."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    kind = array.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(array.type):
         inner = _row_of_value(array.flatten(), index)
         return int(pc.list_parent_indices(array)[inner].as_py())
     return int(np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))[index])

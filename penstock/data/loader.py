@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from penstock import _core
 from penstock.data.channel import Channel, Closed, Ended
 from penstock.data.decode import Decoder, Rows, Samples, Window
 from penstock.data.parts import PartRows
@@ -93,7 +94,7 @@ class Loader:
             )
         self._part = part
         self._plan = plan
-        self._features = tuple(feature.name for feature in columns.features)
+        self._features = columns.feature_names
         self._columns = columns.names
         self._decoder = Decoder(columns)
         self._out: Channel[Batch] = Channel(prefetch)
@@ -264,18 +265,16 @@ class Loader:
 
     def _cut(self, window: _Stretch) -> Iterator[Batch]:
         n = window.rows.num_rows
-        ordered = window.rows
-        if self._plan.shuffled:
-            ordered = ordered.reorder(self._order(window, n))
         begin = 0
         if (
             window.at.epoch == self._plan.start.epoch
             and window.at.window == self._plan.start.window
         ):
             begin = self._plan.start.window_row
-        for start in range(begin, n, self._plan.batch_size):
-            stop = min(start + self._plan.batch_size, n)
-            rows = ordered.select(np.arange(start, stop))
+        order = self._order(window, n) if self._plan.shuffled else np.arange(n)
+        start = begin
+        for rows in window.rows.batches(order[begin:], self._plan.batch_size):
+            stop = start + len(rows.labels)
             ends = window.after
             if stop < n:
                 ends = replace(window.at, window_row=stop, samples=window.at.samples + stop)
@@ -285,12 +284,13 @@ class Loader:
                 ends,
                 self._origin(window, start, stop),
             )
+            start = stop
 
     def _order(self, window: _Stretch, n: int) -> NDArray[np.int64]:
         seed = [self._plan.seed & (2**64 - 1), window.at.epoch, window.at.window]
         philox = np.random.Philox(np.random.SeedSequence(seed))
         # Sorting raw bits, unlike numpy's shuffles, gives the same order in every numpy version.
-        return np.argsort(philox.random_raw(n), kind="stable")
+        return _core.argsort_bits(philox.random_raw(n))
 
     def _batch(self, rows: Samples, start: Position, end: Position, origin: str) -> Batch:
         def tensor(array: NDArray[np.generic] | None) -> torch.Tensor | None:

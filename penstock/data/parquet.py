@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from penstock.config import ParquetSource
+from penstock.data.columnar import check_schema, group_rows, groups_of
 from penstock.data.files import list_files
 from penstock.data.source import CHUNK_ROWS, Chunk, RowPlace, Split
 from penstock.errors import DataError
@@ -35,8 +36,8 @@ class ParquetFiles:
         self.schema = self.schema.remove_metadata()
         for path in self.paths:
             footer = self._footer(path)
-            _check_schema(path, footer.schema.to_arrow_schema(), self.paths[0], self.schema)
-            self._splits += _group_rows(path, footer)
+            check_schema(path, footer.schema.to_arrow_schema(), self.paths[0], self.schema)
+            self._splits += group_rows(path, _group_rows(footer), SPLIT_ROWS)
         if not self._splits:
             raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
 
@@ -56,7 +57,7 @@ class ParquetFiles:
     def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
         """Reads the rows of a split in order."""
         footer = self._footer(split.path)
-        groups, first = _row_groups(footer, split)
+        groups, first = groups_of(_group_rows(footer), split)
         try:
             with (
                 self._filesystem.open_input_file(split.path) as file,
@@ -80,7 +81,7 @@ class ParquetFiles:
     def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
         """Looks at the minima and maxima that the files keep."""
         footer = self._footer(split.path)
-        for group in _row_groups(footer, split)[0]:
+        for group in groups_of(_group_rows(footer), split)[0]:
             bounds = _time_bounds(footer.row_group(group), column)
             if bounds is None:
                 return True
@@ -96,46 +97,8 @@ class ParquetFiles:
             raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
 
-def _check_schema(path: str, schema: pa.Schema, first_path: str, first: pa.Schema) -> None:
-    remedy = "all files of a source have one schema; name the files of one schema"
-    for field in first:
-        index = schema.get_field_index(field.name)
-        if index < 0:
-            raise DataError(f"{path}: column {field.name!r} of {first_path} is missing; {remedy}")
-        if schema.field(index).type != field.type:
-            raise DataError(
-                f"{path}: column {field.name!r} is {schema.field(index).type}, but "
-                f"{field.type} in {first_path}; {remedy}"
-            )
-    for name in schema.names:
-        if first.get_field_index(name) < 0:
-            raise DataError(f"{path}: column {name!r} is not in {first_path}; {remedy}")
-
-
-def _group_rows(path: str, footer: pq.FileMetaData) -> Iterator[Split]:
-    start = stop = 0
-    for group in range(footer.num_row_groups):
-        rows = footer.row_group(group).num_rows
-        if stop > start and stop + rows - start > SPLIT_ROWS:
-            yield Split(path, start, stop)
-            start = stop
-        stop += rows
-    if stop > start:
-        yield Split(path, start, stop)
-
-
-def _row_groups(footer: pq.FileMetaData, split: Split) -> tuple[list[int], int]:
-    """Row groups that hold rows of the split, and the file's row at which the first begins."""
-    groups: list[int] = []
-    first = row = 0
-    for group in range(footer.num_row_groups):
-        stop = row + footer.row_group(group).num_rows
-        if stop > split.start and row < split.stop:
-            if not groups:
-                first = row
-            groups.append(group)
-        row = stop
-    return groups, first
+def _group_rows(footer: pq.FileMetaData) -> list[int]:
+    return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
 
 
 def _time_bounds(group: pq.RowGroupMetaData, column: str) -> tuple[int, int] | None:

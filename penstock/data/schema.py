@@ -15,16 +15,19 @@ from typing import Literal
 import pyarrow as pa
 
 from penstock.config import (
+    CrossedFeature,
     FeatureColumns,
     FeatureConfig,
     Hash,
     Hex,
     Job,
+    JsonLinesSource,
     NumericColumns,
     TableConfig,
     TextSource,
     TimeUnit,
 )
+from penstock.data.transforms import is_list
 from penstock.errors import ConfigError, DataError
 
 _GLOB = re.compile(r"[*?\[]")
@@ -63,6 +66,7 @@ class Columns:
     numeric: tuple[NumericGroup, ...]
     features: tuple[FeatureColumn, ...]
     """In the order of the source."""
+    crosses: tuple[CrossedFeature, ...] = ()
     time_unit: TimeUnit = "ms"
     """Of integers in `event_time`."""
 
@@ -80,11 +84,20 @@ class Columns:
     def names(self) -> list[str]:
         """Every column that is read, each once."""
         special = (self.label, self.weight, self.event_time, self.teacher)
-        return [
-            *(name for name in special if name is not None),
-            *self.numeric_names,
-            *(feature.name for feature in self.features),
-        ]
+        return list(
+            dict.fromkeys([
+                *(name for name in special if name is not None),
+                *self.numeric_names,
+                *(feature.name for feature in self.features),
+                *(name for one in self.crosses for name in one.columns),
+            ])
+        )
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """In the order of `Batch.sparse`: columns, then crosses."""
+        names = [feature.name for feature in self.features]
+        return (*names, *(one.name for one in self.crosses))
 
 
 def resolve_columns(
@@ -135,11 +148,15 @@ def resolve_columns(
         for name in names:
             _claim(claims, name, field)
         numeric.append((group, names))
+    in_numeric = {name for _, names in numeric for name in names}
+    claimed_features: dict[str, str] = {}
     features: list[FeatureColumn] = []
     for index, feature in enumerate(job.features):
         field = f"features.{index}"
         for name in _match(feature.columns, field, schema.names, reserved, origin):
-            _claim(claims, name, field)
+            # A number that is put into buckets may be a numeric input as well.
+            numeric_too = feature.buckets_numbers and name in in_numeric
+            _claim(claimed_features if numeric_too else claims, name, field)
             features.append(FeatureColumn(name, feature))
     features.sort(key=lambda feature: place[feature.name])
     dense = sorted((name for _, names in numeric for name in names), key=place.__getitem__)
@@ -154,10 +171,36 @@ def resolve_columns(
             for group, names in numeric
         ),
         features=tuple(features),
+        crosses=job.crosses,
         time_unit=data.event_time_unit,
     )
-    _check_types(columns, schema, origin, isinstance(data.source, TextSource))
+    _check_crosses(columns, schema, origin)
+    _check_types(columns, schema, origin, isinstance(data.source, TextSource | JsonLinesSource))
     return columns
+
+
+def _check_crosses(columns: Columns, schema: pa.Schema, origin: str) -> None:
+    taken = {feature.name for feature in columns.features}
+    for index, one in enumerate(columns.crosses):
+        field = f"crosses.{index}"
+        if one.name in taken:
+            raise ConfigError(f"{field}.name: another feature is named {one.name!r}; change one")
+        taken.add(one.name)
+        for name in one.columns:
+            if name == columns.label:
+                raise ConfigError(f"{field}.columns: {name!r} is the label; leave it out")
+            if name not in schema.names:
+                raise DataError(
+                    f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}"
+                )
+            kind = schema.field(name).type
+            inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+            whole = pa.types.is_integer(inner) or pa.types.is_boolean(inner)
+            if not whole and not is_text(inner) and not pa.types.is_null(inner):
+                raise DataError(
+                    f"{origin}: column {name!r} is {kind}; crossed columns hold one integer or "
+                    "text a row; leave it out of the cross"
+                )
 
 
 def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
@@ -168,7 +211,9 @@ def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
         types[data.weight] = "float64"
     if data.event_time is not None:
         types[data.event_time] = "int64"
-    return types | {pattern: "float64" for group in data.numeric for pattern in group.columns}
+    numbers = [group.columns for group in data.numeric]
+    numbers += [group.columns for group in job.features if group.buckets_numbers]
+    return types | {pattern: "float64" for patterns in numbers for pattern in patterns}
 
 
 def resolve_features(
@@ -188,18 +233,18 @@ def resolve_features(
         if table.name in tables:
             raise ConfigError(f"tables: two are named {table.name!r}; give each its own name")
         tables[table.name] = table
-    for index, group in enumerate(job.features):
-        if group.table is not None and group.table not in tables:
-            raise ConfigError(
-                f"features.{index}.table: no table {group.table!r} under `tables`"
-                f"{_nearest(group.table, list(tables))}"
-            )
+    _check_tables_are_there(job, list(tables))
     features = []
     for column in columns.features:
         name = column.config.table or column.name
         if name not in tables:
             tables[name] = _implied_table(job, name)
         features.append(FeatureConfig(name=column.name, table=name, pooling=column.config.pooling))
+    for one in columns.crosses:
+        name = one.table or one.name
+        if name not in tables:
+            tables[name] = _implied_table(job, name)
+        features.append(FeatureConfig(name=one.name, table=name))
     used = {feature.table for feature in features}
     for index, table in enumerate(job.tables):
         if table.name not in used:
@@ -208,6 +253,16 @@ def resolve_features(
                 "or remove it"
             )
     return tuple(features), tuple(tables.values())
+
+
+def _check_tables_are_there(job: Job, tables: list[str]) -> None:
+    named = [(f"features.{index}", group.table) for index, group in enumerate(job.features)]
+    named += [(f"crosses.{index}", one.table) for index, one in enumerate(job.crosses)]
+    for field, table in named:
+        if table is not None and table not in tables:
+            raise ConfigError(
+                f"{field}.table: no table {table!r} under `tables`{_nearest(table, tables)}"
+            )
 
 
 def _implied_table(job: Job, name: str) -> TableConfig:
@@ -284,6 +339,8 @@ def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -
 
 
 def _is_number(kind: pa.DataType) -> bool:
+    if is_list(kind):
+        kind = kind.value_type
     return bool(
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)
@@ -316,12 +373,14 @@ def is_text(kind: pa.DataType) -> bool:
 
 def _key_remedy(kind: pa.DataType, feature: FeatureColumn, text: bool) -> str | None:
     """What to do about a feature's type; None if it is fine."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         kind = kind.value_type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_null(kind):
         return None
+    if feature.config.buckets_numbers:
+        return None if _is_number(kind) else "the transform bucketize reads numbers; remove it"
     as_text = is_text(kind)
     if not as_text and not pa.types.is_integer(kind) and not pa.types.is_boolean(kind):
         if pa.types.is_floating(kind):

@@ -1,4 +1,4 @@
-"""Parses whole lines of CSV/TSV to columns, and finds the lines that are no rows."""
+"""Parses whole lines of CSV/TSV to columns."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ from collections.abc import Sequence
 import pyarrow as pa
 from pyarrow import csv
 
+from penstock.data.malformed import find_malformed
 from penstock.data.quarantine import MalformedRow
 
 _CONVERSION = re.compile(r"CSV column #(\d+): .*?CSV conversion error to \S+: (.*)", re.DOTALL)
 _BLANK = re.compile(rb"(?:^|\n)\r?\n")
 
 
-class LineParser:
+class TextParser:
     """Turns lines into tables. Has no state, so threads may share it.
 
-    An empty field is null; no other text is. A blank line is no row, unless there is one column.
+    An empty field is null, as are the texts of `null_values`. A blank line is no row, unless there
+    is one column.
     """
 
-    def __init__(self, schema: pa.Schema, columns: Sequence[str], delimiter: str) -> None:
+    def __init__(
+        self,
+        schema: pa.Schema,
+        columns: Sequence[str],
+        delimiter: str,
+        null_values: Sequence[str] = (),
+    ) -> None:
         self._names = schema.names
         self._delimiter = delimiter
+        self._null_values = ["", *null_values]
         # Every column is converted, so that a row is malformed or not whatever is read of it.
         self._types = {field.name: field.type for field in schema}
         self._columns = list(columns)
@@ -45,36 +54,9 @@ class LineParser:
                     return table.select(self._columns), []
             except pa.ArrowInvalid:
                 pass  # The line is found below.
-        # splitlines() would also split at other bytes than line feeds.
-        rows = lines.split(b"\n")[:-1]
-        malformed: list[MalformedRow] = []
-        self._collect(rows, 0, len(rows), malformed, fail_fast)
-        if fail_fast:
-            return self._empty(), malformed
-        bad = {row.line for row in malformed}
-        good = [row for number, row in enumerate(rows) if number not in bad]
-        table = (
-            self._read(b"\n".join([*good, b""]), []).select(self._columns)
-            if good
-            else self._empty()
-        )
+        malformed, good = find_malformed(lines, self._reason, fail_fast)
+        table = self._read(good, []).select(self._columns) if good else self._empty()
         return table, malformed
-
-    def _collect(
-        self, rows: list[bytes], start: int, stop: int, malformed: list[MalformedRow], first: bool
-    ) -> None:
-        """Halves [start, stop) until every malformed row stands alone."""
-        if first and malformed:
-            return
-        reason = self._reason(rows[start:stop])
-        if reason is None:
-            return
-        if stop - start == 1:
-            malformed.append(MalformedRow(start, reason, rows[start].decode(errors="replace")))
-            return
-        middle = (start + stop) // 2
-        self._collect(rows, start, middle, malformed, first)
-        self._collect(rows, middle, stop, malformed, first)
 
     def _reason(self, rows: list[bytes]) -> str | None:
         """What is wrong with some row; None if nothing is."""
@@ -111,7 +93,7 @@ class LineParser:
                 invalid_row_handler=skip,
             ),
             convert_options=csv.ConvertOptions(
-                column_types=self._types, null_values=[""], strings_can_be_null=True
+                column_types=self._types, null_values=self._null_values, strings_can_be_null=True
             ),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock import _core
-from penstock.config import Clip, Hash, Hex, Log, Scale
+from penstock.config import Bucketize, Clip, Hash, Hex, Log, Scale
+
+KeyTransform: TypeAlias = Hash | Hex | Bucketize
+
+_NUMBER_TYPES = {
+    pa.int32(): np.int32,
+    pa.int64(): np.int64,
+    pa.float32(): np.float32,
+    pa.float64(): np.float64,
+}
 
 
 class BadValue(Exception):
@@ -45,7 +54,7 @@ def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def read_keys(
-    column: pa.ChunkedArray | pa.Array, transforms: Sequence[Hash | Hex], missing: int | None
+    column: pa.ChunkedArray | pa.Array, transforms: Sequence[KeyTransform], missing: int | None
 ) -> Keys:
     """Reads a column of keys or of lists of keys.
 
@@ -65,10 +74,21 @@ def read_keys(
         array = array.cast(pa.large_binary())
     if pa.types.is_dictionary(array.type):
         return _read_dictionary(array, transforms, missing)
-    if _is_list(array.type):
+    if is_list(array.type):
         return _read_lists(array, transforms, missing)
+    if pa.types.is_floating(array.type):
+        array = array.cast(pa.float64())
+        # NaN is missing, as in numeric columns.
+        array = pc.if_else(pc.is_nan(array), None, array)
     if array.null_count == 0:
         return Keys(_transform(array, transforms), None)
+    if missing is not None and not transforms and array.type in {pa.int64(), pa.uint64()}:
+        bits, data = array.buffers()
+        low, high = array.offset, array.offset + len(array)
+        given = np.frombuffer(data, dtype=np.int64)[low:high]
+        return Keys(
+            _core.fill_missing(given, np.frombuffer(bits, dtype=np.uint8), low, missing), None
+        )
     present = array.is_valid().to_numpy(zero_copy_only=False)
     values = _transform(array.drop_null(), transforms)
     if missing is None:
@@ -78,14 +98,63 @@ def read_keys(
     return Keys(filled, None)
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def cross(
+    columns: Sequence[pa.ChunkedArray | pa.Array], seed: int, buckets: int | None
+) -> NDArray[np.int64]:
+    """Keys of the combinations of values of several columns.
+
+    Args:
+      columns: [n] each; integers, booleans, strings or dictionary-encoded ones of these.
+      seed: of the hash.
+      buckets: folds the keys into [0, buckets).
+
+    Returns:
+      [n]
+    """
+    hashes = np.full(len(columns[0]), seed, dtype=np.uint64)
+    for column in columns:
+        array = one_array(column)
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+            array = array.cast(pa.large_binary())
+        if pa.types.is_null(array.type):
+            array = array.cast(pa.string())
+        bits = array.buffers()[0] if array.null_count else None
+        first_bit = array.offset
+        if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
+            zero = pa.scalar(0, pa.int64()).cast(array.type)
+            keys = _integers(array.fill_null(zero)).view(np.int64)
+        else:
+            keys = _core.hash_strings(*_string_buffers(array))
+        valid = None if bits is None else np.frombuffer(bits, dtype=np.uint8)
+        _core.cross_keys(keys, valid, first_bit, hashes)
+    if buckets is not None:
+        hashes %= np.uint64(buckets)
+    return hashes.view(np.int64)
+
+
+def truncate(keys: Keys, max_keys: int, keep: Literal["first", "last"]) -> Keys:
+    """The first or last keys of bags that hold more than `max_keys`."""
+    if keys.lengths is None or not (keys.lengths > max_keys).any():
+        return keys
+    kept = np.minimum(keys.lengths, max_keys)
+    ends = np.cumsum(keys.lengths)
+    first = ends - (keys.lengths if keep == "first" else kept)
+    # Key i of a bag is `first[bag] + i`; `done` counts the keys kept of the bags before.
+    done = np.cumsum(kept) - kept
+    return Keys(keys.values[np.repeat(first - done, kept) + np.arange(kept.sum())], kept)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values are lists, of any layout that is read."""
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
 
 
 def _read_dictionary(
-    array: pa.DictionaryArray, transforms: Sequence[Hash | Hex], missing: int | None
+    array: pa.DictionaryArray, transforms: Sequence[KeyTransform], missing: int | None
 ) -> Keys:
     if array.dictionary.null_count:
         return read_keys(array.dictionary_decode(), transforms, missing)
@@ -100,7 +169,7 @@ def _read_dictionary(
     return Keys(values, indices.lengths)
 
 
-def _read_lists(array: pa.Array, transforms: Sequence[Hash | Hex], missing: int | None) -> Keys:
+def _read_lists(array: pa.Array, transforms: Sequence[KeyTransform], missing: int | None) -> Keys:
     lengths = pc.list_value_length(array)
     if lengths.null_count:
         lengths = lengths.fill_null(0)
@@ -120,11 +189,14 @@ def _read_lists(array: pa.Array, transforms: Sequence[Hash | Hex], missing: int 
     return Keys(values, counts + absent)
 
 
-def _transform(array: pa.Array, transforms: Sequence[Hash | Hex]) -> NDArray[np.int64]:
+def _transform(array: pa.Array, transforms: Sequence[KeyTransform]) -> NDArray[np.int64]:
     """Keys of an array without nulls."""
     keys: NDArray[np.int64] | None = None
     for transform in transforms:
-        if isinstance(transform, Hex):
+        if isinstance(transform, Bucketize):
+            numbers = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+            keys = np.searchsorted(transform.boundaries, numbers, side="right").astype(np.int64)
+        elif isinstance(transform, Hex):
             keys, bad = _core.parse_hex(*_string_buffers(array))
             if bad >= 0:
                 raise BadValue(bad, f"{array[bad].as_py()!r} is not 1 to 16 hexadecimal digits")
@@ -169,27 +241,90 @@ def _string_buffers(
     return np.frombuffer(offsets, dtype=np.int32)[first:stop], bytes_
 
 
-def read_numbers(column: pa.ChunkedArray | pa.Array) -> NDArray[np.floating]:
-    """[n] float32 or float64; nulls read as NaN. A view where there is nothing to convert."""
+def number_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column of numbers, or of lists of at most one number, as one array of numbers.
+
+    Returns:
+      [n] int32, int64, float32 or float64; null where the list is empty or null.
+
+    Raises:
+      BadValue: a list holds more than one value; `index` counts rows.
+    """
     array = one_array(column)
-    kind = array.type
-    if not (pa.types.is_float32(kind) or pa.types.is_float64(kind)):
-        # pyarrow refuses to round large integers unless told to.
+    if is_list(array.type):
+        array = _only_values(array)
+    if array.type in _NUMBER_TYPES:
+        return array
+    # pyarrow refuses to round large integers unless told to.
+    return pc.cast(array, pa.float64(), safe=False)
+
+
+def read_numbers(column: pa.ChunkedArray | pa.Array) -> NDArray[np.floating]:
+    """Reads a column of numbers, or of lists of at most one number.
+
+    Returns:
+      [n] float32 or float64; nulls and empty lists are NaN. A view where there is nothing to
+      convert.
+
+    Raises:
+      BadValue: as `number_array`.
+    """
+    array = number_array(column)
+    if pa.types.is_integer(array.type):
         array = pc.cast(array, pa.float64(), safe=False)
     values: NDArray[np.floating] = array.to_numpy(zero_copy_only=False)
     return values
 
 
-def transform_numbers(
-    numbers: NDArray[np.float64], transforms: Sequence[Log | Clip | Scale]
-) -> NDArray[np.float64]:
-    """Applies `transforms` in order; may work in place."""
+def fill_numbers(
+    column: pa.ChunkedArray | pa.Array,
+    plan: _core.NumberPlan,
+    out: NDArray[np.float32],
+    position: int,
+) -> int:
+    """Writes the numbers of a column, filled and transformed, to `out[:, position]`.
+
+    Returns:
+      The first row whose number is missing where that is an error, or not finite after the
+      transforms; -1 if there is none.
+
+    Raises:
+      BadValue: as `number_array`.
+    """
+    array = number_array(column)
+    valid, data = array.buffers()
+    low, high = array.offset, array.offset + len(array)
+    values = np.frombuffer(data, dtype=_NUMBER_TYPES[array.type])[low:high]
+    bits = None if array.null_count == 0 else np.frombuffer(valid, dtype=np.uint8)
+    return _core.transform_numbers(values, bits, low, plan, out, position)
+
+
+def number_plan(fill: float | None, transforms: Sequence[Log | Clip | Scale]) -> _core.NumberPlan:
+    """What `fill_numbers` does: `fill` in place of a missing number, then `transforms` in order.
+
+    In float64, so that a result does not depend on how a file stores its numbers.
+    """
+    steps = []
     for transform in transforms:
         if isinstance(transform, Log):
-            np.copysign(np.log1p(np.abs(numbers)), numbers, out=numbers)
+            steps.append((0, 0.0, 0.0))
         elif isinstance(transform, Clip):
-            np.clip(numbers, transform.low, transform.high, out=numbers)
+            low = -np.inf if transform.low is None else transform.low
+            steps.append((1, low, np.inf if transform.high is None else transform.high))
         else:
-            numbers -= transform.offset
-            numbers *= transform.factor
-    return numbers
+            steps.append((2, transform.offset, transform.factor))
+    return _core.NumberPlan(fill, steps)
+
+
+def _only_values(array: pa.Array) -> pa.Array:
+    """The one value of each list, null where it is null or empty."""
+    lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    many = lengths > 1
+    if many.any():
+        row = int(many.argmax())
+        raise BadValue(row, f"{lengths[row]} values where at most one is expected")
+    values = one_array(array.flatten())
+    if lengths.all():
+        return values
+    where = np.cumsum(lengths) - 1
+    return values.take(pa.array(where, mask=lengths == 0))

@@ -8,14 +8,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from pydantic import TypeAdapter
 from torch import nn
 
 from penstock.config import (
     Job,
-    ParquetSource,
+    JsonLinesSource,
     Source,
     SyntheticSource,
     TextSource,
+    format_of_path,
     parse_job,
 )
 from penstock.data.dataset import Dataset
@@ -123,8 +125,10 @@ def _on_other_data(job: Job, path: str, resolved: Mapping[str, Any]) -> Job:
         group.model_copy(update={"columns": _matching(group.columns, resolved["numeric"])})
         for group in job.data.numeric
     )
+    crosses = {one.name for one in job.crosses}
+    columns = [name for name in _feature_names(resolved) if name not in crosses]
     features = tuple(
-        group.model_copy(update={"columns": _matching(group.columns, _feature_names(resolved))})
+        group.model_copy(update={"columns": _matching(group.columns, columns)})
         for group in job.features
     )
     changes = {
@@ -139,6 +143,9 @@ def _on_other_data(job: Job, path: str, resolved: Mapping[str, Any]) -> Job:
 
 def _for_prediction(job: Job, labels: Labels) -> Job:
     source = job.data.source
+    if isinstance(source, JsonLinesSource):
+        strict: Source = source.model_copy(update={"on_malformed_row": "fail"})
+        return job.model_copy(update={"data": job.data.model_copy(update={"source": strict})})
     if not isinstance(source, TextSource):
         return job
     columns = source.columns
@@ -158,11 +165,12 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _source_like(source: Source, path: str) -> Source:
-    ending = path.removesuffix(".gz").rpartition(".")[2]
-    if ending not in {"parquet", "csv", "tsv"}:
-        ending = "parquet" if isinstance(source, SyntheticSource) else source.format
-    if ending == "parquet":
-        return ParquetSource(path=path)
-    if isinstance(source, TextSource):
-        return TextSource.model_validate(source.model_dump() | {"path": path, "format": ending})
-    return TextSource.model_validate({"path": path, "format": ending})
+    kind = format_of_path(path)
+    if kind is None:
+        kind = "parquet" if isinstance(source, SyntheticSource) else source.format
+    fields = {"path": path, "format": kind}
+    text = {"csv", "tsv"}
+    if source.format == kind or {source.format, kind} <= text:
+        fields = source.model_dump() | fields
+    like: Source = TypeAdapter(Source).validate_python(fields)
+    return like

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pyarrow import csv
+from pyarrow import csv, ipc, orc
 
 from penstock.config import Job, parse_job
 from penstock.data import Dataset
@@ -42,6 +43,24 @@ def write_case(kind: str, table: pa.Table, path: Path) -> dict[str, object]:
         pq.write_table(table[:half], path / "part-0.parquet", row_group_size=max(1, half // 3))
         pq.write_table(table[half:], path / "part-1.parquet", row_group_size=max(1, half // 2))
         return {"format": "parquet", "path": str(path / "part-*.parquet")}
+    if kind == "orc":
+        half = table.num_rows // 2
+        for number, rows in enumerate((table[:half], table[half:])):
+            orc.write_table(rows, path / f"part-{number}.orc", stripe_size=1024, batch_size=64)
+        return {"format": "orc", "path": str(path / "part-*.orc")}
+    if kind.startswith("arrow"):
+        half = table.num_rows // 2
+        new = ipc.new_stream if kind == "arrow stream" else ipc.new_file
+        for number, rows in enumerate((table[:half], table[half:])):
+            with new(path / f"part-{number}.arrow", rows.schema) as out:
+                out.write_table(rows, max_chunksize=60)
+        return {"format": "arrow", "path": str(path / "part-*.arrow")}
+    if kind.startswith("jsonl"):
+        lines = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
+        if kind.endswith("gz"):
+            lines = gzip.compress(lines)
+        (path / f"rows.{kind}").write_bytes(lines)
+        return {"format": "jsonl", "path": str(path / f"rows.{kind}")}
     tsv = kind.startswith("tsv")
     options = csv.WriteOptions(
         delimiter="\t" if tsv else ",", include_header=not tsv, quoting_style="none"

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from penstock.data import Dataset, parquet, source, synthetic, text
+from penstock.data import Dataset, columnar, lines, parquet, source, synthetic
 from tests.contract.data_cases import (
     assert_resumes_everywhere,
     assert_same_batches,
@@ -18,17 +18,30 @@ from tests.contract.data_cases import (
     write_case,
 )
 
-KINDS = ["parquet", "csv", "tsv", "csv.gz", "tsv.gz"]
+KINDS = [
+    "parquet",
+    "orc",
+    "arrow",
+    "arrow stream",
+    "csv",
+    "tsv",
+    "csv.gz",
+    "tsv.gz",
+    "jsonl",
+    "jsonl.gz",
+]
 ROWS = 517
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Splits, blocks and chunks so small that every boundary is met."""
-    monkeypatch.setattr(text, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(text, "READ_BYTES", 1500)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(lines, "READ_BYTES", 1500)
     monkeypatch.setattr(parquet, "SPLIT_ROWS", 100)
     monkeypatch.setattr(parquet, "CHUNK_ROWS", 37)
+    monkeypatch.setattr(columnar, "SPLIT_ROWS", 100)
+    monkeypatch.setattr(columnar, "CHUNK_ROWS", 37)
     monkeypatch.setattr(synthetic, "BLOCK_ROWS", 64)
     monkeypatch.setattr(synthetic, "SPLIT_ROWS", 128)
     assert source.CHUNK_ROWS > 0
@@ -134,7 +147,7 @@ def test_splits_read_alone_and_cut_anywhere(kind, tmp_path):
             assert rows.source.count_rows(before) == cut
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv", "csv.gz", "synthetic"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow stream", "jsonl", "csv.gz", "synthetic"])
 def test_close_stops_the_threads_at_once(kind, tmp_path):
     before = threading.active_count()
     dataset = open_case(kind, tmp_path, prefetch_batches=1, reader_threads=3)

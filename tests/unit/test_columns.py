@@ -1,12 +1,20 @@
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock import _core
 from penstock.config import Clip, Hash, Hex, Log, Scale
-from penstock.data.transforms import BadValue, read_keys, read_numbers, transform_numbers
+from penstock.data.transforms import (
+    BadValue,
+    fill_numbers,
+    number_plan,
+    read_keys,
+    read_numbers,
+    truncate,
+)
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -181,11 +189,19 @@ def test_jagged_window_equals_a_plain_loop(data):
             bags[feature] += [list(keys) for keys in chunk[start:stop]]
     total = sum(stops) - sum(starts)
     rows = data.draw(st.lists(st.integers(0, total - 1), max_size=6)) if total else []
+    batch = data.draw(st.integers(1, 4))
     window = _core.JaggedWindow(columns, starts, stops)
-    values, offsets = window.select(np.array(rows, dtype=np.int64))
-    expected = [feature[row] for feature in bags for row in rows]
-    assert offsets.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
-    assert values.tolist() == [key for keys in expected for key in keys]
+    values, offsets, begins = window.cut(np.array(rows, dtype=np.int64), batch)
+    if offsets is None:
+        assert begins is None
+        assert all(len(keys) == 1 for feature in bags for keys in feature) or not columns
+    cuts = [rows[at : at + batch] for at in range(0, len(rows), batch)]
+    expected = [[feature[row] for feature in bags for row in cut] for cut in cuts]
+    assert values.tolist() == [key for cut in expected for keys in cut for key in keys]
+    if offsets is not None:
+        want = [np.cumsum([0, *map(len, cut)]).tolist() for cut in expected]
+        assert offsets.tolist() == [end for ends in want for end in ends]
+        assert begins.tolist() == np.cumsum([0, *(ends[-1] for ends in want)]).tolist()
 
 
 def test_jagged_window_refuses_what_does_not_fit():
@@ -193,7 +209,9 @@ def test_jagged_window_refuses_what_does_not_fit():
     window = _core.JaggedWindow([(keys, None)], [1], [3])
     for row in (-1, 2):
         with pytest.raises(IndexError, match="a row lies outside the window"):
-            window.select(np.array([row]))
+            window.cut(np.array([row]), 1)
+    with pytest.raises(ValueError, match="batch: must be positive"):
+        window.cut(np.array([0]), 0)
     for columns, starts, stops in (
         ([(keys, None)], [0], [4]),
         ([(keys, np.array([0, 1]))], [0], [2]),
@@ -216,8 +234,130 @@ def test_numbers():
     assert np.isnan(read_numbers(pa.array([1, None]))[1])
     assert read_numbers(pa.array([2**62 + 1])).tolist() == [float(2**62)]
     assert read_numbers(pa.array([True, False])).tolist() == [1.0, 0.0]
-    values = np.array([-3.0, 0.0, 8.0])
-    expected = np.sign(values) * np.log1p(np.abs(values))
-    np.testing.assert_array_equal(transform_numbers(values.copy(), [Log()]), expected)
-    clipped = transform_numbers(values.copy(), [Clip(low=0, high=5), Scale(offset=1, factor=2)])
-    assert clipped.tolist() == [-2.0, -2.0, 8.0]
+
+
+def by_numpy(values, fill, transforms):
+    """What numbers become, in plain numpy."""
+    given = np.where(np.isnan(values), fill, values) if fill is not None else values
+    numbers = given.astype(np.float64)
+    for transform in transforms:
+        if isinstance(transform, Log):
+            numbers = np.copysign(np.log1p(np.abs(numbers)), numbers)
+        elif isinstance(transform, Clip):
+            numbers = np.clip(numbers, transform.low, transform.high)
+        else:
+            with np.errstate(invalid="ignore"):
+                numbers = (numbers - transform.offset) * transform.factor
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)
+
+
+PLANS = [
+    [],
+    [Log()],
+    [Clip(low=-2), Log()],
+    [Clip(low=0, high=5), Scale(offset=1, factor=2)],
+    [Scale(offset=0.1, factor=3.3), Log(), Log()],
+]
+
+
+@pytest.mark.parametrize("transforms", PLANS)
+@pytest.mark.parametrize(
+    "kind",
+    [pa.int8(), pa.uint16(), pa.int32(), pa.int64(), pa.uint64(), pa.float32(), pa.float64()],
+)
+@pytest.mark.parametrize("blank", [0.0, 0.3])
+def test_filled_and_transformed_numbers_equal_numpy(transforms, kind, blank):
+    rng = np.random.default_rng(3)
+    numbers = np.abs(rng.normal(0, 40, 1000)) if "u" in str(kind) else rng.normal(0, 40, 1000)
+    column = pa.array(numbers).cast(kind, safe=False)
+    column = pc.if_else(pa.array(rng.random(1000) >= blank), column, pa.scalar(None, kind))
+    for array in (column, column[13:], column[509:511], column[:0]):
+        out = np.zeros((len(array), 3), dtype=np.float32)
+        fill = 0.1
+        assert fill_numbers(array, number_plan(fill, transforms), out, 1) == -1
+        np.testing.assert_array_equal(out[:, 1], by_numpy(read_numbers(array), fill, transforms))
+        assert not out[:, [0, 2]].any()
+
+
+def test_the_first_number_that_is_missing_or_too_large():
+    out = np.zeros((5, 1), dtype=np.float32)
+    strict, filled = number_plan(None, []), number_plan(0.0, [])
+    for number in (None, float("nan")):
+        array = pa.array([1.0, 2.0, number, 1e300, number], pa.float64(), from_pandas=False)
+        assert fill_numbers(array, strict, out, 0) == 2
+        assert fill_numbers(array, filled, out, 0) == 3
+    for number in (float("inf"), -float("inf"), 1e39):
+        for transforms in ([], [Scale(factor=0.0)], [Log(), Scale(factor=1e300)]):
+            array = pa.array([0.0, number, 0.0, 0.0, 0.0])
+            expected = -1 if np.isfinite(by_numpy(array.to_numpy(), 0, transforms)).all() else 1
+            assert fill_numbers(array, number_plan(0.0, transforms), out, 0) == expected
+    assert fill_numbers(pa.array([1, None, None, None, None], pa.int64()), strict, out, 0) == 1
+    assert fill_numbers(pa.nulls(5), strict, out, 0) == 0
+
+
+def test_the_logarithm_is_within_one_unit_of_the_last_place():
+    rng = np.random.default_rng(0)
+    values = np.exp(rng.uniform(-40, 80, 200_000)) * rng.choice([-1, 1], 200_000)
+    values = np.append(values, [0.0, -0.0, 1.0, 0.41421356, 0.4142136, 2**53, 3e38, 5e-324, 1e-17])
+    out = np.zeros((len(values), 1), dtype=np.float32)
+    # Scaled by a power of two, so that what float32 drops of the double is seen.
+    for scale in (1.0, 2.0**20):
+        plan = number_plan(None, [Log()])
+        assert fill_numbers(pa.array(values), plan, out, 0) == -1
+        exact = np.copysign(np.log1p(np.abs(values)), values)
+        differ = out[:, 0] != exact.astype(np.float32)
+        assert differ.mean() < 1e-5, scale
+        assert (np.signbit(out[:, 0]) == np.signbit(values)).all()
+    residue = np.zeros_like(out)
+    centre = float(np.log1p(12345.0))
+    plan = number_plan(None, [Log(), Scale(offset=centre, factor=1.0)])
+    near = 12345.0 + np.arange(len(values)) * 1e-9
+    assert fill_numbers(pa.array(near), plan, residue, 0) == -1
+    assert np.abs(residue[:, 0] - (np.log1p(near) - centre)).max() <= 2 * np.spacing(centre)
+
+
+def test_a_window_of_many_parts_has_places_of_64_bits():
+    parts = 1 << 12
+    columns = [(np.arange(1 << 21), None)] + [(np.array([-1]), None)] * (parts - 1)
+    window = _core.JaggedWindow(
+        columns, [(1 << 21) - 2] + [0] * (parts - 1), [1 << 21] + [1] * (parts - 1)
+    )
+    rows = np.array([1, parts, 0, 2])
+    values, offsets, starts = window.cut(rows, 3)
+    assert values.tolist() == [(1 << 21) - 1, -1, (1 << 21) - 2, -1]
+    assert offsets is starts is None
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=200))
+def test_argsort_bits_is_numpys_stable_order(values):
+    bits = np.array(values, dtype=np.uint64)
+    assert _core.argsort_bits(bits).tolist() == np.argsort(bits, kind="stable").tolist()
+
+
+def test_a_fill_of_keys_honours_slices_and_bits():
+    column = pa.array([5, None, -7, None, 2**62] * 9)
+    for low in range(10):
+        keys = read_keys(column[low:], (), -3)
+        assert keys.lengths is None
+        assert keys.values.tolist() == [-3 if k is None else k for k in column[low:].to_pylist()]
+    with pytest.raises(ValueError, match="valid: too few bits"):
+        _core.fill_missing(np.zeros(9, np.int64), np.zeros(1, np.uint8), 0, 0)
+    with pytest.raises(ValueError, match="out: wrong shape"):
+        _core.transform_numbers(
+            np.zeros(2), None, 0, number_plan(0, []), np.zeros((2, 1), np.float32), 1
+        )
+
+
+@given(st.lists(st.none() | st.lists(st.integers(0, 99), max_size=6)), st.integers(1, 4))
+def test_truncated_bags_equal_a_plain_loop(bags, most):
+    keys = read_keys(pa.array(bags, pa.list_(pa.int64())), (), None)
+    plain = [bag or [] for bag in bags]
+    for keep, expected in (
+        ("first", [bag[:most] for bag in plain]),
+        ("last", [bag[-most:] for bag in plain]),
+    ):
+        cut = truncate(keys, most, keep)
+        assert cut.values.tolist() == [key for bag in expected for key in bag]
+        lengths = np.ones(len(bags)) if cut.lengths is None else cut.lengths
+        assert lengths.tolist() == [len(bag) for bag in expected]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from penstock.config import parse_job
-from penstock.data import Dataset, text
+from penstock.data import Dataset, lines
 from penstock.data.text import expand_names
 from penstock.errors import ConfigError, DataError
 from tests.contract.data_cases import assert_resumes_everywhere, read_all
@@ -61,8 +61,8 @@ def numbers(batches):
 def test_malformed_row_fails_with_its_line_and_text(
     line, reason, compressed, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(text, "BLOCK_BYTES", 512)
-    monkeypatch.setattr(text, "READ_BYTES", 100)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(lines, "READ_BYTES", 100)
     data = rows(200, [(137, line)])
     path = tmp_path / ("x.tsv.gz" if compressed else "x.tsv")
     path.write_bytes(gzip.compress(data) if compressed else data)
@@ -75,8 +75,8 @@ def test_malformed_row_fails_with_its_line_and_text(
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("header", [False, True])
 def test_malformed_rows_are_quarantined_once(compressed, header, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK_BYTES", 512)
-    monkeypatch.setattr(text, "READ_BYTES", 100)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(lines, "READ_BYTES", 100)
     bad = [(0, "x\t1\ty"), (57, "1"), (58, "1\t?\tz"), (199, "1\t1\t1\t1")]
     data = (b"label\tI1\tC1\n" if header else b"") + rows(200, bad)
     path = tmp_path / ("x.tsv.gz" if compressed else "x.tsv")
@@ -112,8 +112,8 @@ def test_malformed_rows_are_quarantined_once(compressed, header, tmp_path, monke
 
 
 def test_resumes_everywhere_among_malformed_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK_BYTES", 512)
-    monkeypatch.setattr(text, "READ_BYTES", 100)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(lines, "READ_BYTES", 100)
     path = tmp_path / "x.tsv"
     path.write_bytes(rows(300, [(number, "bad") for number in range(0, 300, 7)]))
     dataset = Dataset.open(text_job(path, on_malformed_row="quarantine", shuffle=64))
@@ -212,15 +212,15 @@ def test_types_that_match_no_column(tmp_path):
 @pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
 def test_criteo_log(suffix, tmp_path, monkeypatch):
     """label, 13 integers (blanks; I2 may be negative), 26 ids of 8 hexadecimal digits (blanks)."""
-    monkeypatch.setattr(text, "BLOCK_BYTES", 20_000)
-    monkeypatch.setattr(text, "READ_BYTES", 7_000)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(lines, "READ_BYTES", 7_000)
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 300)
     integers = rng.integers(0, 9000, (300, 13))
     integers[:, 1] -= 3
     ids = rng.integers(0, 2**32, (300, 26))
     blank_i, blank_c = rng.random((300, 13)) < 0.3, rng.random((300, 26)) < 0.2
-    lines = [
+    log = [
         "\t".join(
             [str(labels[r])]
             + ["" if blank_i[r, c] else str(integers[r, c]) for c in range(13)]
@@ -228,7 +228,7 @@ def test_criteo_log(suffix, tmp_path, monkeypatch):
         )
         for r in range(300)
     ]
-    data = ("\n".join(lines) + "\n").encode()
+    data = ("\n".join(log) + "\n").encode()
     path = tmp_path / f"day_0{suffix}"
     path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
     job = parse_job({
@@ -261,3 +261,19 @@ def test_criteo_log(suffix, tmp_path, monkeypatch):
     np.testing.assert_array_equal(keys.T, np.where(blank_c, -1, ids))
     assert np.concatenate([b.labels.numpy() for b in batches]).tolist() == labels.tolist()
     assert_resumes_everywhere(dataset)
+
+
+def test_texts_that_mean_null(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_bytes(b"1\t\\N\tNULL\n0\t5\tN\n1\t\t\n1\tNULL\tnull\n")
+    job = text_job(path, null_values=["\\N", "NULL"])
+    (batch,) = read_all(Dataset.open(job))
+    assert batch.dense[:, 0].tolist() == [0, 5, 0, 0]
+    assert batch.sparse["C1"].offsets.tolist() == [0, 0, 1, 1, 2]
+    assert error_of(text_job(path)) == (
+        f"{path}:1: column 'I1' is no double: invalid value '\\N': '1\\t\\\\N\\tNULL'; mend the "
+        "file or set data.source.on_malformed_row: quarantine"
+    )
+    with pytest.raises(ConfigError) as error:
+        text_job(path, null_values=["a\tb"])
+    assert str(error.value).startswith("job: data.source.null_values.0: string should match")

@@ -1,0 +1,44 @@
+"""Finds the lines that are no rows, by halving, where a parser says only that there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.data.quarantine import MalformedRow
+
+
+def find_malformed(
+    lines: bytes, reason: Callable[[list[bytes]], str | None], fail_fast: bool
+) -> tuple[list[MalformedRow], bytes]:
+    """Finds the malformed rows among lines.
+
+    Args:
+      lines: each ended by a line feed.
+      reason: what is wrong with some of the lines given (without their line feeds); None: nothing.
+        Of one line, it says what is wrong with that one.
+      fail_fast: stop at the first.
+
+    Returns:
+      The malformed rows in order, and the other lines; with `fail_fast` none of these, if there is
+      a malformed row.
+    """
+    # splitlines() would also split at other bytes than line feeds.
+    rows = lines.split(b"\n")[:-1]
+    malformed: list[MalformedRow] = []
+    # Ranges still to look at, the first on top.
+    stack = [(0, len(rows))]
+    while stack and not (fail_fast and malformed):
+        start, stop = stack.pop()
+        why = reason(rows[start:stop])
+        if why is None:
+            continue
+        if stop - start == 1:
+            malformed.append(MalformedRow(start, why, rows[start].decode(errors="replace")))
+            continue
+        middle = (start + stop) // 2
+        stack += [(middle, stop), (start, middle)]
+    if fail_fast and malformed:
+        return malformed, b""
+    bad = {row.line for row in malformed}
+    good = [row for number, row in enumerate(rows) if number not in bad]
+    return malformed, b"\n".join([*good, b""]) if good else b""
