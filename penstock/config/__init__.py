@@ -32,12 +32,14 @@ from penstock.config.job import (
     CheckpointConfig,
     CustomModel,
     DCNConfig,
+    DeepFMConfig,
     DenseOptimizer,
     DLRMConfig,
     Job,
     Model,
     TableDefaults,
     TrainingConfig,
+    WideDeepConfig,
     parse_job,
 )
 from penstock.config.tables import (
@@ -65,6 +67,7 @@ __all__ = [
     "DCNConfig",
     "DLRMConfig",
     "DataConfig",
+    "DeepFMConfig",
     "DenseOptimizer",
     "FailOnMissing",
     "FeatureColumns",
@@ -99,5 +102,6 @@ __all__ = [
     "TimeUnit",
     "TrainingConfig",
     "Uniform",
+    "WideDeepConfig",
     "parse_job",
 ]

@@ -57,6 +57,34 @@ class DCNConfig(Config):
     """
 
 
+class DeepFMConfig(Config):
+    """DeepFM (arXiv:1703.04247).
+
+    A factorization machine and a deep MLP over the same vectors. All features have one dim D: the
+    last column is the first-order weight of a key, the D - 1 before are its vector.
+    """
+
+    kind: Literal["deepfm"] = "deepfm"
+    deep: tuple[PositiveInt, ...] = (128, 64)
+    """Hidden widths of the deep MLP; its output is one logit."""
+    numeric_dim: PositiveInt = 8
+    """Width of the vectors of numeric columns where there is no feature; else it is D - 1."""
+
+
+class WideDeepConfig(Config):
+    """Wide & Deep (arXiv:1606.07792): a linear model beside a deep MLP.
+
+    The last column of a wide feature is its weight in the linear model, and the columns before are
+    its embedding. A wide feature of dim 1 is wide alone; for crossed columns that is the rule.
+    """
+
+    kind: Literal["wide_deep"] = "wide_deep"
+    deep: tuple[PositiveInt, ...] = (128, 64)
+    """Hidden widths of the deep MLP; its output is one logit."""
+    wide: tuple[str, ...] = ("*",)
+    """Names or globs of the features that are wide."""
+
+
 class CustomModel(Config):
     """A module of the user's.
 
@@ -70,7 +98,10 @@ class CustomModel(Config):
     arguments: Mapping[str, Any] = {}
 
 
-Model = Annotated[DLRMConfig | DCNConfig | CustomModel, Field(discriminator="kind")]
+Model = Annotated[
+    DLRMConfig | DCNConfig | DeepFMConfig | WideDeepConfig | CustomModel,
+    Field(discriminator="kind"),
+]
 
 
 class DenseOptimizer(Config):
