@@ -121,15 +121,21 @@ def evaluate(
 ) -> None:
     """Evaluates the newest checkpoint of a run; changes nothing in it.
 
+    `training.metrics` of the job says what is measured besides AUC, log loss, normalized entropy
+    and calibration: AUC by group (GAUC), and all metrics by slice.
+
     **Examples**
 
         penstock evaluate runs/criteo
         penstock evaluate runs/criteo --data 'day_23/*.parquet'
     """
     from penstock import run
-    from penstock.report.display import metrics_table, show
+    from penstock.report.display import metrics_table, show, slices_tables
 
-    show(metrics_table(run.evaluate(run_path, data)))
+    metrics = run.evaluate(run_path, data)
+    for table in slices_tables(metrics.get("slices", {})):
+        show(table)
+    show(metrics_table(metrics))
 
 
 @app.command()

@@ -45,6 +45,8 @@ class Rows:
     event_time: NDArray[np.int64] | None
     """[n] ms since 1970 UTC."""
     teacher: NDArray[np.float32] | None
+    groups: Sequence[pa.Array] = ()
+    """[n] of each of `Columns.groups`."""
 
     @property
     def num_rows(self) -> int:
@@ -71,6 +73,12 @@ class Window:
         self._weights = join([part.weights for part in rows])
         self._event_time = join([part.event_time for part in rows])
         self._teacher = join([part.teacher for part in rows])
+        self._groups = [
+            pa.concat_arrays([
+                group.slice(i, j - i) for group, i, j in zip(column, starts, stops, strict=True)
+            ])
+            for column in zip(*(part.groups for part in rows), strict=True)
+        ]
         self._keys = _core.JaggedWindow([k for part in rows for k in part.keys], starts, stops)
         self.num_rows = int(self._labels.shape[0])
 
@@ -101,6 +109,7 @@ class Window:
             None if self._weights is None else self._weights.take(rows),
             None if self._event_time is None else self._event_time.take(rows),
             None if self._teacher is None else self._teacher.take(rows),
+            [group.take(pa.array(rows)) for group in self._groups],
         )
 
 
@@ -114,6 +123,7 @@ class Samples(NamedTuple):
     weights: NDArray[np.float32] | None
     event_time: NDArray[np.int64] | None
     teacher: NDArray[np.float32] | None
+    groups: Sequence[pa.Array]
 
 
 class Decoder:
@@ -146,6 +156,7 @@ class Decoder:
             None
             if columns.teacher is None
             else read_numbers(table.column(columns.teacher)).astype(np.float32),
+            [plain_values(table.column(name)) for name in columns.groups],
         )
 
     def _fill_numbers(
@@ -277,6 +288,18 @@ def _parse_times(texts: pa.Array, name: str, place: Place) -> pa.Array:
         f"{place.locate(low)}, column {name!r}: {texts[low].as_py()!r} is no ISO 8601 time, or "
         "only some times of the column have a zone"
     )
+
+
+def plain_values(column: pa.ChunkedArray) -> pa.Array:
+    """Values to group rows by, in one of three types: int64, large_string, large_binary."""
+    array = one_array(column)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = array.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return array.cast(pa.large_string())
+    # Of unsigned 64-bit integers the bits are kept, as in keys.
+    return array.cast(pa.large_binary() if is_text(kind) else pa.int64(), safe=False)
 
 
 def _offsets(lengths: NDArray[np.int64] | None) -> NDArray[np.int64] | None:

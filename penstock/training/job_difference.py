@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "training.evaluate_every_steps",
     "training.evaluation_batch_size",
     "training.log_every_steps",
+    "training.metrics.*",
     "training.checkpoint.*",
     "training.threads",
     "table *.optimizer.learning_rate",
