@@ -179,7 +179,7 @@ def slices_tables(slices: Mapping[str, Any]) -> Iterator[Table]:
 def _grouped(grouped: Mapping[str, Any], digits: int = 4) -> str:
     return (
         f"{_number(grouped['auc'], digits)} ({grouped['groups']:,} groups, "
-        f"{grouped['share']:.0%} of the samples)"
+        f"{grouped['share']:.1%} of the samples)"
     )
 
 
