@@ -69,7 +69,7 @@ PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, int64_t b
 }
 
 const Hyper* hypers_of(const InRows& hypers) { return reinterpret_cast<const Hyper*>(hypers.data()); }
-static_assert(sizeof(Hyper) == 7 * sizeof(float));
+static_assert(sizeof(Hyper) == 10 * sizeof(float));
 
 template <typename T>
 using NewArray = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
@@ -234,16 +234,16 @@ void bind_host_store(nb::module_& m) {
   nb::class_<HostStore>(m, "HostStore")
       .def(
           "__init__",
-          [](HostStore* self, uint32_t dim, int optimizer,
+          [](HostStore* self, uint32_t dim, uint32_t state_dim, int optimizer,
              const std::vector<std::tuple<int, float, float, uint64_t>>& initializers, int num_threads,
              uint64_t max_bytes) {
             std::vector<Initializer> tables;
             for (const auto& [kind, scale, state, seed] : initializers) {
               tables.push_back({static_cast<InitializerKind>(kind), scale, state, seed});
             }
-            new (self) HostStore(dim, static_cast<OptimizerKind>(optimizer), std::move(tables), num_threads, max_bytes);
+            new (self) HostStore(dim, state_dim, static_cast<OptimizerKind>(optimizer), std::move(tables), num_threads, max_bytes);
           },
-          nb::arg("dim"), nb::arg("optimizer"), nb::arg("initializers"), nb::arg("num_threads"), nb::arg("max_bytes"))
+          nb::arg("dim"), nb::arg("state_dim"), nb::arg("optimizer"), nb::arg("initializers"), nb::arg("num_threads"), nb::arg("max_bytes"))
       .def("open", &HostStore::open)
       .def(
           "pooled_lookup",
@@ -256,7 +256,7 @@ void bind_host_store(nb::module_& m) {
           "apply_gradients",
           [](HostStore& self, const PlanArrays& plan,
              const std::vector<std::tuple<Lookup*, In<int64_t>, In<int64_t>, int64_t, InRows>>& gradients,
-             InRows hypers) {
+             InRows hypers, bool is_order_free) {
             std::vector<LookupGradient> parts;
             for (const auto& [lookup, keys, offsets, batch_size, grad] : gradients) {
               parts.push_back({lookup, packed(keys, offsets, batch_size), grad.data()});
@@ -265,7 +265,7 @@ void bind_host_store(nb::module_& m) {
             Status status;
             {
               const nb::gil_scoped_release release;
-              status = self.apply_gradients(plan.plan(), parts, hypers_of(hypers), &rows);
+              status = self.apply_gradients(plan.plan(), parts, hypers_of(hypers), is_order_free, &rows);
             }
             return std::make_tuple(status, rows);
           })

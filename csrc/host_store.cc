@@ -24,10 +24,10 @@ void ensure_size(std::vector<T>& v, size_t size) {
 
 }  // namespace
 
-HostStore::HostStore(uint32_t dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
+HostStore::HostStore(uint32_t dim, uint32_t state_dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
                      uint64_t max_bytes)
     : dim_(dim),
-      state_dim_(optimizer_state_dim(optimizer, dim)),
+      state_dim_(state_dim),
       max_bytes_(max_bytes != 0 ? max_bytes : 2 * uint64_t{physical_memory_bytes()}),
       kernels_(select_row_kernels(dim, optimizer, &isa_)),
       initializers_(std::move(initializers)),
@@ -314,7 +314,7 @@ void HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<L
 }
 
 Status HostStore::apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients,
-                                  const Hyper* hypers, int64_t* rows_updated) {
+                                  const Hyper* hypers, bool is_order_free, int64_t* rows_updated) {
   const std::lock_guard<std::mutex> guard(call_);
   for (LookupGradient& gradient : gradients) {
     gradient.batch.is_one_hot = gradient.lookup->is_one_hot;
@@ -336,7 +336,7 @@ Status HostStore::apply_gradients(const PoolingPlan& plan, std::vector<LookupGra
     ensure_size(scratch.begin, count + 1);
     ensure_size(scratch.order, count);
     scratch.rows += kernels_.update(rows(), scratch.occurrences.data(), static_cast<int64_t>(count),
-                                    hypers[units[unit].table],
+                                    hypers[units[unit].table], is_order_free,
                                     {scratch.hash_slots.data(), scratch.unique_of.data(), scratch.unique_slot.data(),
                                      scratch.begin.data(), scratch.order.data(), hash_size});
   });

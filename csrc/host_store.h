@@ -52,7 +52,7 @@ struct StoreMemory {
 class HostStore {
  public:
   // Tables are numbered as in `initializers`. max_bytes bounds the arenas' address range; 0: twice the machine's memory.
-  HostStore(uint32_t dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
+  HostStore(uint32_t dim, uint32_t state_dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
             uint64_t max_bytes);
 
   // False: no memory or address space.
@@ -61,9 +61,10 @@ class HostStore {
   // Pools the batch into out [B, plan.stride]. With `insert`, absent keys get rows; without, they read as initial values.
   Status pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool insert, float* out, Lookup* lookup);
 
-  // One optimizer step on every row that the look-ups touched, on the sum of its gradients; rows: how many.
+  // One optimizer step on every row that the look-ups touched, on the sum of its gradients; rows: how many. With
+  // is_order_free the bits do not depend on the order of the samples either.
   Status apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients, const Hyper* hypers,
-                         int64_t* rows);
+                         bool is_order_free, int64_t* rows);
 
   // values [n, dim] and state [n, state_dim]; absent keys read as initial. found[i]: the row was there before the call.
   Status find(uint32_t table, const int64_t* keys, int64_t count, bool insert, float* values, float* state,

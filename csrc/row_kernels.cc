@@ -2,183 +2,14 @@
 // function that another translation unit shares: the linker would keep one copy, perhaps of a set the machine lacks.
 #include "row_kernels.h"
 
-#include <cmath>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#ifndef PENSTOCK_ISA
-#error "PENSTOCK_ISA must name the namespace of this build"
-#endif
+#include "lanes.h"
+#include "optimizer_rules.h"
 
 namespace penstock {
 namespace PENSTOCK_ISA {
 namespace {
-
-constexpr int kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-
-// Dim known to the compiler (D > 0) or at run time (D == 0).
-template <int D>
-struct Shape {
-  explicit Shape(uint32_t) {}
-  static constexpr int dim() { return D; }
-};
-template <>
-struct Shape<0> {
-  explicit Shape(uint32_t dim) : dim_(static_cast<int>(dim)) {}
-  int dim() const { return dim_; }
-  int dim_;
-};
-
-// Lanes that a run-time dim can need; config allows 4096 columns.
-constexpr int kMaxChunks = 4096 / kLanes;
-template <int D>
-constexpr int kChunks = D == 0 ? kMaxChunks : (D + kLanes - 1) / kLanes;
-
-template <typename S>
-inline int num_chunks(const S& shape) {
-  return (shape.dim() + kLanes - 1) / kLanes;
-}
-
-template <typename S>
-inline int width(const S& shape, int chunk) {
-  const int left = shape.dim() - chunk * kLanes;
-  return left < kLanes ? left : kLanes;
-}
-
-// Columns beyond the dim read as 0.
-template <typename S>
-inline Lanes load(const S& shape, const float* row, int chunk) {
-  Lanes lanes = {};
-  if (width(shape, chunk) == kLanes) {
-    std::memcpy(&lanes, row + chunk * kLanes, sizeof(Lanes));
-  } else {
-    std::memcpy(&lanes, row + chunk * kLanes, width(shape, chunk) * sizeof(float));
-  }
-  return lanes;
-}
-
-template <typename S>
-inline void store(const S& shape, float* row, int chunk, Lanes lanes) {
-  if (width(shape, chunk) == kLanes) {
-    std::memcpy(row + chunk * kLanes, &lanes, sizeof(Lanes));
-  } else {
-    std::memcpy(row + chunk * kLanes, &lanes, width(shape, chunk) * sizeof(float));
-  }
-}
-
-// Writes past the caches where the row is whole cache lines; else an ordinary store.
-template <typename S>
-inline void store_streaming(const S& shape, float* row, int chunk, Lanes lanes) {
-#if defined(__AVX512F__)
-  if (width(shape, chunk) == kLanes && reinterpret_cast<uintptr_t>(row) % 64 == 0) {
-    __m512 value;
-    std::memcpy(&value, &lanes, sizeof(value));
-    _mm512_stream_ps(row + chunk * kLanes, value);
-    return;
-  }
-#elif defined(__AVX2__)
-  if (width(shape, chunk) == kLanes && reinterpret_cast<uintptr_t>(row) % 32 == 0) {
-    __m256 half[2];
-    std::memcpy(half, &lanes, sizeof(half));
-    _mm256_stream_ps(row + chunk * kLanes, half[0]);
-    _mm256_stream_ps(row + chunk * kLanes + 8, half[1]);
-    return;
-  }
-#endif
-  store(shape, row, chunk, lanes);
-}
-
-inline Lanes square_root(Lanes x) {
-  float lane[kLanes];
-  std::memcpy(lane, &x, sizeof(lane));
-  for (int i = 0; i < kLanes; ++i) lane[i] = __builtin_sqrtf(lane[i]);
-  std::memcpy(&x, lane, sizeof(lane));
-  return x;
-}
-
-// Fixed tree, so that all instruction sets and dims add in one order.
-inline float horizontal_sum(Lanes x) {
-  float lane[kLanes];
-  std::memcpy(lane, &x, sizeof(lane));
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
-}
-
-template <int kWrite, int kLocality>
-[[gnu::always_inline]] inline void prefetch_floats(const float* first, size_t count) {
-  const char* const begin = reinterpret_cast<const char*>(first);
-  const size_t bytes = count * sizeof(float);
-  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(begin + line, kWrite, kLocality);
-  // Floats that do not fill lines may reach into one more.
-  if (bytes % 64 != 0) __builtin_prefetch(begin + bytes - 1, kWrite, kLocality);
-}
-
-// --- optimizers: one struct each; step() updates one row -----------------------------------------------------------------
-
-struct Sgd {
-  template <typename S>
-  static void step(const S& shape, float* value, float*, const Lanes* grad, const Hyper& h) {
-    for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes w = load(shape, value, c);
-      store(shape, value, c, w - h.learning_rate * (grad[c] + h.weight_decay * w));
-    }
-  }
-};
-
-struct Adagrad {
-  template <typename S>
-  static void step(const S& shape, float* value, float* state, const Lanes* grad, const Hyper& h) {
-    float* const sum = state;
-    for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes w = load(shape, value, c);
-      const Lanes g = grad[c] + h.weight_decay * w;
-      const Lanes s = load(shape, sum, c) + g * g;
-      store(shape, sum, c, s);
-      store(shape, value, c, w - h.learning_rate * g / (square_root(s) + h.eps));
-    }
-  }
-};
-
-struct RowWiseAdagrad {
-  template <typename S>
-  static void step(const S& shape, float* value, float* state, const Lanes* grad, const Hyper& h) {
-    Lanes squares = {};
-    for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes g = grad[c] + h.weight_decay * load(shape, value, c);
-      squares += g * g;
-    }
-    float& sum = *state;
-    sum += horizontal_sum(squares) / static_cast<float>(shape.dim());
-    const float factor = h.learning_rate / (__builtin_sqrtf(sum) + h.eps);
-    for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes w = load(shape, value, c);
-      store(shape, value, c, w - factor * (grad[c] + h.weight_decay * w));
-    }
-  }
-};
-
-struct Adam {
-  template <typename S>
-  static void step(const S& shape, float* value, float* state, const Lanes* grad, const Hyper& h) {
-    float* const mean = state;
-    float* const variance = mean + shape.dim();
-    for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes w = load(shape, value, c);
-      const Lanes g = grad[c] + h.weight_decay * w;
-      const Lanes m = h.beta1 * load(shape, mean, c) + h.one_minus_beta1 * g;
-      const Lanes v = h.beta2 * load(shape, variance, c) + h.one_minus_beta2 * (g * g);
-      store(shape, mean, c, m);
-      store(shape, variance, c, v);
-      store(shape, value, c, w - h.learning_rate * m / (square_root(v) + h.eps));
-    }
-  }
-};
 
 // --- kernels -----------------------------------------------------------------------------------------------------------
 
@@ -306,9 +137,43 @@ inline uint32_t group_by_slot(const Occurrence* occurrences, int64_t count, cons
   return unique;
 }
 
+// Sum of scale * grad over occurrences order[first .. last) that has the same bits in any order: integers add exactly.
+// The unit is the row's largest share times 2^-40, so 2^22 occurrences fit and nothing that fp32 would keep is lost.
+template <typename S>
+[[gnu::noinline]] void sum_order_free(const S& shape, const Occurrence* occurrences, const uint32_t* first,
+                                      const uint32_t* last, Lanes* sum) {
+  float largest = 0.0f;
+  bool is_finite = true;
+  for (const uint32_t* k = first; k < last; ++k) {
+    const Occurrence& occurrence = occurrences[*k];
+    for (int i = 0; i < shape.dim(); ++i) {
+      const float share = __builtin_fabsf(occurrence.scale * occurrence.grad[i]);
+      largest = share > largest ? share : largest;
+      is_finite &= share <= 3.4028234e38f;  // false for NaN too
+    }
+  }
+  for (int c = 0; c < num_chunks(shape); ++c) sum[c] = Lanes{} + (is_finite ? 0.0f : __builtin_nanf(""));
+  if (largest == 0.0f || !is_finite) return;
+  int exponent;
+  __builtin_frexpf(largest, &exponent);
+  const double to_units = __builtin_ldexp(1.0, 40 - exponent), from_units = __builtin_ldexp(1.0, exponent - 40);
+  for (int c = 0; c < num_chunks(shape); ++c) {
+    int64_t units[kLanes] = {};
+    for (const uint32_t* k = first; k < last; ++k) {
+      const Lanes share = occurrences[*k].scale * load(shape, occurrences[*k].grad, c);
+      float lane[kLanes];
+      std::memcpy(lane, &share, sizeof(lane));
+      for (int i = 0; i < kLanes; ++i) units[i] += static_cast<int64_t>(__builtin_rint(lane[i] * to_units));
+    }
+    float lane[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(static_cast<double>(units[i]) * from_units);
+    std::memcpy(&sum[c], lane, sizeof(lane));
+  }
+}
+
 template <int D, typename Optimizer>
 int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
-               const UpdateScratch& scratch) {
+               bool is_order_free, const UpdateScratch& scratch) {
   constexpr int kGradAhead = 12;
   constexpr uint32_t kRowAhead = 16;
   const Shape<D> shape(rows.dim);
@@ -327,14 +192,19 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
   Lanes grad[kChunks<D>];
   for (uint32_t u = 0; u < unique; ++u) {
     if (u + kRowAhead < unique) prefetch_target(u + kRowAhead);
-    for (int c = 0; c < num_chunks(shape); ++c) grad[c] = Lanes{};
     const uint32_t last = scratch.begin[u + 1];
-    for (uint32_t k = scratch.begin[u]; k < last; ++k) {
-      if (k + kGradAhead < count) prefetch_grad(k + kGradAhead);
-      const Occurrence& occurrence = occurrences[scratch.order[k]];
-      for (int c = 0; c < num_chunks(shape); ++c) grad[c] += occurrence.scale * load(shape, occurrence.grad, c);
+    if (is_order_free) {
+      sum_order_free(shape, occurrences, scratch.order + scratch.begin[u], scratch.order + last, grad);
+    } else {
+      for (int c = 0; c < num_chunks(shape); ++c) grad[c] = Lanes{};
+      for (uint32_t k = scratch.begin[u]; k < last; ++k) {
+        if (k + kGradAhead < count) prefetch_grad(k + kGradAhead);
+        const Occurrence& occurrence = occurrences[scratch.order[k]];
+        for (int c = 0; c < num_chunks(shape); ++c) grad[c] += occurrence.scale * load(shape, occurrence.grad, c);
+      }
     }
     const uint32_t slot = scratch.unique_slot[u];
+    if (hyper.clip_norm > 0.0f) clip(shape, grad, hyper.clip_norm);
     Optimizer::step(shape, rows.value(slot), rows.state(slot), grad, hyper);
   }
   return unique;
@@ -345,19 +215,30 @@ void initialize(const Rows& rows, const Initializer& init, uint64_t key, float* 
   for (uint32_t i = 0; i < rows.state_dim; ++i) state[i] = init.state;
 }
 
+template <int D, typename Optimizer>
+constexpr RowKernels kKernels = {find, pool<D>, update<D, Optimizer>, initialize};
+
 template <int D>
 RowKernels kernels_of(OptimizerKind optimizer) {
   switch (optimizer) {
     case OptimizerKind::kSgd:
-      return {find, pool<D>, update<D, Sgd>, initialize};
+      return kKernels<D, Sgd>;
     case OptimizerKind::kAdagrad:
-      return {find, pool<D>, update<D, Adagrad>, initialize};
+      return kKernels<D, Adagrad>;
     case OptimizerKind::kRowWiseAdagrad:
-      return {find, pool<D>, update<D, RowWiseAdagrad>, initialize};
+      return kKernels<D, RowWiseAdagrad>;
     case OptimizerKind::kAdam:
+      return kKernels<D, Adam>;
+    case OptimizerKind::kMomentumSgd:
+      return kKernels<D, MomentumSgd>;
+    case OptimizerKind::kRowWiseAdam:
+      return kKernels<D, RowWiseAdam>;
+    case OptimizerKind::kFtrl:
+      return kKernels<D, Ftrl>;
+    case OptimizerKind::kLamb:
       break;
   }
-  return {find, pool<D>, update<D, Adam>, initialize};
+  return kKernels<D, Lamb>;
 }
 
 }  // namespace

@@ -12,17 +12,29 @@
 
 namespace penstock {
 
-enum class OptimizerKind : int32_t { kSgd = 0, kAdagrad = 1, kRowWiseAdagrad = 2, kAdam = 3 };
+enum class OptimizerKind : int32_t {
+  kSgd = 0,
+  kAdagrad = 1,
+  kRowWiseAdagrad = 2,
+  kAdam = 3,
+  kMomentumSgd = 4,
+  kRowWiseAdam = 5,
+  kFtrl = 6,
+  kLamb = 7,
+};
 
-// Optimizer settings of one table at one step; unused ones are 0.
+// Settings of one table's optimizer at one step; those that its rule has no use for are 0.
 struct Hyper {
   float learning_rate;  // with the schedule's factor; for Adam also with the bias corrections
   float weight_decay;
+  float clip_norm;  // largest L2 norm of a row's gradient; 0: any
   float eps;
-  float beta1;
-  float beta2;
+  float momentum;
   float one_minus_beta1;
   float one_minus_beta2;
+  float l1;
+  float inverse_bias1;
+  float inverse_bias2;
 };
 
 // Rows by slot, in two arrays: a look-up touches values alone, and a value of 16 floats is one cache line.
@@ -96,9 +108,9 @@ struct RowKernels {
                const Initializer* initializers, const Tile& tile, bool stream, float* out);
 
   // Sums the gradients of equal slots, in order, and applies one optimizer step to each row; all are of one table.
-  // Returns the number of rows updated.
+  // Returns the number of rows updated. is_order_free: sums that have the same bits in any order, in fixed point.
   int64_t (*update)(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
-                    const UpdateScratch& scratch);
+                    bool is_order_free, const UpdateScratch& scratch);
 
   // Writes the first value and state of a row.
   void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, float* value, float* state);
@@ -106,8 +118,6 @@ struct RowKernels {
 
 // Kernels for the best instruction set of this machine; `isa` is its name. Dim and optimizer are fixed per store.
 RowKernels select_row_kernels(uint32_t dim, OptimizerKind optimizer, const char** isa);
-
-uint32_t optimizer_state_dim(OptimizerKind optimizer, uint32_t dim);
 
 namespace isa_generic {
 RowKernels row_kernels(uint32_t dim, OptimizerKind optimizer);

@@ -2,20 +2,6 @@
 
 namespace penstock {
 
-uint32_t optimizer_state_dim(OptimizerKind optimizer, uint32_t dim) {
-  switch (optimizer) {
-    case OptimizerKind::kSgd:
-      return 0;
-    case OptimizerKind::kAdagrad:
-      return dim;
-    case OptimizerKind::kRowWiseAdagrad:
-      return 1;
-    case OptimizerKind::kAdam:
-      break;
-  }
-  return 2 * dim;
-}
-
 RowKernels select_row_kernels(uint32_t dim, OptimizerKind optimizer, const char** isa) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

@@ -37,6 +37,7 @@ class HostStore:
     def __init__(
         self,
         dim: int,
+        state_dim: int,
         optimizer: int,
         initializers: Sequence[tuple[int, float, float, int]],
         num_threads: int,
@@ -60,6 +61,7 @@ class HostStore:
             tuple[Lookup, NDArray[np.int64], NDArray[np.int64], int, NDArray[np.float32]]
         ],
         hypers: NDArray[np.float32],
+        is_order_free: bool,
     ) -> tuple[Status, int]: ...
     def find(
         self,

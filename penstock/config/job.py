@@ -190,6 +190,9 @@ class TrainingConfig(Config):
     threads: PositiveInt | None = None
     """Threads of torch and of the host store, each; null: the cores this process may use."""
     seed: Int64 = 0
+    deterministic: bool = False
+    """Embedding updates have the same bits for any order of the samples of a batch; slower. The
+    number of threads never changes a bit of them."""
 
 
 class TableDefaults(Config):

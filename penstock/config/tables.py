@@ -48,41 +48,50 @@ class Schedule(Config):
         return self
 
 
-class SGD(Config):
-    """w -= lr * (g + weight_decay * w)."""
+class Rule(Config):
+    """Fields of every embedding optimizer. lr is the learning rate times the schedule's factor."""
 
-    kind: Literal["sgd"] = "sgd"
-    learning_rate: PositiveFloat = 0.05
     weight_decay: NonNegativeFloat = 0.0
     """L2 penalty, added to the gradient of the rows that a batch touches."""
+    clip_norm: PositiveFloat | None = None
+    """Largest L2 norm of the gradient of one row and batch; null: any."""
     schedule: Schedule = Schedule()
 
 
-class Adagrad(Config):
+class SGD(Rule):
+    """w -= lr * g."""
+
+    kind: Literal["sgd"] = "sgd"
+    learning_rate: PositiveFloat = 0.05
+
+
+class MomentumSGD(Rule):
+    """m = momentum * m + g; w -= lr * m, as torch.optim.SGD; only touched rows move."""
+
+    kind: Literal["momentum_sgd"] = "momentum_sgd"
+    learning_rate: PositiveFloat = 0.05
+    momentum: Probability = 0.9
+
+
+class Adagrad(Rule):
     """s += g * g; w -= lr * g / (sqrt(s) + eps), as torch.optim.Adagrad."""
 
     kind: Literal["adagrad"] = "adagrad"
     learning_rate: PositiveFloat = 0.02
     eps: PositiveFloat = 1e-8
     initial_accumulator: NonNegativeFloat = 0.0
-    weight_decay: NonNegativeFloat = 0.0
-    """L2 penalty, added to the gradient of the rows that a batch touches."""
-    schedule: Schedule = Schedule()
 
 
-class RowWiseAdagrad(Config):
+class RowWiseAdagrad(Rule):
     """One accumulator a row: s += mean(g * g); w -= lr * g / (sqrt(s) + eps)."""
 
     kind: Literal["row_wise_adagrad"] = "row_wise_adagrad"
     learning_rate: PositiveFloat = 0.02
     eps: PositiveFloat = 1e-8
     initial_accumulator: NonNegativeFloat = 0.0
-    weight_decay: NonNegativeFloat = 0.0
-    """L2 penalty, added to the gradient of the rows that a batch touches."""
-    schedule: Schedule = Schedule()
 
 
-class Adam(Config):
+class Adam(Rule):
     """Lazy Adam, as torch.optim.SparseAdam.
 
     Only touched rows decay; bias correction is by the table's step.
@@ -93,12 +102,49 @@ class Adam(Config):
     beta1: Probability = 0.9
     beta2: Probability = 0.999
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    """L2 penalty, added to the gradient of the rows that a batch touches."""
-    schedule: Schedule = Schedule()
 
 
-Optimizer = Annotated[SGD | Adagrad | RowWiseAdagrad | Adam, Field(discriminator="kind")]
+class RowWiseAdam(Rule):
+    """Lazy Adam with one variance a row, of mean(g * g): half the state."""
+
+    kind: Literal["row_wise_adam"] = "row_wise_adam"
+    learning_rate: PositiveFloat = 1e-3
+    beta1: Probability = 0.9
+    beta2: Probability = 0.999
+    eps: PositiveFloat = 1e-8
+
+
+class FTRL(Rule):
+    """FTRL-Proximal (McMahan et al., KDD 2013, algorithm 1).
+
+    `weight_decay` is its L2; a row begins with its initial value, and from its first update on is
+    what the accumulated gradients say.
+    """
+
+    kind: Literal["ftrl"] = "ftrl"
+    learning_rate: PositiveFloat = 0.05
+    beta: PositiveFloat = 1.0
+    l1: NonNegativeFloat = 0.0
+    """Columns whose accumulated gradient stays below this are exactly 0."""
+
+
+class LAMB(Rule):
+    """Adam's step, scaled by norm of the row over norm of the step (arXiv:1904.00962).
+
+    `weight_decay` is part of the step, not of the gradient. Only touched rows move.
+    """
+
+    kind: Literal["lamb"] = "lamb"
+    learning_rate: PositiveFloat = 1e-2
+    beta1: Probability = 0.9
+    beta2: Probability = 0.999
+    eps: PositiveFloat = 1e-6
+
+
+Optimizer = Annotated[
+    SGD | MomentumSGD | Adagrad | RowWiseAdagrad | Adam | RowWiseAdam | FTRL | LAMB,
+    Field(discriminator="kind"),
+]
 
 
 class Uniform(Config):

@@ -6,7 +6,7 @@ features = [FeatureConfig(name="clicked", table="item", pooling="mean")]
 embeddings = EmbeddingCollection(tables, features)
 head = torch.nn.Linear(16, 1)
 optimizer = torch.optim.Adam(head.parameters())
-for keys, label in batches:                                # keys [B, n] int64, any value
+for keys, label in batches:  # keys [B, n] int64, any value
     sparse = KeyedJagged.pack({"clicked": Jagged.from_dense(keys)})
     loss = F.binary_cross_entropy_with_logits(head(embeddings(sparse))[:, 0], label)
     loss.backward()
@@ -81,6 +81,7 @@ class EmbeddingCollection(nn.Module):
         *,
         seed: int = 0,
         num_threads: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         """Makes empty tables.
 
@@ -89,6 +90,8 @@ class EmbeddingCollection(nn.Module):
           features: with distinct names; the order is that of the output's columns.
           seed: of the initial values.
           num_threads: threads of one look-up or update; None: the cores this process may use.
+          deterministic: an update has the same bits for any order of the samples, too; it takes
+            longer. The number of threads never changes a bit.
 
         Raises:
           ConfigError: a name twice, or a feature of an unknown table.
@@ -108,13 +111,17 @@ class EmbeddingCollection(nn.Module):
         self.num_missing = 0
         """Keys read without a row, in evaluation, since the beginning."""
         self._names = tuple(feature.name for feature in features)
-        self._groups = self._make_groups(seed, num_threads or available_cores())
+        self._groups = self._make_groups(
+            seed=seed,
+            num_threads=num_threads or available_cores(),
+            deterministic=deterministic,
+        )
         self._pending: list[_Pending] = []
         self._outputs = _core.buffer_pool()
         # Autograd calls backward only where an input needs a gradient; the tables are none.
         self._anchor = torch.zeros(0, requires_grad=True)
 
-    def _make_groups(self, seed: int, num_threads: int) -> tuple[_Group, ...]:
+    def _make_groups(self, **options: Any) -> tuple[_Group, ...]:
         first_column = [sum(self.feature_dims[:f]) for f in range(len(self.features))]
         groups = []
         for layout in dict.fromkeys(RowLayout.of(table) for table in self.tables):
@@ -125,7 +132,7 @@ class EmbeddingCollection(nn.Module):
                 for f, feature in enumerate(self.features)
                 if feature.table in number
             )
-            store = HostStore(tables, seed=seed, num_threads=num_threads)
+            store = HostStore(tables, **options)
             groups.append(_Group(store, PoolingPlan(served, sum(self.feature_dims))))
         return tuple(groups)
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.config import SGD, Adagrad, RowWiseAdagrad, TableConfig
+from penstock.config import TableConfig
 from penstock.embedding import optimizer
 from penstock.embedding.initializer import initial_values
 from penstock.embedding.store import (
@@ -52,7 +52,6 @@ class DictStore:
         self.tables = tuple(tables)
         self.layout = RowLayout.of(tables[0])
         self._seed = seed
-        self._hypers = optimizer.Hypers(tables)
         self._rows: list[dict[int, _Row]] = [{} for _ in tables]
         self._version = 0
 
@@ -153,7 +152,7 @@ class DictStore:
                         sums[name] = sums.get(name, 0.0) + share
         for (table, key), total in sums.items():
             (row,) = self._locate(table, torch.tensor([key]), insert=True)
-            update_row(self.tables[table], row.value, row.state, total, step)
+            optimizer.update_row(self.tables[table].optimizer, row.value, row.state, total, step)
         return len(sums)
 
     def memory(self) -> StoreMemory:
@@ -163,29 +162,6 @@ class DictStore:
 
     def check_invariants(self) -> None:
         """See `Store.check_invariants`; a dictionary has none to check."""
-
-
-def update_row(
-    table: TableConfig, value: FloatArray, state: FloatArray, grad: FloatArray, step: int
-) -> None:
-    """One optimizer step of one row, in place, in float64: the reference of all kernels."""
-    rule = table.optimizer
-    grad = grad + rule.weight_decay * value
-    rate = rule.learning_rate * rule.schedule.factor(step)
-    if isinstance(rule, SGD):
-        value -= rate * grad
-    elif isinstance(rule, Adagrad):
-        state += grad * grad
-        value -= rate * grad / (np.sqrt(state) + rule.eps)
-    elif isinstance(rule, RowWiseAdagrad):
-        state += np.mean(grad * grad)
-        value -= rate * grad / (np.sqrt(state) + rule.eps)
-    else:
-        mean, variance = state[: table.dim], state[table.dim :]
-        mean[:] = rule.beta1 * mean + (1 - rule.beta1) * grad
-        variance[:] = rule.beta2 * variance + (1 - rule.beta2) * grad * grad
-        bias1, bias2 = 1 - rule.beta1 ** (step + 1), 1 - rule.beta2 ** (step + 1)
-        value -= rate * np.sqrt(bias2) / bias1 * mean / (np.sqrt(variance) + rule.eps)
 
 
 def _bags(batch: KeyedJagged, feature: int) -> list[Tensor]:

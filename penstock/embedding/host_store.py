@@ -38,6 +38,7 @@ class HostStore:
         seed: int = 0,
         num_threads: int = 1,
         max_bytes: int = 0,
+        deterministic: bool = False,
     ) -> None:
         """Opens an empty store.
 
@@ -46,6 +47,8 @@ class HostStore:
           seed: of the initial values.
           num_threads: threads of one call, the caller's included.
           max_bytes: most bytes of rows; 0: twice the machine's memory.
+          deterministic: gradients are summed in fixed point, so that the bits of an update do not
+            depend on the order of the samples either (on the number of threads they never do).
         """
         layouts = {RowLayout.of(table) for table in tables}
         if len(layouts) != 1:
@@ -55,9 +58,11 @@ class HostStore:
         self.layout = layouts.pop()
         self.tables = tuple(tables)
         self._hypers = optimizer.Hypers(tables)
+        self._deterministic = deterministic
         self._core = _core.HostStore(
             dim=self.layout.dim,
-            optimizer=optimizer.KINDS[self.layout.optimizer],
+            state_dim=self.layout.state_dim,
+            optimizer=optimizer.rule_of(tables[0].optimizer).code,
             initializers=[
                 (
                     initializer.KINDS[type(table.initializer)],
@@ -177,7 +182,9 @@ class HostStore:
             )
             for lookup, batch, grad in gradients
         ]
-        status, rows = self._core.apply_gradients(_core_plan(plan), parts, self._hypers.at(step))
+        status, rows = self._core.apply_gradients(
+            _core_plan(plan), parts, self._hypers.at(step), self._deterministic
+        )
         self._raise_for(status)
         return int(rows)
 

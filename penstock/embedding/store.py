@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from penstock.config import Optimizer, TableConfig
-from penstock.embedding.optimizer import state_dim
+from penstock.embedding.optimizer import rule_of
 from penstock.types import KeyedJagged
 
 
@@ -29,7 +29,7 @@ class RowLayout(NamedTuple):
     @classmethod
     def of(cls, table: TableConfig) -> RowLayout:
         """Layout of a table's rows."""
-        return cls(table.dim, type(table.optimizer), state_dim(table.optimizer, table.dim))
+        return cls(table.dim, type(table.optimizer), rule_of(table.optimizer).state_dim(table.dim))
 
 
 class TableRows(NamedTuple):

@@ -82,7 +82,9 @@ def draw_comparison(runs: Mapping[str, RunRecord], path: Path) -> Path:
         _fit_height(axis)
         _samples_axis(axis)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, fontsize=8)
+    legend = figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, fontsize=8)
+    for handle in legend.get_lines():
+        handle.set_alpha(1.0)  # the curves of training are pale
     figure.suptitle("lines: training, each batch before its update; dots: held-out part", size=9)
     return _save(figure, path)
 

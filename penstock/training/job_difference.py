@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "training.threads",
     "table *.optimizer.learning_rate",
     "table *.optimizer.weight_decay",
+    "table *.optimizer.clip_norm",
     "table *.optimizer.schedule.*",
 )
 """Globs of fields that a resumed run may change."""

@@ -37,7 +37,11 @@ def build(job: Job, dataset: Dataset) -> Untrained:
     torch.set_num_threads(threads)
     _seed_generators(job.training.seed)
     collection = EmbeddingCollection(
-        dataset.tables, dataset.features, seed=job.training.seed, num_threads=threads
+        dataset.tables,
+        dataset.features,
+        seed=job.training.seed,
+        num_threads=threads,
+        deterministic=job.training.deterministic,
     )
     model = build_model(
         job.model,

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.config import SGD, Adagrad, Adam, Constant, RowWiseAdagrad, TableConfig, Uniform
+from penstock.config import (
+    FTRL,
+    LAMB,
+    SGD,
+    Adagrad,
+    Adam,
+    Constant,
+    MomentumSGD,
+    RowWiseAdagrad,
+    RowWiseAdam,
+    TableConfig,
+    Uniform,
+)
 from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.store import (
@@ -170,6 +182,11 @@ RULES = {
     "adagrad": Adagrad(learning_rate=0.1, weight_decay=0.01, initial_accumulator=0.1),
     "row_wise_adagrad": RowWiseAdagrad(learning_rate=0.1, weight_decay=0.01),
     "adam": Adam(learning_rate=0.01, weight_decay=0.01),
+    "clipped adam": Adam(learning_rate=0.01, clip_norm=0.5),
+    "momentum_sgd": MomentumSGD(learning_rate=0.05, weight_decay=0.01),
+    "row_wise_adam": RowWiseAdam(learning_rate=0.01, weight_decay=0.01),
+    "ftrl": FTRL(learning_rate=0.1, l1=0.3, weight_decay=0.01),
+    "lamb": LAMB(learning_rate=0.01, weight_decay=0.01),
 }
 
 
@@ -290,6 +307,74 @@ def test_threads_do_not_change_a_bit():
         results.append((out, *store.find(0, keys), *store.find(1, keys)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_deterministic_mode_has_the_same_bits_whatever_the_order(rule):
+    """1, 2 and 4 threads, permuted samples, growth at other moments: 500 steps, equal bits."""
+    dim = 5
+    tables = two_tables(dim=dim, optimizer=RULES[rule])
+    plan = PoolingPlan((PooledFeature(0, 0, False, 0), PooledFeature(1, 0, True, dim)), 2 * dim)
+    results = []
+    for threads, permute, grown in ((1, False, 0), (2, True, 0), (4, True, 50_000)):
+        rng = np.random.default_rng(0)
+        store = HostStore(tables, num_threads=threads, deterministic=True)
+        store.find_or_insert(1, torch.arange(grown))
+        for step in range(500):
+            batch = random_batch(rng, ["f0", "f1"], 40, span=60)
+            grad = torch.from_numpy(rng.standard_normal((40, 2 * dim)).astype(np.float32))
+            if permute:
+                order = torch.from_numpy(np.random.default_rng(threads + step).permutation(40))
+                batch, grad = permuted(batch, order), grad[order].contiguous()
+            lookup = store.pooled_lookup(plan, batch, insert=True, out=torch.empty(40, 2 * dim))
+            store.apply_gradients(plan, [PooledGradient(lookup, batch, grad)], step)
+        keys = torch.cat([torch.arange(-60, 60), EDGES])
+        results.append(store.find(0, keys))
+    for other in results[1:]:
+        assert_equal_bits(results[0], other)
+
+
+def permuted(batch, order):
+    columns = {}
+    for name in batch.features:
+        values, offsets = batch[name]
+        bags = [values[offsets[b] : offsets[b + 1]] for b in order.tolist()]
+        lengths = torch.tensor([0, *(len(bag) for bag in bags)])
+        columns[name] = Jagged(torch.cat(bags), lengths.cumsum(0))
+    return KeyedJagged.pack(columns)
+
+
+def assert_equal_bits(one, other):
+    for name, a, b in zip(one._fields, one, other, strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_fixed_point_sums_keep_what_fp32_keeps():
+    table = TableConfig(name="a", dim=2, optimizer=SGD(learning_rate=1.0), initializer=Constant())
+    plan = PoolingPlan((PooledFeature(0, 0, False, 0),), 2)
+    scales = [1e-30, 1e-8, 1.0, 1e8, 1e30]
+    for scale in scales:
+        store = HostStore([table], deterministic=True)
+        batch = KeyedJagged.pack({"f": Jagged.from_dense(torch.zeros(1000, dtype=torch.int64))})
+        grad = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) * scale
+        lookup = store.pooled_lookup(plan, batch, insert=True, out=torch.empty(1000, 2))
+        store.apply_gradients(plan, [PooledGradient(lookup, batch, grad)], 0)
+        got = -store.find(0, torch.zeros(1, dtype=torch.int64)).values[0]
+        # Units of 2^-40 of the largest share, 1000 roundings, then one to fp32.
+        torch.testing.assert_close(got.double(), grad.double().sum(0), rtol=2e-7, atol=scale * 1e-8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stays_visible(bad):
+    table = TableConfig(name="a", dim=2, optimizer=SGD())
+    plan = PoolingPlan((PooledFeature(0, 0, False, 0),), 2)
+    for deterministic in (False, True):
+        store = HostStore([table], deterministic=deterministic)
+        batch = KeyedJagged.pack({"f": Jagged.from_dense(torch.tensor([1]))})
+        lookup = store.pooled_lookup(plan, batch, insert=True, out=torch.empty(1, 2))
+        grad = torch.tensor([[bad, 1.0]])
+        store.apply_gradients(plan, [PooledGradient(lookup, batch, grad)], 0)
+        assert not store.find(0, torch.tensor([1])).values.isfinite().all()
 
 
 def test_full_store_raises_and_keeps_what_it_has():

@@ -3,11 +3,13 @@
 import fnmatch
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from penstock.training.checkpoint import read_manifest
+from penstock.config import Optimizer
+from penstock.embedding.optimizer import rule_of
 from penstock.training.checkpoint_files import Manifest
 from penstock.training.job_difference import MAY_CHANGE
 from tests.unit.test_checkpoint import Run
@@ -52,14 +54,12 @@ def test_every_file_is_documented(saved):
         assert f"    {name}" in section("Directory")
 
 
-def test_columns_of_state_are_as_documented(saved):
-    _, path = saved
-    manifest = read_manifest(path)
-    for table, config in zip(manifest.tables, manifest.resolved["tables"], strict=True):
-        kind = config["optimizer"]["kind"]
-        (shown,) = re.findall(rf"^\| `{kind}` \| ([^|]*) \|", section("Tables"), re.MULTILINE)
-        expected = {"0": 0, "1": 1, "dim": table.dim, "2 dim": 2 * table.dim}[shown]
-        assert table.state_dim == expected
+@pytest.mark.parametrize("optimizer", get_args(get_args(Optimizer)[0]))
+def test_columns_of_state_are_as_documented(optimizer):
+    config = optimizer()
+    (shown,) = re.findall(rf"^\| `{config.kind}` \| ([^|]*) \|", section("Tables"), re.MULTILINE)
+    expected = {"0": 0, "1": 1, "dim": 7, "dim + 1": 8, "2 dim": 14}[shown]
+    assert rule_of(config).state_dim(7) == expected
 
 
 def test_every_field_that_may_change_is_documented():

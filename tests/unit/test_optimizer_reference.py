@@ -5,11 +5,15 @@ import pytest
 import torch
 
 from penstock.config import (
+    FTRL,
+    LAMB,
     SGD,
     Adagrad,
     Adam,
     FeatureConfig,
+    MomentumSGD,
     RowWiseAdagrad,
+    RowWiseAdam,
     Schedule,
     TableConfig,
     Uniform,
@@ -25,6 +29,10 @@ RULES = {
     "adagrad": Adagrad(learning_rate=0.05, initial_accumulator=0.1, schedule=SCHEDULE),
     "row_wise_adagrad": RowWiseAdagrad(learning_rate=0.05, eps=1e-4, schedule=SCHEDULE),
     "adam": Adam(learning_rate=1e-3, eps=1e-4, weight_decay=1e-3, schedule=SCHEDULE),
+    "momentum_sgd": MomentumSGD(learning_rate=2e-3, weight_decay=1e-3, schedule=SCHEDULE),
+    "row_wise_adam": RowWiseAdam(learning_rate=5e-4, eps=1e-4, clip_norm=2.0, schedule=SCHEDULE),
+    "ftrl": FTRL(learning_rate=0.05, l1=0.05, weight_decay=1e-3, clip_norm=3.0),
+    "lamb": LAMB(learning_rate=1e-3, eps=1e-4, weight_decay=1e-3, schedule=SCHEDULE),
 }
 
 
@@ -36,8 +44,9 @@ class Reference:
         self.value = initial_values(table.initializer, seed, table.name, keys, table.dim)
         self.value = self.value.astype(np.float64)
         start = getattr(self.rule, "initial_accumulator", 0.0)
-        width = {"sgd": 0, "adagrad": 1, "adam": 2}.get(self.rule.kind, 0) * table.dim
-        width = 1 if self.rule.kind == "row_wise_adagrad" else width
+        d = table.dim
+        width = {"sgd": 0, "row_wise_adagrad": 1, "adagrad": d, "momentum_sgd": d}
+        width = (width | {"row_wise_adam": d + 1}).get(self.rule.kind, 2 * d)
         self.state = np.full((len(keys), width), start)
 
     def pool(self, rows, bags, size, is_mean):
@@ -57,7 +66,11 @@ class Reference:
             np.add.at(total, rows, grad)
             touched[rows] = True
         w, s, rule = self.value[touched], self.state[touched], self.rule
-        g = total[touched] + rule.weight_decay * w
+        g = total[touched]
+        if rule.clip_norm:
+            g = g * np.minimum(1, rule.clip_norm / np.linalg.norm(g, axis=1, keepdims=True))
+        if rule.kind not in {"ftrl", "lamb"}:
+            g = g + rule.weight_decay * w
         rate = rule.learning_rate * rule.schedule.factor(step)
         if rule.kind == "sgd":
             w -= rate * g
@@ -67,13 +80,30 @@ class Reference:
         elif rule.kind == "row_wise_adagrad":
             s += (g * g).mean(1, keepdims=True)
             w -= rate * g / (np.sqrt(s) + rule.eps)
+        elif rule.kind == "momentum_sgd":
+            s[:] = rule.momentum * s + g
+            w -= rate * s
+        elif rule.kind == "ftrl":
+            z, n = s[:, : self.dim], s[:, self.dim :]
+            z += g - (np.sqrt(n + g * g) - np.sqrt(n)) / rate * w
+            n += g * g
+            scale = (rule.beta + np.sqrt(n)) / rate + rule.weight_decay
+            w[:] = np.where(np.abs(z) > rule.l1, (np.sign(z) * rule.l1 - z) / scale, 0)
         else:
-            m, v = s[:, : self.dim], s[:, self.dim :]
-            m[:] = rule.beta1 * m + (1 - rule.beta1) * g
-            v[:] = rule.beta2 * v + (1 - rule.beta2) * g * g
-            rate *= np.sqrt(1 - rule.beta2 ** (step + 1)) / (1 - rule.beta1 ** (step + 1))
-            w -= rate * m / (np.sqrt(v) + rule.eps)
+            w -= self.adaptive_step(rule, w, s, g, rate, step)
         self.value[touched], self.state[touched] = w, s
+
+    def adaptive_step(self, rule, w, s, g, rate, step):
+        m, v = s[:, : self.dim], s[:, self.dim :]
+        square = (g * g).mean(1, keepdims=True) if rule.kind == "row_wise_adam" else g * g
+        m[:] = rule.beta1 * m + (1 - rule.beta1) * g
+        v[:] = rule.beta2 * v + (1 - rule.beta2) * square
+        bias1, bias2 = 1 - rule.beta1 ** (step + 1), 1 - rule.beta2 ** (step + 1)
+        if rule.kind != "lamb":
+            return rate * np.sqrt(bias2) / bias1 * m / (np.sqrt(v) + rule.eps)
+        r = m / bias1 / (np.sqrt(v / bias2) + rule.eps) + rule.weight_decay * w
+        norms = [np.linalg.norm(x, axis=1, keepdims=True) for x in (w, r)]
+        return rate * norms[0] / norms[1] * r
 
 
 def random_bags(rng, keys, size):
@@ -131,29 +161,22 @@ def test_thousand_steps_equal_float64(rule, dim):
         assert (error <= 1e-5 * scale).all(), (error / scale).max()
 
 
+CHANGES = {
+    "learning_rate": 0.2,
+    "weight_decay": 0.1,
+    "clip_norm": 0.3,
+    "eps": 0.1,
+    "initial_accumulator": 0.5,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "momentum": 0.5,
+    "beta": 3.0,
+    "l1": 0.2,
+}
+
+
 def settings_that_change(rule):
-    fields = {
-        SGD: {"learning_rate": 0.2, "weight_decay": 0.1},
-        Adagrad: {
-            "learning_rate": 0.2,
-            "eps": 0.1,
-            "initial_accumulator": 0.5,
-            "weight_decay": 0.1,
-        },
-        RowWiseAdagrad: {
-            "learning_rate": 0.2,
-            "eps": 0.1,
-            "initial_accumulator": 0.5,
-            "weight_decay": 0.1,
-        },
-        Adam: {
-            "learning_rate": 0.2,
-            "beta1": 0.5,
-            "beta2": 0.5,
-            "eps": 0.1,
-            "weight_decay": 0.1,
-        },
-    }[rule]
+    fields = {name: CHANGES[name] for name in set(rule.model_fields) - {"kind", "schedule"}}
     schedules = [
         {"warmup_steps": 10},
         {"decay": "linear", "decay_steps": 10},
@@ -166,11 +189,8 @@ def settings_that_change(rule):
     yield from ({"schedule": Schedule(**schedule)} for schedule in schedules)
 
 
-@pytest.mark.parametrize("rule", [SGD, Adagrad, RowWiseAdagrad, Adam])
+@pytest.mark.parametrize("rule", [type(rule) for rule in RULES.values()])
 def test_every_hyper_parameter_changes_the_result(rule):
-    assert set(rule.model_fields) - {"kind", "schedule"} == {
-        name for setting in settings_that_change(rule) for name in setting if name != "schedule"
-    }
     results = {}
     for setting in [{}, *settings_that_change(rule)]:
         table = TableConfig(name="t", dim=4, optimizer=rule(**setting))
