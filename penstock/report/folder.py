@@ -18,6 +18,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from penstock.config import Job
 from penstock.errors import ConfigError
 from penstock.job_file import dump_yaml
+from penstock.training.checkpoint import latest_checkpoint
 
 
 def default_folder(job: Job, runs: Path = Path("runs")) -> Path:
@@ -47,11 +48,15 @@ class RunFolder:
         """Raises `ConfigError` if there is something in the folder already."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; name a folder with --out")
-        if self.path.exists() and any(self.path.iterdir()):
-            raise ConfigError(
-                f"{self.path} is not empty; continue that run with --resume, or name another "
-                "folder with --out"
-            )
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if latest_checkpoint(self.checkpoints) is not None:
+            remedy = "continue that run with --resume, or name another folder with --out"
+        elif self.job_file.exists():
+            remedy = "that run wrote no checkpoint: remove the folder, or name another with --out"
+        else:
+            remedy = "name another folder with --out"
+        raise ConfigError(f"{self.path} is not empty; {remedy}")
 
     def start(self, job: Job, step: int, drop_training_at_step: bool) -> list[dict[str, Any]]:
         """Writes job.yaml and opens the metrics, without the lines of steps after `step`.

@@ -149,10 +149,27 @@ def test_a_folder_in_use_is_refused_untouched(small_job, tmp_path, quiet):
     (out / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
         story.train(small_job, out, console=quiet)
+    assert str(caught.value) == f"{out} is not empty; name another folder with --out"
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_the_remedy_for_a_folder_in_use_is_one_that_helps(small_job, tmp_path, quiet):
+    out = tmp_path / "used"
+    out.mkdir()
+    (out / "job.yaml").write_text("", encoding="utf-8")  # all that a run leaves that failed early
+    with pytest.raises(ConfigError) as caught:
+        story.train(small_job, out, console=quiet)
+    assert str(caught.value) == (
+        f"{out} is not empty; that run wrote no checkpoint: remove the folder, "
+        "or name another with --out"
+    )
+    (out / "job.yaml").unlink()
+    story.train(small_job, out, console=quiet)
+    with pytest.raises(ConfigError) as caught:
+        story.train(small_job, out, console=quiet)
     assert str(caught.value) == (
         f"{out} is not empty; continue that run with --resume, or name another folder with --out"
     )
-    assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
 def test_resume_with_another_job_is_refused_with_the_difference(
