@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from penstock.errors import ConfigError
@@ -54,7 +55,7 @@ def metrics_side_by_side(runs: Mapping[str, RunRecord]) -> Table:
     columns = dict.fromkeys(name for one in found for name in one.get("grouped_auc", {}))
     for column in columns:
         values = [one.get("grouped_auc", {}).get(column, {}).get("auc") for one in found]
-        _add_metric(shown, f"AUC grouped by {column}", values, True)
+        _add_metric(shown, f"AUC grouped by {escape(column)}", values, True)
     shown.add_section()
     for words, read in (
         ("steps", lambda run, _: f"{_last_step(run):,}"),
@@ -86,7 +87,7 @@ def job_differences(runs: Mapping[str, RunRecord]) -> Table | str:
     for path in every:
         values = [json.dumps(job[path]) if path in job else _ABSENT for job in fields]
         if len(set(values)) > 1:
-            shown.add_row(path, *values)
+            shown.add_row(escape(path), *map(escape, values))
     return shown if shown.row_count else "the jobs are equal in every field"
 
 
@@ -121,7 +122,7 @@ def _total(summary: Mapping[str, Any], quantity: str) -> int:
 
 
 def _table(first: str, runs: Mapping[str, RunRecord]) -> Table:
-    shown = Table(first, *runs)
+    shown = Table(first, *map(escape, runs))
     for column in shown.columns[1:]:
         column.justify = "right"
         column.overflow = "fold"

@@ -86,7 +86,9 @@ def _growth(growth: dict[str, Curve]) -> Table:
     shown = Table("table", "growth", "rows", "new per 1,000 samples", title="tables")
     shown.columns[2].justify = shown.columns[3].justify = "right"
     for name, curve in list(growth.items())[:_MOST_TABLES]:
-        shown.add_row(name, Text(sparkline(curve)), f"{curve.values[-1]:,.0f}", _lately(curve))
+        shown.add_row(
+            Text(name), Text(sparkline(curve)), f"{curve.values[-1]:,.0f}", _lately(curve)
+        )
     if len(growth) > _MOST_TABLES:
         rest = list(growth.values())[_MOST_TABLES:]
         rows = sum(curve.values[-1] for curve in rest)

@@ -1,13 +1,16 @@
 """What a run folder tells, in the terminal and as pictures."""
 
+import io
 import json
 import sys
 
 import pytest
+from rich.console import Console
 
 from penstock.errors import ConfigError
 from penstock.report import plots
 from penstock.report.comparison import job_differences, metrics_side_by_side
+from penstock.report.display import slices_tables
 from penstock.report.plots import can_draw, draw_comparison, draw_run
 from penstock.report.record import RunRecord
 from penstock.report.terminal_curves import curve_tables, sparkline
@@ -195,3 +198,21 @@ def test_only_fields_that_differ_are_shown(make_run):
         ["model.top", "[3]", "-"],
     ]
     assert job_differences({"a": runs["a"]}) == "the jobs are equal in every field"
+
+
+def test_brackets_are_shown_as_they_are(make_run):
+    """Rich would read [a-z] as a style and leave it out."""
+    runs = {
+        "[red]": RunRecord.read(make_run("a", job="columns: ['[a-z]*']\n")),
+        "b": RunRecord.read(make_run("b", job="columns: ['c*']\n")),
+    }
+    metrics = {"samples": 1, "positives": 0, "auc": None, "log_loss": 0.1}
+    metrics |= {"normalized_entropy": None, "calibration": None}
+    found = {"values": {"[bold]": metrics}, "rest": metrics | {"samples": 0}}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(job_differences(runs))
+    for table in slices_tables({"[city]": found}):
+        console.print(table)
+    shown = console.file.getvalue()
+    for text in ("[red]", '["[a-z]*"]', "[city]", "[bold]"):
+        assert text in shown
