@@ -38,26 +38,26 @@ using OutRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 struct PlanArrays {
   std::vector<int64_t> packed_feature;
   std::vector<uint32_t> table;
-  std::vector<uint8_t> is_mean;
+  std::vector<Pooling> pooling;
   std::vector<int64_t> column;
   int64_t stride;
   std::vector<int64_t> by_table;
 
-  PlanArrays(std::vector<int64_t> packed_feature, std::vector<uint32_t> table, std::vector<uint8_t> is_mean,
+  PlanArrays(std::vector<int64_t> packed_feature, std::vector<uint32_t> table, const std::vector<uint8_t>& pooling_codes,
              std::vector<int64_t> column, int64_t stride)
       : packed_feature(std::move(packed_feature)),
         table(std::move(table)),
-        is_mean(std::move(is_mean)),
         column(std::move(column)),
         stride(stride),
         by_table(this->table.size()) {
+    for (const uint8_t code : pooling_codes) pooling.push_back(static_cast<Pooling>(code));
     std::iota(by_table.begin(), by_table.end(), 0);
     std::stable_sort(by_table.begin(), by_table.end(),
                      [this](int64_t a, int64_t b) { return this->table[a] < this->table[b]; });
   }
 
   PoolingPlan plan() const {
-    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), is_mean.data(), column.data(),
+    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), pooling.data(), column.data(),
             stride, by_table.data()};
   }
 };
@@ -227,7 +227,7 @@ void bind_host_store(nb::module_& m) {
 
   nb::class_<PlanArrays>(m, "PoolingPlan")
       .def(nb::init<std::vector<int64_t>, std::vector<uint32_t>, std::vector<uint8_t>, std::vector<int64_t>, int64_t>(),
-           nb::arg("packed_feature"), nb::arg("table"), nb::arg("is_mean"), nb::arg("column"), nb::arg("stride"));
+           nb::arg("packed_feature"), nb::arg("table"), nb::arg("pooling"), nb::arg("column"), nb::arg("stride"));
 
   nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing);
 

@@ -300,7 +300,7 @@ void HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<L
       const int64_t first_bag = plan.packed_feature[f] * batch.batch_size;
       for (int64_t b = 0; b < batch.batch_size; ++b) {
         const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
-        const float scale = plan.is_mean[f] && end - begin > 1 ? 1.0f / static_cast<float>(end - begin) : 1.0f;
+        const float scale = bag_scale(plan.pooling[f], end - begin);
         const float* const source = grad + b * plan.stride + plan.column[f];
         for (int64_t n = begin; n < end; ++n) {
           // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots.

@@ -87,8 +87,8 @@ void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, co
         }
         for (int c = 0; c < num_chunks(shape); ++c) sum[c] += load(shape, row, c);
       }
-      if (plan.is_mean[f] && last - first > 1) {
-        const float scale = 1.0f / static_cast<float>(last - first);
+      const float scale = bag_scale(plan.pooling[f], last - first);
+      if (scale != 1.0f) {
         for (int c = 0; c < num_chunks(shape); ++c) sum[c] *= scale;
       }
       for (int c = 0; c < num_chunks(shape); ++c) {

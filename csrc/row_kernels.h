@@ -48,12 +48,21 @@ struct Rows {
   [[gnu::always_inline]] float* state(uint32_t slot) const { return states + size_t{state_dim} * slot; }
 };
 
+enum class Pooling : uint8_t { kSum = 0, kMean = 1, kSqrtN = 2 };
+
+// Factor of the sum of a bag of `size` rows.
+[[gnu::always_inline]] static inline float bag_scale(Pooling pooling, int64_t size) {
+  if (pooling == Pooling::kSum || size < 2) return 1.0f;
+  const float count = static_cast<float>(size);
+  return 1.0f / (pooling == Pooling::kMean ? count : __builtin_sqrtf(count));
+}
+
 // The features of a batch that one store serves; [F] arrays.
 struct PoolingPlan {
   int64_t num_features;
   const int64_t* packed_feature;  // which feature of the packed batch
   const uint32_t* table;
-  const uint8_t* is_mean;
+  const Pooling* pooling;
   const int64_t* column;  // first column of the output
   int64_t stride;         // columns of the output
   const int64_t* by_table;  // the plan's features, those of one table side by side, in order

@@ -23,7 +23,7 @@ class PoolingPlan:
         self,
         packed_feature: Sequence[int],
         table: Sequence[int],
-        is_mean: Sequence[int],
+        pooling: Sequence[int],
         column: Sequence[int],
         stride: int,
     ) -> None: ...

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from penstock.config.base import Config, Fraction, Int64, PositiveInt
+from penstock.config.tables import Pooling
 
 TimeUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 
@@ -170,7 +171,7 @@ class FeatureColumns(Config):
     """The table that all of them share; null: a table each, named like the column, of
     `table_defaults`.
     """
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Pooling = "sum"
     missing: Literal["empty"] | Int64 = "empty"
     """What a null reads as: an empty bag, or this key."""
     transforms: tuple[Annotated[Hash | Hex, Field(discriminator="kind")], ...] = ()

@@ -184,10 +184,14 @@ class TableConfig(Config):
     """First value of a row: a pure function of (seed, table, key, column)."""
 
 
+Pooling = Literal["sum", "mean", "sqrt_n"]
+"""How a bag of n rows becomes one vector: their sum, divided by 1, n, or the square root of n."""
+
+
 class FeatureConfig(Config):
     """One categorical input: which table it reads and how a sample's keys become one vector."""
 
     name: Annotated[str, Field(min_length=1)]
     table: str
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Pooling = "sum"
     """An empty bag pools to zeros."""

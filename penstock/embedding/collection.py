@@ -128,7 +128,7 @@ class EmbeddingCollection(nn.Module):
             tables = [table for table in self.tables if RowLayout.of(table) == layout]
             number = {table.name: n for n, table in enumerate(tables)}
             served = tuple(
-                PooledFeature(f, number[feature.table], feature.pooling == "mean", first_column[f])
+                PooledFeature(f, number[feature.table], feature.pooling, first_column[f])
                 for f, feature in enumerate(self.features)
                 if feature.table in number
             )

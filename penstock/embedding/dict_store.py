@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.config import TableConfig
+from penstock.config import Pooling, TableConfig
 from penstock.embedding import optimizer
 from penstock.embedding.initializer import initial_values
 from penstock.embedding.store import (
@@ -132,7 +132,7 @@ class DictStore:
                 missing += sum(key not in self._rows[feature.table] for key in keys.tolist())
                 rows = self._locate(feature.table, keys, insert=insert)
                 total = np.sum([row.value for row in rows], axis=0) if rows else 0.0
-                divisor = len(keys) if feature.is_mean and len(keys) else 1
+                divisor = _divisor(feature.pooling, len(keys))
                 out[sample, feature.column : last] = torch.as_tensor(total / divisor)
         return DictLookup(0 if insert else missing)
 
@@ -146,7 +146,7 @@ class DictStore:
                 last = feature.column + self.layout.dim
                 part = grad[:, feature.column : last].double().numpy()
                 for sample, keys in enumerate(_bags(batch, feature.packed_feature)):
-                    share = part[sample] / (len(keys) if feature.is_mean and len(keys) else 1)
+                    share = part[sample] / _divisor(feature.pooling, len(keys))
                     for key in keys.tolist():
                         name = (feature.table, key)
                         sums[name] = sums.get(name, 0.0) + share
@@ -162,6 +162,10 @@ class DictStore:
 
     def check_invariants(self) -> None:
         """See `Store.check_invariants`; a dictionary has none to check."""
+
+
+def _divisor(pooling: Pooling, size: int) -> float:
+    return {"sum": 1.0, "mean": float(size), "sqrt_n": size**0.5}[pooling] if size else 1.0
 
 
 def _bags(batch: KeyedJagged, feature: int) -> list[Tensor]:

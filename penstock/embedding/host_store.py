@@ -26,6 +26,8 @@ from penstock.errors import CapacityError, ConfigError
 from penstock.types import KeyedJagged
 
 MAX_TABLES = 65_535
+# As in csrc/row_kernels.h.
+POOLING_CODES = {"sum": 0, "mean": 1, "sqrt_n": 2}
 
 
 class HostStore:
@@ -230,7 +232,7 @@ def _core_plan(plan: PoolingPlan) -> _core.PoolingPlan:
     return _core.PoolingPlan(
         packed_feature=[feature.packed_feature for feature in features],
         table=[feature.table for feature in features],
-        is_mean=[int(feature.is_mean) for feature in features],
+        pooling=[POOLING_CODES[feature.pooling] for feature in features],
         column=[feature.column for feature in features],
         stride=plan.stride,
     )

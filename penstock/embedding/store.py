@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from penstock.config import Optimizer, TableConfig
+from penstock.config import Optimizer, Pooling, TableConfig
 from penstock.embedding.optimizer import rule_of
 from penstock.types import KeyedJagged
 
@@ -74,7 +74,7 @@ class PooledFeature:
     """Number of the feature in the packed batch."""
     table: int
     """Number of the table in the store."""
-    is_mean: bool
+    pooling: Pooling
     column: int
     """First column in the output."""
 

@@ -197,9 +197,9 @@ def test_fused_paths_agree_with_the_oracle(open_store, rule, dim):
     # f0 and f2 share a table; the store serves packed features 0, 1 and 3; column gaps stay alone.
     plan = PoolingPlan(
         (
-            PooledFeature(0, 0, False, 0),
-            PooledFeature(1, 1, True, dim),
-            PooledFeature(3, 0, True, 2 * dim + 2),
+            PooledFeature(0, 0, "sum", 0),
+            PooledFeature(1, 1, "mean", dim),
+            PooledFeature(3, 0, "sqrt_n", 2 * dim + 2),
         ),
         3 * dim + 2,
     )
@@ -234,7 +234,7 @@ def test_fused_paths_agree_with_the_oracle(open_store, rule, dim):
 
 def test_gradients_of_several_lookups_are_one_step(open_store):
     tables = two_tables(dim=2, optimizer=RowWiseAdagrad(), initializer=Constant(value=1.0))[:1]
-    plan = PoolingPlan((PooledFeature(0, 0, False, 0),), 2)
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 2)
     one, two = open_store(tables), open_store(tables)
     batch = KeyedJagged.pack({"f": Jagged.from_dense(torch.tensor([5, 6, 5, 7]))})
     grad = torch.arange(8.0).reshape(4, 2)
@@ -254,7 +254,7 @@ def test_gradients_of_several_lookups_are_one_step(open_store):
 
 def test_a_row_erased_before_the_update_begins_anew(open_store):
     tables = [TableConfig(name="a", dim=1, optimizer=SGD(learning_rate=1.0))]
-    plan = PoolingPlan((PooledFeature(0, 0, False, 0),), 1)
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 1)
     store = open_store(tables)
     keys = torch.tensor([5, 6])
     store.insert_or_assign(0, TableRows(keys, torch.ones(2, 1), torch.zeros(2, 0)))
@@ -273,7 +273,7 @@ def test_a_row_erased_before_the_update_begins_anew(open_store):
 
 def test_lookup_without_insert_counts_missing_keys(open_store):
     tables = two_tables(dim=2, initializer=Uniform())
-    plan = PoolingPlan((PooledFeature(0, 0, False, 0),), 2)
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 2)
     store = open_store(tables)
     store.find_or_insert(0, torch.tensor([1, 2]))
     batch = KeyedJagged.pack({"f": Jagged.from_dense(torch.tensor([[1, 3], [4, 4]]))})
@@ -292,7 +292,7 @@ def test_random_operations_agree_with_the_oracle():
 
 def test_threads_do_not_change_a_bit():
     tables = two_tables(dim=16, optimizer=Adam())
-    plan = PoolingPlan((PooledFeature(0, 0, False, 0), PooledFeature(1, 1, True, 16)), 32)
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0), PooledFeature(1, 1, "mean", 16)), 32)
     results = []
     for threads in (1, 2, 5):
         rng = np.random.default_rng(0)
@@ -314,7 +314,7 @@ def test_deterministic_mode_has_the_same_bits_whatever_the_order(rule):
     """1, 2 and 4 threads, permuted samples, growth at other moments: 500 steps, equal bits."""
     dim = 5
     tables = two_tables(dim=dim, optimizer=RULES[rule])
-    plan = PoolingPlan((PooledFeature(0, 0, False, 0), PooledFeature(1, 0, True, dim)), 2 * dim)
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0), PooledFeature(1, 0, "mean", dim)), 2 * dim)
     results = []
     for threads, permute, grown in ((1, False, 0), (2, True, 0), (4, True, 50_000)):
         rng = np.random.default_rng(0)
@@ -351,7 +351,7 @@ def assert_equal_bits(one, other):
 
 def test_fixed_point_sums_keep_what_fp32_keeps():
     table = TableConfig(name="a", dim=2, optimizer=SGD(learning_rate=1.0), initializer=Constant())
-    plan = PoolingPlan((PooledFeature(0, 0, False, 0),), 2)
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 2)
     scales = [1e-30, 1e-8, 1.0, 1e8, 1e30]
     for scale in scales:
         store = HostStore([table], deterministic=True)
@@ -367,7 +367,7 @@ def test_fixed_point_sums_keep_what_fp32_keeps():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_stays_visible(bad):
     table = TableConfig(name="a", dim=2, optimizer=SGD())
-    plan = PoolingPlan((PooledFeature(0, 0, False, 0),), 2)
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 2)
     for deterministic in (False, True):
         store = HostStore([table], deterministic=deterministic)
         batch = KeyedJagged.pack({"f": Jagged.from_dense(torch.tensor([1]))})
