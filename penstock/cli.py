@@ -121,15 +121,21 @@ def evaluate(
 ) -> None:
     """Evaluates the newest checkpoint of a run; changes nothing in it.
 
+    `training.metrics` of the job says what is measured besides AUC, log loss, normalized entropy
+    and calibration: AUC by group (GAUC), and all metrics by slice.
+
     **Examples**
 
         penstock evaluate runs/criteo
         penstock evaluate runs/criteo --data 'day_23/*.parquet'
     """
     from penstock import run
-    from penstock.report.display import metrics_table, show
+    from penstock.report.display import metrics_table, show, slices_tables
 
-    show(metrics_table(run.evaluate(run_path, data)))
+    metrics = run.evaluate(run_path, data)
+    for table in slices_tables(metrics.get("slices", {})):
+        show(table)
+    show(metrics_table(metrics))
 
 
 @app.command()
@@ -161,18 +167,56 @@ def predict(
 
 
 @app.command()
-def inspect(run_path: RunArgument) -> None:
-    """Shows what a run or checkpoint holds, and verifies its checksums.
+def inspect(
+    run_path: RunArgument,
+    plots: Annotated[
+        bool, typer.Option("--plots/--no-plots", help="Draw PNG files into RUN/plots.")
+    ] = True,
+) -> None:
+    """Shows what a run or checkpoint holds, verifies its checksums, and draws its curves.
+
+    Of a run folder: the curves of loss, normalized entropy and AUC; predicted against observed
+    rate on the held-out part; rows of each table over the samples. Small in the terminal, and as
+    training.png, calibration.png and tables.png in RUN/plots, which needs matplotlib
+    (`pip install 'penstock[plots]'`). Works while the run is still training, too, once it has a
+    checkpoint.
 
     **Examples**
 
         penstock inspect runs/criteo
+        penstock inspect runs/criteo --no-plots
         penstock inspect runs/criteo/checkpoints/step-000000010000
     """
     from penstock.report.display import show
     from penstock.report.inspection import inspect_path
 
-    for part in inspect_path(run_path):
+    for part in inspect_path(run_path, draw=plots):
+        show(part)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run folders.")
+    ],
+    out: Annotated[Path, typer.Option(help="PNG file of the curves.")] = Path("compare.png"),
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the PNG file.")] = True,
+) -> None:
+    """Shows runs side by side: their metrics, what differs in their jobs, and their curves.
+
+    The best value of each metric is bold. Fields that are the same in all jobs are left out. The
+    curves of all runs are drawn over each other into one PNG file, which needs matplotlib
+    (`pip install 'penstock[plots]'`).
+
+    **Examples**
+
+        penstock compare runs/dlrm runs/deepfm
+        penstock compare runs/lr-* --out learning_rates.png
+    """
+    from penstock.report.comparison import compare_runs
+    from penstock.report.display import show
+
+    for part in compare_runs(runs, out if plots else None):
         show(part)
 
 

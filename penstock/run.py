@@ -76,7 +76,7 @@ def train(
         return run.report.finished(run.summary())
 
 
-def evaluate(path: Path, data: str | None = None) -> dict[str, float]:
+def evaluate(path: Path, data: str | None = None) -> dict[str, Any]:
     """Measures the newest checkpoint of a run.
 
     Args:
@@ -93,7 +93,9 @@ def evaluate(path: Path, data: str | None = None) -> dict[str, float]:
     """
     trained = open_trained(path, data)
     with trained.batches() as batches:
-        metrics = evaluate_batches(batches, trained.model, trained.collection)
+        metrics = evaluate_batches(
+            batches, trained.model, trained.collection, trained.job.training.metrics
+        )
     if trained.dataset.quarantined_rows:
         metrics["quarantined_rows"] = trained.dataset.quarantined_rows
     return metrics
@@ -240,9 +242,11 @@ class Run:
         batch_size = self.job.training.evaluation_batch_size
         with (
             self.clock.measure("evaluation"),
-            self.dataset.batches("evaluation", batch_size=batch_size) as batches,
+            self.dataset.batches("evaluation", batch_size=batch_size, groups=True) as batches,
         ):
-            metrics = evaluate_batches(batches, self.state.model, self.state.collection)
+            metrics = evaluate_batches(
+                batches, self.state.model, self.state.collection, self.job.training.metrics
+            )
         self.report.evaluation(self.state.step, metrics)
 
     def save(self) -> None:

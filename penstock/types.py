@@ -7,10 +7,11 @@ optimizer state), F features, T tables, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -138,6 +139,10 @@ class Batch:
     """Where the batch after it begins; a checkpoint taken after this batch's step stores it."""
     origin: str
     """The rows' place in words for messages, e.g. `day_3.parquet rows 8192-16383 (shuffled)`."""
+    groups: Mapping[str, pa.Array] = field(default_factory=dict)
+    """Columns by which metrics are grouped, as they are in the source: [B] int64, text or bytes,
+    null where missing. In evaluation alone.
+    """
 
     @property
     def batch_size(self) -> int:

@@ -57,6 +57,34 @@ class DCNConfig(Config):
     """
 
 
+class DeepFMConfig(Config):
+    """DeepFM (arXiv:1703.04247).
+
+    A factorization machine and a deep MLP over the same vectors. All features have one dim D: the
+    last column is the first-order weight of a key, the D - 1 before are its vector.
+    """
+
+    kind: Literal["deepfm"] = "deepfm"
+    deep: tuple[PositiveInt, ...] = (128, 64)
+    """Hidden widths of the deep MLP; its output is one logit."""
+    numeric_dim: PositiveInt = 8
+    """Width of the vectors of numeric columns where there is no feature; else it is D - 1."""
+
+
+class WideDeepConfig(Config):
+    """Wide & Deep (arXiv:1606.07792): a linear model beside a deep MLP.
+
+    The last column of a wide feature is its weight in the linear model, and the columns before are
+    its embedding. A wide feature of dim 1 is wide alone; for crossed columns that is the rule.
+    """
+
+    kind: Literal["wide_deep"] = "wide_deep"
+    deep: tuple[PositiveInt, ...] = (128, 64)
+    """Hidden widths of the deep MLP; its output is one logit."""
+    wide: tuple[str, ...] = ("*",)
+    """Names or globs of the features that are wide."""
+
+
 class CustomModel(Config):
     """A module of the user's.
 
@@ -70,7 +98,10 @@ class CustomModel(Config):
     arguments: Mapping[str, Any] = {}
 
 
-Model = Annotated[DLRMConfig | DCNConfig | CustomModel, Field(discriminator="kind")]
+Model = Annotated[
+    DLRMConfig | DCNConfig | DeepFMConfig | WideDeepConfig | CustomModel,
+    Field(discriminator="kind"),
+]
 
 
 class DenseOptimizer(Config):
@@ -100,6 +131,47 @@ class CheckpointConfig(Config):
     keep_last: PositiveInt = 2
 
 
+class SliceConfig(Config):
+    """Metrics of each of the most frequent values of a column, and of all other rows."""
+
+    by: str
+    """A column of integers or strings; it need not be a feature."""
+    top: Annotated[int, Field(ge=1, le=100)] = 10
+    """How many values get metrics of their own: the most frequent ones among the first 262,144
+    held-out rows.
+    """
+
+
+class MetricsConfig(Config):
+    """What an evaluation measures besides AUC, log loss, normalized entropy and calibration."""
+
+    exact_auc: bool = False
+    """Count every different score. Otherwise at most 2^20 are told apart, which is within 1e-4 of
+    the exact AUC and exact below that number. Exact costs 20 bytes a different score.
+    """
+    grouped_auc: tuple[str, ...] = ()
+    """Columns (user, session, query; integers or strings, features or not). For each, the mean
+    over its values of the AUC among the rows of one value, weighted by their number (GAUC).
+    """
+    slices: tuple[SliceConfig, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns by which rows are grouped, each once."""
+        return tuple(dict.fromkeys([*self.grouped_auc, *(one.by for one in self.slices)]))
+
+    @model_validator(mode="after")
+    def _no_column_twice(self) -> MetricsConfig:
+        for field, names in (
+            ("grouped_auc", list(self.grouped_auc)),
+            ("slices", [one.by for one in self.slices]),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{field} names column {name!r} twice; remove one")
+        return self
+
+
 class TrainingConfig(Config):
     """How the job is trained."""
 
@@ -112,6 +184,7 @@ class TrainingConfig(Config):
     evaluate_every_steps: PositiveInt | None = None
     """null: at the end alone."""
     evaluation_batch_size: PositiveInt = 8192
+    metrics: MetricsConfig = MetricsConfig()
     log_every_steps: PositiveInt = 100
     checkpoint: CheckpointConfig = CheckpointConfig()
     threads: PositiveInt | None = None

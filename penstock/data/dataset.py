@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -122,6 +123,7 @@ class Dataset:
         epochs: int = 1,
         start: Position = Position(),  # noqa: B008 (frozen)
         shuffle: bool | None = None,
+        groups: bool = False,
     ) -> Loader:
         """Starts reading a part.
 
@@ -132,6 +134,7 @@ class Dataset:
           epochs: passes over the part, counted from epoch 0 whatever `start` is.
           start: where to begin; the `end` of a batch continues exactly after it.
           shuffle: False: in order; None: as the job says.
+          groups: also read the columns by which metrics are grouped, into `Batch.groups`.
 
         Returns:
           An iterator of batches with threads of its own; close it, or use it in a `with`.
@@ -150,7 +153,8 @@ class Dataset:
         shuffled = part == "train" and shuffle is not False
         plan = LoaderPlan.of(batch_size, window if shuffled else 0, seed, epochs, start)
         data = self._job.data
-        return Loader(rows, self._columns, plan, data.reader_threads, data.prefetch_batches)
+        columns = self._columns if groups else replace(self._columns, groups=())
+        return Loader(rows, columns, plan, data.reader_threads, data.prefetch_batches)
 
     def _rows(self, part: Part) -> PartRows:
         if part not in self._parts:

@@ -50,6 +50,8 @@ class Rows:
     event_time: NDArray[np.int64] | None
     """[n] ms since 1970 UTC."""
     teacher: NDArray[np.float32] | None
+    groups: Sequence[pa.Array] = ()
+    """[n] of each of `Columns.groups`."""
 
     @property
     def num_rows(self) -> int:
@@ -76,6 +78,12 @@ class Window:
         self._weights = join([part.weights for part in rows])
         self._event_time = join([part.event_time for part in rows])
         self._teacher = join([part.teacher for part in rows])
+        self._groups = [
+            pa.concat_arrays([
+                group.slice(i, j - i) for group, i, j in zip(column, starts, stops, strict=True)
+            ])
+            for column in zip(*(part.groups for part in rows), strict=True)
+        ]
         self._keys = _core.JaggedWindow([k for part in rows for k in part.keys], starts, stops)
         self._num_features = len(rows[0].keys)
         self.num_rows = int(self._labels.shape[0])
@@ -92,6 +100,7 @@ class Window:
 
         dense, labels = take(self._dense), take(self._labels)
         weights, event_time, teacher = map(take, (self._weights, self._event_time, self._teacher))
+        groups = [group.take(pa.array(rows)) for group in self._groups]
 
         for number, low in enumerate(range(0, len(rows), batch_size)):
             high = min(low + batch_size, len(rows))
@@ -111,6 +120,7 @@ class Window:
                 None if weights is None else weights[low:high],
                 None if event_time is None else event_time[low:high],
                 None if teacher is None else teacher[low:high],
+                [group.slice(low, high - low) for group in groups],
             )
 
 
@@ -130,6 +140,7 @@ class Samples(NamedTuple):
     weights: NDArray[np.float32] | None
     event_time: NDArray[np.int64] | None
     teacher: NDArray[np.float32] | None
+    groups: Sequence[pa.Array]
 
 
 class Decoder:
@@ -172,6 +183,7 @@ class Decoder:
             None
             if columns.teacher is None
             else read_numbers(table.column(columns.teacher)).astype(np.float32),
+            [plain_values(table.column(name)) for name in columns.groups],
         )
 
     def _fill_numbers(
@@ -317,6 +329,18 @@ def _not_one_number(bad: BadValue, name: str, place: Place) -> DataError:
         f"{place.locate(bad.index)}, column {name!r}: {bad.reason}; mend the file, or list the "
         "column under `features`"
     )
+
+
+def plain_values(column: pa.ChunkedArray) -> pa.Array:
+    """Values to group rows by, in one of three types: int64, large_string, large_binary."""
+    array = one_array(column)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = array.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return array.cast(pa.large_string())
+    # Of unsigned 64-bit integers the bits are kept, as in keys.
+    return array.cast(pa.large_binary() if is_text(kind) else pa.int64(), safe=False)
 
 
 def _offsets(lengths: NDArray[np.int64] | None) -> NDArray[np.int64] | None:

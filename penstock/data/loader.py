@@ -94,6 +94,7 @@ class Loader:
             )
         self._part = part
         self._plan = plan
+        self._groups = columns.groups
         self._features = columns.feature_names
         self._columns = columns.names
         self._decoder = Decoder(columns)
@@ -308,6 +309,7 @@ class Loader:
             start=start,
             end=end,
             origin=origin,
+            groups=dict(zip(self._groups, rows.groups, strict=True)),
         )
 
     def _origin(self, window: _Stretch, start: int, stop: int) -> str:

@@ -69,6 +69,8 @@ class Columns:
     crosses: tuple[CrossedFeature, ...] = ()
     time_unit: TimeUnit = "ms"
     """Of integers in `event_time`."""
+    groups: tuple[str, ...] = ()
+    """Columns by which metrics are grouped; they may be features too."""
 
     @property
     def numeric_names(self) -> tuple[str, ...]:
@@ -90,6 +92,7 @@ class Columns:
                 *self.numeric_names,
                 *(feature.name for feature in self.features),
                 *(name for one in self.crosses for name in one.columns),
+                *self.groups,
             ])
         )
 
@@ -173,6 +176,7 @@ def resolve_columns(
         features=tuple(features),
         crosses=job.crosses,
         time_unit=data.event_time_unit,
+        groups=_group_columns(job, schema, origin) if labels == "required" else (),
     )
     _check_crosses(columns, schema, origin)
     _check_types(columns, schema, origin, isinstance(data.source, TextSource | JsonLinesSource))
@@ -336,6 +340,24 @@ def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -
         remedy = _key_remedy(schema.field(feature.name).type, feature, text)
         if remedy is not None:
             raise wrong(feature.name, remedy)
+
+
+def _group_columns(job: Job, schema: pa.Schema, origin: str) -> tuple[str, ...]:
+    """Columns by which metrics are grouped, if they are there and of a fitting type."""
+    names = job.training.metrics.columns
+    for name in names:
+        if name not in schema.names:
+            raise DataError(
+                f"{origin}: no column {name!r} (training.metrics){_nearest(name, schema.names)}"
+            )
+        kind = schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+            raise DataError(
+                f"{origin}: column {name!r} is {kind}; training.metrics groups rows by integers "
+                "or strings; name another column"
+            )
+    return names
 
 
 def _is_number(kind: pa.DataType) -> bool:

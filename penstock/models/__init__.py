@@ -11,13 +11,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from penstock.config import CustomModel, DCNConfig, DLRMConfig, Model
+from penstock.config import CustomModel, DCNConfig, DeepFMConfig, DLRMConfig, Model, WideDeepConfig
 from penstock.errors import ConfigError
 from penstock.models.custom import build_custom
 from penstock.models.dcn import DCN
+from penstock.models.deepfm import DeepFM
 from penstock.models.dlrm import DLRM
+from penstock.models.wide_deep import WideDeep
 
-__all__ = ["DCN", "DLRM", "build_model"]
+__all__ = ["DCN", "DLRM", "DeepFM", "WideDeep", "build_model"]
 
 
 def build_model(
@@ -39,8 +41,9 @@ def build_model(
       feature_dims] float32) -> logits [B] float32.
 
     Raises:
-      ConfigError: there is no input at all, DLRM with features of several dims, or a custom model
-        that cannot be imported, called, or that returns something else than logits [B].
+      ConfigError: there is no input at all, DLRM or DeepFM with features of several dims, a glob of
+        Wide & Deep that matches no feature, or a custom model that cannot be imported, called, or
+        that returns something else than logits [B].
     """
     if num_numeric == 0 and not feature_dims:
         raise ConfigError(
@@ -52,5 +55,9 @@ def build_model(
             return DLRM(config, num_numeric, feature_dims, feature_names)
         case DCNConfig():
             return DCN(config, num_numeric, feature_dims)
+        case DeepFMConfig():
+            return DeepFM(config, num_numeric, feature_dims, feature_names)
+        case WideDeepConfig():
+            return WideDeep(config, num_numeric, feature_dims, feature_names)
         case CustomModel():
             return build_custom(config, num_numeric, feature_dims)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -95,6 +96,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     if summary.get("teacher_auc") is not None:
         table.add_row("teacher's AUC, the best reachable", _number(summary["teacher_auc"]))
         table.add_row("share of the way from 0.5", f"{summary['share_of_teacher']:.1%}")
+    for column, grouped in summary.get("grouped_auc", {}).items():
+        table.add_row(f"AUC grouped by {escape(column)}", _grouped(grouped))
     table.add_row("log loss", _number(summary["log_loss"]))
     table.add_row("normalised entropy", _number(summary["normalized_entropy"]))
     table.add_row("calibration", _number(summary["calibration"]))
@@ -145,8 +148,42 @@ def metrics_table(metrics: Mapping[str, Any], title: str = "") -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else _number(value, 6))
+        if isinstance(value, int):
+            table.add_row(name, f"{value:,}")
+        elif isinstance(value, float) or value is None:
+            table.add_row(name, _number(value, 6))
+    for column, grouped in metrics.get("grouped_auc", {}).items():
+        table.add_row(f"AUC grouped by {escape(column)}", _grouped(grouped, 6))
     return table
+
+
+def slices_tables(slices: Mapping[str, Any]) -> Iterator[Table]:
+    """One table for each column by which the metrics were sliced."""
+    for column, found in slices.items():
+        table = Table(
+            escape(column), "samples", "label rate", "AUC", "log loss", "NE", "calibration"
+        )
+        for shown in table.columns[1:]:
+            shown.justify = "right"
+        for name, metrics in (*found["values"].items(), ("all others", found["rest"])):
+            samples = metrics["samples"]
+            table.add_row(
+                escape(name),
+                f"{samples:,}",
+                _number(metrics["positives"] / samples if samples else None),
+                *(
+                    _number(metrics[metric])
+                    for metric in ("auc", "log_loss", "normalized_entropy", "calibration")
+                ),
+            )
+        yield table
+
+
+def _grouped(grouped: Mapping[str, Any], digits: int = 4) -> str:
+    return (
+        f"{_number(grouped['auc'], digits)} ({grouped['groups']:,} groups, "
+        f"{grouped['share']:.1%} of the samples)"
+    )
 
 
 def show(item: Table | str) -> None:

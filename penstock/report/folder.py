@@ -1,6 +1,7 @@
 """The run folder: which files a run writes, and how they go on after a restart.
 
-job.yaml (every field), metrics.jsonl, tensorboard/, checkpoints/, summary.json, quarantine.jsonl.
+job.yaml (every field), metrics.jsonl, tensorboard/, checkpoints/, summary.json, quarantine.jsonl;
+plots/ is what `inspect` draws.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class RunFolder:
         self.summary_file = path / "summary.json"
         self.quarantine_file = path / "quarantine.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
         self._tensorboard: SummaryWriter | None = None
 
     def refuse_unless_new(self) -> None:
@@ -74,7 +76,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.job_file, dump_yaml(job))
             last = {"train": step - drop_training_at_step, "evaluation": step}
-            lines = _read_lines(self.metrics_file)
+            lines = read_lines(self.metrics_file)
             kept = [line for line in lines if line["step"] <= last[line["kind"]]]
             _replace(self.metrics_file, "".join(f"{json.dumps(line)}\n" for line in kept))
             # TensorBoard hides events of an earlier process from the purge step on.
@@ -106,8 +108,8 @@ class RunFolder:
             self._tensorboard.close()
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSON-lines file; a last line torn by a crash is left out."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads the lines of a JSON-lines file; a last line torn by a crash is left out."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run or a checkpoint holds, as tables for the terminal."""
+"""What a run or a checkpoint holds, as tables for the terminal and pictures in the run folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from rich.table import Table
 
 from penstock.report.display import size_text, tables_table
 from penstock.report.folder import RunFolder
+from penstock.report.plots import MISSING, can_draw, draw_run
+from penstock.report.record import RunRecord
+from penstock.report.terminal_curves import curve_tables
 from penstock.training.checkpoint_files import Manifest, verify
 from penstock.training.trained import locate_checkpoint
 
 
-def inspect_path(path: Path) -> Iterator[Table | str]:
+def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
     """Describes the newest checkpoint of a run folder, or the checkpoint that `path` is.
+
+    Args:
+      path: a run folder, whose curves are shown too, or a checkpoint.
+      draw: also draw the run's curves to PNG files, in `plots` of the run folder.
 
     Raises:
       CheckpointError: there is none, or a file does not match its checksum.
+      ConfigError: the metrics cannot be read, or a picture cannot be written.
     """
     checkpoint = locate_checkpoint(path)
     manifest = verify(checkpoint)
@@ -35,8 +43,21 @@ def inspect_path(path: Path) -> Iterator[Table | str]:
     summary = RunFolder(path).summary_file
     if summary.is_file():
         yield _metrics(summary)
+    if RunFolder(path).metrics_file.is_file():
+        yield from _curves(RunRecord.read(path), draw)
     size = sum(record.bytes for record in manifest.files.values())
     yield f"{len(manifest.files)} files, {size_text(size)}: all checksums verified"
+
+
+def _curves(record: RunRecord, draw: bool) -> Iterator[Table | str]:
+    yield from curve_tables(record)
+    if not draw:
+        return
+    if not can_draw():
+        yield MISSING
+        return
+    for file in draw_run(record, RunFolder(record.path).plots):
+        yield f"picture {file}"
 
 
 def _overview(manifest: Manifest) -> Table:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from penstock.config import Job
-from penstock.report.display import Display, summary_table, tables_table
+from penstock.report.display import Display, slices_tables, summary_table, tables_table
 from penstock.report.environment import hardware, peak_memory_bytes, versions
 from penstock.report.folder import RunFolder
 
@@ -21,6 +21,8 @@ _SUMMARIZED = (
     "log_loss",
     "normalized_entropy",
     "calibration",
+    "grouped_auc",
+    "slices",
 )
 """Metrics that go from the last evaluation into the summary."""
 
@@ -118,6 +120,8 @@ class RunReport:
         self._display.stop()
         if len(whole["tables"]) > 1:
             self._console.print(tables_table(whole["tables"]))
+        for table in slices_tables(whole.get("slices", {})):
+            self._console.print(table)
         self._console.print(summary_table(whole))
         self._display.line(f"run folder: {self._folder.path}")
         return whole

@@ -5,36 +5,64 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from penstock.config import MetricsConfig
 from penstock.embedding.collection import EmbeddingCollection
-from penstock.training.metrics import BinaryMetrics, logits_of_probabilities
+from penstock.training.grouped_metrics import GroupedAUC, SliceMetrics
+from penstock.training.metrics import MAX_BINS, BinaryMetrics, logits_of_probabilities
 from penstock.training.step import look_up
 from penstock.types import Batch
 
+CALIBRATION_BUCKETS = 20
+
 
 def evaluate_batches(
-    batches: Iterable[Batch], model: nn.Module, collection: EmbeddingCollection
-) -> dict[str, float]:
+    batches: Iterable[Batch],
+    model: nn.Module,
+    collection: EmbeddingCollection,
+    wanted: MetricsConfig,
+) -> dict[str, Any]:
     """Measures the model on batches with labels.
+
+    Args:
+      batches: with the columns of `wanted` in their `groups`.
+      model: maps (dense [B, n], embeddings [B, sum D]) to logits [B].
+      collection: the embedding tables.
+      wanted: metrics besides the usual ones.
 
     Returns:
       What `BinaryMetrics.compute` returns; where the batches know their teacher, also
       `teacher_auc`, the AUC of the true probabilities on the same samples, and
-      `share_of_teacher`, (auc - 0.5) / (teacher_auc - 0.5).
+      `share_of_teacher`, (auc - 0.5) / (teacher_auc - 0.5). `grouped_auc` and `slices`, where
+      wanted: by column, what `GroupedAUC.compute` and `SliceMetrics.compute` return.
+      `calibration_buckets`, see `BinaryMetrics.calibration_buckets`.
     """
-    metrics, teacher = BinaryMetrics(), BinaryMetrics()
+    bins = None if wanted.exact_auc else MAX_BINS
+    metrics, teacher = BinaryMetrics(bins), BinaryMetrics(bins)
+    grouped = {column: GroupedAUC() for column in wanted.grouped_auc}
+    slices = {one.by: SliceMetrics(one.top, exact_auc=wanted.exact_auc) for one in wanted.slices}
     for batch, logits in scored(batches, model, collection):
         metrics.update(logits, batch.labels, batch.weights)
+        for by_column in (grouped, slices):
+            for column, of_column in by_column.items():
+                of_column.update(batch.groups[column], logits, batch.labels, batch.weights)
         if batch.teacher is not None:
             best = logits_of_probabilities(batch.teacher)
             teacher.update(best, batch.labels, batch.weights)
-    result, best_reachable = metrics.compute(), teacher.compute()
+    result: dict[str, Any] = dict(metrics.compute())
+    best_reachable = teacher.compute()
     if best_reachable["samples"]:
         result["teacher_auc"] = best_reachable["auc"]
         result["share_of_teacher"] = share_of_the_way(result["auc"], best_reachable["auc"])
+    if grouped:
+        result["grouped_auc"] = {column: one.compute() for column, one in grouped.items()}
+    if slices:
+        result["slices"] = {column: one.compute() for column, one in slices.items()}
+    result["calibration_buckets"] = metrics.calibration_buckets(CALIBRATION_BUCKETS)
     return result
 
 

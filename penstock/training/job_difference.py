@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "training.evaluate_every_steps",
     "training.evaluation_batch_size",
     "training.log_every_steps",
+    "training.metrics.*",
     "training.checkpoint.*",
     "training.threads",
     "table *.optimizer.learning_rate",
@@ -82,7 +83,7 @@ def differences(
         before = parse_job(saved_job).model_dump(mode="json")
     except ConfigError:
         before = dict(saved_job)
-    lines = _compare(_leaves(before), _leaves(job.model_dump(mode="json")))
+    lines = _compare(leaves(before), leaves(job.model_dump(mode="json")))
     return [*lines, *resolved_differences(saved, resolved)]
 
 
@@ -99,7 +100,7 @@ def resolved_differences(saved: Mapping[str, Any], resolved: Mapping[str, Any]) 
         common = [name for name in before if name in after]
         for name in common:
             prefix = f"{kind} {name}."
-            lines += _compare(_leaves(before[name], prefix), _leaves(after[name], prefix))
+            lines += _compare(leaves(before[name], prefix), leaves(after[name], prefix))
         # A table is found by its name, but the features' order is that of the model's inputs.
         order = [name for name in after if name in before]
         if kind == "feature" and common != order:
@@ -133,14 +134,14 @@ def _show(value: Any) -> str:
     return "absent" if value is _ABSENT else json.dumps(value)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of everything that is not itself a mapping or a list of mappings."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _leaves(item, f"{path}{name}." if _is_inner(item) else f"{path}{name}")
+            yield from leaves(item, f"{path}{name}." if _is_inner(item) else f"{path}{name}")
     elif isinstance(value, list) and _is_inner(value):
         for place, item in enumerate(value):
-            yield from _leaves(item, f"{path}{place}.")
+            yield from leaves(item, f"{path}{place}.")
     else:
         yield path, value
 

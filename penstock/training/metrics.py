@@ -29,12 +29,15 @@ class BinaryMetrics:
     dropped) until they fit: with any number of samples a bin is then at most about 2^-12 of its
     score wide, and the error stays below 1e-4 unless most scores lie closer together than that.
     The bins depend on the set of scores alone, not on their order.
+
+    Args:
+      max_bins: different scores that are told apart, 20 bytes each; None: all, for an exact AUC.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bins: int | None = MAX_BINS) -> None:
         # Weighted sums of: loss, prediction, label, one; then the numbers of samples, positives.
         self._sums = torch.zeros(6, dtype=torch.float64)
-        self._histogram = _ScoreHistogram(MAX_BINS)
+        self._histogram = _ScoreHistogram(max_bins)
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Adds samples.
@@ -102,6 +105,16 @@ class BinaryMetrics:
             "samples": int(samples),
             "positives": int(positives),
         }
+
+    def calibration_buckets(self, count: int) -> list[list[float]]:
+        """Predicted and observed rates by the height of the score.
+
+        Returns:
+          At most `count` buckets of about equal weight, from low to high scores, each a list of
+          mean prediction, mean label and weight. Equal scores lie in one bucket. The prediction is
+          that of the first score of each bin of the histogram.
+        """
+        return self._histogram.buckets(count)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state as tensors of fixed names; not shared with this object."""
@@ -185,6 +198,22 @@ class _ScoreHistogram:
         below = self._negative.cumsum(0) - 0.5 * self._negative
         return float((self._positive * below).sum()) / weight
 
+    def buckets(self, count: int) -> list[list[float]]:
+        self._settle()
+        weight = self._positive + self._negative
+        total = float(weight.sum())
+        if not total:
+            return []
+        middle = weight.cumsum(0) - 0.5 * weight
+        bucket = (middle * (count / total)).to(torch.int64).clamp(max=count - 1)
+        scores = _score_of_bits(self._bins << self._shift).to(torch.float64)
+        sums = torch.zeros(3, count, dtype=torch.float64)
+        for row, amount in enumerate((torch.sigmoid(scores) * weight, self._positive, weight)):
+            sums[row].index_add_(0, bucket, amount)
+        sums = sums[:, sums[2] > 0]
+        rates: list[list[float]] = torch.stack((*(sums[:2] / sums[2]), sums[2]), 1).tolist()
+        return rates
+
     def state_dict(self) -> dict[str, Tensor]:
         self._settle()
         return {
@@ -245,3 +274,8 @@ def _ordered_bits(scores: Tensor) -> Tensor:
     # Adding zero turns -0.0, which equals 0.0 but has other bits, into 0.0.
     bits = (scores + 0.0).view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _score_of_bits(bits: Tensor) -> Tensor:
+    """Inverse of `_ordered_bits`."""
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)

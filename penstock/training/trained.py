@@ -49,7 +49,7 @@ class Trained:
     def batches(self) -> Loader:
         """The rows to score, in order of reading, once."""
         batch_size = self.job.training.evaluation_batch_size
-        return self.dataset.batches(self.part, batch_size=batch_size, shuffle=False)
+        return self.dataset.batches(self.part, batch_size=batch_size, shuffle=False, groups=True)
 
 
 def open_trained(path: Path, data: str | None = None, labels: Labels = "required") -> Trained:

@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-COMMANDS = (["train"], ["evaluate"], ["predict"], ["inspect"], ["schema"], ["data", "synth"])
+COMMANDS = (
+    ["train"],
+    ["evaluate"],
+    ["predict"],
+    ["inspect"],
+    ["compare"],
+    ["schema"],
+    ["data", "synth"],
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -19,13 +27,14 @@ def test_every_command_has_help_with_an_example(penstock, command):
 def test_help_lists_what_exists(penstock):
     code, shown, _ = penstock("--help")
     assert code == 0
-    for command in ("train", "evaluate", "predict", "inspect", "data", "schema"):
+    for command in ("train", "evaluate", "predict", "inspect", "compare", "data", "schema"):
         assert f"│ {command} " in shown
     assert shown.count("│ ") == len([
         "train",
         "evaluate",
         "predict",
         "inspect",
+        "compare",
         "data",
         "schema",
         "help",

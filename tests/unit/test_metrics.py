@@ -82,12 +82,11 @@ def test_auc_stays_within_1e_4_when_bins_are_joined(name, monkeypatch):
     # Fewer bins than scores at a size that a test can afford. The bulk of the last but one is so
     # narrow that it needs nearly all that there are.
     max_bins = 1 << 17 if name == "heavy tail on a narrow bulk" else 1 << 12
-    monkeypatch.setattr(metrics_module, "MAX_BINS", max_bins)
     monkeypatch.setattr(metrics_module, "_PENDING_SAMPLES", 50_000)
     generator = torch.Generator().manual_seed(2)
     scores = distribution(name, 500_000, generator)
     labels = labels_for(scores, generator)
-    metrics = BinaryMetrics()
+    metrics = BinaryMetrics(max_bins)
     for part in torch.arange(500_000).split(8192):
         metrics.update(scores[part], labels[part])
     assert metrics.state_dict()["bins"].numel() <= max_bins
@@ -169,16 +168,14 @@ def test_no_samples_have_no_metrics():
 
 
 @pytest.mark.parametrize("max_bins", [1 << 20, 64])
-def test_state_is_additive_and_survives_a_round_trip(max_bins, monkeypatch):
-    monkeypatch.setattr(metrics_module, "MAX_BINS", max_bins)
+def test_state_is_additive_and_survives_a_round_trip(max_bins):
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(3000, generator=generator)
     labels = labels_for(logits, generator)
-    whole, first, second = BinaryMetrics(), BinaryMetrics(), BinaryMetrics()
+    whole, first, second, restored = (BinaryMetrics(max_bins) for _ in range(4))
     whole.update(logits, labels)
     first.update(logits[:100], labels[:100])
     second.update(logits[100:], labels[100:])
-    restored = BinaryMetrics()
     restored.load_state_dict(first.state_dict())
     restored.merge(second)
     second.merge(first)
@@ -187,6 +184,49 @@ def test_state_is_additive_and_survives_a_round_trip(max_bins, monkeypatch):
         assert got["auc"] == expected["auc"]  # the same bins, whatever the order
         assert got["log_loss"] == pytest.approx(expected["log_loss"], rel=1e-12)
         assert got["samples"] == 3000
+
+
+def test_without_a_limit_of_bins_the_auc_is_exact(monkeypatch):
+    monkeypatch.setattr(metrics_module, "_PENDING_SAMPLES", 10_000)
+    generator = torch.Generator().manual_seed(5)
+    # Scores so close together that 2^12 bins cannot tell them apart.
+    scores = 1 + torch.randn(100_000, generator=generator) * 2e-5
+    labels = labels_for((scores - 1) * 1e5, generator)
+    exact, coarse = BinaryMetrics(None), BinaryMetrics(64)
+    for part in torch.arange(100_000).split(3000):
+        exact.update(scores[part], labels[part])
+        coarse.update(scores[part], labels[part])
+    reference = exact_auc(scores, labels)
+    assert exact.compute()["auc"] == pytest.approx(reference, abs=1e-12)
+    assert coarse.compute()["auc"] != pytest.approx(reference, abs=1e-3)
+
+
+def test_calibration_buckets_are_of_equal_weight_and_agree_with_the_samples():
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(20_000, generator=generator) * 2 - 2
+    labels = labels_for(logits, generator)
+    weights = torch.rand(20_000, generator=generator)
+    metrics = BinaryMetrics()
+    metrics.update(logits, labels, weights)
+    buckets = torch.tensor(metrics.calibration_buckets(10), dtype=torch.float64)
+    order = logits.argsort()
+    place = (weights[order].double().cumsum(0) - 0.5 * weights[order]) / weights.double().sum() * 10
+    for number, (predicted, observed, weight) in enumerate(buckets):
+        rows = order[place.long() == number]
+        of_rows = weights[rows].double()
+        assert weight == pytest.approx(float(of_rows.sum()), rel=1e-9)
+        assert weight == pytest.approx(float(weights.double().sum()) / 10, rel=1e-3)
+        prediction = (torch.sigmoid(logits[rows].double()) * of_rows).sum() / of_rows.sum()
+        assert predicted == pytest.approx(float(prediction), rel=1e-9)
+        assert observed == pytest.approx(float((labels[rows] * of_rows).sum() / of_rows.sum()))
+    assert bool((buckets[1:, 0] > buckets[:-1, 0]).all())
+
+
+def test_equal_scores_share_one_calibration_bucket():
+    metrics = BinaryMetrics()
+    assert metrics.calibration_buckets(5) == []
+    metrics.update(torch.zeros(8), torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 1]))
+    assert metrics.calibration_buckets(5) == [[0.5, 0.25, 8.0]]
 
 
 def test_the_callers_tensors_are_not_kept():

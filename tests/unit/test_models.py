@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from penstock.config import CustomModel, DCNConfig, DLRMConfig
+from penstock.config import CustomModel, DCNConfig, DeepFMConfig, DLRMConfig, WideDeepConfig
 from penstock.errors import ConfigError
-from penstock.models import DCN, DLRM, build_model
+from penstock.models import DCN, DLRM, DeepFM, WideDeep, build_model
 
 
 def inputs(batch_size, num_numeric, feature_dims, seed=0):
@@ -47,6 +47,46 @@ def dcn_by_loops(model, dense, embeddings):
     return torch.stack(logits)
 
 
+def linear_by_loops(model, dense, weights):
+    """Bias, numbers and the weights of the keys, of one sample."""
+    part = model.first_order
+    return (
+        part.bias
+        + sum(x * w for x, w in zip(dense, part.number_weights, strict=True))
+        + sum(weights)
+    )
+
+
+def deepfm_by_loops(model, dense, embeddings):
+    """The paper's formula, one sample and one pair of fields at a time."""
+    logits = []
+    for sample in range(dense.shape[0]):
+        rows = embeddings[sample].reshape(-1, model.dim + 1)
+        fields = [x * v for x, v in zip(dense[sample], model.numeric_vectors, strict=True)]
+        fields += [row[:-1] for row in rows]
+        linear = linear_by_loops(model, dense[sample], [row[-1] for row in rows])
+        pairs = sum(torch.dot(fields[i], fields[j]) for i in range(len(fields)) for j in range(i))
+        logits.append(linear + pairs + model.deep(torch.cat(fields).unsqueeze(0))[0])
+    return torch.stack(logits)
+
+
+def wide_deep_by_loops(feature_dims, wide):
+    def forward(model, dense, embeddings):
+        logits = []
+        for sample in range(dense.shape[0]):
+            weights, inputs = [], [dense[sample]]
+            for row, is_wide in zip(embeddings[sample].split(feature_dims), wide, strict=True):
+                weights += [row[-1]] if is_wide else []
+                inputs.append(row[:-1] if is_wide else row)
+            logit = linear_by_loops(model, dense[sample], weights)
+            if model.deep is not None:
+                logit = logit + model.deep(torch.cat(inputs).unsqueeze(0))[0]
+            logits.append(logit)
+        return torch.stack(logits)
+
+    return forward
+
+
 def check_against(reference, model, dense, embeddings):
     """Logits and all gradients in float64, so that the tolerance is rounding alone."""
     model = model.double()
@@ -55,7 +95,9 @@ def check_against(reference, model, dense, embeddings):
     dense, embeddings = (
         part.double().requires_grad_(part.numel() > 0) for part in (dense, embeddings)
     )
-    wanted = [part for part in (dense, embeddings, *model.parameters()) if part.requires_grad]
+    # A model may keep a parameter of no element for inputs that are not there.
+    parts = (dense, embeddings, *model.parameters())
+    wanted = [part for part in parts if part.requires_grad and part.numel()]
     results = []
     for forward in (model, lambda d, e: reference(model, d, e)):
         logits = forward(dense, embeddings)
@@ -95,7 +137,54 @@ def test_dcn_is_the_papers_formula(structure, low_rank, deep, num_numeric, featu
     check_against(dcn_by_loops, model, *inputs(3, num_numeric, feature_dims))
 
 
-@pytest.mark.parametrize("config", [DLRMConfig(), DCNConfig(), DCNConfig(structure="stacked")])
+@pytest.mark.parametrize(
+    ("num_numeric", "feature_dims", "deep"),
+    [(3, (8,) * 5, (12, 4)), (0, (4, 4, 4), (8,)), (0, (2,), ()), (1, (5,), ()), (4, (), (6,))],
+)
+def test_deepfm_is_the_papers_formula(num_numeric, feature_dims, deep):
+    torch.manual_seed(0)
+    model = build_model(DeepFMConfig(deep=deep, numeric_dim=3), num_numeric, feature_dims)
+    assert isinstance(model, DeepFM)
+    assert model.dim == (feature_dims[0] - 1 if feature_dims else 3)
+    check_against(deepfm_by_loops, model, *inputs(4, num_numeric, feature_dims))
+
+
+@pytest.mark.parametrize(
+    ("num_numeric", "feature_dims", "patterns", "wide"),
+    [
+        (3, (8, 1, 4), ("*",), (True, True, True)),
+        (3, (8, 1, 4), ("b", "c*"), (False, True, True)),
+        (0, (8, 1, 4), (), (False, False, False)),
+        (0, (1, 1, 1), ("*",), (True, True, True)),
+        (2, (), ("*",), ()),
+    ],
+)
+def test_wide_and_deep_is_the_papers_formula(num_numeric, feature_dims, patterns, wide):
+    torch.manual_seed(0)
+    config = WideDeepConfig(deep=(6, 3), wide=patterns)
+    names = ("a", "b", "c")[: len(feature_dims)]
+    model = build_model(config, num_numeric, feature_dims, names)
+    assert isinstance(model, WideDeep)
+    reference = wide_deep_by_loops(feature_dims, wide)
+    check_against(reference, model, *inputs(4, num_numeric, feature_dims))
+
+
+def test_a_feature_of_dim_1_enters_the_linear_model_alone():
+    model = build_model(WideDeepConfig(), 0, (1, 4), ("cross", "item"))
+    assert model.first_order.vector_dims == (0, 3)
+    assert model.deep.hidden[0].in_features == 3
+
+
+EVERY_MODEL = [
+    DLRMConfig(),
+    DCNConfig(),
+    DCNConfig(structure="stacked"),
+    DeepFMConfig(),
+    WideDeepConfig(),
+]
+
+
+@pytest.mark.parametrize("config", EVERY_MODEL)
 @pytest.mark.parametrize("batch_size", [0, 1, 33])
 def test_logits_are_finite_of_one_number_a_sample_and_small_at_first(config, batch_size):
     torch.manual_seed(0)
@@ -107,7 +196,7 @@ def test_logits_are_finite_of_one_number_a_sample_and_small_at_first(config, bat
     assert bool((logits.abs() < 20).all())
 
 
-@pytest.mark.parametrize("config", [DLRMConfig(), DCNConfig()])
+@pytest.mark.parametrize("config", EVERY_MODEL)
 def test_initial_weights_are_a_function_of_the_seed(config):
     states = []
     for _ in range(2):
@@ -116,7 +205,7 @@ def test_initial_weights_are_a_function_of_the_seed(config):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("config", [DLRMConfig(), DCNConfig(), DCNConfig(structure="stacked")])
+@pytest.mark.parametrize("config", EVERY_MODEL)
 def test_the_graph_has_no_breaks(config):
     model = build_model(config, 3, (8, 8))
     dense, embeddings = inputs(5, 3, (8, 8))
@@ -133,6 +222,25 @@ def test_dlrm_refuses_several_dims():
     )
     with pytest.raises(ConfigError, match="got feature 0 16, feature 1 8;"):
         build_model(DLRMConfig(), 2, (16, 8))
+
+
+@pytest.mark.parametrize(
+    ("dims", "shown"), [((16, 8), "user 16, item 8"), ((1, 1), "user 1, item 1")]
+)
+def test_deepfm_refuses_dims_without_a_common_vector(dims, shown):
+    with pytest.raises(ConfigError) as caught:
+        build_model(DeepFMConfig(), 2, dims, ("user", "item"))
+    assert str(caught.value) == (
+        "model deepfm needs one embedding dim of at least 2 for all features (the last column is "
+        f"the first-order weight), got {shown}; give their tables one `dim`, or use model kind "
+        "wide_deep, which takes any dims"
+    )
+
+
+def test_a_wide_feature_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        build_model(WideDeepConfig(wide=("item*", "age")), 2, (4, 4), ("user", "item"))
+    assert str(caught.value) == ("model.wide: 'age' matches no feature; there are user, item")
 
 
 def test_no_input_is_refused():

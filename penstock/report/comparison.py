@@ -1,0 +1,141 @@
+"""Several runs side by side: their summaries, and the fields in which their jobs differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from penstock.errors import ConfigError
+from penstock.report.display import size_text
+from penstock.report.plots import MISSING, can_draw, draw_comparison
+from penstock.report.record import RunRecord
+from penstock.training.job_difference import leaves
+
+_HIGHER_IS_BETTER = {
+    "auc": True,
+    "teacher_auc": None,
+    "share_of_teacher": True,
+    "log_loss": False,
+    "normalized_entropy": False,
+    "calibration": None,
+}
+_ABSENT = "-"
+
+
+def compare_runs(paths: Sequence[Path], picture: Path | None) -> Iterator[Table | str]:
+    """Describes runs side by side and lays their curves over each other.
+
+    Args:
+      paths: at least two run folders.
+      picture: PNG file to draw; None: none.
+
+    Raises:
+      ConfigError: fewer than two runs, one is no run folder, or the picture cannot be written.
+    """
+    if len(paths) < 2:
+        raise ConfigError("compare needs two runs or more; `penstock inspect RUN` shows one")
+    runs = {name: RunRecord.read(path) for name, path in _names(paths).items()}
+    yield metrics_side_by_side(runs)
+    yield job_differences(runs)
+    if picture is not None:
+        yield f"curves: {draw_comparison(runs, picture)}" if can_draw() else MISSING
+
+
+def metrics_side_by_side(runs: Mapping[str, RunRecord]) -> Table:
+    """Metrics of the last evaluation (or summary), one column a run; the best one is bold."""
+    shown = _table("metric", runs)
+    found = [_last_metrics(run) for run in runs.values()]
+    for metric, is_higher_better in _HIGHER_IS_BETTER.items():
+        _add_metric(shown, metric, [one.get(metric) for one in found], is_higher_better)
+    columns = dict.fromkeys(name for one in found for name in one.get("grouped_auc", {}))
+    for column in columns:
+        values = [one.get("grouped_auc", {}).get(column, {}).get("auc") for one in found]
+        _add_metric(shown, f"AUC grouped by {escape(column)}", values, True)
+    shown.add_section()
+    for words, read in (
+        ("steps", lambda run, _: f"{_last_step(run):,}"),
+        ("samples", lambda run, _: f"{run.training[-1]['samples']:,}" if run.training else "0"),
+        ("samples/s", lambda _, summary: f"{summary['samples_per_s']:,.0f}"),
+        ("wall time", lambda _, summary: f"{summary['wall_s']:,.1f} s"),
+        ("peak memory", lambda _, summary: size_text(summary["peak_memory_bytes"])),
+        ("embedding rows", lambda _, summary: f"{_total(summary, 'rows'):,}"),
+        ("embedding bytes", lambda _, summary: size_text(_total(summary, "bytes"))),
+    ):
+        needs_summary = words not in {"steps", "samples"}
+        shown.add_row(
+            words,
+            *(
+                _ABSENT if needs_summary and run.summary is None else read(run, run.summary)
+                for run in runs.values()
+            ),
+        )
+    if any(run.summary is None for run in runs.values()):
+        shown.caption = "-: the run has not come to its end"
+    return shown
+
+
+def job_differences(runs: Mapping[str, RunRecord]) -> Table | str:
+    """Fields of the jobs that are not the same in all runs, one column a run."""
+    fields = [dict(leaves(run.job)) for run in runs.values()]
+    every = dict.fromkeys(path for job in fields for path in job)
+    shown = _table("field of the job", runs)
+    for path in every:
+        values = [json.dumps(job[path]) if path in job else _ABSENT for job in fields]
+        if len(set(values)) > 1:
+            shown.add_row(escape(path), *map(escape, values))
+    return shown if shown.row_count else "the jobs are equal in every field"
+
+
+def _add_metric(
+    table: Table, name: str, values: list[float | None], is_higher_better: bool | None
+) -> None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return
+    best = None if is_higher_better is None else (max if is_higher_better else min)(known)
+    texts = [_ABSENT if value is None else f"{value:.6f}" for value in values]
+    shown = [
+        f"[bold]{text}[/bold]" if best is not None and value == best else text
+        for text, value in zip(texts, values, strict=True)
+    ]
+    table.add_row(name, *shown)
+
+
+def _last_metrics(run: RunRecord) -> Mapping[str, Any]:
+    for found in (run.evaluations, run.training):
+        if found:
+            return found[-1]
+    return {}
+
+
+def _last_step(run: RunRecord) -> int:
+    return max((line["step"] for line in (*run.training, *run.evaluations)), default=0)
+
+
+def _total(summary: Mapping[str, Any], quantity: str) -> int:
+    return sum(table[quantity] for table in summary["tables"].values())
+
+
+def _table(first: str, runs: Mapping[str, RunRecord]) -> Table:
+    shown = Table(first, *map(escape, runs))
+    for column in shown.columns[1:]:
+        column.justify = "right"
+        column.overflow = "fold"
+    return shown
+
+
+def _names(paths: Sequence[Path]) -> dict[str, Path]:
+    """A name for each run: the folder's, or where two would be the same, the path as given."""
+    last = [path.resolve().name for path in paths]
+    names = [
+        name if last.count(name) == 1 else str(path) for name, path in zip(last, paths, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{twice} is given twice; name each run once")
+    return dict(zip(names, paths, strict=True))

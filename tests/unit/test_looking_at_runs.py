@@ -1,0 +1,218 @@
+"""What a run folder tells, in the terminal and as pictures."""
+
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from penstock.errors import ConfigError
+from penstock.report import plots
+from penstock.report.comparison import job_differences, metrics_side_by_side
+from penstock.report.display import slices_tables
+from penstock.report.plots import can_draw, draw_comparison, draw_run
+from penstock.report.record import RunRecord
+from penstock.report.terminal_curves import curve_tables, sparkline
+from tests.unit.tables import cells
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def train_line(step, **fields):
+    rows = {"small": {"rows": 3, "bytes": 12}, "large": {"rows": 10 * step, "bytes": 40 * step}}
+    line = {"kind": "train", "step": step, "samples": 100 * step, "auc": 0.5 + step / 100}
+    return line | {"log_loss": 1 / step, "normalized_entropy": 2 / step, "tables": rows} | fields
+
+
+def evaluation_line(step, **fields):
+    buckets = [[0.01, 0.0, 50.0], [0.1, 0.2, 50.0], [0.6, 0.5, 50.0]]
+    line = {"kind": "evaluation", "step": step, "samples": 150, "auc": 0.7, "log_loss": 0.4}
+    line |= {"normalized_entropy": 0.9, "calibration": 1.25, "calibration_buckets": buckets}
+    return line | fields
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name="run", lines=None, job="name: small\nmodel: {kind: dlrm}\n", summary=None):
+        path = tmp_path / name
+        path.mkdir()
+        (path / "job.yaml").write_text(job)
+        if lines is None:
+            lines = [*(train_line(step) for step in range(1, 21)), evaluation_line(20)]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (path / "metrics.jsonl").write_text(text + '{"kind": "train", "st')  # torn by a crash
+        if summary is not None:
+            (path / "summary.json").write_text(json.dumps(summary))
+        return path
+
+    return make
+
+
+def test_curves_are_the_lines_of_the_metrics(make_run):
+    lines = [train_line(10), train_line(20, auc=None), evaluation_line(15), train_line(30)]
+    record = RunRecord.read(make_run(lines=lines))
+    curve = record.training_curve("auc")
+    assert curve.samples.tolist() == [1000, 3000]  # what is undefined is left out
+    assert curve.values.tolist() == [0.6, 0.8]
+    held_out = record.evaluation_curve("auc")
+    assert (held_out.samples.tolist(), held_out.values.tolist()) == ([1500], [0.7])
+    assert list(record.growth()) == ["large", "small"]
+    assert record.growth()["large"].values.tolist() == [100, 200, 300]
+    assert record.summary is None
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        RunRecord.read(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: no run folder (it has no job.yaml and metrics.jsonl); name the folder that "
+        "`penstock train` wrote"
+    )
+
+
+def test_a_damaged_line_is_named_and_not_skipped(make_run):
+    path = make_run()
+    (path / "metrics.jsonl").write_text('{"kind": \n{"kind": "train"}\n')
+    with pytest.raises(ConfigError, match=f"{path}: cannot read the run folder: "):
+        RunRecord.read(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "expected"),
+    [
+        ([], 8, ""),
+        ([5.0], 8, "▁"),
+        ([2.0, 2.0], 8, "▁▁"),
+        (range(8), 8, "▁▂▃▄▅▆▇█"),
+        ([0, 0, 7, 7], 2, "▁█"),
+    ],
+)
+def test_sparkline(make_run, values, width, expected):
+    lines = [train_line(step + 1, auc=value) for step, value in enumerate(values)]
+    curve = RunRecord.read(make_run(lines=lines)).training_curve("auc")
+    assert sparkline(curve, width) == expected
+
+
+def test_the_fall_of_the_first_steps_does_not_flatten_the_rest(make_run):
+    lines = [train_line(step, log_loss=90.0 if step < 3 else step % 2) for step in range(1, 31)]
+    curve = RunRecord.read(make_run(lines=lines)).training_curve("log_loss")
+    assert set(sparkline(curve)[2:]) == {"▁"}
+    assert sparkline(curve, skip_start=True) == "██" + "█▁" * 14
+
+
+def test_the_terminal_shows_curves_calibration_and_growth(make_run):
+    shown = [cells(table) for table in curve_tables(RunRecord.read(make_run()))]
+    curves, calibration, growth = shown
+    assert ["AUC", "held-out", "▁", "0.7000", "0.7000"] in curves
+    assert [row[:2] for row in calibration] == [
+        ["0.0100", "0.0000"],
+        ["0.1000", "0.2000"],
+        ["0.6000", "0.5000"],
+    ]
+    assert calibration[1][2].split() == ["2.00", "|" + "▶" * 8]
+    climb = "▁▁▂▂▂▃▃▄▄▄▅▅▅▆▆▇▇▇██"
+    assert growth[0] == ["large", climb, "200", "100.0"]
+    assert growth[1][0] == "small"
+
+
+def test_pictures_hold_the_points(make_run, tmp_path):
+    record = RunRecord.read(make_run())
+    written = draw_run(record, tmp_path / "plots")
+    assert [file.name for file in written] == ["training.png", "calibration.png", "tables.png"]
+    assert all(file.read_bytes().startswith(PNG) for file in written)
+    auc = plots._training(record).axes[2]
+    training, held_out = auc.lines
+    assert training.get_xdata().tolist() == [100 * step for step in range(1, 21)]
+    assert held_out.get_ydata().tolist() == [0.7]
+    axis = plots._calibration(record).axes[0]
+    by_label = {line.get_label(): line for line in axis.lines}
+    assert by_label["no positive"].get_xdata().tolist() == [0.01]  # zero has no logarithm
+    assert 0 < by_label["no positive"].get_ydata()[0] < 0.2
+    growth, bars = plots._tables(record.growth()).axes
+    assert [patch.get_height() for patch in bars.patches] == [200, 3]
+    assert growth.lines[0].get_ydata()[-1] == 200
+
+
+def test_runs_with_little_in_them_are_drawn_too(make_run, tmp_path):
+    one = RunRecord.read(make_run("one", [train_line(5, auc=None)]))
+    assert [file.name for file in draw_run(one, tmp_path / "a")] == ["training.png", "tables.png"]
+    none = RunRecord.read(make_run("none", []))
+    assert draw_run(none, tmp_path / "b") == []
+    assert list(curve_tables(none)) == []
+    assert draw_comparison({"one": one, "none": none}, tmp_path / "c.png").stat().st_size
+    without = [train_line(1) | {"tables": {}}, evaluation_line(1, calibration_buckets=[])]
+    bare = RunRecord.read(make_run("bare", without))
+    assert [file.name for file in draw_run(bare, tmp_path / "d")] == ["training.png"]
+    never = [evaluation_line(1, calibration=None, calibration_buckets=[[0.2, 0.0, 9.0]])]
+    assert len(draw_run(RunRecord.read(make_run("never", never)), tmp_path / "e")) == 1
+
+
+def test_a_comparison_draws_every_run(make_run, tmp_path):
+    runs = {name: RunRecord.read(make_run(name)) for name in ("a", "b")}
+    file = draw_comparison(runs, tmp_path / "both.png")
+    alone = draw_comparison({"a": runs["a"]}, tmp_path / "one.png")
+    assert file.read_bytes() != alone.read_bytes()
+    with pytest.raises(ConfigError, match=r"both\.xyz: cannot write the picture: "):
+        draw_comparison(runs, tmp_path / "both.xyz")
+
+
+def test_without_matplotlib_nothing_can_be_drawn(monkeypatch):
+    assert can_draw()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not can_draw()
+
+
+def test_metrics_of_unfinished_runs_stand_beside_finished_ones(make_run):
+    summary = {
+        "samples_per_s": 1234.5,
+        "wall_s": 6.0,
+        "peak_memory_bytes": 3 << 20,
+        "tables": {"a": {"rows": 7, "bytes": 2048}},
+    }
+    grouped = {"grouped_auc": {"user": {"auc": 0.65, "groups": 3, "share": 1.0}}}
+    done = RunRecord.read(
+        make_run("done", [train_line(20), evaluation_line(20, **grouped)], summary=summary)
+    )
+    running = RunRecord.read(make_run("running", [train_line(7)]))
+    table = metrics_side_by_side({"done": done, "running": running})
+    rows = {row[0]: row[1:] for row in cells(table)}
+    assert rows["auc"] == ["[bold]0.700000[/bold]", "0.570000"]
+    assert rows["log_loss"] == ["0.400000", "[bold]0.142857[/bold]"]
+    assert rows["calibration"] == ["1.250000", "-"]
+    assert rows["AUC grouped by user"] == ["[bold]0.650000[/bold]", "-"]
+    assert rows["steps"] == ["20", "7"]
+    assert rows["samples/s"] == ["1,234", "-"]
+    assert rows["embedding rows"] == ["7", "-"]
+    assert rows["embedding bytes"] == ["2.0 KiB", "-"]
+    assert table.caption == "-: the run has not come to its end"
+
+
+def test_only_fields_that_differ_are_shown(make_run):
+    runs = {
+        "a": RunRecord.read(make_run("a", job="name: x\nmodel: {kind: dlrm, top: [3]}\n")),
+        "b": RunRecord.read(make_run("b", job="name: x\nmodel: {kind: dcn_v2}\n")),
+    }
+    assert cells(job_differences(runs)) == [
+        ["model.kind", '"dlrm"', '"dcn_v2"'],
+        ["model.top", "[3]", "-"],
+    ]
+    assert job_differences({"a": runs["a"]}) == "the jobs are equal in every field"
+
+
+def test_brackets_are_shown_as_they_are(make_run):
+    """Rich would read [a-z] as a style and leave it out."""
+    runs = {
+        "[red]": RunRecord.read(make_run("a", job="columns: ['[a-z]*']\n")),
+        "b": RunRecord.read(make_run("b", job="columns: ['c*']\n")),
+    }
+    metrics = {"samples": 1, "positives": 0, "auc": None, "log_loss": 0.1}
+    metrics |= {"normalized_entropy": None, "calibration": None}
+    found = {"values": {"[bold]": metrics}, "rest": metrics | {"samples": 0}}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(job_differences(runs))
+    for table in slices_tables({"[city]": found}):
+        console.print(table)
+    shown = console.file.getvalue()
+    for text in ("[red]", '["[a-z]*"]', "[city]", "[bold]"):
+        assert text in shown
