@@ -26,7 +26,7 @@ def find_malformed(
     rows = lines.split(b"\n")[:-1]
     malformed: list[MalformedRow] = []
     # Ranges still to look at, the first on top.
-    stack = [(0, len(rows))]
+    stack = [(0, len(rows))] if rows else []
     while stack and not (fail_fast and malformed):
         start, stop = stack.pop()
         why = reason(rows[start:stop])
