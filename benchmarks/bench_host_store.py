@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from pathlib import Path
 import contestants
 import numpy as np
 import torch
+from circumstances import commit, hardware
 from contestants import CONTESTANTS, Case, Step
 
 DIMS = (16, 128)
@@ -118,33 +118,13 @@ def misses(results: list[dict]) -> list[str]:
     return lines
 
 
-def hardware() -> str:
-    """CPU, cores and torch of this run."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
-
-
-def commit() -> str:
-    """The checkout's commit, with a mark if files differ from it."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=10",
-    ]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def machine() -> str:
+    """Processor, cores and torch of this run."""
+    return hardware(f"torch {torch.__version__}")
 
 
 def print_table(results: list[dict]) -> None:
-    print(f"{hardware()}; milliseconds a step (lowest - highest turn), thousand samples/s")
+    print(f"{machine()}; milliseconds a step (lowest - highest turn), thousand samples/s")
     names = [name for name in CONTESTANTS if name in results[0]]
     print(f"{'case':>12} " + " ".join(f"{name:>32}" for name in names) + "   speed over")
     for result in results:
@@ -182,7 +162,7 @@ def main() -> None:
                 case = Case(dim, batch_size, arguments.threads)
                 results.append(run_case(case, arguments.turns, arguments.seconds, remote))
                 if arguments.json:
-                    context = {"commit": commit(), "hardware": hardware()}
+                    context = {"commit": commit(), "hardware": machine()}
                     print(json.dumps({**results[-1], **context}), flush=True)
     if not arguments.json:
         print_table(results)

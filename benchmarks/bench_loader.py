@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from circumstances import commit, hardware
 
 from penstock.config import parse_job
 from penstock.data import Dataset
@@ -141,33 +139,13 @@ def run_cases(path: Path, threads: int, turns: int) -> list[dict]:
     return results
 
 
-def hardware() -> str:
-    """CPU, cores and pyarrow of this run."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, pyarrow {pa.__version__}"
-
-
-def commit() -> str:
-    """The checkout's commit, with a mark if files differ from it."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=10",
-    ]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def machine() -> str:
+    """Processor, cores and pyarrow of this run."""
+    return hardware(f"pyarrow {pa.__version__}")
 
 
 def print_table(results: list[dict]) -> None:
-    print(f"{hardware()}; {results[0]['threads']} threads; thousand samples/s (lowest - highest)")
+    print(f"{machine()}; {results[0]['threads']} threads; thousand samples/s (lowest - highest)")
     for result in results:
         low, high = (rate / 1e3 for rate in result["samples_per_s_range"])
         print(
@@ -195,7 +173,7 @@ def main() -> None:
             write_log(path, arguments.rows)
         results = run_cases(path, arguments.threads, arguments.turns)
     if arguments.json:
-        context = {"commit": commit(), "hardware": hardware()}
+        context = {"commit": commit(), "hardware": machine()}
         for result in results:
             print(json.dumps({**result, **context}))
     else:
