@@ -22,7 +22,7 @@ from pathlib import Path
 import contestants
 import numpy as np
 import torch
-from circumstances import commit, hardware
+from circumstances import commit, end_check, hardware
 from contestants import CONTESTANTS, Case, Step
 
 DIMS = (16, 128)
@@ -167,9 +167,7 @@ def main() -> None:
     if not arguments.json:
         print_table(results)
     if arguments.check:
-        missed = misses(results)
-        print("\n".join(missed) or "all goals reached", file=sys.stderr)
-        sys.exit(1 if missed else 0)
+        end_check(misses(results))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import sys
 import tempfile
 from collections import deque
 from pathlib import Path
 from typing import Any
 
+from circumstances import commit, end_check
 from embedding_bag_twin import Twin, keys_of
 from rich.console import Console
 
@@ -126,14 +126,12 @@ def main() -> None:
     for recipe, path, seed in cases:
         results.append(run_case(recipe, path, seed, arguments.overrides))
         if arguments.json:
-            facts = {"hardware": hardware(), "versions": versions()}
+            facts = {"commit": commit(), "hardware": hardware(), "versions": versions()}
             print(json.dumps({**results[-1], **facts}), flush=True)
     if not arguments.json:
         print_table(results)
     if arguments.check:
-        missed = misses(results)
-        print("\n".join(missed) or "all goals reached", file=sys.stderr)
-        sys.exit(1 if missed else 0)
+        end_check(misses(results))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What a recorded result was measured on: commit, processor, cores."""
+"""What a recorded result was measured on, and how a check of goals ends."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 
@@ -31,3 +32,9 @@ def commit() -> str:
     ]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def end_check(missed: list[str]) -> None:
+    """Ends the program: 1 and a line for each case that misses its goal, or 0."""
+    print("\n".join(missed) or "all goals reached", file=sys.stderr)
+    sys.exit(1 if missed else 0)

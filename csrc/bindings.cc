@@ -398,9 +398,7 @@ void bind_host_store(nb::module_& m) {
              return std::make_tuple(m.rows, m.free_slots, m.slot_capacity, m.index_bytes, m.row_bytes);
            })
       .def_prop_ro("content_version", &HostStore::content_version)
-      .def_prop_ro("isa", [](const HostStore& self) { return std::string(self.isa()); })
-      .def_prop_ro("num_threads", &HostStore::num_threads)
-      .def_prop_ro("state_dim", &HostStore::state_dim);
+      .def_prop_ro("isa", [](const HostStore& self) { return std::string(self.isa()); });
 }
 
 }  // namespace

@@ -89,8 +89,6 @@ class HostStore {
   uint64_t longest_probe() const { return index_.longest_probe(); }
   const char* isa() const { return isa_; }
   int num_threads() const { return pool_.num_threads(); }
-  uint32_t dim() const { return dim_; }
-  uint32_t state_dim() const { return state_dim_; }
 
   // Empty, or what is wrong: every entry reachable, slots used once, rows + free slots = slots handed out.
   std::string check_invariants() const;
