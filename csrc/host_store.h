@@ -27,6 +27,8 @@ enum class Status {
   kTooManyRows,   // 2^32 - 1 rows in one store
   kStaleCursor,   // the store changed while it was exported
   kBadOffsets,    // offsets do not rise from 0 to the number of keys
+  kBadWeights,    // a weight is not finite
+  kBagTooLong,    // a sequence has fewer positions than a bag has keys
   kIndexFull,     // internal: grow the index and go on
   kOverBudget,    // a table holds fewer rows than it was told to take
 };
@@ -230,9 +232,10 @@ class HostStore {
   int64_t erase_keys(int64_t count, const std::function<std::pair<uint64_t, uint32_t>(int64_t)>& key_of);
 
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
-  static void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
-                                  const Unit& unit, std::vector<Occurrence>* occurrences);
+  void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
+                           std::vector<Occurrence>* occurrences) const;
   bool classify(PackedKeys* batch);
+  bool has_finite_weights(const PackedKeys& batch);
   void copy_rows(const uint32_t* slots, int64_t count, float* values, float* state);
   Status take_slot(ShardSlots& shard, uint32_t* slot);
   Status refresh(const PoolingPlan& plan, LookupGradient& gradient);

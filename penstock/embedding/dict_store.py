@@ -8,8 +8,9 @@ fused kernels are compared with something better than themselves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.config import AdmitAtRandom, AdmitFrequent, Pooling, TableConfig
+from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
 from penstock.embedding import optimizer
 from penstock.embedding.initializer import initial_values
 from penstock.embedding.retention import (
@@ -43,17 +44,23 @@ from penstock.embedding.store import (
     Candidates,
     Cursor,
     FindResult,
+    PooledFeature,
     PooledGradient,
     PoolingPlan,
     RowLayout,
     StoreMemory,
     TableRows,
+    check_finite_weights,
+    check_sequences,
+    check_weights,
 )
 from penstock.errors import CapacityError
 from penstock.types import KeyedJagged
 
 FloatArray = NDArray[np.float64]
 Item = TypeVar("Item")
+SMALLEST_DIVISOR = np.finfo(np.float32).tiny
+"""A smaller sum of weights counts as 0: its inverse is beyond float32."""
 
 
 @dataclass
@@ -156,7 +163,9 @@ class _Table:
         missing = wanted - (self.limits.max_rows - len(self.rows))
         if missing > 0 and self.config.eviction is not None:
             leaving = sorted(
-                (self._rank(key, row), key) for key, row in self.rows.items() if key not in protected
+                (self._rank(key, row), key)
+                for key, row in self.rows.items()
+                if key not in protected
             )
             count = missing + self.limits.max_rows // EVICTED_BEYOND_NEED
             self._evict([key for _, key in leaving[:count]])
@@ -325,8 +334,8 @@ class DictStore:
     def retention_state(self, table: int) -> RetentionState:
         """See `Store.retention_state`."""
         held = self._tables[table]
-        value, state = _stack([held.default.value], self.layout.dim)[0], held.default.state
-        state = torch.from_numpy(state.astype(np.float32))
+        value = _stack([held.default.value], self.layout.dim)[0]
+        state = _stack([held.default.state], self.layout.state_dim)[0]
         return RetentionState(value, state, dict(held.numbers))
 
     def set_retention_state(self, table: int, state: RetentionState) -> None:
@@ -341,26 +350,30 @@ class DictStore:
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
     ) -> DictLookup:
         """See `Store.pooled_lookup`."""
+        check_weights(batch)
+        check_sequences(plan, batch)
+        check_finite_weights(batch)
         keys_of: dict[int, list[int]] = {feature.table: [] for feature in plan.features}
         for feature in plan.features:
-            for bag in _bags(batch, feature.packed_feature):
-                keys_of[feature.table] += bag.tolist()
+            for keys, _ in _bags(batch, feature):
+                keys_of[feature.table] += keys.tolist()
         missing = 0
         on_default = set()
-        for table, keys in keys_of.items():
+        for table, all_keys in keys_of.items():
             if insert:
-                self._insert(table, keys)
-            absent = [key for key in keys if key not in self._tables[table].rows]
+                self._insert(table, all_keys)
+            absent = [key for key in all_keys if key not in self._tables[table].rows]
             missing += len(absent)
             if refuses(self.tables[table]):
                 on_default |= {(table, key) for key in absent}
         for feature in plan.features:
-            last = feature.column + self.layout.dim
-            for sample, keys in enumerate(_bags(batch, feature.packed_feature)):
+            for sample, (keys, factors) in enumerate(_bags(batch, feature)):
                 rows = self._read(feature.table, keys.tolist())
-                total = np.sum([row.value for row in rows], axis=0) if rows else 0.0
-                divisor = _divisor(feature.pooling, len(keys))
-                out[sample, feature.column : last] = torch.as_tensor(total / divisor)
+                vectors = np.zeros((feature.max_keys or 1, self.layout.dim))
+                for n, (row, factor) in enumerate(zip(rows, factors, strict=True)):
+                    vectors[n if feature.max_keys else 0] += factor * row.value
+                last = feature.column + vectors.size
+                out[sample, feature.column : last] = torch.from_numpy(vectors.reshape(-1))
         return DictLookup(0 if insert else missing, frozenset(on_default))
 
     def apply_gradients(
@@ -369,21 +382,11 @@ class DictStore:
         """See `Store.apply_gradients`."""
         # By (table, key), or by (table, None) for the default row.
         sums: dict[tuple[int, int | None], FloatArray] = {}
-        for lookup, batch, grad in gradients:
-            assert isinstance(lookup, DictLookup)
+        for gradient in gradients:
             for feature in plan.features:
-                last = feature.column + self.layout.dim
-                part = grad[:, feature.column : last].double().numpy()
-                for sample, keys in enumerate(_bags(batch, feature.packed_feature)):
-                    share = part[sample] / _divisor(feature.pooling, len(keys))
-                    for key in keys.tolist():
-                        is_default = (feature.table, key) in lookup.on_default
-                        held = self._tables[feature.table]
-                        if not is_default and key not in held.rows and retains(held.config):
-                            held.numbers["dropped"] += 1
-                            continue
-                        name = (feature.table, None if is_default else key)
-                        sums[name] = sums.get(name, 0.0) + share
+                for key, share in self._shares(feature, gradient):
+                    name = (feature.table, key)
+                    sums[name] = sums.get(name, 0.0) + share
         for (table, key), total in sums.items():
             held = self._tables[table]
             if key is not None and key not in held.rows:
@@ -392,6 +395,26 @@ class DictStore:
             optimizer.update_row(self.tables[table].optimizer, row.value, row.state, total, step)
             held.use(row)
         return len(sums)
+
+    def _shares(
+        self, feature: PooledFeature, gradient: PooledGradient
+    ) -> Iterator[tuple[int | None, FloatArray]]:
+        """Each key of a feature with its share of the gradient; None: the default row's."""
+        lookup, batch, grad = gradient
+        assert isinstance(lookup, DictLookup)
+        held = self._tables[feature.table]
+        last = feature.column + self.layout.dim * (feature.max_keys or 1)
+        part = grad[:, feature.column : last].double().numpy()
+        part = part.reshape(len(part), feature.max_keys or 1, self.layout.dim)
+        for sample, (keys, factors) in enumerate(_bags(batch, feature)):
+            for n, (key, factor) in enumerate(zip(keys.tolist(), factors, strict=True)):
+                share = factor * part[sample, n if feature.max_keys else 0]
+                if (feature.table, key) in lookup.on_default:
+                    yield None, share
+                elif key not in held.rows and retains(held.config):
+                    held.numbers["dropped"] += 1
+                else:
+                    yield key, share
 
     def memory(self) -> StoreMemory:
         """See `Store.memory`; bytes are not counted."""
@@ -402,14 +425,21 @@ class DictStore:
         """See `Store.check_invariants`; a dictionary has none to check."""
 
 
-def _divisor(pooling: Pooling, size: int) -> float:
-    return {"sum": 1.0, "mean": float(size), "sqrt_n": size**0.5}[pooling] if size else 1.0
-
-
-def _bags(batch: KeyedJagged, feature: int) -> list[Tensor]:
-    size = batch.batch_size
-    offsets = batch.offsets[feature * size : (feature + 1) * size + 1].tolist()
-    return [batch.values[first:last] for first, last in zip(offsets[:-1], offsets[1:], strict=True)]
+def _bags(batch: KeyedJagged, feature: PooledFeature) -> Iterator[tuple[Tensor, FloatArray]]:
+    """Of each sample the keys [n], and by what factor each key's vector counts."""
+    first_bag = feature.packed_feature * batch.batch_size
+    offsets = batch.offsets[first_bag : first_bag + batch.batch_size + 1].tolist()
+    for first, last in pairwise(offsets):
+        weights = np.ones(last - first)
+        if batch.weights is not None:
+            weights = batch.weights[first:last].double().numpy()
+        divisor = 1.0
+        if feature.pooling == "mean":
+            divisor = sum(weights)
+        elif feature.pooling == "sqrt_n":
+            divisor = sum(weights * weights) ** 0.5
+        is_zero = abs(divisor) < SMALLEST_DIVISOR
+        yield batch.values[first:last], weights * 0.0 if is_zero else weights / divisor
 
 
 def _precedence(key: int) -> int:

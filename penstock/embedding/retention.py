@@ -35,6 +35,25 @@ MAX_USES = 2**32 - 1
 _ADMISSION_SALT = 0xD1B54A32D192ED03
 
 
+# FORMAT: the order is that of the tensor `retention` in a checkpoint and of csrc/retention.h.
+NUMBERS = (
+    "now",
+    "step",
+    "swept",
+    "candidates_are_full",
+    "admitted",
+    "refused",
+    "evicted",
+    "evicted_age",
+    "dropped",
+)
+"""now: the last time seen, in the unit of the eviction; step: the last step; swept: when rows were
+last looked through for their `ttl`; candidates_are_full: counts are halved at the next step. Since
+the beginning: rows admitted in training; keys refused, each time; rows evicted, and the sum of the
+times that they had been unused for; gradients dropped because their row had left.
+"""
+
+
 class Limits(NamedTuple):
     """What a table may hold."""
 
@@ -76,24 +95,6 @@ class RetentionState:
         """Inverse of `tensors`."""
         numbers = dict(zip(NUMBERS, tensors["retention"].tolist(), strict=True))
         return cls(tensors["default_value"], tensors["default_state"], numbers)
-
-
-# FORMAT: the order is that of the tensor `retention` in a checkpoint and of csrc/retention.h.
-NUMBERS = (
-    "now",
-    "step",
-    "swept",
-    "candidates_are_full",
-    "admitted",
-    "refused",
-    "evicted",
-    "evicted_age",
-    "dropped",
-)
-"""now: the last time seen, in the unit of the eviction; step: the last step; swept: when rows were
-last looked through for their `ttl`; candidates_are_full: counts are halved at the next step. Since the beginning: rows admitted in training; keys refused, each time; rows evicted, and the
-sum of the times that they had been unused for; gradients dropped because their row had left.
-"""
 
 
 def retains(table: TableConfig) -> bool:
@@ -184,14 +185,14 @@ def precedence(keys: NDArray[np.int64]) -> NDArray[np.uint64]:
 def policy_of(table: TableConfig, seed: int, limits: Limits) -> dict[str, Any]:
     """The table's rules as csrc/retention.h takes them."""
     admission, eviction = table.admission, table.eviction
-    is_frequent = isinstance(admission, AdmitFrequent)
+    counted = admission if isinstance(admission, AdmitFrequent) else None
     return {
         "admission_seed": admission_seed(seed, table.name),
         "admit_below": admission_threshold(admission)
         if isinstance(admission, AdmitAtRandom)
         else UNLIMITED,
-        "min_count": admission.min_count if isinstance(admission, AdmitFrequent) else 0,
-        "count_half_life": (is_frequent and admission.half_life_steps) or 0,
+        "min_count": counted.min_count if counted else 0,
+        "count_half_life": (counted and counted.half_life_steps) or 0,
         "max_rows": limits.max_rows,
         "max_candidates": limits.max_candidates,
         "evicts": eviction is not None,

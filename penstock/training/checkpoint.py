@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import penstock
 from penstock.config import Job
 from penstock.embedding import EmbeddingCollection, TableRows
-from penstock.embedding.store import RowLayout
+from penstock.embedding.retention import RetentionState, retains
+from penstock.embedding.store import Candidates, RowLayout
 from penstock.errors import CheckpointError
 from penstock.training.checkpoint_files import (
     MANIFEST,
@@ -395,25 +396,55 @@ def _write_tables(
 ) -> Iterator[TableRecord]:
     for number, table in enumerate(collection.tables):
         layout = RowLayout.of(table)
-        row_bytes = 8 + 4 * (layout.dim + layout.state_dim)
+        row_bytes = 8 + layout.row_bytes + 4 * layout.usage_dim
+        # The number keeps names apart that differ in case alone, or are cut off here.
+        name = f"table-{number:04d}-{table.name[:100]}"
         shards: list[str] = []
         num_rows = 0
         for rows in collection.export_table(table.name, max(1, SHARD_BYTES // row_bytes)):
-            # The number keeps names apart that differ in case alone, or are cut off here.
-            shard = f"table-{number:04d}-{table.name[:100]}-{len(shards):05d}.safetensors"
-            files[shard] = write_tensors(directory / shard, rows._asdict())
+            shard = f"{name}-{len(shards):05d}.safetensors"
+            tensors = {key: part for key, part in rows._asdict().items() if part is not None}
+            files[shard] = write_tensors(directory / shard, tensors)
             shards.append(shard)
             num_rows += rows.keys.numel()
-        yield TableRecord(table.name, layout.dim, layout.state_dim, num_rows, tuple(shards))
+        record = TableRecord(
+            table.name, layout.dim, layout.state_dim, num_rows, tuple(shards), layout.usage_dim
+        )
+        if retains(table):
+            record = _write_retention(directory, name, record, collection, files)
+        yield record
+
+
+def _write_retention(
+    directory: Path,
+    name: str,
+    record: TableRecord,
+    collection: EmbeddingCollection,
+    files: dict[str, FileRecord],
+) -> TableRecord:
+    file = f"{name}-retention.safetensors"
+    state = collection.retention_state(record.name)
+    files[file] = write_tensors(directory / file, state.tensors())
+    counts: list[str] = []
+    for candidates in collection.export_candidates(record.name, SHARD_BYTES // 16):
+        shard = f"{name}-counts-{len(counts):05d}.safetensors"
+        files[shard] = write_tensors(directory / shard, candidates._asdict())
+        counts.append(shard)
+    return replace(record, retention=file, counts=tuple(counts))
 
 
 def _import_tables(path: Path, manifest: Manifest, collection: EmbeddingCollection) -> None:
     for table in manifest.tables:
+        if table.retention is not None:
+            state = RetentionState.from_tensors(read_tensors(path / table.retention))
+            collection.set_retention_state(table.name, state)
         for shard in table.shards:
             # Memory-mapped: no more of a shard is in memory than what is being copied.
             with safetensors.safe_open(path / shard, framework="pt") as file:
-                parts = {name: file.get_tensor(name) for name in TableRows._fields}
+                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 collection.import_rows(table.name, TableRows(**parts))
+        for shard in table.counts:
+            collection.import_candidates(table.name, Candidates(**read_tensors(path / shard)))
     collection.step = manifest.collection_step
 
 

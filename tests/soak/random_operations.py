@@ -85,7 +85,7 @@ def compare_retention(host, oracle, table):
     assert host.num_candidates(table) == oracle.num_candidates(table)
 
 
-# Sums of these numbers are exact in fp32 as in fp64, so that rows are equal to the bit after updates too.
+# Sums of its numbers are exact in fp32 as in fp64: rows are equal to the bit after updates, too.
 EXACT = SGD(learning_rate=0.25)
 BUDGETED = 24 + 4 * (3 + 2)
 RULES = {
