@@ -184,8 +184,12 @@ class TableConfig(Config):
     """First value of a row: a pure function of (seed, table, key, column)."""
 
 
-Pooling = Literal["sum", "mean", "sqrt_n"]
-"""How a bag of n rows becomes one vector: their sum, divided by 1, n, or the square root of n."""
+Pooling = Literal["sum", "mean", "sqrt_n", "sequence"]
+"""How a bag of n rows becomes one vector: their sum, divided by 1, n, or the square root of n.
+
+With weights w: sum(w x), divided by 1, sum(w), or the square root of sum(w * w); a divisor of 0
+gives zeros. `sequence` keeps the vectors apart, one after the other, then zeros.
+"""
 
 
 class FeatureConfig(Config):
@@ -195,3 +199,17 @@ class FeatureConfig(Config):
     table: str
     pooling: Pooling = "sum"
     """An empty bag pools to zeros."""
+    max_keys: PositiveInt | None = None
+    """Positions of a sequence: key n of a bag fills the vector at position n, and the rest are
+    zeros. Required for `sequence`, which no bag may exceed; null for the others.
+    """
+
+    @model_validator(mode="after")
+    def _sequences_have_positions(self) -> FeatureConfig:
+        if self.pooling == "sequence" and self.max_keys is None:
+            raise ValueError("pooling 'sequence' needs max_keys, its number of positions")
+        if self.pooling != "sequence" and self.max_keys is not None:
+            raise ValueError(
+                f"max_keys is for pooling 'sequence'; {self.pooling!r} reads every key of a bag"
+            )
+        return self

@@ -303,7 +303,11 @@ def resolve_features(
         name = column.config.table or column.name
         if name not in tables:
             tables[name] = _implied_table(job, name)
-        features.append(FeatureConfig(name=column.name, table=name, pooling=column.config.pooling))
+        pooling = column.config.pooling
+        positions = column.config.max_keys if pooling == "sequence" else None
+        features.append(
+            FeatureConfig(name=column.name, table=name, pooling=pooling, max_keys=positions)
+        )
     for one in columns.crosses:
         name = one.table or one.name
         if name not in tables:

@@ -37,7 +37,7 @@ from penstock.embedding.store import (
     TableRows,
 )
 from penstock.errors import CapacityError, ConfigError
-from penstock.types import KeyedJagged
+from penstock.types import FeatureShape, KeyedJagged
 
 
 class TableStats(NamedTuple):
@@ -105,7 +105,15 @@ class EmbeddingCollection(nn.Module):
         for feature in features:
             if feature.table not in by_name:
                 raise ConfigError(_unknown_table(feature, list(by_name)))
-        self.feature_dims = tuple(by_name[feature.table].dim for feature in features)
+        self.feature_shapes = tuple(
+            FeatureShape(feature.name, by_name[feature.table].dim, feature.max_keys)
+            for feature in features
+        )
+        """Of each feature, in the order of the output's columns."""
+        self._width = sum(shape.width for shape in self.feature_shapes)
+        self._sequences = torch.tensor(
+            [f for f, shape in enumerate(self.feature_shapes) if shape.length], dtype=torch.int64
+        )
         self.step = 0
         """Updates applied so far; schedules and Adam's bias correction count by it."""
         self.num_missing = 0
@@ -122,7 +130,8 @@ class EmbeddingCollection(nn.Module):
         self._anchor = torch.zeros(0, requires_grad=True)
 
     def _make_groups(self, **options: Any) -> tuple[_Group, ...]:
-        first_column = [sum(self.feature_dims[:f]) for f in range(len(self.features))]
+        widths = [shape.width for shape in self.feature_shapes]
+        first_column = [sum(widths[:f]) for f in range(len(widths))]
         groups = []
         for layout in dict.fromkeys(RowLayout.of(table) for table in self.tables):
             tables = [table for table in self.tables if RowLayout.of(table) == layout]
@@ -133,7 +142,7 @@ class EmbeddingCollection(nn.Module):
                 if feature.table in number
             )
             store = HostStore(tables, **options)
-            groups.append(_Group(store, PoolingPlan(served, sum(self.feature_dims))))
+            groups.append(_Group(store, PoolingPlan(served, self._width)))
         return tuple(groups)
 
     def forward(self, sparse: KeyedJagged) -> Tensor:
@@ -143,7 +152,8 @@ class EmbeddingCollection(nn.Module):
           sparse: its features must be this collection's, in the same order.
 
         Returns:
-          [B, sum(feature_dims)] float32: the features' vectors side by side; an empty bag is zeros.
+          [B, W] float32, W the sum of the features' widths: their vectors side by side, as
+          `feature_shapes` says; an empty bag is zeros.
 
         Raises:
           ConfigError: other features, or keys and offsets of a wrong type or shape.
@@ -156,6 +166,18 @@ class EmbeddingCollection(nn.Module):
         out, lookups = self._lookup(sparse, insert=False)
         self.num_missing += sum(lookup.num_missing for lookup in lookups)
         return out
+
+    def sequence_lengths(self, sparse: KeyedJagged) -> Tensor:
+        """Keys of each sample's sequences: what tells vectors from padding.
+
+        Returns:
+          [B, S] int64, S the number of features of pooling `sequence`, in their order.
+        """
+        size = sparse.batch_size
+        if not len(self._sequences):
+            return torch.zeros(size, 0, dtype=torch.int64)
+        lengths = sparse.offsets.diff().view(len(sparse.features), size)
+        return lengths[self._sequences].t().contiguous()
 
     def apply_gradients(self) -> None:
         """One optimizer step on all gradients of the backward passes since the last call.
@@ -216,8 +238,7 @@ class EmbeddingCollection(nn.Module):
             store.check_invariants()
 
     def _lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
-        width = sum(self.feature_dims)
-        rows = self._outputs.take_rows(sparse.batch_size, width)
+        rows = self._outputs.take_rows(sparse.batch_size, self._width)
         if rows is None:
             raise CapacityError(f"no memory for the output of a batch of {sparse.batch_size}")
         out = torch.from_numpy(rows)

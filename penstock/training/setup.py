@@ -46,7 +46,7 @@ def build(job: Job, dataset: Dataset) -> Untrained:
     model = build_model(
         job.model,
         len(dataset.numeric),
-        collection.feature_dims,
+        tuple(shape.width for shape in collection.feature_shapes),
         [feature.name for feature in dataset.features],
     )
     trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)

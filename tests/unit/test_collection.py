@@ -12,7 +12,7 @@ from penstock.config import SGD, Adagrad, Adam, FeatureConfig, RowWiseAdagrad, T
 from penstock.embedding import EmbeddingCollection
 from penstock.embedding.store import TableRows
 from penstock.errors import ConfigError
-from penstock.types import Jagged, KeyedJagged
+from penstock.types import FeatureShape, Jagged, KeyedJagged
 
 TABLES = [
     TableConfig(name="user", dim=4, optimizer=SGD(learning_rate=0.1)),
@@ -32,7 +32,8 @@ BAGS = KeyedJagged.pack({
 
 def test_outputs_lie_side_by_side_in_feature_order():
     embeddings = EmbeddingCollection(TABLES, FEATURES)
-    assert embeddings.feature_dims == (4, 8, 8)
+    shapes = [("u", 4, None), ("clicked", 8, None), ("shown", 8, None)]
+    assert embeddings.feature_shapes == tuple(FeatureShape(*shape) for shape in shapes)
     out = embeddings(BAGS)
     assert out.shape == (3, 20)
     assert torch.equal(out[0, :4], out[2, :4])
@@ -171,7 +172,7 @@ def test_many_tables_of_many_dims_use_one_store_a_layout():
     keys = Jagged.from_dense(torch.arange(5))
     out = embeddings(KeyedJagged.pack({feature.name: keys for feature in features}))
     first = 0
-    for i, dim in enumerate(embeddings.feature_dims):
+    for i, dim in enumerate(shape.width for shape in embeddings.feature_shapes):
         (rows,) = embeddings.export_table(f"t{i}")
         assert torch.equal(out[:, first : first + dim], rows.values[rows.keys.argsort()])
         first += dim
