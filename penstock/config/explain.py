@@ -86,4 +86,8 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[s
     node: dict[str, Any] | None = schema
     for part in location:
         node = step(node, part) if node is not None else None
-    return set(resolve(node).get("properties", {})) if node is not None else set()
+    if node is None:
+        return set()
+    # An optional field is one of its type and null.
+    options = [resolve(node), *map(resolve, resolve(node).get("anyOf", ()))]
+    return {name for option in options for name in option.get("properties", ())}

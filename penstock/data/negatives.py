@@ -126,8 +126,10 @@ def draw_rows(
 
 
 def _below(bits: NDArray[np.uint64], limits: NDArray[np.uint64] | np.uint64) -> NDArray[np.int64]:
-    """Random numbers in [0, limit) of random bits; limits < 2^32, which bounds the bias by 2^-32 a
-    limit."""
+    """Random numbers in [0, limit) of random bits.
+
+    Limits are below 2^32; a number is off its fair share by less than limit / 2^32 of it.
+    """
     half = np.uint64(32)
     return (((bits >> half) * limits) >> half).view(np.int64)
 

@@ -129,7 +129,8 @@ class Window:
           batch_size: samples of each batch but the last.
           drawn: row from which each sample of the window takes its item; None: rows are samples.
         """
-        rows, items, of_items = samples, None, ()
+        rows, items = samples, None
+        of_items: tuple[bool, ...] = ()
         if drawn is not None:
             assert self._negatives is not None
             rows, items = samples // self._negatives.samples_per_row, drawn[samples]
@@ -185,7 +186,8 @@ class Window:
         for one in negatives.mixed:
             keys = mixed_keys(one, list(islice(parts, len(one.of_item))), rows, items)
             cut.values[cut.places_of(one.feature)] = keys
-        return (samples % negatives.samples_per_row == 0).astype(np.float32)
+        is_positive: NDArray[np.bool_] = samples % negatives.samples_per_row == 0
+        return is_positive.astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
