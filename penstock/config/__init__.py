@@ -19,7 +19,6 @@ from penstock.config.data import (
     Hash,
     Hex,
     JsonLinesSource,
-    Label,
     Log,
     NumericColumns,
     OrcSource,
@@ -50,6 +49,7 @@ from penstock.config.job import (
     WideDeepConfig,
     parse_job,
 )
+from penstock.config.labels import Label
 from penstock.config.tables import (
     FTRL,
     LAMB,

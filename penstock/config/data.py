@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from penstock.config.base import Config, Fraction, Int64, PositiveInt
+from penstock.config.labels import Label, LabelOrLabels, check_labels
 from penstock.config.tables import Pooling
 
 TimeUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
@@ -306,17 +307,6 @@ class CrossedFeature(Config):
     """Folds the key into [0, buckets)."""
 
 
-class Label(Config):
-    """What the model predicts: a column of 0 and 1, or of numbers with a threshold."""
-
-    column: str
-    """A list column reads as its value where it holds one and as missing where it is empty."""
-    at_least: float | None = None
-    """The label is 1 where the column is at least this; null: the column must hold 0 and 1
-    alone.
-    """
-
-
 class Shuffle(Config):
     """Rows are shuffled within windows: a pure function of (seed, epoch, window)."""
 
@@ -332,7 +322,8 @@ class DataConfig(Config):
     """Held-out data of its own; excludes `split`."""
     split: Split | None = None
     """Part of `source` that is held out."""
-    label: Label
+    label: LabelOrLabels
+    """One label, or a list of them for models that predict several."""
     weight: str | None = None
     """Column of sample weights (>= 0)."""
     event_time: str | None = None
@@ -345,6 +336,16 @@ class DataConfig(Config):
     prefetch_batches: PositiveInt = 8
     """Batches assembled ahead of training; bounds the reader's memory."""
     reader_threads: PositiveInt = 2
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The labels, in the order of `Batch.labels`."""
+        return (self.label,) if isinstance(self.label, Label) else self.label
+
+    @model_validator(mode="after")
+    def _labels_have_names_of_their_own(self) -> DataConfig:
+        check_labels(self.labels)
+        return self
 
     @model_validator(mode="after")
     def _one_held_out_part(self) -> DataConfig:

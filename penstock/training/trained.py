@@ -150,7 +150,8 @@ def _for_prediction(job: Job, labels: Labels) -> Job:
         return job
     columns = source.columns
     if labels == "absent" and columns is not None:
-        columns = tuple(name for name in columns if name != job.data.label.column)
+        absent = {label.column for label in job.data.labels}
+        columns = tuple(name for name in columns if name not in absent)
     changes = {"columns": columns, "on_malformed_row": "fail"}
     data = job.data.model_copy(update={"source": source.model_copy(update=changes)})
     return job.model_copy(update={"data": data})
