@@ -11,7 +11,6 @@ from pydantic_core import ErrorDetails
 
 from penstock.errors import ConfigError
 
-
 _Node: TypeAlias = dict[str, Any]
 """Of a JSON schema."""
 
