@@ -14,14 +14,17 @@ from penstock.embedding.collection import EmbeddingCollection, available_cores
 from penstock.models import build_model
 from penstock.training.checkpoint import TrainState
 from penstock.training.dense import DenseTrainer
+from penstock.training.objective import Objective, SumOfTasks
+from penstock.training.tasks import tasks_of
 from penstock.types import Position
 
 
 class Untrained(NamedTuple):
-    """State at step 0, and what updates its dense part."""
+    """State at step 0, what updates its dense part, and what is minimised."""
 
     state: TrainState
     trainer: DenseTrainer
+    objective: Objective
 
 
 def build(job: Job, dataset: Dataset) -> Untrained:
@@ -51,7 +54,7 @@ def build(job: Job, dataset: Dataset) -> Untrained:
     )
     trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
     state = TrainState(0, Position(), collection, model, trainer.optimizer)
-    return Untrained(state, trainer)
+    return Untrained(state, trainer, SumOfTasks(tasks_of(job.data.labels, {})))
 
 
 def _seed_generators(seed: int) -> None:
