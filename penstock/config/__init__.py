@@ -35,21 +35,26 @@ from penstock.config.data import (
 )
 from penstock.config.job import (
     CheckpointConfig,
-    CustomModel,
-    DCNConfig,
-    DeepFMConfig,
     DenseOptimizer,
-    DLRMConfig,
     Job,
     MetricsConfig,
-    Model,
     SliceConfig,
     TableDefaults,
     TrainingConfig,
-    WideDeepConfig,
     parse_job,
 )
 from penstock.config.labels import Label
+from penstock.config.models import (
+    CustomModel,
+    DCNConfig,
+    DeepFMConfig,
+    DLRMConfig,
+    MMoEConfig,
+    Model,
+    MultiTask,
+    SharedBottomConfig,
+    WideDeepConfig,
+)
 from penstock.config.tables import (
     FTRL,
     LAMB,
@@ -101,9 +106,11 @@ __all__ = [
     "LAMB",
     "Label",
     "Log",
+    "MMoEConfig",
     "MetricsConfig",
     "Model",
     "MomentumSGD",
+    "MultiTask",
     "Normal",
     "NumericColumns",
     "Optimizer",
@@ -115,6 +122,7 @@ __all__ = [
     "SGD",
     "Scale",
     "Schedule",
+    "SharedBottomConfig",
     "Shuffle",
     "SliceConfig",
     "Source",
