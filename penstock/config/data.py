@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from penstock.config.base import Config, Fraction, Int64, PositiveInt
+from penstock.config.labels import Label, LabelOrLabels, check_labels
 from penstock.config.tables import Pooling
 
 TimeUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
@@ -306,17 +307,6 @@ class CrossedFeature(Config):
     """Folds the key into [0, buckets)."""
 
 
-class Label(Config):
-    """What the model predicts: a column of 0 and 1, or of numbers with a threshold."""
-
-    column: str
-    """A list column reads as its value where it holds one and as missing where it is empty."""
-    at_least: float | None = None
-    """The label is 1 where the column is at least this; null: the column must hold 0 and 1
-    alone.
-    """
-
-
 class Negatives(Config):
     """Negative samples, for a log that holds positives alone.
 
@@ -350,6 +340,10 @@ class Shuffle(Config):
     """0: no shuffling. `negatives` are drawn among the rows of a window (0: among 8,192)."""
 
 
+_IS_POSITIVE = Label(column="positive")
+"""What is predicted where rows are positives and negatives are drawn; no column of the source."""
+
+
 class DataConfig(Config):
     """What is read, and as what."""
 
@@ -358,8 +352,10 @@ class DataConfig(Config):
     """Held-out data of its own; excludes `split`."""
     split: Split | None = None
     """Part of `source` that is held out."""
-    label: Label | None = None
-    """Required, unless `negatives` says that all rows are positives."""
+    label: LabelOrLabels | None = None
+    """One label, or a list of them for models that predict several; required unless `negatives`
+    says that all rows are positives.
+    """
     negatives: Negatives | None = None
     """For logs of positives alone, in place of `label`."""
     weight: str | None = None
@@ -374,6 +370,23 @@ class DataConfig(Config):
     prefetch_batches: PositiveInt = 8
     """Batches assembled ahead of training; bounds the reader's memory."""
     reader_threads: PositiveInt = 2
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """What is predicted, in the order of `Batch.labels`."""
+        if self.label is None:
+            return (_IS_POSITIVE,)
+        return (self.label,) if isinstance(self.label, Label) else self.label
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Columns that labels are read from; none where all rows are positives."""
+        return () if self.label is None else tuple(label.column for label in self.labels)
+
+    @model_validator(mode="after")
+    def _labels_have_names_of_their_own(self) -> DataConfig:
+        check_labels(self.labels)
+        return self
 
     @model_validator(mode="after")
     def _labels_from_one_place(self) -> DataConfig:

@@ -49,12 +49,15 @@ class Dataset:
     """Features of `Batch.sparse`, in the order of the source's columns."""
     tables: tuple[TableConfig, ...]
     """Those of the job, then one for each feature without a table."""
+    labels: tuple[str, ...]
+    """Names of the labels that the source has; in prediction some may be missing."""
 
     def __init__(
         self, job: Job, columns: Columns, parts: dict[Part, PartRows], quarantine: Quarantine
     ) -> None:
         self.numeric = columns.numeric_names
         self.features, self.tables = resolve_features(job, columns)
+        self.labels = tuple(label.title for label in columns.labels if label is not None)
         self._job = job
         self._columns = columns
         self._parts = parts

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock import _core
-from penstock.config import FailOnMissing, TimeUnit
+from penstock.config import FailOnMissing, Label, TimeUnit
 from penstock.data.negatives import item_rows
 from penstock.data.schema import Columns, FeatureColumn, NumericGroup, is_text
 from penstock.data.source import Chunk, Place
@@ -121,28 +121,14 @@ class Decoder:
             ) from None
 
     def _read_labels(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
-        name, at_least = self._columns.label, self._columns.at_least
-        if name is None:
-            return np.full(table.num_rows, np.nan, dtype=np.float32)
-        given = _read_numbers(table, name, place)
-        if at_least is None:
-            bad = (given != 0) & (given != 1)
-            labels = given.astype(np.float32)
-        else:
-            bad = np.isnan(given)
-            labels = (given >= at_least).astype(np.float32)
-        if bad.any():
-            row = int(bad.argmax())
-            if np.isnan(given[row]):
-                raise DataError(
-                    f"{place.locate(row)}, column {name!r}: the label is missing; leave such rows "
-                    "out of the file"
-                )
-            raise DataError(
-                f"{place.locate(row)}, column {name!r}: label {given[row]:g} is not 0 or 1; set "
-                "data.label.at_least to make labels of numbers"
-            )
-        return labels
+        """[n], or [n, L] where the job names several labels; NaN where one is missing."""
+        labels = self._columns.labels
+        if len(labels) == 1:
+            return _read_label(labels[0], table, place)
+        read = np.empty((table.num_rows, len(labels)), dtype=np.float32)
+        for position, label in enumerate(labels):
+            read[:, position] = _read_label(label, table, place)
+        return read
 
     def _read_weights(self, table: pa.Table, place: Place) -> NDArray[np.float32] | None:
         name = self._columns.weight
@@ -158,6 +144,37 @@ class Decoder:
                 "number >= 0; mend the file"
             )
         return weights
+
+
+def _read_label(label: Label | None, table: pa.Table, place: Place) -> NDArray[np.float32]:
+    if label is None:
+        return np.full(table.num_rows, np.nan, dtype=np.float32)
+    given = _read_numbers(table, label.column, place)
+    with np.errstate(over="ignore"):  # what is too large is found below
+        read = given.astype(np.float32)
+    is_missing = np.isnan(given)
+    if label.at_least is not None:
+        read = np.where(is_missing, np.nan, given >= label.at_least).astype(np.float32)
+    bad = ~np.isfinite(read)
+    if label.task == "binary":
+        bad = (read != 0) & (read != 1)
+    if label.missing == "ignore":
+        bad &= ~is_missing
+    if not bad.any():
+        return read
+    row = int(bad.argmax())
+    at = f"{place.locate(row)}, column {label.column!r}"
+    if is_missing[row]:
+        raise DataError(
+            f"{at}: the label is missing; leave such rows out of the file, or set missing: "
+            "ignore of the label"
+        )
+    if label.task == "regression":
+        raise DataError(f"{at}: label {given[row]:g} is no finite float32; mend the file")
+    raise DataError(
+        f"{at}: label {given[row]:g} is not 0 or 1; set at_least of the label to make labels of "
+        "numbers, or task regression to learn the number"
+    )
 
 
 def read_times(

@@ -22,6 +22,7 @@ from penstock.config import (
     Hex,
     Job,
     JsonLinesSource,
+    Label,
     Negatives,
     NumericColumns,
     TableConfig,
@@ -59,9 +60,10 @@ class NumericGroup:
 class Columns:
     """What is read of a source, and as what."""
 
-    label: str | None
-    """None: the source has no labels (prediction, or all rows are positives)."""
-    at_least: float | None
+    labels: tuple[Label | None, ...]
+    """In the order of `Batch.labels`. None: the source has no column of it (in prediction, or where
+    all rows are positives).
+    """
     weight: str | None
     event_time: str | None
     teacher: str | None
@@ -87,11 +89,17 @@ class Columns:
         return tuple(name for _, name in sorted(placed))
 
     @property
+    def label_names(self) -> tuple[str, ...]:
+        """Columns of labels that the source has, each once."""
+        return tuple(dict.fromkeys(label.column for label in self.labels if label is not None))
+
+    @property
     def names(self) -> list[str]:
         """Every column that is read, each once."""
-        special = (self.label, self.weight, self.event_time, self.teacher)
+        special = (self.weight, self.event_time, self.teacher)
         return list(
             dict.fromkeys([
+                *self.label_names,
                 *(name for name in special if name is not None),
                 *self.numeric_names,
                 *(feature.name for feature in self.features),
@@ -130,24 +138,22 @@ def resolve_columns(
     """
     data = job.data
     synthetic = data.source.format == "synthetic"
-    label = given_label = None if data.label is None else data.label.column
-    if labels == "optional" and label not in schema.names:
-        label = None
+    is_optional = labels == "optional"
+    found_labels = tuple(
+        label
+        if label.column in data.label_columns
+        and not (is_optional and label.column not in schema.names)
+        else None
+        for label in data.labels
+    )
     claims: dict[str, str] = {}
-    special = {
-        "data.label.column": label,
-        "data.weight": data.weight,
-        "data.event_time": data.event_time,
-    }
-    for field, name in special.items():
-        if name is not None:
-            if name not in schema.names:
-                raise DataError(
-                    f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}"
-                )
+    for field, name in _special_columns(job, found_labels).items():
+        if name not in schema.names:
+            raise DataError(f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}")
+        # Several labels may be made of one column.
+        if not (field.startswith("data.label") and claims.get(name, "").startswith("data.label")):
             _claim(claims, name, field)
-    reserved = {*claims, *([TEACHER] if synthetic else [])}
-    reserved |= set() if given_label is None else {given_label}
+    reserved = {*data.label_columns, *claims, *([TEACHER] if synthetic else [])}
     place = {name: index for index, name in enumerate(dict.fromkeys([*order, *schema.names]))}
     numeric: list[tuple[NumericColumns, list[str]]] = []
     for index, group in enumerate(data.numeric):
@@ -169,8 +175,7 @@ def resolve_columns(
     features.sort(key=lambda feature: place[feature.name])
     dense = sorted((name for _, names in numeric for name in names), key=place.__getitem__)
     columns = Columns(
-        label=label,
-        at_least=None if data.label is None else data.label.at_least,
+        labels=found_labels,
         weight=data.weight,
         event_time=data.event_time,
         # Of a row with another item the teacher's probability is not known.
@@ -236,6 +241,18 @@ def _negative_columns(
     )
 
 
+def _special_columns(job: Job, labels: Sequence[Label | None]) -> dict[str, str]:
+    """By field of the job: columns that are no inputs."""
+    is_one = isinstance(job.data.label, Label)
+    named = {
+        "data.label.column" if is_one else f"data.label.{place}.column": label.column
+        for place, label in enumerate(labels)
+        if label is not None
+    }
+    named |= {"data.weight": job.data.weight} if job.data.weight else {}
+    return named | ({"data.event_time": job.data.event_time} if job.data.event_time else {})
+
+
 def _check_crosses(columns: Columns, schema: pa.Schema, origin: str) -> None:
     taken = {feature.name for feature in columns.features}
     for index, one in enumerate(columns.crosses):
@@ -244,7 +261,7 @@ def _check_crosses(columns: Columns, schema: pa.Schema, origin: str) -> None:
             raise ConfigError(f"{field}.name: another feature is named {one.name!r}; change one")
         taken.add(one.name)
         for name in one.columns:
-            if name == columns.label:
+            if name in columns.label_names:
                 raise ConfigError(f"{field}.columns: {name!r} is the label; leave it out")
             if name not in schema.names:
                 raise DataError(
@@ -268,9 +285,7 @@ def _is_one_key(kind: pa.DataType) -> bool:
 def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
     """Types of text columns by name or glob, where the source declares none."""
     data = job.data
-    types: dict[str, Literal["int64", "float64"]] = {}
-    if data.label is not None:
-        types[data.label.column] = "float64"
+    types: dict[str, Literal["int64", "float64"]] = dict.fromkeys(data.label_columns, "float64")
     if data.weight is not None:
         types[data.weight] = "float64"
     if data.event_time is not None:
@@ -390,7 +405,7 @@ def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -
     def wrong(name: str, remedy: str) -> DataError:
         return DataError(f"{origin}: column {name!r} is {schema.field(name).type}; {remedy}")
 
-    for number in (columns.label, columns.weight):
+    for number in (*columns.label_names, columns.weight):
         if number is not None and not _is_number(schema.field(number).type):
             raise wrong(number, "labels and weights are numbers; convert it")
     for name in columns.numeric_names:

@@ -39,7 +39,7 @@ class Rows:
     bags: Sequence[Bags]
     """Of each feature."""
     labels: NDArray[np.float32]
-    """[n]"""
+    """[n], or [n, L] of several labels; NaN where one is missing."""
     weights: NDArray[np.float32] | None
     event_time: NDArray[np.int64] | None
     """[n] ms since 1970 UTC."""

@@ -12,10 +12,11 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import safetensors
@@ -56,7 +57,6 @@ from penstock.training.job_difference import (
     resolve,
     resolved_differences,
 )
-from penstock.training.metrics import BinaryMetrics
 from penstock.types import Position
 
 __all__ = [
@@ -85,6 +85,16 @@ memory."""
 _log = logging.getLogger(__name__)
 
 
+class Stateful(Protocol):
+    """Something whose state is tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state by fixed names."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+
+
 @dataclass(slots=True)
 class TrainState:
     """All state of a training run between two steps. `Checkpoints.restore` changes it in place."""
@@ -97,7 +107,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer | None = None
     """None where the model has no trainable parameter."""
-    metrics: BinaryMetrics | None = None
+    metrics: Stateful | None = None
     """Of the samples trained on so far, or since the last log line; the caller's choice."""
 
 

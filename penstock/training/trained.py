@@ -31,6 +31,7 @@ from penstock.training.checkpoint import (
     read_manifest,
 )
 from penstock.training.checkpoint_files import MANIFEST
+from penstock.training.objective import Objective
 from penstock.training.setup import build
 
 Labels: TypeAlias = Literal["required", "optional", "absent"]
@@ -43,6 +44,7 @@ class Trained:
     job: Job
     collection: EmbeddingCollection
     model: nn.Module
+    objective: Objective
     dataset: Dataset
     part: Part
 
@@ -81,10 +83,10 @@ def open_trained(path: Path, data: str | None = None, labels: Labels = "required
     inputs = [*manifest.resolved["numeric"], *_feature_names(manifest.resolved)]
     needed: Literal["required", "optional"] = "required" if labels == "required" else "optional"
     dataset = Dataset.open(job, labels=needed, order=inputs)
-    state, _ = build(job, dataset)
+    state, _, objective = build(job, dataset)
     load_tables_and_model(checkpoint, state.collection, state.model)
     part: Part = "evaluation" if data is None else "train"
-    return Trained(job, state.collection, state.model, dataset, part)
+    return Trained(job, state.collection, state.model, objective, dataset, part)
 
 
 def locate_checkpoint(path: Path) -> Path:
@@ -148,8 +150,8 @@ def _for_prediction(job: Job, labels: Labels) -> Job:
     if isinstance(source, JsonLinesSource | TextSource):
         changes["on_malformed_row"] = "fail"
     if isinstance(source, TextSource) and labels == "absent" and source.columns is not None:
-        label = None if job.data.label is None else job.data.label.column
-        changes["columns"] = tuple(name for name in source.columns if name != label)
+        absent = job.data.label_columns
+        changes["columns"] = tuple(name for name in source.columns if name not in absent)
     source = source.model_copy(update=changes)
     data = job.data.model_copy(update={"source": source, "negatives": None})
     return job.model_copy(update={"data": data})

@@ -81,7 +81,7 @@ class Run:
         job = job or make_job()
         torch.manual_seed(job.training.seed)
         collection = EmbeddingCollection(tables, features, seed=3, num_threads=1)
-        model = build_model(job.model, 2, [shape.width for shape in collection.feature_shapes])
+        model = build_model(job.model, 2, collection.feature_shapes)
         self.trainer = DenseTrainer(model, job.training.optimizer)
         self.state = TrainState(
             0, Position(), collection, model, self.trainer.optimizer, BinaryMetrics()
@@ -240,7 +240,7 @@ def test_an_older_one_goes_only_after_the_new_one_is_complete(run, monkeypatch):
 def test_tables_and_model_load_without_the_rest(run):
     path = run.save()
     collection = EmbeddingCollection(TABLES, FEATURES, seed=3)
-    model = build_model(make_job().model, 2, [shape.width for shape in collection.feature_shapes])
+    model = build_model(make_job().model, 2, collection.feature_shapes)
     drawn = torch.get_rng_state()
     assert load_tables_and_model(path, collection, model).step == 3
     assert torch.equal(torch.get_rng_state(), drawn)
