@@ -190,7 +190,9 @@ class Batch:
     """[B, number of numeric columns] float32, finite."""
     sparse: KeyedJagged
     labels: Tensor
-    """[B] float32 in {0, 1}; all NaN where the source has no label column (prediction)."""
+    """[B] float32, or [B, L] where the job names several labels: 0 or 1, or the number of a
+    regression. NaN where a label is missing; where the source lacks its column (prediction), all.
+    """
     weights: Tensor | None
     """[B] float32 sample weights."""
     event_time: Tensor | None

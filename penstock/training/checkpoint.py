@@ -12,10 +12,11 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import safetensors
@@ -24,16 +25,13 @@ from torch import Tensor, nn
 
 import penstock
 from penstock.config import Job
-from penstock.embedding import EmbeddingCollection, TableRows
-from penstock.embedding.retention import RetentionState, retains
-from penstock.embedding.store import Candidates, RowLayout
+from penstock.embedding import EmbeddingCollection
 from penstock.errors import CheckpointError
 from penstock.training.checkpoint_files import (
     MANIFEST,
     SEAL,
     FileRecord,
     Manifest,
-    TableRecord,
     is_complete,
     read_manifest,
     read_tensors,
@@ -51,13 +49,13 @@ from penstock.training.checkpoint_state import (
     random_state,
     set_random_state,
 )
+from penstock.training.checkpoint_tables import import_tables, write_tables
 from penstock.training.job_difference import (
     describe,
     differences,
     resolve,
     resolved_differences,
 )
-from penstock.training.metrics import BinaryMetrics
 from penstock.types import Position
 
 __all__ = [
@@ -79,11 +77,17 @@ _NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 _UNFINISHED = re.compile(r"step-\d{9,}\.tmp-(\d+)")
 _REPLACED = ".replaced"
 
-SHARD_BYTES = 1 << 27
-"""Rows of a table are cut into files of at most this size; writing takes about twice as much
-memory."""
-
 _log = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """Something whose state is tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state by fixed names."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
 
 
 @dataclass(slots=True)
@@ -98,7 +102,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer | None = None
     """None where the model has no trainable parameter."""
-    metrics: BinaryMetrics | None = None
+    metrics: Stateful | None = None
     """Of the samples trained on so far, or since the last log line; the caller's choice."""
 
 
@@ -205,7 +209,7 @@ class Checkpoints:
         random = (path / _RANDOM).read_bytes()
         metrics = read_tensors(path / _METRICS) if _METRICS in manifest.files else None
 
-        _import_tables(path, manifest, state.collection)
+        import_tables(path, manifest, state.collection)
         state.model.load_state_dict(dense)
         if state.optimizer is not None and manifest.optimizer is not None:
             tensors = read_tensors(path / _OPTIMIZER)
@@ -249,7 +253,7 @@ class Checkpoints:
 
     def _write(self, directory: Path, state: TrainState) -> None:
         files: dict[str, FileRecord] = {}
-        tables = tuple(_write_tables(directory, state.collection, files))
+        tables = tuple(write_tables(directory, state.collection, files))
         files[_DENSE] = write_tensors(directory / _DENSE, state.model.state_dict())
         optimizer = None
         if state.optimizer is not None:
@@ -347,7 +351,7 @@ def load_tables_and_model(
     if lines:
         raise CheckpointError(f"checkpoint {path} has other tables or features:\n{describe(lines)}")
     dense = _load_dense(path, collection, model)
-    _import_tables(path, manifest, collection)
+    import_tables(path, manifest, collection)
     model.load_state_dict(dense)
     return manifest
 
@@ -389,63 +393,6 @@ def _needed_bytes(state: TrainState) -> int:
         tensors = [*tensors, *optimizer_state(state.optimizer, state.model)[1].values()]
     rows = sum(8 * table.rows + table.bytes for table in state.collection.table_stats())
     return rows + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _write_tables(
-    directory: Path, collection: EmbeddingCollection, files: dict[str, FileRecord]
-) -> Iterator[TableRecord]:
-    for number, table in enumerate(collection.tables):
-        layout = RowLayout.of(table)
-        row_bytes = 8 + layout.row_bytes + 4 * layout.usage_dim
-        # The number keeps names apart that differ in case alone, or are cut off here.
-        name = f"table-{number:04d}-{table.name[:100]}"
-        shards: list[str] = []
-        num_rows = 0
-        for rows in collection.export_table(table.name, max(1, SHARD_BYTES // row_bytes)):
-            shard = f"{name}-{len(shards):05d}.safetensors"
-            tensors = {key: part for key, part in rows._asdict().items() if part is not None}
-            files[shard] = write_tensors(directory / shard, tensors)
-            shards.append(shard)
-            num_rows += rows.keys.numel()
-        record = TableRecord(
-            table.name, layout.dim, layout.state_dim, num_rows, tuple(shards), layout.usage_dim
-        )
-        if retains(table):
-            record = _write_retention(directory, name, record, collection, files)
-        yield record
-
-
-def _write_retention(
-    directory: Path,
-    name: str,
-    record: TableRecord,
-    collection: EmbeddingCollection,
-    files: dict[str, FileRecord],
-) -> TableRecord:
-    file = f"{name}-retention.safetensors"
-    state = collection.retention_state(record.name)
-    files[file] = write_tensors(directory / file, state.tensors())
-    counts: list[str] = []
-    for candidates in collection.export_candidates(record.name, SHARD_BYTES // 16):
-        shard = f"{name}-counts-{len(counts):05d}.safetensors"
-        files[shard] = write_tensors(directory / shard, candidates._asdict())
-        counts.append(shard)
-    return replace(record, retention=file, counts=tuple(counts))
-
-
-def _import_tables(path: Path, manifest: Manifest, collection: EmbeddingCollection) -> None:
-    for table in manifest.tables:
-        if table.retention is not None:
-            state = RetentionState.from_tensors(read_tensors(path / table.retention))
-            collection.set_retention_state(table.name, state)
-        for shard in table.shards:
-            # Memory-mapped: no more of a shard is in memory than what is being copied.
-            with safetensors.safe_open(path / shard, framework="pt") as file:
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                collection.import_rows(table.name, TableRows(**parts))
-        for shard in table.counts:
-            collection.import_candidates(table.name, Candidates(**read_tensors(path / shard)))
-    collection.step = manifest.collection_step
 
 
 def _load_dense(path: Path, collection: EmbeddingCollection, model: nn.Module) -> dict[str, Tensor]:

@@ -29,10 +29,10 @@ def whole(small_job, tmp_path, quiet):
 def test_after_a_crash(small_job, tmp_path, quiet, whole, monkeypatch, step):
     out, real = tmp_path / "run", story.train_step
 
-    def crash(model, collection, trainer, batch, at, clock):
+    def crash(model, objective, collection, trainer, batch, at, clock):
         if at == step:
             raise RuntimeError("the power went")
-        return real(model, collection, trainer, batch, at, clock)
+        return real(model, objective, collection, trainer, batch, at, clock)
 
     monkeypatch.setattr(story, "train_step", crash)
     with pytest.raises(RuntimeError, match="the power went"):
@@ -79,10 +79,10 @@ SIGNALLED = """
 import os, signal, sys
 from penstock import cli, run
 real = run.train_step
-def step(model, collection, trainer, batch, at, clock):
+def step(model, objective, collection, trainer, batch, at, clock):
     if at == {step}:
         os.kill(os.getpid(), signal.{signal})
-    return real(model, collection, trainer, batch, at, clock)
+    return real(model, objective, collection, trainer, batch, at, clock)
 run.train_step = step
 cli.main()
 """
