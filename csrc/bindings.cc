@@ -135,24 +135,35 @@ std::pair<NewArray<int64_t>, int64_t> py_parse_hex(In<Offset> offsets, In<uint8_
 // Keeps the arrays alive that the window points into.
 class PyJaggedWindow {
  public:
-  using Column = std::pair<In<int64_t>, std::optional<In<int64_t>>>;
+  using Column = std::tuple<In<int64_t>, std::optional<In<int64_t>>, std::optional<In<float>>>;
+  using Cut = std::tuple<NewArray<int64_t>, std::optional<NewArray<int64_t>>, std::optional<NewArray<int64_t>>,
+                         std::optional<NewArray<float>>>;
 
   PyJaggedWindow(std::vector<Column> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
       : arrays_(std::move(columns)), window_(view(arrays_, starts, stops), starts, stops) {}
 
-  using Cut = std::tuple<NewArray<int64_t>, std::optional<NewArray<int64_t>>, std::optional<NewArray<int64_t>>>;
-
-  Cut cut(In<int64_t> rows, int64_t batch) const {
+  Cut cut(In<int64_t> rows, int64_t batch, std::optional<In<int64_t>> others, const std::vector<bool>& of_others) const {
     if (batch <= 0) throw std::invalid_argument("batch: must be positive");
+    if (others && (others->size() != rows.size() || of_others.size() != window_.num_features())) {
+      throw std::invalid_argument("others: as many as rows, and of_others as many as features");
+    }
     const auto size = static_cast<size_t>(batch);
-    return window_.has_small_places() ? cut_places<uint32_t>(rows, size) : cut_places<uint64_t>(rows, size);
+    return window_.has_small_places() ? cut_places<uint32_t>(rows, size, others, of_others)
+                                      : cut_places<uint64_t>(rows, size, others, of_others);
   }
 
  private:
   template <typename Place>
-  Cut cut_places(const In<int64_t>& rows, size_t batch) const {
+  Cut cut_places(const In<int64_t>& rows, size_t batch, const std::optional<In<int64_t>>& others,
+                 const std::vector<bool>& of_others) const {
     const size_t n = rows.size(), batches = (n + batch - 1) / batch;
-    const std::unique_ptr<Place[]> places(new Place[n]);
+    const std::unique_ptr<Place[]> places(new Place[n]), other_places(others ? new Place[n] : nullptr);
+    std::vector<const Place*> of_feature(window_.num_features(), places.get());
+    if (others) {
+      for (size_t f = 0; f < of_feature.size(); ++f) {
+        if (of_others[f]) of_feature[f] = other_places.get();
+      }
+    }
     const bool one_key = window_.one_key_a_bag();
     size_t total = window_.num_features() * n;
     std::optional<NewArray<int64_t>> out_offsets, out_starts;
@@ -164,18 +175,23 @@ class PyJaggedWindow {
     bool inside;
     {
       nb::gil_scoped_release unlocked;
-      inside = window_.locate(rows.data(), n, places.get());
-      if (inside && !one_key) window_.cut_offsets(places.get(), n, batch, offsets, starts);
+      inside = window_.locate(rows.data(), n, places.get()) &&
+               (!others || window_.locate(others->data(), n, other_places.get()));
+      if (inside && !one_key) window_.cut_offsets(of_feature.data(), n, batch, offsets, starts);
     }
     if (!inside) throw std::out_of_range("a row lies outside the window");
     if (!one_key) total = static_cast<size_t>(starts[batches]);
     int64_t* values;
     auto out_values = make_array(total, &values);
+    std::optional<NewArray<float>> out_weights;
+    float* weights = nullptr;
+    if (window_.has_weights()) out_weights = make_array(total, &weights);
     {
       nb::gil_scoped_release unlocked;
-      window_.cut_values(places.get(), n, batch, offsets, starts, values);
+      window_.cut_values(of_feature.data(), n, batch, offsets, starts, values);
+      if (weights) window_.cut_weights(of_feature.data(), n, batch, offsets, starts, weights);
     }
-    return {out_values, out_offsets, out_starts};
+    return {out_values, out_offsets, out_starts, out_weights};
   }
 
   static std::vector<penstock::JaggedColumn> view(const std::vector<Column>& columns,
@@ -184,17 +200,24 @@ class PyJaggedWindow {
     if (starts.size() != stops.size() || (starts.empty() ? !columns.empty() : columns.size() % starts.size() != 0)) {
       throw std::invalid_argument("JaggedWindow: columns, starts and stops do not fit");
     }
+    // An empty array may have no address, which would read as no weights.
+    static const float kNoWeight = 1;
     const size_t features = starts.empty() ? 0 : columns.size() / starts.size();
     std::vector<penstock::JaggedColumn> views;
     for (size_t c = 0; c < columns.size(); ++c) {
-      const auto& [values, offsets] = columns[c];
+      const auto& [values, offsets, weights] = columns[c];
       const int64_t stop = stops[c / features];
       const bool fits = starts[c / features] >= 0 && starts[c / features] <= stop &&
                         static_cast<size_t>(stop) + (offsets ? 1 : 0) <= (offsets ? offsets->size() : values.size());
       if (!fits || (offsets && static_cast<size_t>((*offsets)(stop)) > values.size())) {
         throw std::invalid_argument("JaggedWindow: a column is shorter than its part");
       }
-      views.push_back({values.data(), offsets ? offsets->data() : nullptr});
+      const bool first_has = std::get<2>(columns[c % features]).has_value();
+      if (weights.has_value() != first_has || (weights && weights->size() != values.size())) {
+        throw std::invalid_argument("JaggedWindow: weights do not fit the values");
+      }
+      const float* const of_values = !weights ? nullptr : weights->size() ? weights->data() : &kNoWeight;
+      views.push_back({values.data(), offsets ? offsets->data() : nullptr, of_values});
     }
     return views;
   }
@@ -247,7 +270,8 @@ void bind_columns(nb::module_& m) {
   nb::class_<PyJaggedWindow>(m, "JaggedWindow")
       .def(nb::init<std::vector<PyJaggedWindow::Column>, std::vector<int64_t>, std::vector<int64_t>>(),
            "columns"_a.noconvert(), "starts"_a, "stops"_a)
-      .def("cut", &PyJaggedWindow::cut, "rows"_a.noconvert(), "batch"_a);
+      .def("cut", &PyJaggedWindow::cut, "rows"_a.noconvert(), "batch"_a, "others"_a.noconvert().none() = nb::none(),
+           "of_others"_a = std::vector<bool>());
   m.def(
       "cross_keys",
       [](In<int64_t> keys, std::optional<In<uint8_t>> valid, size_t first_bit, Out<uint64_t> hashes) {

@@ -146,29 +146,48 @@ class JaggedWindow:
 
     def __init__(
         self,
-        columns: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | None]],
+        columns: Sequence[
+            tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.float32] | None]
+        ],
         starts: Sequence[int],
         stops: Sequence[int],
     ) -> None:
         """Joins rows [starts[p], stops[p]) of the chunks p, in order.
 
         Args:
-          columns: [parts * features], part by part: values and offsets [rows + 1] of each feature;
-            no offsets: one key a row. They must not change while the window lives.
+          columns: [parts * features], part by part, of each feature: values, offsets [rows + 1]
+            (None: one key a row) and a weight for each value (None, then in every part: 1). They
+            must not change while the window lives.
           starts: [parts]
           stops: [parts]
         """
 
     def cut(
-        self, rows: NDArray[np.int64], batch: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64] | None]:
+        self,
+        rows: NDArray[np.int64],
+        batch: int,
+        others: NDArray[np.int64] | None = None,
+        of_others: Sequence[bool] = (),
+    ) -> tuple[
+        NDArray[np.int64],
+        NDArray[np.int64] | None,
+        NDArray[np.int64] | None,
+        NDArray[np.float32] | None,
+    ]:
         """Copies the bags of `rows` [n] into batches of `batch` rows (the last may be short).
+
+        Args:
+          rows: [n]
+          batch: rows of a batch.
+          others: [n] rows from which features are taken instead; None: none are.
+          of_others: [features] which ones; with `others` alone.
 
         Returns:
           values: of each batch packed feature by feature, batch after batch.
           offsets: of each batch, from 0, [features * its rows + 1], batch after batch; None, as is
             the next: every bag has one key.
           starts: [batches + 1] where the values of each batch begin.
+          weights: by value; None: no column has weights.
 
         Raises:
           IndexError: a row lies outside the window.

@@ -145,7 +145,7 @@ def open_run(
 
 def planned_samples(job: Job, dataset: Dataset) -> int:
     """Samples that the whole run will see, if no row is quarantined."""
-    samples = dataset.num_rows("train") * job.training.epochs
+    samples = dataset.num_samples("train") * job.training.epochs
     if job.training.max_steps is None:
         return samples
     return min(samples, job.training.max_steps * job.training.batch_size)

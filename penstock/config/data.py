@@ -307,11 +307,41 @@ class CrossedFeature(Config):
     """Folds the key into [0, buckets)."""
 
 
+class Negatives(Config):
+    """Negative samples, for a log that holds positives alone.
+
+    Each row is one sample of label 1, and gives `per_positive` samples of label 0 in which
+    `columns` are those of other rows of its shuffle window, all else its own.
+    """
+
+    per_positive: PositiveInt
+    columns: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of the item's columns, taken together from one other row: features (their weights and
+    crosses with them follow), numeric columns. The first one names the item, by an integer or text
+    a row: a negative never has the item of its own row.
+    """
+    candidates: Literal["popularity", "uniform"] = "popularity"
+    """`popularity`: items as often as the window has them; `uniform`: each different item of the
+    window as likely as any other.
+    """
+
+    @model_validator(mode="after")
+    def _no_column_twice(self) -> Negatives:
+        for name in self.columns:
+            if self.columns.count(name) > 1:
+                raise ValueError(f"columns names {name!r} twice; remove one")
+        return self
+
+
 class Shuffle(Config):
     """Rows are shuffled within windows: a pure function of (seed, epoch, window)."""
 
     window_rows: Annotated[int, Field(ge=0)] = 65_536
-    """0: no shuffling."""
+    """0: no shuffling. `negatives` are drawn among the rows of a window (0: among 8,192)."""
+
+
+_IS_POSITIVE = Label(column="positive")
+"""What is predicted where rows are positives and negatives are drawn; no column of the source."""
 
 
 class DataConfig(Config):
@@ -322,8 +352,12 @@ class DataConfig(Config):
     """Held-out data of its own; excludes `split`."""
     split: Split | None = None
     """Part of `source` that is held out."""
-    label: LabelOrLabels
-    """One label, or a list of them for models that predict several."""
+    label: LabelOrLabels | None = None
+    """One label, or a list of them for models that predict several; required unless `negatives`
+    says that all rows are positives.
+    """
+    negatives: Negatives | None = None
+    """For logs of positives alone, in place of `label`."""
     weight: str | None = None
     """Column of sample weights (>= 0)."""
     event_time: str | None = None
@@ -339,12 +373,33 @@ class DataConfig(Config):
 
     @property
     def labels(self) -> tuple[Label, ...]:
-        """The labels, in the order of `Batch.labels`."""
+        """What is predicted, in the order of `Batch.labels`."""
+        if self.label is None:
+            return (_IS_POSITIVE,)
         return (self.label,) if isinstance(self.label, Label) else self.label
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Columns that labels are read from; none where all rows are positives."""
+        return () if self.label is None else tuple(label.column for label in self.labels)
 
     @model_validator(mode="after")
     def _labels_have_names_of_their_own(self) -> DataConfig:
         check_labels(self.labels)
+        return self
+
+    @model_validator(mode="after")
+    def _labels_from_one_place(self) -> DataConfig:
+        if self.label is None and self.negatives is None:
+            raise ValueError(
+                "give `label`, the column of what to predict, or, if every row is a positive, "
+                "`negatives`"
+            )
+        if self.label is not None and self.negatives is not None:
+            raise ValueError(
+                "`negatives` takes every row as a positive, so there is no `label`; remove one of "
+                "them"
+            )
         return self
 
     @model_validator(mode="after")

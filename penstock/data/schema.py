@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -23,11 +23,13 @@ from penstock.config import (
     Job,
     JsonLinesSource,
     Label,
+    Negatives,
     NumericColumns,
     TableConfig,
     TextSource,
     TimeUnit,
 )
+from penstock.data.negatives import MixedCross, NegativeColumns
 from penstock.data.transforms import is_list
 from penstock.errors import ConfigError, DataError
 
@@ -59,7 +61,9 @@ class Columns:
     """What is read of a source, and as what."""
 
     labels: tuple[Label | None, ...]
-    """In the order of `Batch.labels`. None: the source lacks this label's column (prediction)."""
+    """In the order of `Batch.labels`. None: the source has no column of it (in prediction, or where
+    all rows are positives).
+    """
     weight: str | None
     event_time: str | None
     teacher: str | None
@@ -71,6 +75,8 @@ class Columns:
     """Of integers in `event_time`."""
     groups: tuple[str, ...] = ()
     """Columns by which metrics are grouped; they may be features too."""
+    negatives: NegativeColumns | None = None
+    """None: every row is one sample."""
 
     @property
     def numeric_names(self) -> tuple[str, ...]:
@@ -134,7 +140,11 @@ def resolve_columns(
     synthetic = data.source.format == "synthetic"
     is_optional = labels == "optional"
     found_labels = tuple(
-        None if is_optional and label.column not in schema.names else label for label in data.labels
+        label
+        if label.column in data.label_columns
+        and not (is_optional and label.column not in schema.names)
+        else None
+        for label in data.labels
     )
     claims: dict[str, str] = {}
     for field, name in _special_columns(job, found_labels).items():
@@ -143,8 +153,7 @@ def resolve_columns(
         # Several labels may be made of one column.
         if not (field.startswith("data.label") and claims.get(name, "").startswith("data.label")):
             _claim(claims, name, field)
-    every_label = {label.column for label in data.labels}
-    reserved = {*every_label, *claims, *([TEACHER] if synthetic else [])}
+    reserved = {*data.label_columns, *claims, *([TEACHER] if synthetic else [])}
     place = {name: index for index, name in enumerate(dict.fromkeys([*order, *schema.names]))}
     numeric: list[tuple[NumericColumns, list[str]]] = []
     for index, group in enumerate(data.numeric):
@@ -169,7 +178,8 @@ def resolve_columns(
         labels=found_labels,
         weight=data.weight,
         event_time=data.event_time,
-        teacher=TEACHER if synthetic else None,
+        # Of a row with another item the teacher's probability is not known.
+        teacher=TEACHER if synthetic and data.negatives is None else None,
         numeric=tuple(
             NumericGroup(group, tuple(names), tuple(dense.index(name) for name in names))
             for group, names in numeric
@@ -181,7 +191,54 @@ def resolve_columns(
     )
     _check_crosses(columns, schema, origin)
     _check_types(columns, schema, origin, isinstance(data.source, TextSource | JsonLinesSource))
-    return columns
+    return replace(columns, negatives=_negative_columns(data.negatives, columns, schema, origin))
+
+
+def _negative_columns(
+    config: Negatives | None, columns: Columns, schema: pa.Schema, origin: str
+) -> NegativeColumns | None:
+    if config is None:
+        return None
+    crossed = [name for one in columns.crosses for name in one.columns]
+    inputs = {*columns.numeric_names, *(one.name for one in columns.features), *crossed}
+    for name in config.columns:
+        if name not in schema.names:
+            raise DataError(
+                f"{origin}: no column {name!r} (data.negatives){_nearest(name, schema.names)}"
+            )
+        if name not in inputs:
+            raise ConfigError(
+                f"data.negatives.columns: {name!r} is no input of the model, so it makes no "
+                "difference of which row it is; list it under `features` or data.numeric, or "
+                "remove it"
+            )
+    kind = schema.field(config.columns[0]).type
+    if not _is_one_key(kind):
+        raise DataError(
+            f"{origin}: column {config.columns[0]!r} is {kind}; the first of "
+            "data.negatives.columns names the item, by an integer or text a row; put another one "
+            "first"
+        )
+    of_cross = [tuple(name in config.columns for name in one.columns) for one in columns.crosses]
+    of_item = [one.name in config.columns for one in columns.features]
+    numeric = [name in config.columns for name in columns.numeric_names]
+    if all([*of_item, *numeric, *map(all, of_cross)]):
+        raise ConfigError(
+            "data.negatives.columns: these are all inputs, so that a negative would be another "
+            "row's positive; leave out what belongs to the user or the moment"
+        )
+    return NegativeColumns(
+        per_positive=config.per_positive,
+        candidates=config.candidates,
+        item=config.columns[0],
+        numeric=tuple(place for place, whether in enumerate(numeric) if whether),
+        features=(*of_item, *map(all, of_cross)),
+        mixed=tuple(
+            MixedCross(one, len(of_item) + place, which)
+            for place, (one, which) in enumerate(zip(columns.crosses, of_cross, strict=True))
+            if any(which) and not all(which)
+        ),
+    )
 
 
 def _special_columns(job: Job, labels: Sequence[Label | None]) -> dict[str, str]:
@@ -211,21 +268,24 @@ def _check_crosses(columns: Columns, schema: pa.Schema, origin: str) -> None:
                     f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}"
                 )
             kind = schema.field(name).type
-            inner = kind.value_type if pa.types.is_dictionary(kind) else kind
-            whole = pa.types.is_integer(inner) or pa.types.is_boolean(inner)
-            if not whole and not is_text(inner) and not pa.types.is_null(inner):
+            if not _is_one_key(kind):
                 raise DataError(
                     f"{origin}: column {name!r} is {kind}; crossed columns hold one integer or "
                     "text a row; leave it out of the cross"
                 )
 
 
+def _is_one_key(kind: pa.DataType) -> bool:
+    """Whether values are single integers or texts."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    return bool(whole or is_text(kind) or pa.types.is_null(kind))
+
+
 def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
     """Types of text columns by name or glob, where the source declares none."""
     data = job.data
-    types: dict[str, Literal["int64", "float64"]] = {
-        label.column: "float64" for label in data.labels
-    }
+    types: dict[str, Literal["int64", "float64"]] = dict.fromkeys(data.label_columns, "float64")
     if data.weight is not None:
         types[data.weight] = "float64"
     if data.event_time is not None:

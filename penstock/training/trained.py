@@ -144,18 +144,16 @@ def _on_other_data(job: Job, path: str, resolved: Mapping[str, Any]) -> Job:
 
 
 def _for_prediction(job: Job, labels: Labels) -> Job:
-    source = job.data.source
-    if isinstance(source, JsonLinesSource):
-        strict: Source = source.model_copy(update={"on_malformed_row": "fail"})
-        return job.model_copy(update={"data": job.data.model_copy(update={"source": strict})})
-    if not isinstance(source, TextSource):
-        return job
-    columns = source.columns
-    if labels == "absent" and columns is not None:
-        absent = {label.column for label in job.data.labels}
-        columns = tuple(name for name in columns if name not in absent)
-    changes = {"columns": columns, "on_malformed_row": "fail"}
-    data = job.data.model_copy(update={"source": source.model_copy(update=changes)})
+    """The same job, in which each row is one sample, and a malformed one an error."""
+    source: Source = job.data.source
+    changes: dict[str, Any] = {}
+    if isinstance(source, JsonLinesSource | TextSource):
+        changes["on_malformed_row"] = "fail"
+    if isinstance(source, TextSource) and labels == "absent" and source.columns is not None:
+        absent = job.data.label_columns
+        changes["columns"] = tuple(name for name in source.columns if name not in absent)
+    source = source.model_copy(update=changes)
+    data = job.data.model_copy(update={"source": source, "negatives": None})
     return job.model_copy(update={"data": data})
 
 
