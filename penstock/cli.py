@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from penstock.cli_data import inspect_data
 from penstock.errors import ConfigError, PenstockError
 
 app = typer.Typer(
@@ -33,8 +34,11 @@ app = typer.Typer(
         "    penstock evaluate runs/first\n"
     ),
 )
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Make data.")
+data_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Look at data; make data."
+)
 app.add_typer(data_app, name="data")
+data_app.command("inspect")(inspect_data)
 
 
 class FileFormat(enum.StrEnum):

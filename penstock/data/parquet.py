@@ -34,10 +34,13 @@ class ParquetFiles:
         self._splits: list[Split] = []
         self.schema: pa.Schema = self._footer(self.paths[0]).schema.to_arrow_schema()
         self.schema = self.schema.remove_metadata()
+        num_groups = 0
         for path in self.paths:
             footer = self._footer(path)
+            num_groups += footer.num_row_groups
             check_schema(path, footer.schema.to_arrow_schema(), self.paths[0], self.schema)
             self._splits += group_rows(path, _group_rows(footer), SPLIT_ROWS)
+        self.num_groups: int | None = num_groups
         if not self._splits:
             raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
 

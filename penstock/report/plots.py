@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MISSING = (
     "no PNG files: matplotlib is not installed; install it with: pip install 'penstock[plots]'"
 )
-_COLORS = ("#3b6fb6", "#d1622b", "#3f8f54", "#8a5aa8", "#b8973a", "#4aa3a8", "#c05a84", "#6b6b6b")
-_GREY = "#9a9a9a"
+COLORS = ("#3b6fb6", "#d1622b", "#3f8f54", "#8a5aa8", "#b8973a", "#4aa3a8", "#c05a84", "#6b6b6b")
+GREY = "#9a9a9a"
 _MOST_TABLES = 8
 _Numbers: TypeAlias = NDArray[np.float64]
 _NEAR = 1.96
@@ -51,11 +51,11 @@ def draw_run(record: RunRecord, folder: Path) -> list[Path]:
     """
     written = []
     if record.training:
-        written.append(_save(_training(record), folder / "training.png"))
+        written.append(save_figure(_training(record), folder / "training.png"))
     if record.calibration:
-        written.append(_save(_calibration(record), folder / "calibration.png"))
+        written.append(save_figure(_calibration(record), folder / "calibration.png"))
     if record.growth():
-        written.append(_save(_tables(record.growth()), folder / "tables.png"))
+        written.append(save_figure(_tables(record.growth()), folder / "tables.png"))
     return written
 
 
@@ -69,11 +69,11 @@ def draw_comparison(runs: Mapping[str, RunRecord], path: Path) -> Path:
     Raises:
       ConfigError: the file cannot be written.
     """
-    figure, axes = _figure(len(CURVES), 3.6, bottom=0.1 + 0.22 * ((len(runs) + 1) // 2))
+    figure, axes = new_figure(len(CURVES), 3.6, bottom=0.1 + 0.22 * ((len(runs) + 1) // 2))
     for axis, (metric, words) in zip(axes, CURVES.items(), strict=True):
         for number, (name, record) in enumerate(runs.items()):
-            color = _COLORS[number % len(_COLORS)]
-            style = "-" if number < len(_COLORS) else "--"
+            color = COLORS[number % len(COLORS)]
+            style = "-" if number < len(COLORS) else "--"
             _draw_curve(axis, record.training_curve(metric), color, style, label=name, alpha=0.4)
             held_out = record.evaluation_curve(metric)
             axis.plot(held_out.samples, held_out.values, style, color=color, linewidth=1.0)
@@ -86,19 +86,19 @@ def draw_comparison(runs: Mapping[str, RunRecord], path: Path) -> Path:
     for handle in legend.get_lines():
         handle.set_alpha(1.0)  # the curves of training are pale
     figure.suptitle("lines: training, each batch before its update; dots: held-out part", size=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _training(record: RunRecord) -> Figure:
-    figure, axes = _figure(len(CURVES), 3.0, bottom=0.25)
+    figure, axes = new_figure(len(CURVES), 3.0, bottom=0.25)
     for axis, (metric, words) in zip(axes, CURVES.items(), strict=True):
-        _draw_curve(axis, record.training_curve(metric), _COLORS[0], label="training")
+        _draw_curve(axis, record.training_curve(metric), COLORS[0], label="training")
         held_out = record.evaluation_curve(metric)
         axis.plot(
             held_out.samples,
             held_out.values,
             "o-",
-            color=_COLORS[1],
+            color=COLORS[1],
             markersize=4,
             linewidth=1,
             label="held-out",
@@ -110,7 +110,7 @@ def _training(record: RunRecord) -> Figure:
                 xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
-                color=_COLORS[1],
+                color=COLORS[1],
                 fontsize=8,
                 annotation_clip=False,
             )
@@ -120,7 +120,7 @@ def _training(record: RunRecord) -> Figure:
     best = record.evaluation_curve("teacher_auc")
     if best.values.size:
         axis, height = axes[-1], float(best.values[-1])
-        axis.axhline(height, color=_GREY, linestyle=":", label="best reachable")
+        axis.axhline(height, color=GREY, linestyle=":", label="best reachable")
         low, high = axis.get_ylim()
         axis.set_ylim(low, max(high, height + 0.05 * (height - low)))
     handles, labels = axes[-1].get_legend_handles_labels()
@@ -130,7 +130,7 @@ def _training(record: RunRecord) -> Figure:
 
 def _calibration(record: RunRecord) -> Figure:
     predicted, observed, weight = np.array(record.calibration).T
-    figure, (axis,) = _figure(1, 4.4, width=4.8)
+    figure, (axis,) = new_figure(1, 4.4, width=4.8)
     # As many samples as the weights come to; of weighted samples the interval is a rough one.
     low, high = _interval(observed, weight)
     axis.errorbar(
@@ -139,7 +139,7 @@ def _calibration(record: RunRecord) -> Figure:
         yerr=(np.clip(observed - low, 0, None), np.clip(high - observed, 0, None)),
         fmt="o",
         markersize=4,
-        color=_COLORS[0],
+        color=COLORS[0],
         ecolor="#a9c1e2",
         label="one bucket, 95 % interval",
     )
@@ -152,8 +152,8 @@ def _calibration(record: RunRecord) -> Figure:
         if never.size:
             # Zero has no place on a logarithmic axis.
             at_bottom = np.full(never.size, edges[0] * 1.15)
-            axis.plot(never, at_bottom, "v", color=_COLORS[1], markersize=5, label="no positive")
-    axis.plot(edges, edges, color=_GREY, linewidth=1, linestyle="--", label="perfect")
+            axis.plot(never, at_bottom, "v", color=COLORS[1], markersize=5, label="no positive")
+    axis.plot(edges, edges, color=GREY, linewidth=1, linestyle="--", label="perfect")
     axis.set_xlim(edges)
     axis.set_ylim(edges)
     axis.set_aspect("equal")
@@ -188,19 +188,19 @@ def _limits(predicted: _Numbers, observed: _Numbers, is_log: bool) -> tuple[floa
 
 
 def _tables(growth: Mapping[str, Curve]) -> Figure:
-    figure, (over_time, by_table) = _figure(2, 3.8)
+    figure, (over_time, by_table) = new_figure(2, 3.8)
     names = list(growth)
     shown, others = names[:_MOST_TABLES], names[_MOST_TABLES:]
     for name in others:
         _draw_curve(over_time, growth[name], "#d9d9d9")
     for number, name in enumerate(shown):
-        _draw_curve(over_time, growth[name], _COLORS[number])
+        _draw_curve(over_time, growth[name], COLORS[number])
     over_time.set_title("rows of each table over the samples, colours as on the right", fontsize=9)
     _samples_axis(over_time)
 
     rows = [float(growth[name].values[-1]) for name in names]
     most = 30
-    colors = [*_COLORS[: len(shown)], *[_GREY] * len(others)][:most]
+    colors = [*COLORS[: len(shown)], *[GREY] * len(others)][:most]
     places = np.arange(len(names[:most]))
     by_table.bar(places, rows[:most], color=colors, width=0.8)
     by_table.grid(visible=False, axis="x")
@@ -221,9 +221,10 @@ def _tables(growth: Mapping[str, Curve]) -> Figure:
     return figure
 
 
-def _figure(
+def new_figure(
     panels: int, height: float, *, width: float | None = None, bottom: float = 0.0
 ) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of panels side by side; sizes in inches, `bottom` is room for a legend below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -285,7 +286,12 @@ def _text(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a PNG file; makes its folder.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
