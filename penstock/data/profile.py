@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from penstock.config import Hash
 from penstock.data.schema import is_text
-from penstock.data.sketches import Quantiles, ValueCounts, ValueSummary
+from penstock.data.sketches import Quantiles, ValueCounts, ValueSummary, affordable_values
 from penstock.data.source import Chunk, Source, Split
 from penstock.data.text_kinds import TextKinds
 from penstock.data.transforms import is_list, one_array, read_keys
@@ -26,12 +26,6 @@ from penstock.data.transforms import is_list, one_array, read_keys
 ColumnKind: TypeAlias = Literal["integer", "float", "time", "text", "unread"]
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-MEMORY_BYTES = 512 << 20
-"""Of the counted values of all columns together."""
-_MOST_VALUES = 1 << 18
-"""Different values of a column that are counted one by one, if there are not too many columns."""
-_VALUE_BYTES = 40
-"""Of one counted value, between two merges."""
 _QUANTILE_SAMPLE = 1 << 15
 _PLACES = 64
 """A sample is read from the beginnings of about so many splits."""
@@ -128,10 +122,10 @@ def profile_source(
     Raises:
       DataError: a file cannot be read.
 
-    Effects: keeps at most `MEMORY_BYTES`, 1 MiB a column, and one chunk.
+    Effects: keeps the counts that `affordable_values` allows, 1 MiB a column, and one chunk.
     """
     names = source.schema.names
-    most = max(1 << 12, min(_MOST_VALUES, MEMORY_BYTES // (_VALUE_BYTES * max(len(names), 1))))
+    most = affordable_values(len(names))
     columns = [ColumnProfile(name, source.schema.field(name).type, most) for name in names]
     rows = 0
     extent = Extent(source)

@@ -16,6 +16,18 @@ _Keys = NDArray[np.int64]
 _Counts = NDArray[np.int64]
 
 
+MEMORY_BYTES = 512 << 20
+"""Of the counted values of all columns or tables together."""
+_MOST_VALUES = 1 << 18
+_VALUE_BYTES = 40
+"""Of one counted value, between two merges."""
+
+
+def affordable_values(columns: int) -> int:
+    """Different values to count exactly in each of so many columns, within `MEMORY_BYTES`."""
+    return max(1 << 12, min(_MOST_VALUES, MEMORY_BYTES // (_VALUE_BYTES * max(columns, 1))))
+
+
 @dataclass(frozen=True)
 class ValueSummary:
     """How accesses are spread over the values of a column or the keys of a table."""
