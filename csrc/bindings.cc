@@ -39,14 +39,16 @@ struct PlanArrays {
   std::vector<int64_t> packed_feature;
   std::vector<uint32_t> table;
   std::vector<Pooling> pooling;
+  std::vector<int64_t> max_keys;
   std::vector<int64_t> column;
   int64_t stride;
   std::vector<int64_t> by_table;
 
   PlanArrays(std::vector<int64_t> packed_feature, std::vector<uint32_t> table, const std::vector<uint8_t>& pooling_codes,
-             std::vector<int64_t> column, int64_t stride)
+             std::vector<int64_t> max_keys, std::vector<int64_t> column, int64_t stride)
       : packed_feature(std::move(packed_feature)),
         table(std::move(table)),
+        max_keys(std::move(max_keys)),
         column(std::move(column)),
         stride(stride),
         by_table(this->table.size()) {
@@ -57,15 +59,20 @@ struct PlanArrays {
   }
 
   PoolingPlan plan() const {
-    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), pooling.data(), column.data(),
-            stride, by_table.data()};
+    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), pooling.data(), max_keys.data(),
+            column.data(), stride, by_table.data()};
   }
 };
 
-PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, int64_t batch_size) {
+PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, const std::optional<In<float>>& weights,
+                  int64_t batch_size) {
   const int64_t bags = static_cast<int64_t>(offsets.shape(0)) - 1;
-  return {keys.data(), offsets.data(), batch_size, batch_size == 0 ? 0 : bags / batch_size,
-          static_cast<int64_t>(keys.size())};
+  return {keys.data(),
+          offsets.data(),
+          batch_size,
+          batch_size == 0 ? 0 : bags / batch_size,
+          static_cast<int64_t>(keys.size()),
+          weights ? weights->data() : nullptr};
 }
 
 const Hyper* hypers_of(const InRows& hypers) { return reinterpret_cast<const Hyper*>(hypers.data()); }
@@ -128,24 +135,35 @@ std::pair<NewArray<int64_t>, int64_t> py_parse_hex(In<Offset> offsets, In<uint8_
 // Keeps the arrays alive that the window points into.
 class PyJaggedWindow {
  public:
-  using Column = std::pair<In<int64_t>, std::optional<In<int64_t>>>;
+  using Column = std::tuple<In<int64_t>, std::optional<In<int64_t>>, std::optional<In<float>>>;
+  using Cut = std::tuple<NewArray<int64_t>, std::optional<NewArray<int64_t>>, std::optional<NewArray<int64_t>>,
+                         std::optional<NewArray<float>>>;
 
   PyJaggedWindow(std::vector<Column> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
       : arrays_(std::move(columns)), window_(view(arrays_, starts, stops), starts, stops) {}
 
-  using Cut = std::tuple<NewArray<int64_t>, std::optional<NewArray<int64_t>>, std::optional<NewArray<int64_t>>>;
-
-  Cut cut(In<int64_t> rows, int64_t batch) const {
+  Cut cut(In<int64_t> rows, int64_t batch, std::optional<In<int64_t>> others, const std::vector<bool>& of_others) const {
     if (batch <= 0) throw std::invalid_argument("batch: must be positive");
+    if (others && (others->size() != rows.size() || of_others.size() != window_.num_features())) {
+      throw std::invalid_argument("others: as many as rows, and of_others as many as features");
+    }
     const auto size = static_cast<size_t>(batch);
-    return window_.has_small_places() ? cut_places<uint32_t>(rows, size) : cut_places<uint64_t>(rows, size);
+    return window_.has_small_places() ? cut_places<uint32_t>(rows, size, others, of_others)
+                                      : cut_places<uint64_t>(rows, size, others, of_others);
   }
 
  private:
   template <typename Place>
-  Cut cut_places(const In<int64_t>& rows, size_t batch) const {
+  Cut cut_places(const In<int64_t>& rows, size_t batch, const std::optional<In<int64_t>>& others,
+                 const std::vector<bool>& of_others) const {
     const size_t n = rows.size(), batches = (n + batch - 1) / batch;
-    const std::unique_ptr<Place[]> places(new Place[n]);
+    const std::unique_ptr<Place[]> places(new Place[n]), other_places(others ? new Place[n] : nullptr);
+    std::vector<const Place*> of_feature(window_.num_features(), places.get());
+    if (others) {
+      for (size_t f = 0; f < of_feature.size(); ++f) {
+        if (of_others[f]) of_feature[f] = other_places.get();
+      }
+    }
     const bool one_key = window_.one_key_a_bag();
     size_t total = window_.num_features() * n;
     std::optional<NewArray<int64_t>> out_offsets, out_starts;
@@ -157,18 +175,23 @@ class PyJaggedWindow {
     bool inside;
     {
       nb::gil_scoped_release unlocked;
-      inside = window_.locate(rows.data(), n, places.get());
-      if (inside && !one_key) window_.cut_offsets(places.get(), n, batch, offsets, starts);
+      inside = window_.locate(rows.data(), n, places.get()) &&
+               (!others || window_.locate(others->data(), n, other_places.get()));
+      if (inside && !one_key) window_.cut_offsets(of_feature.data(), n, batch, offsets, starts);
     }
     if (!inside) throw std::out_of_range("a row lies outside the window");
     if (!one_key) total = static_cast<size_t>(starts[batches]);
     int64_t* values;
     auto out_values = make_array(total, &values);
+    std::optional<NewArray<float>> out_weights;
+    float* weights = nullptr;
+    if (window_.has_weights()) out_weights = make_array(total, &weights);
     {
       nb::gil_scoped_release unlocked;
-      window_.cut_values(places.get(), n, batch, offsets, starts, values);
+      window_.cut_values(of_feature.data(), n, batch, offsets, starts, values);
+      if (weights) window_.cut_weights(of_feature.data(), n, batch, offsets, starts, weights);
     }
-    return {out_values, out_offsets, out_starts};
+    return {out_values, out_offsets, out_starts, out_weights};
   }
 
   static std::vector<penstock::JaggedColumn> view(const std::vector<Column>& columns,
@@ -177,17 +200,24 @@ class PyJaggedWindow {
     if (starts.size() != stops.size() || (starts.empty() ? !columns.empty() : columns.size() % starts.size() != 0)) {
       throw std::invalid_argument("JaggedWindow: columns, starts and stops do not fit");
     }
+    // An empty array may have no address, which would read as no weights.
+    static const float kNoWeight = 1;
     const size_t features = starts.empty() ? 0 : columns.size() / starts.size();
     std::vector<penstock::JaggedColumn> views;
     for (size_t c = 0; c < columns.size(); ++c) {
-      const auto& [values, offsets] = columns[c];
+      const auto& [values, offsets, weights] = columns[c];
       const int64_t stop = stops[c / features];
       const bool fits = starts[c / features] >= 0 && starts[c / features] <= stop &&
                         static_cast<size_t>(stop) + (offsets ? 1 : 0) <= (offsets ? offsets->size() : values.size());
       if (!fits || (offsets && static_cast<size_t>((*offsets)(stop)) > values.size())) {
         throw std::invalid_argument("JaggedWindow: a column is shorter than its part");
       }
-      views.push_back({values.data(), offsets ? offsets->data() : nullptr});
+      const bool first_has = std::get<2>(columns[c % features]).has_value();
+      if (weights.has_value() != first_has || (weights && weights->size() != values.size())) {
+        throw std::invalid_argument("JaggedWindow: weights do not fit the values");
+      }
+      const float* const of_values = !weights ? nullptr : weights->size() ? weights->data() : &kNoWeight;
+      views.push_back({values.data(), offsets ? offsets->data() : nullptr, of_values});
     }
     return views;
   }
@@ -240,7 +270,8 @@ void bind_columns(nb::module_& m) {
   nb::class_<PyJaggedWindow>(m, "JaggedWindow")
       .def(nb::init<std::vector<PyJaggedWindow::Column>, std::vector<int64_t>, std::vector<int64_t>>(),
            "columns"_a.noconvert(), "starts"_a, "stops"_a)
-      .def("cut", &PyJaggedWindow::cut, "rows"_a.noconvert(), "batch"_a);
+      .def("cut", &PyJaggedWindow::cut, "rows"_a.noconvert(), "batch"_a, "others"_a.noconvert().none() = nb::none(),
+           "of_others"_a = std::vector<bool>());
   m.def(
       "cross_keys",
       [](In<int64_t> keys, std::optional<In<uint8_t>> valid, size_t first_bit, Out<uint64_t> hashes) {
@@ -294,7 +325,23 @@ void bind_host_store(nb::module_& m) {
       .value("OUT_OF_MEMORY", Status::kOutOfMemory)
       .value("TOO_MANY_ROWS", Status::kTooManyRows)
       .value("STALE_CURSOR", Status::kStaleCursor)
-      .value("BAD_OFFSETS", Status::kBadOffsets);
+      .value("BAD_OFFSETS", Status::kBadOffsets)
+      .value("BAD_WEIGHTS", Status::kBadWeights)
+      .value("BAG_TOO_LONG", Status::kBagTooLong)
+      .value("OVER_BUDGET", Status::kOverBudget);
+
+  nb::class_<RetentionPolicy>(m, "RetentionPolicy")
+      .def(
+          "__init__",
+          [](RetentionPolicy* self, bool retains, bool refuses, float default_value, uint64_t admission_seed,
+             uint64_t admit_below, uint32_t min_count, uint64_t count_half_life, uint64_t max_rows, uint64_t max_candidates,
+             bool evicts, bool by_uses, bool in_seconds, uint64_t ttl, uint64_t half_life) {
+            new (self) RetentionPolicy{retains, refuses, default_value, admission_seed, admit_below, min_count, count_half_life,
+                                       max_rows, max_candidates, evicts, by_uses, in_seconds, ttl, half_life};
+          },
+          nb::kw_only(), "retains"_a, "refuses"_a, "default_value"_a, "admission_seed"_a, "admit_below"_a, "min_count"_a,
+          "count_half_life"_a, "max_rows"_a, "max_candidates"_a, "evicts"_a, "by_uses"_a, "in_seconds"_a, "ttl"_a,
+          "half_life"_a);
 
   nb::class_<BufferPool>(m, "BufferPool")
       .def("__init__", [](BufferPool*) { throw nb::type_error("use buffer_pool()"); })
@@ -309,40 +356,45 @@ void bind_host_store(nb::module_& m) {
   m.def("buffer_pool", [] { return std::make_shared<BufferPool>(); });
 
   nb::class_<PlanArrays>(m, "PoolingPlan")
-      .def(nb::init<std::vector<int64_t>, std::vector<uint32_t>, std::vector<uint8_t>, std::vector<int64_t>, int64_t>(),
-           nb::arg("packed_feature"), nb::arg("table"), nb::arg("pooling"), nb::arg("column"), nb::arg("stride"));
+      .def(nb::init<std::vector<int64_t>, std::vector<uint32_t>, std::vector<uint8_t>, std::vector<int64_t>,
+                    std::vector<int64_t>, int64_t>(),
+           nb::arg("packed_feature"), nb::arg("table"), nb::arg("pooling"), nb::arg("max_keys"), nb::arg("column"),
+           nb::arg("stride"));
 
   nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing);
 
   nb::class_<HostStore>(m, "HostStore")
       .def(
           "__init__",
-          [](HostStore* self, uint32_t dim, uint32_t state_dim, int optimizer,
-             const std::vector<std::tuple<int, float, float, uint64_t>>& initializers, int num_threads,
+          [](HostStore* self, uint32_t dim, uint32_t state_dim, uint32_t usage_dim, int optimizer,
+             const std::vector<std::tuple<int, float, float, uint64_t, RetentionPolicy>>& tables, int num_threads,
              uint64_t max_bytes) {
-            std::vector<Initializer> tables;
-            for (const auto& [kind, scale, state, seed] : initializers) {
-              tables.push_back({static_cast<InitializerKind>(kind), scale, state, seed});
+            std::vector<TableRules> rules;
+            for (const auto& [kind, scale, state, seed, retention] : tables) {
+              rules.push_back({{static_cast<InitializerKind>(kind), scale, state, seed}, retention});
             }
-            new (self) HostStore(dim, state_dim, static_cast<OptimizerKind>(optimizer), std::move(tables), num_threads, max_bytes);
+            new (self) HostStore(dim, state_dim, usage_dim, static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes);
           },
-          nb::arg("dim"), nb::arg("state_dim"), nb::arg("optimizer"), nb::arg("initializers"), nb::arg("num_threads"), nb::arg("max_bytes"))
+          nb::kw_only(), "dim"_a, "state_dim"_a, "usage_dim"_a, "optimizer"_a, "tables"_a, "num_threads"_a, "max_bytes"_a)
       .def("open", &HostStore::open)
       .def(
           "pooled_lookup",
-          [](HostStore& self, const PlanArrays& plan, In<int64_t> keys, In<int64_t> offsets, int64_t batch_size,
-             bool insert, OutRows out, Lookup& lookup) {
+          [](HostStore& self, const PlanArrays& plan, In<int64_t> keys, In<int64_t> offsets,
+             std::optional<In<float>> weights, int64_t batch_size, bool insert, OutRows out, Lookup& lookup) {
             const nb::gil_scoped_release release;
-            return self.pooled_lookup(plan.plan(), packed(keys, offsets, batch_size), insert, out.data(), &lookup);
-          })
+            return self.pooled_lookup(plan.plan(), packed(keys, offsets, weights, batch_size), insert, out.data(),
+                                      &lookup);
+          },
+          "plan"_a, "keys"_a, "offsets"_a, "weights"_a.none(), "batch_size"_a, "insert"_a, "out"_a, "lookup"_a)
       .def(
           "apply_gradients",
           [](HostStore& self, const PlanArrays& plan,
-             const std::vector<std::tuple<Lookup*, In<int64_t>, In<int64_t>, int64_t, InRows>>& gradients,
+             const std::vector<
+                 std::tuple<Lookup*, In<int64_t>, In<int64_t>, std::optional<In<float>>, int64_t, InRows>>& gradients,
              InRows hypers, bool is_order_free) {
             std::vector<LookupGradient> parts;
-            for (const auto& [lookup, keys, offsets, batch_size, grad] : gradients) {
-              parts.push_back({lookup, packed(keys, offsets, batch_size), grad.data()});
+            for (const auto& [lookup, keys, offsets, weights, batch_size, grad] : gradients) {
+              parts.push_back({lookup, packed(keys, offsets, weights, batch_size), grad.data()});
             }
             int64_t rows = 0;
             Status status;
@@ -362,16 +414,18 @@ void bind_host_store(nb::module_& m) {
           })
       .def(
           "insert_or_assign",
-          [](HostStore& self, uint32_t table, In<int64_t> keys, InRows values, InRows state) {
+          [](HostStore& self, uint32_t table, In<int64_t> keys, InRows values, InRows state,
+             std::optional<In<int64_t>> usage) {
             int64_t inserted = 0;
             Status status;
             {
               const nb::gil_scoped_release release;
               status = self.insert_or_assign(table, keys.data(), static_cast<int64_t>(keys.size()), values.data(),
-                                             state.data(), &inserted);
+                                             state.data(), usage ? usage->data() : nullptr, &inserted);
             }
             return std::make_tuple(status, inserted);
-          })
+          },
+          "table"_a, "keys"_a, "values"_a, "state"_a, "usage"_a.none())
       .def("erase",
            [](HostStore& self, uint32_t table, In<int64_t> keys) {
              const nb::gil_scoped_release release;
@@ -379,15 +433,40 @@ void bind_host_store(nb::module_& m) {
            })
       .def("export_batch",
            [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, OutRows values,
-              OutRows state) {
+              OutRows state, Out<int64_t> usage) {
              int64_t rows = 0;
              Status status;
              {
                const nb::gil_scoped_release release;
                status = self.export_batch(table, &cursor, version, static_cast<int64_t>(keys.size()), keys.data(),
-                                          values.data(), state.data(), &rows);
+                                          values.data(), state.data(), usage.data(), &rows);
              }
              return std::make_tuple(status, rows, cursor);
+           })
+      .def("advance", &HostStore::advance, nb::call_guard<nb::gil_scoped_release>())
+      .def("num_candidates", &HostStore::num_candidates)
+      .def("export_candidates",
+           [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, Out<int64_t> counts) {
+             int64_t exported = 0;
+             const Status status = self.export_candidates(table, &cursor, version, static_cast<int64_t>(keys.size()),
+                                                          keys.data(), counts.data(), &exported);
+             return std::make_tuple(status, exported, cursor);
+           })
+      .def("import_candidates",
+           [](HostStore& self, uint32_t table, In<int64_t> keys, In<int64_t> counts) {
+             return self.import_candidates(table, keys.data(), counts.data(), static_cast<int64_t>(keys.size()));
+           })
+      .def("retention",
+           [](const HostStore& self, uint32_t table, Out<float> value, Out<float> state, Out<int64_t> numbers) {
+             const RetentionNumbers now = self.retention(table, value.data(), state.data());
+             static_assert(sizeof(now) == 9 * sizeof(int64_t));
+             std::memcpy(numbers.data(), &now, sizeof(now));
+           })
+      .def("set_retention",
+           [](HostStore& self, uint32_t table, In<float> value, In<float> state, In<int64_t> numbers) {
+             RetentionNumbers given;
+             std::memcpy(&given, numbers.data(), sizeof(given));
+             self.set_retention(table, given, value.data(), state.data());
            })
       .def("num_rows", &HostStore::num_rows)
       .def("longest_probe", &HostStore::longest_probe)

@@ -148,6 +148,10 @@ bool JaggedWindow::one_key_a_bag() const {
   return std::all_of(columns_.begin(), columns_.end(), [](const JaggedColumn& column) { return !column.offsets; });
 }
 
+bool JaggedWindow::has_weights() const {
+  return std::any_of(columns_.begin(), columns_.end(), [](const JaggedColumn& column) { return column.weights; });
+}
+
 bool JaggedWindow::has_small_places() const { return row_bits_ + std::bit_width(starts_.size()) <= 32; }
 
 template <typename Place>
@@ -164,15 +168,17 @@ bool JaggedWindow::locate(const int64_t* rows, size_t n, Place* places) const {
 }
 
 template <typename Place>
-void JaggedWindow::cut_offsets(const Place* places, size_t n, size_t batch, int64_t* out, int64_t* starts) const {
+void JaggedWindow::cut_offsets(const Place* const* places, size_t n, size_t batch, int64_t* out,
+                               int64_t* starts) const {
   const Place mask = (Place{1} << row_bits_) - 1;
   // Lengths first, feature by feature; then each batch's sums.
   for (size_t f = 0; f < num_features_; ++f) {
     for (size_t begin = 0, b = 0; begin < n; begin += batch, ++b) {
       const size_t size = std::min(batch, n - begin);
+      const Place* const of_rows = places[f] + begin;
       int64_t* const lengths = out + begin * num_features_ + b + f * size + 1;
       for (size_t i = 0; i < size; ++i) {
-        const Place place = places[begin + i], row = place & mask;
+        const Place place = of_rows[i], row = place & mask;
         const int64_t* const offsets = columns_[(place >> row_bits_) * num_features_ + f].offsets;
         lengths[i] = offsets ? offsets[row + 1] - offsets[row] : 1;
       }
@@ -188,41 +194,72 @@ void JaggedWindow::cut_offsets(const Place* places, size_t n, size_t batch, int6
   }
 }
 
-template <typename Place>
-void JaggedWindow::cut_values(const Place* places, size_t n, size_t batch, const int64_t* offsets,
-                              const int64_t* starts, int64_t* out) const {
+template <typename Place, typename Element>
+void JaggedWindow::cut_elements(const Element* JaggedColumn::*elements, const Place* const* places, size_t n,
+                                size_t batch, const int64_t* offsets, const int64_t* starts, Element* out) const {
+  struct Column {
+    const Element* elements;
+    const int64_t* offsets;
+  };
   const Place mask = (Place{1} << row_bits_) - 1;
   const int row_bits = row_bits_;
-  std::vector<JaggedColumn> column(starts_.size());
+  std::vector<Column> column(starts_.size());
   for (size_t f = 0; f < num_features_; ++f) {
-    for (size_t p = 0; p < column.size(); ++p) column[p] = columns_[p * num_features_ + f];
-    const JaggedColumn* const columns = column.data();
+    for (size_t p = 0; p < column.size(); ++p) {
+      const JaggedColumn& from = columns_[p * num_features_ + f];
+      column[p] = {from.*elements, from.offsets};
+    }
+    const Column* const columns = column.data();
+    const bool absent = std::is_same_v<Element, float> && !column.empty() && !columns[0].elements;
     for (size_t begin = 0, b = 0; begin < n; begin += batch, ++b) {
       const size_t size = std::min(batch, n - begin);
-      const Place* const place = places + begin;
-      if (!offsets) {
-        int64_t* const to = out + begin * num_features_ + f * size;
-        for (size_t i = 0; i < size; ++i) to[i] = columns[place[i] >> row_bits].values[place[i] & mask];
+      const Place* const place = places[f] + begin;
+      const int64_t* const bags = offsets ? offsets + begin * num_features_ + b + f * size : nullptr;
+      if (absent) {
+        Element* const to = bags ? out + starts[b] + bags[0] : out + begin * num_features_ + f * size;
+        std::fill_n(to, bags ? static_cast<size_t>(bags[size] - bags[0]) : size, Element{1});
         continue;
       }
-      const int64_t* const bags = offsets + begin * num_features_ + b + f * size;
+      if (!bags) {
+        Element* const to = out + begin * num_features_ + f * size;
+        for (size_t i = 0; i < size; ++i) to[i] = columns[place[i] >> row_bits].elements[place[i] & mask];
+        continue;
+      }
       for (size_t i = 0; i < size; ++i) {
-        const JaggedColumn& from = columns[place[i] >> row_bits];
+        const Column& from = columns[place[i] >> row_bits];
         const Place row = place[i] & mask;
-        const int64_t* keys = from.values + (from.offsets ? from.offsets[row] : static_cast<int64_t>(row));
-        int64_t* to = out + starts[b] + bags[i];
-        for (int64_t left = bags[i + 1] - bags[i]; left > 0; --left) *to++ = *keys++;
+        const Element* of_bag = from.elements + (from.offsets ? from.offsets[row] : static_cast<int64_t>(row));
+        Element* to = out + starts[b] + bags[i];
+        for (int64_t left = bags[i + 1] - bags[i]; left > 0; --left) *to++ = *of_bag++;
       }
     }
   }
 }
 
+template <typename Place>
+void JaggedWindow::cut_values(const Place* const* places, size_t n, size_t batch, const int64_t* offsets,
+                              const int64_t* starts, int64_t* out) const {
+  cut_elements(&JaggedColumn::values, places, n, batch, offsets, starts, out);
+}
+
+template <typename Place>
+void JaggedWindow::cut_weights(const Place* const* places, size_t n, size_t batch, const int64_t* offsets,
+                               const int64_t* starts, float* out) const {
+  cut_elements(&JaggedColumn::weights, places, n, batch, offsets, starts, out);
+}
+
 template bool JaggedWindow::locate(const int64_t*, size_t, uint32_t*) const;
-template void JaggedWindow::cut_offsets(const uint32_t*, size_t, size_t, int64_t*, int64_t*) const;
-template void JaggedWindow::cut_values(const uint32_t*, size_t, size_t, const int64_t*, const int64_t*, int64_t*) const;
+template void JaggedWindow::cut_offsets(const uint32_t* const*, size_t, size_t, int64_t*, int64_t*) const;
+template void JaggedWindow::cut_values(const uint32_t* const*, size_t, size_t, const int64_t*, const int64_t*,
+                                       int64_t*) const;
+template void JaggedWindow::cut_weights(const uint32_t* const*, size_t, size_t, const int64_t*, const int64_t*,
+                                        float*) const;
 template bool JaggedWindow::locate(const int64_t*, size_t, uint64_t*) const;
-template void JaggedWindow::cut_offsets(const uint64_t*, size_t, size_t, int64_t*, int64_t*) const;
-template void JaggedWindow::cut_values(const uint64_t*, size_t, size_t, const int64_t*, const int64_t*, int64_t*) const;
+template void JaggedWindow::cut_offsets(const uint64_t* const*, size_t, size_t, int64_t*, int64_t*) const;
+template void JaggedWindow::cut_values(const uint64_t* const*, size_t, size_t, const int64_t*, const int64_t*,
+                                       int64_t*) const;
+template void JaggedWindow::cut_weights(const uint64_t* const*, size_t, size_t, const int64_t*, const int64_t*,
+                                        float*) const;
 
 namespace {
 

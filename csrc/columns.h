@@ -41,6 +41,7 @@ int64_t parse_hex(const Offset* offsets,  // [n + 1]
 struct JaggedColumn {
   const int64_t* values;
   const int64_t* offsets;  // [rows + 1] or null
+  const float* weights;    // by value; null, then in every part: each is 1
 };
 
 // The jagged columns of a window that lies in several chunks, none of them copied. Row r of the window is row
@@ -56,28 +57,41 @@ class JaggedWindow {
   // Whether every bag has one key, so that offsets need not be made.
   bool one_key_a_bag() const;
 
+  // Whether some column has weights, so that all get them.
+  bool has_weights() const;
+
   // Whether a place fits into 32 bits: half the memory to pass over for each feature.
   bool has_small_places() const;
 
-  // Cutting rows into batches takes three calls: places of `rows` (false if one lies outside the window), offsets and
-  // values. Each batch is packed feature by feature, batch after batch; all have `batch` rows but the last. Feature by
-  // feature over all batches, so that the source stays in cache. Place is uint64_t, or uint32_t if `has_small_places`.
+  // Cutting rows into batches takes a few calls: places of `rows` (false if one lies outside the window), offsets,
+  // values and, if there are any, weights. Each batch is packed feature by feature, batch after batch; all have `batch`
+  // rows but the last. Feature by feature over all batches, so that the source stays in cache. Features may be taken of
+  // different rows, so each has places of its own. Place is uint64_t, or uint32_t if `has_small_places`.
   template <typename Place>
   bool locate(const int64_t* rows,  // [n]
               size_t n,
               Place* places) const;  // [n]
   // Offsets of every batch, from 0, batch after batch; and where the batches begin in the values.
   template <typename Place>
-  void cut_offsets(const Place* places, size_t n, size_t batch,
+  void cut_offsets(const Place* const* places,  // [features][n]
+                   size_t n, size_t batch,
                    int64_t* out,            // [features * n + batches]
                    int64_t* starts) const;  // [batches + 1]
   template <typename Place>
-  void cut_values(const Place* places, size_t n, size_t batch,
+  void cut_values(const Place* const* places,  // [features][n]
+                  size_t n, size_t batch,
                   const int64_t* offsets,  // from cut_offsets; null: one key a bag
                   const int64_t* starts,   // from cut_offsets; null: one key a bag
                   int64_t* out) const;     // [starts[batches]]
+  template <typename Place>
+  void cut_weights(const Place* const* places, size_t n, size_t batch, const int64_t* offsets, const int64_t* starts,
+                   float* out) const;  // as cut_values; 1 where a column has none
 
  private:
+  template <typename Place, typename Element>
+  void cut_elements(const Element* JaggedColumn::*elements, const Place* const* places, size_t n, size_t batch,
+                    const int64_t* offsets, const int64_t* starts, Element* out) const;
+
   std::vector<JaggedColumn> columns_;
   std::vector<int64_t> starts_;
   std::vector<int64_t> ends_;  // rows of the window up to the end of each part

@@ -12,6 +12,9 @@ class Status(enum.Enum):
     TOO_MANY_ROWS = 2
     STALE_CURSOR = 3
     BAD_OFFSETS = 4
+    BAD_WEIGHTS = 5
+    BAG_TOO_LONG = 6
+    OVER_BUDGET = 8
 
 class BufferPool:
     def take_rows(self, rows: int, columns: int) -> NDArray[np.float32] | None: ...
@@ -24,6 +27,7 @@ class PoolingPlan:
         packed_feature: Sequence[int],
         table: Sequence[int],
         pooling: Sequence[int],
+        max_keys: Sequence[int],
         column: Sequence[int],
         stride: int,
     ) -> None: ...
@@ -33,13 +37,20 @@ class Lookup:
     @property
     def num_missing(self) -> int: ...
 
+class RetentionPolicy:
+    """Rules of one table; the arguments are those of `retention.policy_of`."""
+
+    def __init__(self, **rules: float) -> None: ...
+
 class HostStore:
     def __init__(
         self,
+        *,
         dim: int,
         state_dim: int,
+        usage_dim: int,
         optimizer: int,
-        initializers: Sequence[tuple[int, float, float, int]],
+        tables: Sequence[tuple[int, float, float, int, RetentionPolicy]],
         num_threads: int,
         max_bytes: int,
     ) -> None: ...
@@ -49,6 +60,7 @@ class HostStore:
         plan: PoolingPlan,
         keys: NDArray[np.int64],
         offsets: NDArray[np.int64],
+        weights: NDArray[np.float32] | None,
         batch_size: int,
         insert: bool,
         out: NDArray[np.float32],
@@ -58,7 +70,14 @@ class HostStore:
         self,
         plan: PoolingPlan,
         gradients: Sequence[
-            tuple[Lookup, NDArray[np.int64], NDArray[np.int64], int, NDArray[np.float32]]
+            tuple[
+                Lookup,
+                NDArray[np.int64],
+                NDArray[np.int64],
+                NDArray[np.float32] | None,
+                int,
+                NDArray[np.float32],
+            ]
         ],
         hypers: NDArray[np.float32],
         is_order_free: bool,
@@ -78,6 +97,7 @@ class HostStore:
         keys: NDArray[np.int64],
         values: NDArray[np.float32],
         state: NDArray[np.float32],
+        usage: NDArray[np.int64] | None,
     ) -> tuple[Status, int]: ...
     def erase(self, table: int, keys: NDArray[np.int64]) -> int: ...
     def export_batch(
@@ -88,7 +108,35 @@ class HostStore:
         keys: NDArray[np.int64],
         values: NDArray[np.float32],
         state: NDArray[np.float32],
+        usage: NDArray[np.int64],
     ) -> tuple[Status, int, int]: ...
+    def advance(self, step: int, seconds: int) -> None: ...
+    def num_candidates(self, table: int) -> int: ...
+    def export_candidates(
+        self,
+        table: int,
+        cursor: int,
+        version: int,
+        keys: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> tuple[Status, int, int]: ...
+    def import_candidates(
+        self, table: int, keys: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> Status: ...
+    def retention(
+        self,
+        table: int,
+        value: NDArray[np.float32],
+        state: NDArray[np.float32],
+        numbers: NDArray[np.int64],
+    ) -> None: ...
+    def set_retention(
+        self,
+        table: int,
+        value: NDArray[np.float32],
+        state: NDArray[np.float32],
+        numbers: NDArray[np.int64],
+    ) -> None: ...
     def num_rows(self, table: int) -> int: ...
     def longest_probe(self) -> int: ...
     def check_invariants(self) -> str: ...
@@ -135,29 +183,48 @@ class JaggedWindow:
 
     def __init__(
         self,
-        columns: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | None]],
+        columns: Sequence[
+            tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.float32] | None]
+        ],
         starts: Sequence[int],
         stops: Sequence[int],
     ) -> None:
         """Joins rows [starts[p], stops[p]) of the chunks p, in order.
 
         Args:
-          columns: [parts * features], part by part: values and offsets [rows + 1] of each feature;
-            no offsets: one key a row. They must not change while the window lives.
+          columns: [parts * features], part by part, of each feature: values, offsets [rows + 1]
+            (None: one key a row) and a weight for each value (None, then in every part: 1). They
+            must not change while the window lives.
           starts: [parts]
           stops: [parts]
         """
 
     def cut(
-        self, rows: NDArray[np.int64], batch: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64] | None]:
+        self,
+        rows: NDArray[np.int64],
+        batch: int,
+        others: NDArray[np.int64] | None = None,
+        of_others: Sequence[bool] = (),
+    ) -> tuple[
+        NDArray[np.int64],
+        NDArray[np.int64] | None,
+        NDArray[np.int64] | None,
+        NDArray[np.float32] | None,
+    ]:
         """Copies the bags of `rows` [n] into batches of `batch` rows (the last may be short).
+
+        Args:
+          rows: [n]
+          batch: rows of a batch.
+          others: [n] rows from which features are taken instead; None: none are.
+          of_others: [features] which ones; with `others` alone.
 
         Returns:
           values: of each batch packed feature by feature, batch after batch.
           offsets: of each batch, from 0, [features * its rows + 1], batch after batch; None, as is
             the next: every bag has one key.
           starts: [batches + 1] where the values of each batch begin.
+          weights: by value; None: no column has weights.
 
         Raises:
           IndexError: a row lies outside the window.

@@ -24,7 +24,6 @@ from penstock.report.run_report import RunReport
 from penstock.training.checkpoint import Checkpoints
 from penstock.training.evaluation import evaluate_batches, scored
 from penstock.training.interruption import interruption
-from penstock.training.metrics import BinaryMetrics
 from penstock.training.prediction import write_scores
 from penstock.training.setup import build
 from penstock.training.step import Clock, steps_s, train_step
@@ -94,7 +93,11 @@ def evaluate(path: Path, data: str | None = None) -> dict[str, Any]:
     trained = open_trained(path, data)
     with trained.batches() as batches:
         metrics = evaluate_batches(
-            batches, trained.model, trained.collection, trained.job.training.metrics
+            batches,
+            trained.model,
+            trained.objective,
+            trained.collection,
+            trained.job.training.metrics,
         )
     if trained.dataset.quarantined_rows:
         metrics["quarantined_rows"] = trained.dataset.quarantined_rows
@@ -118,7 +121,8 @@ def predict(path: Path, data: str, out: Path, *, has_label: bool = True) -> int:
     """
     trained = open_trained(path, data, labels="optional" if has_label else "absent")
     with trained.batches() as batches:
-        return write_scores(scored(batches, trained.model, trained.collection), out)
+        found = scored(batches, trained.model, trained.collection)
+        return write_scores(found, trained.objective, trained.dataset.labels, out)
 
 
 @contextmanager
@@ -141,7 +145,7 @@ def open_run(
 
 def planned_samples(job: Job, dataset: Dataset) -> int:
     """Samples that the whole run will see, if no row is quarantined."""
-    samples = dataset.num_rows("train") * job.training.epochs
+    samples = dataset.num_samples("train") * job.training.epochs
     if job.training.max_steps is None:
         return samples
     return min(samples, job.training.max_steps * job.training.batch_size)
@@ -155,8 +159,8 @@ class Run:
         self.dataset = dataset
         self.folder = folder
         self.report = report
-        self.state, self.trainer = build(job, dataset)
-        self.window = self.state.metrics = BinaryMetrics()
+        self.state, self.trainer, self.objective = build(job, dataset)
+        self.window = self.state.metrics = self.objective.metrics()
         """Of the steps since the last log; part of a checkpoint."""
         self.checkpoints = Checkpoints(
             folder.checkpoints,
@@ -204,9 +208,15 @@ class Run:
         """Trains on one batch and moves on."""
         state = self.state
         result = train_step(
-            state.model, state.collection, self.trainer, batch, state.step, self.clock
+            state.model,
+            self.objective,
+            state.collection,
+            self.trainer,
+            batch,
+            state.step,
+            self.clock,
         )
-        self.window.update(result.logits, batch.labels, batch.weights)
+        self.window.add(batch, result.outputs, result.loss)
         state.step += 1
         state.position = batch.end
         self._is_saved = False
@@ -218,7 +228,7 @@ class Run:
         state, metrics = self.state, self.window.compute()
         if not metrics["samples"]:
             return
-        self.window = state.metrics = BinaryMetrics()
+        self.window = state.metrics = self.objective.metrics()
         self._is_saved = False
         spent = {part: s - self._window_seconds[part] for part, s in self.clock.seconds.items()}
         trained = self._samples - self._window_samples
@@ -245,7 +255,11 @@ class Run:
             self.dataset.batches("evaluation", batch_size=batch_size, groups=True) as batches,
         ):
             metrics = evaluate_batches(
-                batches, self.state.model, self.state.collection, self.job.training.metrics
+                batches,
+                self.state.model,
+                self.objective,
+                self.state.collection,
+                self.job.training.metrics,
             )
         self.report.evaluation(self.state.step, metrics)
 
@@ -270,6 +284,12 @@ class Run:
             "checkpoint": str(self.checkpoints.latest()),
         }
 
-    def _tables(self) -> dict[str, dict[str, int]]:
-        stats = self.state.collection.table_stats()
-        return {table.name: {"rows": table.rows, "bytes": table.bytes} for table in stats}
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        return {
+            table.name: {
+                "rows": table.rows,
+                "bytes": table.bytes,
+                **(table.retention._asdict() if table.retention else {}),
+            }
+            for table in self.state.collection.table_stats()
+        }

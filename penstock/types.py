@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -28,6 +28,8 @@ class Jagged(NamedTuple):
     """[N] int64 keys, any value."""
     offsets: Tensor
     """[B + 1] int64, non-decreasing, from 0 to N."""
+    weights: Tensor | None = None
+    """[N] float32, finite: factor of each key's vector; None: all 1."""
 
     @classmethod
     def from_dense(cls, keys: Tensor) -> Jagged:
@@ -37,6 +39,26 @@ class Jagged(NamedTuple):
         per_bag = 1 if keys.dim() == 1 else keys.shape[1]
         offsets = torch.arange(keys.shape[0] + 1, dtype=torch.int64) * per_bag
         return cls(keys.reshape(-1).to(torch.int64).contiguous(), offsets)
+
+    def truncate(self, max_keys: int, keep: Literal["first", "last"] = "first") -> Jagged:
+        """Cuts longer bags down to their first or last `max_keys` keys, weights along with them.
+
+        Raises:
+          ConfigError: `max_keys` is below 1.
+        """
+        if max_keys < 1:
+            raise ConfigError(f"max_keys is {max_keys}; a bag keeps at least 1 key")
+        lengths = self.offsets.diff()
+        kept = lengths.clamp(max=max_keys)
+        if torch.equal(kept, lengths):
+            return self
+        offsets = torch.zeros_like(self.offsets)
+        torch.cumsum(kept, 0, out=offsets[1:])
+        source = self.offsets[:-1] if keep == "first" else self.offsets[1:] - kept
+        places = torch.repeat_interleave(source - offsets[:-1], kept)
+        places += torch.arange(len(places))
+        weights = None if self.weights is None else self.weights[places]
+        return Jagged(self.values[places], offsets, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +74,10 @@ class KeyedJagged:
     """[N] int64 keys, any value."""
     offsets: Tensor
     """[F * B + 1] int64, non-decreasing, from 0 to N."""
+    weights: Tensor | None = None
+    """[N] float32, finite, any sign: factor of each key's vector, by position in `values`; None:
+    all 1.
+    """
 
     @property
     def batch_size(self) -> int:
@@ -64,11 +90,19 @@ class KeyedJagged:
             raise ConfigError(f"no feature {feature!r}; there are {', '.join(self.features)}")
         first = self.features.index(feature) * self.batch_size
         offsets = self.offsets[first : first + self.batch_size + 1]
-        return Jagged(self.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
+        keys = slice(int(offsets[0]), int(offsets[-1]))
+        weights = None if self.weights is None else self.weights[keys]
+        return Jagged(self.values[keys], offsets - offsets[0], weights)
 
     @classmethod
     def pack(cls, columns: dict[str, Jagged]) -> KeyedJagged:
-        """Packs single columns of equal batch size."""
+        """Packs single columns of equal batch size.
+
+        If one has weights, the keys of those without have weight 1.
+
+        Raises:
+          ConfigError: batch sizes differ, or weights do not fit their keys.
+        """
         if not columns:
             return cls((), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         sizes = {name: column.offsets.numel() - 1 for name, column in columns.items()}
@@ -78,7 +112,22 @@ class KeyedJagged:
             tuple(columns),
             torch.cat([column.values for column in columns.values()]),
             _chain_offsets([column.offsets for column in columns.values()]),
+            _join_weights(columns),
         )
+
+
+def _join_weights(columns: Mapping[str, Jagged]) -> Tensor | None:
+    if all(column.weights is None for column in columns.values()):
+        return None
+    parts = []
+    for name, (values, _, weights) in columns.items():
+        if weights is not None and weights.shape != values.shape:
+            raise ConfigError(
+                f"weights of feature {name!r}: {list(weights.shape)} for keys of "
+                f"{list(values.shape)}; give one weight a key"
+            )
+        parts.append(torch.ones(values.shape) if weights is None else weights)
+    return torch.cat(parts)
 
 
 def _chain_offsets(parts: Sequence[Tensor]) -> Tensor:
@@ -86,6 +135,21 @@ def _chain_offsets(parts: Sequence[Tensor]) -> Tensor:
     chained = torch.zeros(lengths.numel() + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=chained[1:])
     return chained
+
+
+class FeatureShape(NamedTuple):
+    """Which columns of the embeddings [B, W] belong to a feature, as models see it."""
+
+    name: str
+    dim: int
+    """Columns of one vector."""
+    length: int | None = None
+    """Positions of a sequence, each of `dim` columns; None: one pooled vector."""
+
+    @property
+    def width(self) -> int:
+        """Columns of the feature."""
+        return self.dim * (self.length or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +190,9 @@ class Batch:
     """[B, number of numeric columns] float32, finite."""
     sparse: KeyedJagged
     labels: Tensor
-    """[B] float32 in {0, 1}; all NaN where the source has no label column (prediction)."""
+    """[B] float32, or [B, L] where the job names several labels: 0 or 1, or the number of a
+    regression. NaN where a label is missing; where the source lacks its column (prediction), all.
+    """
     weights: Tensor | None
     """[B] float32 sample weights."""
     event_time: Tensor | None

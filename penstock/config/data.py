@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from penstock.config.base import Config, Fraction, Int64, PositiveInt
+from penstock.config.labels import Label, LabelOrLabels, check_labels
 from penstock.config.tables import Pooling
 
 TimeUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
@@ -306,22 +307,41 @@ class CrossedFeature(Config):
     """Folds the key into [0, buckets)."""
 
 
-class Label(Config):
-    """What the model predicts: a column of 0 and 1, or of numbers with a threshold."""
+class Negatives(Config):
+    """Negative samples, for a log that holds positives alone.
 
-    column: str
-    """A list column reads as its value where it holds one and as missing where it is empty."""
-    at_least: float | None = None
-    """The label is 1 where the column is at least this; null: the column must hold 0 and 1
-    alone.
+    Each row is one sample of label 1, and gives `per_positive` samples of label 0 in which
+    `columns` are those of other rows of its shuffle window, all else its own.
     """
+
+    per_positive: PositiveInt
+    columns: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of the item's columns, taken together from one other row: features (their weights and
+    crosses with them follow), numeric columns. The first one names the item, by an integer or text
+    a row: a negative never has the item of its own row.
+    """
+    candidates: Literal["popularity", "uniform"] = "popularity"
+    """`popularity`: items as often as the window has them; `uniform`: each different item of the
+    window as likely as any other.
+    """
+
+    @model_validator(mode="after")
+    def _no_column_twice(self) -> Negatives:
+        for name in self.columns:
+            if self.columns.count(name) > 1:
+                raise ValueError(f"columns names {name!r} twice; remove one")
+        return self
 
 
 class Shuffle(Config):
     """Rows are shuffled within windows: a pure function of (seed, epoch, window)."""
 
     window_rows: Annotated[int, Field(ge=0)] = 65_536
-    """0: no shuffling."""
+    """0: no shuffling. `negatives` are drawn among the rows of a window (0: among 8,192)."""
+
+
+_IS_POSITIVE = Label(column="positive")
+"""What is predicted where rows are positives and negatives are drawn; no column of the source."""
 
 
 class DataConfig(Config):
@@ -332,7 +352,12 @@ class DataConfig(Config):
     """Held-out data of its own; excludes `split`."""
     split: Split | None = None
     """Part of `source` that is held out."""
-    label: Label
+    label: LabelOrLabels | None = None
+    """One label, or a list of them for models that predict several; required unless `negatives`
+    says that all rows are positives.
+    """
+    negatives: Negatives | None = None
+    """For logs of positives alone, in place of `label`."""
     weight: str | None = None
     """Column of sample weights (>= 0)."""
     event_time: str | None = None
@@ -345,6 +370,37 @@ class DataConfig(Config):
     prefetch_batches: PositiveInt = 8
     """Batches assembled ahead of training; bounds the reader's memory."""
     reader_threads: PositiveInt = 2
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """What is predicted, in the order of `Batch.labels`."""
+        if self.label is None:
+            return (_IS_POSITIVE,)
+        return (self.label,) if isinstance(self.label, Label) else self.label
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Columns that labels are read from; none where all rows are positives."""
+        return () if self.label is None else tuple(label.column for label in self.labels)
+
+    @model_validator(mode="after")
+    def _labels_have_names_of_their_own(self) -> DataConfig:
+        check_labels(self.labels)
+        return self
+
+    @model_validator(mode="after")
+    def _labels_from_one_place(self) -> DataConfig:
+        if self.label is None and self.negatives is None:
+            raise ValueError(
+                "give `label`, the column of what to predict, or, if every row is a positive, "
+                "`negatives`"
+            )
+        if self.label is not None and self.negatives is not None:
+            raise ValueError(
+                "`negatives` takes every row as a positive, so there is no `label`; remove one of "
+                "them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_held_out_part(self) -> DataConfig:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from penstock.errors import ConfigError
+
+_Node: TypeAlias = dict[str, Any]
+"""Of a JSON schema."""
 
 
 def explain(
@@ -17,7 +21,7 @@ def explain(
     """Turns pydantic's error into lines of `path: what is wrong (value); remedy`."""
     lines = []
     for item in error.errors():
-        path = ".".join(str(part) for part in _without_tags(item["loc"], given))
+        path = ".".join(str(part) for part in _without_tags(item, given))
         where = f"{origin}: {path}" if origin and path else path or origin or model.__name__
         if item["type"] == "extra_forbidden":
             lines.append(
@@ -37,12 +41,13 @@ def explain(
     return ConfigError("\n".join(lines))
 
 
-def _without_tags(location: tuple[int | str, ...], given: Any) -> Iterator[int | str]:
+def _without_tags(item: ErrorDetails, given: Any) -> Iterator[int | str]:
     """Drops the names of union members, which are not part of what the user wrote."""
+    location = item["loc"]
     for position, part in enumerate(location):
-        last = position == len(location) - 1
+        is_absent = item["type"] == "missing" and position == len(location) - 1
         if isinstance(given, Mapping):
-            if part in given or last:
+            if part in given or is_absent:
                 yield part
                 given = given.get(part)
         elif isinstance(given, list | tuple) and isinstance(part, int):
@@ -61,29 +66,37 @@ def _suggestion(key: str, location: tuple[int | str, ...], model: type[BaseModel
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
     """Names of the fields of the model that lies at `location` of `model`'s JSON schema."""
     schema = model.model_json_schema()
-
-    def resolve(node: dict[str, Any]) -> dict[str, Any]:
-        while "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-        return node
-
-    def step(node: dict[str, Any], part: int | str) -> dict[str, Any] | None:
-        node = resolve(node)
-        if isinstance(part, int):
-            items = node.get("items")
-            if items is not None:
-                return resolve(items)
-        elif part in node.get("properties", {}):
-            return resolve(node["properties"][part])
-        elif "discriminator" in node and part in node["discriminator"]["mapping"]:
-            return resolve({"$ref": node["discriminator"]["mapping"][part]})
-        for option in node.get("anyOf", ()):
-            found = step(option, part)
-            if found is not None:
-                return found
-        return None
-
-    node: dict[str, Any] | None = schema
+    node = schema
     for part in location:
-        node = step(node, part) if node is not None else None
-    return set(resolve(node).get("properties", {})) if node is not None else set()
+        found = _below(schema, node, part)
+        # The name of a union's member, where the schema has the members without their names.
+        is_tag = found is None and isinstance(part, str) and bool(_members(schema, node))
+        if found is None and not is_tag:
+            return set()
+        node = found or node
+    reached = [node, *_members(schema, node)]
+    return {name for one in reached for name in one.get("properties", {})}
+
+
+def _below(schema: _Node, node: _Node, part: int | str) -> _Node | None:
+    if isinstance(part, int):
+        if "items" in node:
+            return _resolved(schema, node["items"])
+    elif part in node.get("properties", {}):
+        return _resolved(schema, node["properties"][part])
+    elif "discriminator" in node and part in node["discriminator"]["mapping"]:
+        return _resolved(schema, {"$ref": node["discriminator"]["mapping"][part]})
+    found = (_below(schema, member, part) for member in _members(schema, node))
+    return next((one for one in found if one is not None), None)
+
+
+def _members(schema: _Node, node: _Node) -> list[_Node]:
+    """Of a union."""
+    members = (*node.get("anyOf", ()), *node.get("oneOf", ()))
+    return [_resolved(schema, member) for member in members]
+
+
+def _resolved(schema: _Node, node: _Node) -> _Node:
+    while "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node

@@ -1,11 +1,11 @@
-"""The job: model, training, and the root that joins them with data and tables."""
+"""The job: how it is trained, and the root that joins data, tables, model and training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, ValidationError, model_validator
 
 from penstock.config.base import (
     Config,
@@ -17,8 +17,11 @@ from penstock.config.base import (
 )
 from penstock.config.data import CrossedFeature, DataConfig, FeatureColumns
 from penstock.config.explain import explain
+from penstock.config.models import CustomModel, DLRMConfig, Model, MultiTask
 from penstock.config.tables import (
+    Admission,
     EmbeddingDim,
+    Eviction,
     Initializer,
     Optimizer,
     RowWiseAdagrad,
@@ -27,81 +30,6 @@ from penstock.config.tables import (
     Uniform,
 )
 from penstock.errors import ConfigError
-
-
-class DLRMConfig(Config):
-    """DLRM (arXiv:1906.00091).
-
-    Bottom MLP on numbers, pairwise dot products with the embeddings, top MLP.
-    """
-
-    kind: Literal["dlrm"] = "dlrm"
-    bottom: tuple[PositiveInt, ...] = (64, 32)
-    """Hidden widths of the bottom MLP; its output has the embedding dim."""
-    top: tuple[PositiveInt, ...] = (128, 64)
-    """Hidden widths of the top MLP; its output is one logit."""
-
-
-class DCNConfig(Config):
-    """DCN-v2: cross layers beside a deep MLP (arXiv:2008.13535)."""
-
-    kind: Literal["dcn_v2"] = "dcn_v2"
-    cross_layers: PositiveInt = 3
-    low_rank: PositiveInt | None = None
-    """Rank of the cross matrices; null: full."""
-    deep: tuple[PositiveInt, ...] = (128, 64)
-    """Widths of the deep MLP."""
-    structure: Literal["parallel", "stacked"] = "parallel"
-    """`parallel`: cross layers and deep MLP side by side; `stacked`: the MLP reads the cross
-    layers' output.
-    """
-
-
-class DeepFMConfig(Config):
-    """DeepFM (arXiv:1703.04247).
-
-    A factorization machine and a deep MLP over the same vectors. All features have one dim D: the
-    last column is the first-order weight of a key, the D - 1 before are its vector.
-    """
-
-    kind: Literal["deepfm"] = "deepfm"
-    deep: tuple[PositiveInt, ...] = (128, 64)
-    """Hidden widths of the deep MLP; its output is one logit."""
-    numeric_dim: PositiveInt = 8
-    """Width of the vectors of numeric columns where there is no feature; else it is D - 1."""
-
-
-class WideDeepConfig(Config):
-    """Wide & Deep (arXiv:1606.07792): a linear model beside a deep MLP.
-
-    The last column of a wide feature is its weight in the linear model, and the columns before are
-    its embedding. A wide feature of dim 1 is wide alone; for crossed columns that is the rule.
-    """
-
-    kind: Literal["wide_deep"] = "wide_deep"
-    deep: tuple[PositiveInt, ...] = (128, 64)
-    """Hidden widths of the deep MLP; its output is one logit."""
-    wide: tuple[str, ...] = ("*",)
-    """Names or globs of the features that are wide."""
-
-
-class CustomModel(Config):
-    """A module of the user's.
-
-    `factory(num_numeric=..., feature_dims=(...), **arguments)` returns it. Its
-    `forward(dense [B, num_numeric], embeddings [B, sum of feature_dims])` returns logits [B].
-    """
-
-    kind: Literal["custom"] = "custom"
-    factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
-    """`module:name` of a class or function on the Python path."""
-    arguments: Mapping[str, Any] = {}
-
-
-Model = Annotated[
-    DLRMConfig | DCNConfig | DeepFMConfig | WideDeepConfig | CustomModel,
-    Field(discriminator="kind"),
-]
 
 
 class DenseOptimizer(Config):
@@ -201,6 +129,10 @@ class TableDefaults(Config):
     dim: EmbeddingDim = 16
     optimizer: Optimizer = Field(default_factory=RowWiseAdagrad)
     initializer: Initializer = Field(default_factory=Uniform)
+    admission: Admission | None = None
+    max_bytes: ByteSize | None = None
+    """Of each table."""
+    eviction: Eviction | None = None
 
 
 class Job(Config):
@@ -216,6 +148,27 @@ class Job(Config):
     table_defaults: TableDefaults = TableDefaults()
     model: Model = Field(default_factory=DLRMConfig)
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _task_weights_are_of_labels(self) -> Job:
+        if not isinstance(self.model, MultiTask | CustomModel):
+            return self
+        titles = [label.title for label in self.data.labels]
+        for name in self.model.task_weights:
+            if name not in titles:
+                raise ValueError(
+                    f"model.task_weights: no label {name!r}; there are {', '.join(titles)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _grouped_auc_needs_a_binary_label(self) -> Job:
+        is_binary = any(label.task == "binary" for label in self.data.labels)
+        if self.training.metrics.grouped_auc and not is_binary:
+            raise ValueError(
+                "training.metrics.grouped_auc: no label is binary, so there is no AUC; remove it"
+            )
+        return self
 
 
 def parse_job(fields: Mapping[str, Any], origin: str = "job") -> Job:

@@ -49,12 +49,15 @@ class Dataset:
     """Features of `Batch.sparse`, in the order of the source's columns."""
     tables: tuple[TableConfig, ...]
     """Those of the job, then one for each feature without a table."""
+    labels: tuple[str, ...]
+    """Names of the labels that the source has; in prediction some may be missing."""
 
     def __init__(
         self, job: Job, columns: Columns, parts: dict[Part, PartRows], quarantine: Quarantine
     ) -> None:
         self.numeric = columns.numeric_names
         self.features, self.tables = resolve_features(job, columns)
+        self.labels = tuple(label.title for label in columns.labels if label is not None)
         self._job = job
         self._columns = columns
         self._parts = parts
@@ -114,6 +117,15 @@ class Dataset:
         """Rows of a part, malformed ones included. May read the part's files once to count."""
         return self._rows(part).count_rows()
 
+    def num_samples(self, part: Part) -> int:
+        """Samples of one epoch of a part: its rows, and the negatives drawn for each."""
+        return self.num_rows(part) * self._samples_per_row
+
+    @property
+    def _samples_per_row(self) -> int:
+        negatives = self._columns.negatives
+        return 1 if negatives is None else negatives.samples_per_row
+
     def batches(
         self,
         part: Part,
@@ -133,7 +145,8 @@ class Dataset:
           seed: of the shuffling.
           epochs: passes over the part, counted from epoch 0 whatever `start` is.
           start: where to begin; the `end` of a batch continues exactly after it.
-          shuffle: False: in order; None: as the job says.
+          shuffle: False: in order, and negatives, if there are any, the same in every epoch and
+            for every seed, as in evaluation; None: as the job says.
           groups: also read the columns by which metrics are grouped, into `Batch.groups`.
 
         Returns:
@@ -150,8 +163,17 @@ class Dataset:
         if shuffle and (part == "evaluation" or not window):
             why = "evaluation is read in order" if window else "data.shuffle.window_rows is 0"
             raise ConfigError(f"shuffle=True: {why}")
-        shuffled = part == "train" and shuffle is not False
-        plan = LoaderPlan.of(batch_size, window if shuffled else 0, seed, epochs, start)
+        training = part == "train" and shuffle is not False
+        plan = LoaderPlan.of(
+            batch_size,
+            window if training or self._samples_per_row > 1 else 0,
+            seed,
+            epochs,
+            start,
+            shuffled=training and window > 0,
+            samples_per_row=self._samples_per_row,
+            redraws=training,
+        )
         data = self._job.data
         columns = self._columns if groups else replace(self._columns, groups=())
         return Loader(rows, columns, plan, data.reader_threads, data.prefetch_batches)

@@ -1,14 +1,8 @@
-"""Turns the table of a chunk into plain arrays, checking every value on the way.
-
-`Rows` is a decoded chunk, a `Window` joins chunks, `Samples` is a batch cut from it: numpy arrays.
-"""
+"""Turns the table of a chunk into plain arrays, checking every value on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +10,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock import _core
-from penstock.config import FailOnMissing, TimeUnit
+from penstock.config import FailOnMissing, Label, TimeUnit
+from penstock.data.negatives import item_rows
 from penstock.data.schema import Columns, FeatureColumn, NumericGroup, is_text
 from penstock.data.source import Chunk, Place
 from penstock.data.transforms import (
@@ -31,116 +26,10 @@ from penstock.data.transforms import (
     read_numbers,
     truncate,
 )
+from penstock.data.window import Bags, Rows
 from penstock.errors import DataError
 
 TICKS_PER_S: Mapping[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Decoded rows of one chunk. n rows."""
-
-    dense: NDArray[np.float32]
-    """[n, numeric columns], finite."""
-    keys: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | None]]
-    """Of each feature: values, and offsets [n + 1]; no offsets: one key a row."""
-    labels: NDArray[np.float32]
-    """[n]"""
-    weights: NDArray[np.float32] | None
-    event_time: NDArray[np.int64] | None
-    """[n] ms since 1970 UTC."""
-    teacher: NDArray[np.float32] | None
-    groups: Sequence[pa.Array] = ()
-    """[n] of each of `Columns.groups`."""
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows there are (n)."""
-        return int(self.labels.shape[0])
-
-
-class Window:
-    """Stretches of several chunks as one run of rows, from which batches are cut."""
-
-    def __init__(self, parts: Sequence[tuple[Rows, int, int]]) -> None:
-        """Joins the rows [start, stop) of each of `parts`, in order. Keys are not copied."""
-        rows, starts, stops = zip(*parts, strict=True)
-
-        def join(arrays: list[Any]) -> Any:
-            if arrays[0] is None:
-                return None
-            if len(arrays) == 1:
-                return arrays[0][starts[0] : stops[0]]
-            return np.concatenate([a[i:j] for a, i, j in zip(arrays, starts, stops, strict=True)])
-
-        self._dense = join([part.dense for part in rows])
-        self._labels = join([part.labels for part in rows])
-        self._weights = join([part.weights for part in rows])
-        self._event_time = join([part.event_time for part in rows])
-        self._teacher = join([part.teacher for part in rows])
-        self._groups = [
-            pa.concat_arrays([
-                group.slice(i, j - i) for group, i, j in zip(column, starts, stops, strict=True)
-            ])
-            for column in zip(*(part.groups for part in rows), strict=True)
-        ]
-        self._keys = _core.JaggedWindow([k for part in rows for k in part.keys], starts, stops)
-        self._num_features = len(rows[0].keys)
-        self.num_rows = int(self._labels.shape[0])
-
-    def batches(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Samples]:
-        """Copies the rows of those numbers, in that order, and cuts the copy into batches.
-
-        All batches at once and feature by feature, so that each column stays in cache.
-        """
-        values, offsets, starts = self._keys.cut(rows, batch_size)
-
-        def take(array: Any) -> Any:
-            return None if array is None else array.take(rows, axis=0)
-
-        dense, labels = take(self._dense), take(self._labels)
-        weights, event_time, teacher = map(take, (self._weights, self._event_time, self._teacher))
-        groups = [group.take(pa.array(rows)) for group in self._groups]
-
-        for number, low in enumerate(range(0, len(rows), batch_size)):
-            high = min(low + batch_size, len(rows))
-            bags = self._num_features * (high - low)
-            if offsets is None or starts is None:
-                first, stop = low * self._num_features, high * self._num_features
-                ends = _one_key_offsets(bags)
-            else:
-                first, stop = int(starts[number]), int(starts[number + 1])
-                begin = low * self._num_features + number
-                ends = offsets[begin : begin + bags + 1]
-            yield Samples(
-                dense[low:high],
-                values[first:stop],
-                ends,
-                labels[low:high],
-                None if weights is None else weights[low:high],
-                None if event_time is None else event_time[low:high],
-                None if teacher is None else teacher[low:high],
-                [group.slice(low, high - low) for group in groups],
-            )
-
-
-@lru_cache(maxsize=16)
-def _one_key_offsets(bags: int) -> NDArray[np.int64]:
-    """Offsets of bags of one key; shared by all batches of that size."""
-    return np.arange(bags + 1)
-
-
-class Samples(NamedTuple):
-    """The arrays of a batch, as `penstock.types.Batch` names them."""
-
-    dense: NDArray[np.float32]
-    values: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    labels: NDArray[np.float32]
-    weights: NDArray[np.float32] | None
-    event_time: NDArray[np.int64] | None
-    teacher: NDArray[np.float32] | None
-    groups: Sequence[pa.Array]
 
 
 class Decoder:
@@ -174,7 +63,7 @@ class Decoder:
         times = columns.event_time
         return Rows(
             dense,
-            [(column.values, _offsets(column.lengths)) for column in keys],
+            [Bags(column.values, _offsets(column.lengths)) for column in keys],
             self._read_labels(table, place),
             self._read_weights(table, place),
             None
@@ -184,6 +73,7 @@ class Decoder:
             if columns.teacher is None
             else read_numbers(table.column(columns.teacher)).astype(np.float32),
             [plain_values(table.column(name)) for name in columns.groups],
+            None if columns.negatives is None else item_rows(table, columns.negatives),
         )
 
     def _fill_numbers(
@@ -231,28 +121,14 @@ class Decoder:
             ) from None
 
     def _read_labels(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
-        name, at_least = self._columns.label, self._columns.at_least
-        if name is None:
-            return np.full(table.num_rows, np.nan, dtype=np.float32)
-        given = _read_numbers(table, name, place)
-        if at_least is None:
-            bad = (given != 0) & (given != 1)
-            labels = given.astype(np.float32)
-        else:
-            bad = np.isnan(given)
-            labels = (given >= at_least).astype(np.float32)
-        if bad.any():
-            row = int(bad.argmax())
-            if np.isnan(given[row]):
-                raise DataError(
-                    f"{place.locate(row)}, column {name!r}: the label is missing; leave such rows "
-                    "out of the file"
-                )
-            raise DataError(
-                f"{place.locate(row)}, column {name!r}: label {given[row]:g} is not 0 or 1; set "
-                "data.label.at_least to make labels of numbers"
-            )
-        return labels
+        """[n], or [n, L] where the job names several labels; NaN where one is missing."""
+        labels = self._columns.labels
+        if len(labels) == 1:
+            return _read_label(labels[0], table, place)
+        read = np.empty((table.num_rows, len(labels)), dtype=np.float32)
+        for position, label in enumerate(labels):
+            read[:, position] = _read_label(label, table, place)
+        return read
 
     def _read_weights(self, table: pa.Table, place: Place) -> NDArray[np.float32] | None:
         name = self._columns.weight
@@ -268,6 +144,37 @@ class Decoder:
                 "number >= 0; mend the file"
             )
         return weights
+
+
+def _read_label(label: Label | None, table: pa.Table, place: Place) -> NDArray[np.float32]:
+    if label is None:
+        return np.full(table.num_rows, np.nan, dtype=np.float32)
+    given = _read_numbers(table, label.column, place)
+    with np.errstate(over="ignore"):  # what is too large is found below
+        read = given.astype(np.float32)
+    is_missing = np.isnan(given)
+    if label.at_least is not None:
+        read = np.where(is_missing, np.nan, given >= label.at_least).astype(np.float32)
+    bad = ~np.isfinite(read)
+    if label.task == "binary":
+        bad = (read != 0) & (read != 1)
+    if label.missing == "ignore":
+        bad &= ~is_missing
+    if not bad.any():
+        return read
+    row = int(bad.argmax())
+    at = f"{place.locate(row)}, column {label.column!r}"
+    if is_missing[row]:
+        raise DataError(
+            f"{at}: the label is missing; leave such rows out of the file, or set missing: "
+            "ignore of the label"
+        )
+    if label.task == "regression":
+        raise DataError(f"{at}: label {given[row]:g} is no finite float32; mend the file")
+    raise DataError(
+        f"{at}: label {given[row]:g} is not 0 or 1; set at_least of the label to make labels of "
+        "numbers, or task regression to learn the number"
+    )
 
 
 def read_times(

@@ -48,7 +48,14 @@ def key_skew(job: Job, max_rows: int = SAMPLE_ROWS) -> KeySkew:
     columns = resolve_columns(job, source.schema, source.paths[0], "optional")
     features, _ = resolve_features(job, columns)
     keys_alone = replace(
-        columns, label=None, weight=None, event_time=None, teacher=None, numeric=(), groups=()
+        columns,
+        labels=(),
+        weight=None,
+        event_time=None,
+        teacher=None,
+        numeric=(),
+        groups=(),
+        negatives=None,
     )
     decoder = Decoder(keys_alone)
     tables = dict.fromkeys(feature.table for feature in features)
@@ -56,7 +63,7 @@ def key_skew(job: Job, max_rows: int = SAMPLE_ROWS) -> KeySkew:
     rows = 0
     for _, chunk in spread_chunks(source, keys_alone.names, max_rows):
         decoded = decoder.decode(chunk)
-        for feature, (values, _) in zip(features, decoded.keys, strict=True):
-            counts[feature.table].add(values)
+        for feature, bags in zip(features, decoded.bags, strict=True):
+            counts[feature.table].add(bags.values)
         rows += chunk.table.num_rows
     return KeySkew(rows, rows < max_rows, {table: one.summary() for table, one in counts.items()})

@@ -7,6 +7,7 @@ What comes out is a pure function of (rows, seed, batch size), whatever the thre
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.data.channel import Channel, Closed, Ended
-from penstock.data.decode import Decoder, Rows, Samples, Window
+from penstock.data.decode import Decoder
+from penstock.data.negatives import draw_rows
 from penstock.data.parts import PartRows
 from penstock.data.schema import Columns
 from penstock.data.source import Place, Span
+from penstock.data.window import Rows, Samples, Window
 from penstock.errors import DataError
 from penstock.types import Batch, KeyedJagged, Position
 
@@ -38,20 +41,44 @@ class LoaderPlan:
 
     batch_size: int
     window_rows: int
-    """Rows that are joined, and shuffled if `shuffled`; a multiple of the batch size."""
+    """Rows that are joined, and shuffled if `shuffled`; their samples are whole batches."""
     shuffled: bool
     seed: int
     epochs: int
     start: Position
+    samples_per_row: int = 1
+    """More than 1 where negatives are drawn."""
+    redraws: bool = False
+    """Whether negatives depend on seed and epoch as well as on the window."""
 
     @classmethod
     def of(
-        cls, batch_size: int, shuffle_rows: int, seed: int, epochs: int, start: Position
+        cls,
+        batch_size: int,
+        window_rows: int,
+        seed: int,
+        epochs: int,
+        start: Position,
+        *,
+        shuffled: bool,
+        samples_per_row: int = 1,
+        redraws: bool = False,
     ) -> LoaderPlan:
-        """Rounds the window up to whole batches, so that only an epoch's last batch is short."""
-        rows = max(shuffle_rows or _PLAIN_WINDOW_ROWS, batch_size)
-        window = -(-rows // batch_size) * batch_size
-        return cls(batch_size, window, shuffle_rows > 0, seed, epochs, start)
+        """Rounds the window up to whole batches, so that only an epoch's last batch is short.
+
+        `window_rows` 0: as many as make no difference.
+        """
+        unit = batch_size // math.gcd(batch_size, samples_per_row)
+        window = -(-(window_rows or _PLAIN_WINDOW_ROWS) // unit) * unit
+        return cls(batch_size, window, shuffled, seed, epochs, start, samples_per_row, redraws)
+
+    @property
+    def rows_to_begin_a_window(self) -> int:
+        """Rows that must be left for another window to begin; fewer belong to the last one.
+
+        Negatives are drawn among the rows of a window, so that none may be short.
+        """
+        return 1 if self.samples_per_row == 1 else self.window_rows
 
 
 class _Piece(NamedTuple):
@@ -94,6 +121,7 @@ class Loader:
             )
         self._part = part
         self._plan = plan
+        self._negatives = columns.negatives
         self._groups = columns.groups
         self._features = columns.feature_names
         self._columns = columns.names
@@ -216,6 +244,8 @@ class Loader:
             self._out.fail(error)
 
     def _windows(self) -> Iterator[_Stretch]:
+        least_left = self._plan.rows_to_begin_a_window
+        per_row = self._plan.samples_per_row
         start = replace(self._plan.start, window_row=0)
         at = replace(start, samples=self._plan.start.samples - self._plan.start.window_row)
         for epoch in range(self._plan.start.epoch, self._plan.epochs):
@@ -224,8 +254,8 @@ class Loader:
             for piece in self._pieces(epoch):
                 waiting.append(piece)
                 rows += piece.stop - piece.start
-                # One row more than the window says where the next one begins.
-                while rows > self._plan.window_rows:
+                # A row that is left says where the next window begins.
+                while rows >= self._plan.window_rows + least_left:
                     taken = _take(waiting, self._plan.window_rows)
                     rows -= self._plan.window_rows
                     after = Position(
@@ -233,18 +263,18 @@ class Loader:
                         window=at.window + 1,
                         split=waiting[0].split,
                         split_row=waiting[0].split_row + waiting[0].start,
-                        samples=at.samples + self._plan.window_rows,
+                        samples=at.samples + self._plan.window_rows * per_row,
                     )
                     yield self._window(taken, at, after)
                     at = after
-            after = Position(epoch=epoch + 1, samples=at.samples + rows)
+            after = Position(epoch=epoch + 1, samples=at.samples + rows * per_row)
             if rows:
                 yield self._window(list(waiting), at, after)
             at = after
 
     def _window(self, pieces: list[_Piece], at: Position, after: Position) -> _Stretch:
         parts = [(piece.rows, piece.start, piece.stop) for piece in pieces]
-        return _Stretch(Window(parts), at, after, pieces)
+        return _Stretch(Window(parts, self._negatives), at, after, pieces)
 
     def _pieces(self, epoch: int) -> Iterator[_Piece]:
         """Decoded pieces of one epoch, in order."""
@@ -265,7 +295,7 @@ class Loader:
                 self._split_opened.notify_all()
 
     def _cut(self, window: _Stretch) -> Iterator[Batch]:
-        n = window.rows.num_rows
+        n = window.rows.num_rows * self._plan.samples_per_row
         begin = 0
         if (
             window.at.epoch == self._plan.start.epoch
@@ -273,25 +303,40 @@ class Loader:
         ):
             begin = self._plan.start.window_row
         order = self._order(window, n) if self._plan.shuffled else np.arange(n)
+        drawn = self._draw(window)
+        # With negatives a window has many more samples than rows; only some are copied at a time.
+        at_once = -(-self._plan.window_rows // self._plan.batch_size) * self._plan.batch_size
         start = begin
-        for rows in window.rows.batches(order[begin:], self._plan.batch_size):
-            stop = start + len(rows.labels)
-            ends = window.after
-            if stop < n:
-                ends = replace(window.at, window_row=stop, samples=window.at.samples + stop)
-            yield self._batch(
-                rows,
-                replace(window.at, window_row=start, samples=window.at.samples + start),
-                ends,
-                self._origin(window, start, stop),
-            )
-            start = stop
+        for low in range(begin, n, at_once):
+            samples = order[low : low + at_once]
+            for rows in window.rows.batches(samples, self._plan.batch_size, drawn):
+                stop = start + len(rows.labels)
+                ends = window.after
+                if stop < n:
+                    ends = replace(window.at, window_row=stop, samples=window.at.samples + stop)
+                yield self._batch(
+                    rows,
+                    replace(window.at, window_row=start, samples=window.at.samples + start),
+                    ends,
+                    self._origin(window, start, stop),
+                )
+                start = stop
 
     def _order(self, window: _Stretch, n: int) -> NDArray[np.int64]:
-        seed = [self._plan.seed & (2**64 - 1), window.at.epoch, window.at.window]
-        philox = np.random.Philox(np.random.SeedSequence(seed))
+        philox = np.random.Philox(np.random.SeedSequence(self._seed_of(window)))
         # Sorting raw bits, unlike numpy's shuffles, gives the same order in every numpy version.
         return _core.argsort_bits(philox.random_raw(n))
+
+    def _draw(self, window: _Stretch) -> NDArray[np.int64] | None:
+        """Rows from which the window's samples take their items; None: no negatives are drawn."""
+        if self._negatives is None or window.rows.items is None:
+            return None
+        seed = self._seed_of(window) if self._plan.redraws else [window.at.window]
+        where = self._origin(window, 0, window.rows.num_rows * self._plan.samples_per_row)
+        return draw_rows(window.rows.items, self._negatives, seed, where)
+
+    def _seed_of(self, window: _Stretch) -> list[int]:
+        return [self._plan.seed & (2**64 - 1), window.at.epoch, window.at.window]
 
     def _batch(self, rows: Samples, start: Position, end: Position, origin: str) -> Batch:
         def tensor(array: NDArray[np.generic] | None) -> torch.Tensor | None:
@@ -300,7 +345,10 @@ class Loader:
         return Batch(
             dense=torch.from_numpy(rows.dense),
             sparse=KeyedJagged(
-                self._features, torch.from_numpy(rows.values), torch.from_numpy(rows.offsets)
+                self._features,
+                torch.from_numpy(rows.values),
+                torch.from_numpy(rows.offsets),
+                tensor(rows.key_weights),
             ),
             labels=torch.from_numpy(rows.labels),
             weights=tensor(rows.weights),
@@ -314,6 +362,7 @@ class Loader:
 
     def _origin(self, window: _Stretch, start: int, stop: int) -> str:
         """Where the rows come from: those of the whole window if it is shuffled."""
+        start, stop = start // self._plan.samples_per_row, -(-stop // self._plan.samples_per_row)
         if self._plan.shuffled:
             start, stop = 0, window.rows.num_rows
         spans: list[Span] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -22,11 +22,14 @@ from penstock.config import (
     Hex,
     Job,
     JsonLinesSource,
+    Label,
+    Negatives,
     NumericColumns,
     TableConfig,
     TextSource,
     TimeUnit,
 )
+from penstock.data.negatives import MixedCross, NegativeColumns
 from penstock.data.transforms import is_list
 from penstock.errors import ConfigError, DataError
 
@@ -57,9 +60,10 @@ class NumericGroup:
 class Columns:
     """What is read of a source, and as what."""
 
-    label: str | None
-    """None: the source has no labels (prediction)."""
-    at_least: float | None
+    labels: tuple[Label | None, ...]
+    """In the order of `Batch.labels`. None: the source has no column of it (in prediction, or where
+    all rows are positives).
+    """
     weight: str | None
     event_time: str | None
     teacher: str | None
@@ -71,6 +75,8 @@ class Columns:
     """Of integers in `event_time`."""
     groups: tuple[str, ...] = ()
     """Columns by which metrics are grouped; they may be features too."""
+    negatives: NegativeColumns | None = None
+    """None: every row is one sample."""
 
     @property
     def numeric_names(self) -> tuple[str, ...]:
@@ -83,11 +89,17 @@ class Columns:
         return tuple(name for _, name in sorted(placed))
 
     @property
+    def label_names(self) -> tuple[str, ...]:
+        """Columns of labels that the source has, each once."""
+        return tuple(dict.fromkeys(label.column for label in self.labels if label is not None))
+
+    @property
     def names(self) -> list[str]:
         """Every column that is read, each once."""
-        special = (self.label, self.weight, self.event_time, self.teacher)
+        special = (self.weight, self.event_time, self.teacher)
         return list(
             dict.fromkeys([
+                *self.label_names,
                 *(name for name in special if name is not None),
                 *self.numeric_names,
                 *(feature.name for feature in self.features),
@@ -126,23 +138,22 @@ def resolve_columns(
     """
     data = job.data
     synthetic = data.source.format == "synthetic"
-    label: str | None = data.label.column
-    if labels == "optional" and label not in schema.names:
-        label = None
+    is_optional = labels == "optional"
+    found_labels = tuple(
+        label
+        if label.column in data.label_columns
+        and not (is_optional and label.column not in schema.names)
+        else None
+        for label in data.labels
+    )
     claims: dict[str, str] = {}
-    special = {
-        "data.label.column": label,
-        "data.weight": data.weight,
-        "data.event_time": data.event_time,
-    }
-    for field, name in special.items():
-        if name is not None:
-            if name not in schema.names:
-                raise DataError(
-                    f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}"
-                )
+    for field, name in _special_columns(job, found_labels).items():
+        if name not in schema.names:
+            raise DataError(f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}")
+        # Several labels may be made of one column.
+        if not (field.startswith("data.label") and claims.get(name, "").startswith("data.label")):
             _claim(claims, name, field)
-    reserved = {data.label.column, *claims, *([TEACHER] if synthetic else [])}
+    reserved = {*data.label_columns, *claims, *([TEACHER] if synthetic else [])}
     place = {name: index for index, name in enumerate(dict.fromkeys([*order, *schema.names]))}
     numeric: list[tuple[NumericColumns, list[str]]] = []
     for index, group in enumerate(data.numeric):
@@ -164,11 +175,11 @@ def resolve_columns(
     features.sort(key=lambda feature: place[feature.name])
     dense = sorted((name for _, names in numeric for name in names), key=place.__getitem__)
     columns = Columns(
-        label=label,
-        at_least=data.label.at_least,
+        labels=found_labels,
         weight=data.weight,
         event_time=data.event_time,
-        teacher=TEACHER if synthetic else None,
+        # Of a row with another item the teacher's probability is not known.
+        teacher=TEACHER if synthetic and data.negatives is None else None,
         numeric=tuple(
             NumericGroup(group, tuple(names), tuple(dense.index(name) for name in names))
             for group, names in numeric
@@ -180,7 +191,66 @@ def resolve_columns(
     )
     _check_crosses(columns, schema, origin)
     _check_types(columns, schema, origin, isinstance(data.source, TextSource | JsonLinesSource))
-    return columns
+    return replace(columns, negatives=_negative_columns(data.negatives, columns, schema, origin))
+
+
+def _negative_columns(
+    config: Negatives | None, columns: Columns, schema: pa.Schema, origin: str
+) -> NegativeColumns | None:
+    if config is None:
+        return None
+    crossed = [name for one in columns.crosses for name in one.columns]
+    inputs = {*columns.numeric_names, *(one.name for one in columns.features), *crossed}
+    for name in config.columns:
+        if name not in schema.names:
+            raise DataError(
+                f"{origin}: no column {name!r} (data.negatives){_nearest(name, schema.names)}"
+            )
+        if name not in inputs:
+            raise ConfigError(
+                f"data.negatives.columns: {name!r} is no input of the model, so it makes no "
+                "difference of which row it is; list it under `features` or data.numeric, or "
+                "remove it"
+            )
+    kind = schema.field(config.columns[0]).type
+    if not _is_one_key(kind):
+        raise DataError(
+            f"{origin}: column {config.columns[0]!r} is {kind}; the first of "
+            "data.negatives.columns names the item, by an integer or text a row; put another one "
+            "first"
+        )
+    of_cross = [tuple(name in config.columns for name in one.columns) for one in columns.crosses]
+    of_item = [one.name in config.columns for one in columns.features]
+    numeric = [name in config.columns for name in columns.numeric_names]
+    if all([*of_item, *numeric, *map(all, of_cross)]):
+        raise ConfigError(
+            "data.negatives.columns: these are all inputs, so that a negative would be another "
+            "row's positive; leave out what belongs to the user or the moment"
+        )
+    return NegativeColumns(
+        per_positive=config.per_positive,
+        candidates=config.candidates,
+        item=config.columns[0],
+        numeric=tuple(place for place, whether in enumerate(numeric) if whether),
+        features=(*of_item, *map(all, of_cross)),
+        mixed=tuple(
+            MixedCross(one, len(of_item) + place, which)
+            for place, (one, which) in enumerate(zip(columns.crosses, of_cross, strict=True))
+            if any(which) and not all(which)
+        ),
+    )
+
+
+def _special_columns(job: Job, labels: Sequence[Label | None]) -> dict[str, str]:
+    """By field of the job: columns that are no inputs."""
+    is_one = isinstance(job.data.label, Label)
+    named = {
+        "data.label.column" if is_one else f"data.label.{place}.column": label.column
+        for place, label in enumerate(labels)
+        if label is not None
+    }
+    named |= {"data.weight": job.data.weight} if job.data.weight else {}
+    return named | ({"data.event_time": job.data.event_time} if job.data.event_time else {})
 
 
 def _check_crosses(columns: Columns, schema: pa.Schema, origin: str) -> None:
@@ -191,26 +261,31 @@ def _check_crosses(columns: Columns, schema: pa.Schema, origin: str) -> None:
             raise ConfigError(f"{field}.name: another feature is named {one.name!r}; change one")
         taken.add(one.name)
         for name in one.columns:
-            if name == columns.label:
+            if name in columns.label_names:
                 raise ConfigError(f"{field}.columns: {name!r} is the label; leave it out")
             if name not in schema.names:
                 raise DataError(
                     f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}"
                 )
             kind = schema.field(name).type
-            inner = kind.value_type if pa.types.is_dictionary(kind) else kind
-            whole = pa.types.is_integer(inner) or pa.types.is_boolean(inner)
-            if not whole and not is_text(inner) and not pa.types.is_null(inner):
+            if not _is_one_key(kind):
                 raise DataError(
                     f"{origin}: column {name!r} is {kind}; crossed columns hold one integer or "
                     "text a row; leave it out of the cross"
                 )
 
 
+def _is_one_key(kind: pa.DataType) -> bool:
+    """Whether values are single integers or texts."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    return bool(whole or is_text(kind) or pa.types.is_null(kind))
+
+
 def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
     """Types of text columns by name or glob, where the source declares none."""
     data = job.data
-    types: dict[str, Literal["int64", "float64"]] = {data.label.column: "float64"}
+    types: dict[str, Literal["int64", "float64"]] = dict.fromkeys(data.label_columns, "float64")
     if data.weight is not None:
         types[data.weight] = "float64"
     if data.event_time is not None:
@@ -243,7 +318,11 @@ def resolve_features(
         name = column.config.table or column.name
         if name not in tables:
             tables[name] = _implied_table(job, name)
-        features.append(FeatureConfig(name=column.name, table=name, pooling=column.config.pooling))
+        pooling = column.config.pooling
+        positions = column.config.max_keys if pooling == "sequence" else None
+        features.append(
+            FeatureConfig(name=column.name, table=name, pooling=pooling, max_keys=positions)
+        )
     for one in columns.crosses:
         name = one.table or one.name
         if name not in tables:
@@ -270,14 +349,8 @@ def _check_tables_are_there(job: Job, tables: list[str]) -> None:
 
 
 def _implied_table(job: Job, name: str) -> TableConfig:
-    defaults = job.table_defaults
     try:
-        return TableConfig(
-            name=name,
-            dim=defaults.dim,
-            optimizer=defaults.optimizer,
-            initializer=defaults.initializer,
-        )
+        return TableConfig(name=name, **dict(job.table_defaults))
     except ConfigError as error:
         raise ConfigError(
             f"column {name!r} gives its table a name that is not allowed ({error}); name a table "
@@ -326,7 +399,7 @@ def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -
     def wrong(name: str, remedy: str) -> DataError:
         return DataError(f"{origin}: column {name!r} is {schema.field(name).type}; {remedy}")
 
-    for number in (columns.label, columns.weight):
+    for number in (*columns.label_names, columns.weight):
         if number is not None and not _is_number(schema.field(number).type):
             raise wrong(number, "labels and weights are numbers; convert it")
     for name in columns.numeric_names:

@@ -98,6 +98,16 @@ def read_keys(
     return Keys(filled, None)
 
 
+class CrossPart(NamedTuple):
+    """One column of a cross: what of it goes into the hash."""
+
+    values: NDArray[np.int64]
+    """[n] integers as they are, of texts their hash; 0 where null."""
+    valid: NDArray[np.uint8] | None
+    """Bits, from `first_bit` on, of the rows that are not null; None: all."""
+    first_bit: int
+
+
 def cross(
     columns: Sequence[pa.ChunkedArray | pa.Array], seed: int, buckets: int | None
 ) -> NDArray[np.int64]:
@@ -111,24 +121,34 @@ def cross(
     Returns:
       [n]
     """
-    hashes = np.full(len(columns[0]), seed, dtype=np.uint64)
-    for column in columns:
-        array = one_array(column)
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
-        if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
-            array = array.cast(pa.large_binary())
-        if pa.types.is_null(array.type):
-            array = array.cast(pa.string())
-        bits = array.buffers()[0] if array.null_count else None
-        first_bit = array.offset
-        if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
-            zero = pa.scalar(0, pa.int64()).cast(array.type)
-            keys = _integers(array.fill_null(zero)).view(np.int64)
-        else:
-            keys = _core.hash_strings(*_string_buffers(array))
-        valid = None if bits is None else np.frombuffer(bits, dtype=np.uint8)
-        _core.cross_keys(keys, valid, first_bit, hashes)
+    return cross_parts([cross_part(column) for column in columns], seed, buckets)
+
+
+def cross_part(column: pa.ChunkedArray | pa.Array) -> CrossPart:
+    """Reads one column of a cross."""
+    array = one_array(column)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+        array = array.cast(pa.large_binary())
+    if pa.types.is_null(array.type):
+        array = array.cast(pa.string())
+    bits = array.buffers()[0] if array.null_count else None
+    first_bit = array.offset
+    if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
+        zero = pa.scalar(0, pa.int64()).cast(array.type)
+        keys = _integers(array.fill_null(zero)).view(np.int64)
+    else:
+        keys = _core.hash_strings(*_string_buffers(array))
+    valid = None if bits is None else np.frombuffer(bits, dtype=np.uint8)
+    return CrossPart(keys, valid, first_bit)
+
+
+def cross_parts(parts: Sequence[CrossPart], seed: int, buckets: int | None) -> NDArray[np.int64]:
+    """`cross` of columns that are read already."""
+    hashes = np.full(len(parts[0].values), seed, dtype=np.uint64)
+    for part in parts:
+        _core.cross_keys(part.values, part.valid, part.first_bit, hashes)
     if buckets is not None:
         hashes %= np.uint64(buckets)
     return hashes.view(np.int64)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.host_store import HostStore
+from penstock.embedding.retention import ENTRY_BYTES, Clock, RetentionState, retains
 from penstock.embedding.store import (
     CURSOR_START,
+    Candidates,
     PooledFeature,
     PooledGradient,
     PoolingPlan,
@@ -37,7 +40,7 @@ from penstock.embedding.store import (
     TableRows,
 )
 from penstock.errors import CapacityError, ConfigError
-from penstock.types import KeyedJagged
+from penstock.types import FeatureShape, KeyedJagged
 
 
 class TableStats(NamedTuple):
@@ -46,9 +49,30 @@ class TableStats(NamedTuple):
     name: str
     rows: int
     bytes: int
-    """Values and optimizer state."""
+    """Values, optimizer state and marks of use."""
     memory_bytes: int
     """With this table's share of the index and of free slots."""
+    retention: RetentionStats | None = None
+    """Of a table with admission, eviction or a budget."""
+
+
+class RetentionStats(NamedTuple):
+    """What a table's rules have done since the beginning."""
+
+    admitted: int
+    """Rows that training made."""
+    refused: int
+    """Keys read as the default row in training, each time."""
+    evicted: int
+    """Rows."""
+    evicted_age: float
+    """Mean time that evicted rows had not been used for, in the unit of the eviction; 0: none."""
+    dropped: int
+    """Gradients of rows that left between look-up and update."""
+    candidates: int
+    """Keys that are counted but have no row yet."""
+    budget_used: float | None
+    """Share of `max_bytes`; None: there is none."""
 
 
 class _Group(NamedTuple):
@@ -67,8 +91,9 @@ class _Pending(NamedTuple):
 class EmbeddingCollection(nn.Module):
     """Pooled embeddings of every feature of a batch, and the optimizer step of their tables.
 
-    In training mode a new key gets a row. In evaluation mode, or under `torch.no_grad`, a missing
-    key reads as its initial value and no row is made; `num_missing` counts them.
+    In training mode a new key gets a row, if its table admits it. In evaluation mode, or under
+    `torch.no_grad`, a missing key reads as its initial value, or the default row of a table that
+    refuses keys, and no row is made; `num_missing` counts them.
 
     The tables are no torch parameters: `state_dict` does not hold them (see `export_table`), and
     torch's optimizers do not see them. `apply_gradients` takes the place of `optimizer.step()`.
@@ -105,9 +130,21 @@ class EmbeddingCollection(nn.Module):
         for feature in features:
             if feature.table not in by_name:
                 raise ConfigError(_unknown_table(feature, list(by_name)))
-        self.feature_dims = tuple(by_name[feature.table].dim for feature in features)
+        self.feature_shapes = tuple(
+            FeatureShape(feature.name, by_name[feature.table].dim, feature.max_keys)
+            for feature in features
+        )
+        """Of each feature, in the order of the output's columns."""
+        self._width = sum(shape.width for shape in self.feature_shapes)
+        self._sequences = torch.tensor(
+            [f for f, shape in enumerate(self.feature_shapes) if shape.length], dtype=torch.int64
+        )
         self.step = 0
         """Updates applied so far; schedules and Adam's bias correction count by it."""
+        self.time_s: int | None = None
+        """Seconds since 1970 UTC by which rows age, where their table's eviction has that unit: the
+        caller's choice, for instance the event time of the batch. None: the clock's.
+        """
         self.num_missing = 0
         """Keys read without a row, in evaluation, since the beginning."""
         self._names = tuple(feature.name for feature in features)
@@ -122,18 +159,21 @@ class EmbeddingCollection(nn.Module):
         self._anchor = torch.zeros(0, requires_grad=True)
 
     def _make_groups(self, **options: Any) -> tuple[_Group, ...]:
-        first_column = [sum(self.feature_dims[:f]) for f in range(len(self.features))]
+        widths = [shape.width for shape in self.feature_shapes]
+        first_column = [sum(widths[:f]) for f in range(len(widths))]
         groups = []
         for layout in dict.fromkeys(RowLayout.of(table) for table in self.tables):
             tables = [table for table in self.tables if RowLayout.of(table) == layout]
             number = {table.name: n for n, table in enumerate(tables)}
             served = tuple(
-                PooledFeature(f, number[feature.table], feature.pooling, first_column[f])
+                PooledFeature(
+                    f, number[feature.table], feature.pooling, first_column[f], feature.max_keys
+                )
                 for f, feature in enumerate(self.features)
                 if feature.table in number
             )
             store = HostStore(tables, **options)
-            groups.append(_Group(store, PoolingPlan(served, sum(self.feature_dims))))
+            groups.append(_Group(store, PoolingPlan(served, self._width)))
         return tuple(groups)
 
     def forward(self, sparse: KeyedJagged) -> Tensor:
@@ -143,7 +183,8 @@ class EmbeddingCollection(nn.Module):
           sparse: its features must be this collection's, in the same order.
 
         Returns:
-          [B, sum(feature_dims)] float32: the features' vectors side by side; an empty bag is zeros.
+          [B, W] float32, W the sum of the features' widths: their vectors side by side, as
+          `feature_shapes` says; an empty bag is zeros.
 
         Raises:
           ConfigError: other features, or keys and offsets of a wrong type or shape.
@@ -151,11 +192,24 @@ class EmbeddingCollection(nn.Module):
         """
         self._check(sparse)
         if self.training and torch.is_grad_enabled():
+            self._advance()
             out: Tensor = _PooledLookup.apply(self._anchor, self, sparse)  # type: ignore[no-untyped-call]
             return out
         out, lookups = self._lookup(sparse, insert=False)
         self.num_missing += sum(lookup.num_missing for lookup in lookups)
         return out
+
+    def sequence_lengths(self, sparse: KeyedJagged) -> Tensor:
+        """Keys of each sample's sequences: what tells vectors from padding.
+
+        Returns:
+          [B, S] int64, S the number of features of pooling `sequence`, in their order.
+        """
+        size = sparse.batch_size
+        if not len(self._sequences):
+            return torch.zeros(size, 0, dtype=torch.int64)
+        lengths = sparse.offsets.diff().view(len(sparse.features), size)
+        return lengths[self._sequences].t().contiguous()
 
     def apply_gradients(self) -> None:
         """One optimizer step on all gradients of the backward passes since the last call.
@@ -190,6 +244,31 @@ class EmbeddingCollection(nn.Module):
                 return
             yield rows
 
+    def export_candidates(self, table: str, batch_keys: int = 1 << 20) -> Iterator[Candidates]:
+        """Copies the counted keys of a table, as `export_table` does its rows."""
+        store, number = self._find_table(table)
+        cursor = CURSOR_START
+        while True:
+            candidates, cursor = store.export_candidates(number, cursor, batch_keys)
+            if not len(candidates.keys):
+                return
+            yield candidates
+
+    def import_candidates(self, table: str, candidates: Candidates) -> None:
+        """Sets the counts of keys of a table with `min_count`."""
+        store, number = self._find_table(table)
+        store.import_candidates(number, candidates)
+
+    def retention_state(self, table: str) -> RetentionState:
+        """Default row, counters and clock of a table."""
+        store, number = self._find_table(table)
+        return store.retention_state(number)
+
+    def set_retention_state(self, table: str, state: RetentionState) -> None:
+        """Inverse of `retention_state`; before rows are imported."""
+        store, number = self._find_table(table)
+        store.set_retention_state(number, state)
+
     def import_rows(self, table: str, rows: TableRows) -> int:
         """Writes rows into a table; returns how many keys were new. Equal keys: the last stays."""
         store, number = self._find_table(table)
@@ -200,13 +279,16 @@ class EmbeddingCollection(nn.Module):
         stats = {}
         for store, _ in self._groups:
             memory = store.memory()
-            row_bytes = 4 * (store.layout.dim + store.layout.state_dim)
             for number, table in enumerate(store.tables):
                 rows = store.num_rows(number)
                 share = rows / memory.rows if memory.rows else 0.0
                 used = memory.row_bytes + memory.index_bytes
                 stats[table.name] = TableStats(
-                    table.name, rows, rows * row_bytes, round(share * used)
+                    table.name,
+                    rows,
+                    rows * store.layout.row_bytes,
+                    round(share * used),
+                    _retention_stats(store, number) if retains(table) else None,
                 )
         return [stats[table.name] for table in self.tables]
 
@@ -215,9 +297,13 @@ class EmbeddingCollection(nn.Module):
         for store, _ in self._groups:
             store.check_invariants()
 
+    def _advance(self) -> None:
+        seconds = int(time.time()) if self.time_s is None else self.time_s
+        for store, _ in self._groups:
+            store.advance(Clock(self.step, seconds))
+
     def _lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
-        width = sum(self.feature_dims)
-        rows = self._outputs.take_rows(sparse.batch_size, width)
+        rows = self._outputs.take_rows(sparse.batch_size, self._width)
         if rows is None:
             raise CapacityError(f"no memory for the output of a batch of {sparse.batch_size}")
         out = torch.from_numpy(rows)
@@ -270,6 +356,22 @@ class _PooledLookup(torch.autograd.Function):
         grad = grads[0].to(torch.float32).contiguous()
         ctx.collection._pending.append(_Pending(ctx.lookups, ctx.sparse, grad))
         return None, None, None
+
+
+def _retention_stats(store: HostStore, number: int) -> RetentionStats:
+    table, numbers = store.tables[number], store.retention_state(number).numbers
+    candidates = store.num_candidates(number)
+    used = store.num_rows(number) * (store.layout.row_bytes + ENTRY_BYTES)
+    used += candidates * ENTRY_BYTES
+    return RetentionStats(
+        admitted=numbers["admitted"],
+        refused=numbers["refused"],
+        evicted=numbers["evicted"],
+        evicted_age=numbers["evicted_age"] / max(1, numbers["evicted"]),
+        dropped=numbers["dropped"],
+        candidates=candidates,
+        budget_used=None if table.max_bytes is None else used / table.max_bytes,
+    )
 
 
 def available_cores() -> int:

@@ -1,8 +1,10 @@
-"""Models: plain modules over numbers and pooled embeddings.
+"""Models: plain modules over numbers and embeddings.
 
-Every model has `forward(dense [B, numeric columns], embeddings [B, sum of feature dims])` and
-returns logits [B]. `build_model` makes the one that a job names; a user's own module takes its
-place with `model: {kind: custom, factory: module:name}`.
+Every model has `forward(dense [B, numeric columns], embeddings [B, W])`, W the sum of the
+features' widths, and returns logits [B]; of a job of L > 1 labels it returns [B, L]. A model of a
+job with sequences takes a third argument, lengths [B, S] int64: the keys of each sequence.
+`build_model` makes the one that a job names; a user's own module takes its place with
+`model: {kind: custom, factory: module:name}`.
 """
 
 from __future__ import annotations
@@ -11,53 +13,71 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from penstock.config import CustomModel, DCNConfig, DeepFMConfig, DLRMConfig, Model, WideDeepConfig
+from penstock.config import (
+    CustomModel,
+    DCNConfig,
+    DeepFMConfig,
+    DLRMConfig,
+    MMoEConfig,
+    Model,
+    SharedBottomConfig,
+    WideDeepConfig,
+)
 from penstock.errors import ConfigError
 from penstock.models.custom import build_custom
 from penstock.models.dcn import DCN
 from penstock.models.deepfm import DeepFM
 from penstock.models.dlrm import DLRM
+from penstock.models.mmoe import MMoE
+from penstock.models.shared_bottom import SharedBottom
 from penstock.models.wide_deep import WideDeep
+from penstock.types import FeatureShape
 
-__all__ = ["DCN", "DLRM", "DeepFM", "WideDeep", "build_model"]
+__all__ = ["DCN", "DLRM", "DeepFM", "MMoE", "SharedBottom", "WideDeep", "build_model"]
 
 
 def build_model(
-    config: Model,
-    num_numeric: int,
-    feature_dims: tuple[int, ...],
-    feature_names: Sequence[str] = (),
+    config: Model, num_numeric: int, features: Sequence[FeatureShape], num_tasks: int = 1
 ) -> nn.Module:
     """Makes the model of a job, with initial weights from torch's default generator.
 
     Args:
       config: which model, and its widths.
       num_numeric: columns of `dense`.
-      feature_dims: [F] columns of each feature in `embeddings`, in order.
-      feature_names: [F] for messages; empty: features are named by their place.
+      features: what the columns of `embeddings` are, in order.
+      num_tasks: labels of the job.
 
     Returns:
-      A module in training mode: (dense [B, num_numeric] float32, embeddings [B, sum of
-      feature_dims] float32) -> logits [B] float32.
+      A module in training mode: (dense [B, num_numeric] float32, embeddings [B, W] float32) ->
+      logits [B] float32, or [B, num_tasks]; with a third argument where there are sequences.
 
     Raises:
-      ConfigError: there is no input at all, DLRM or DeepFM with features of several dims, a glob of
-        Wide & Deep that matches no feature, or a custom model that cannot be imported, called, or
-        that returns something else than logits [B].
+      ConfigError: there is no input at all, features or the number of labels do not fit the model,
+        or a custom model cannot be imported, called, or returns something else than such logits.
     """
-    if num_numeric == 0 and not feature_dims:
+    if num_numeric == 0 and not features:
         raise ConfigError(
             "the model has no input: no numeric column and no feature matches; "
             "declare `data.numeric` or `features`"
         )
     match config:
-        case DLRMConfig():
-            return DLRM(config, num_numeric, feature_dims, feature_names)
-        case DCNConfig():
-            return DCN(config, num_numeric, feature_dims)
-        case DeepFMConfig():
-            return DeepFM(config, num_numeric, feature_dims, feature_names)
-        case WideDeepConfig():
-            return WideDeep(config, num_numeric, feature_dims, feature_names)
+        case SharedBottomConfig():
+            return SharedBottom(config, num_numeric, features, num_tasks)
+        case MMoEConfig():
+            return MMoE(config, num_numeric, features, num_tasks)
         case CustomModel():
-            return build_custom(config, num_numeric, feature_dims)
+            return build_custom(config, num_numeric, features, num_tasks)
+    if num_tasks > 1:
+        raise ConfigError(
+            f"model {config.kind} predicts one label, but data.label names {num_tasks}; use model "
+            "kind shared_bottom or mmoe"
+        )
+    match config:
+        case DLRMConfig():
+            return DLRM(config, num_numeric, features)
+        case DCNConfig():
+            return DCN(config, num_numeric, features)
+        case DeepFMConfig():
+            return DeepFM(config, num_numeric, features)
+        case WideDeepConfig():
+            return WideDeep(config, num_numeric, features)

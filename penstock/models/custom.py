@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from penstock.config import CustomModel
 from penstock.errors import ConfigError
+from penstock.types import FeatureShape
 
 # What a user's code raises when it is wrong. Interrupts, exits and lack of memory pass through.
 _USER_CODE_ERRORS = (
@@ -29,13 +31,17 @@ _USER_CODE_ERRORS = (
 _PROBE_SAMPLES = 2
 
 
-def build_custom(config: CustomModel, num_numeric: int, feature_dims: tuple[int, ...]) -> nn.Module:
+def build_custom(
+    config: CustomModel, num_numeric: int, features: Sequence[FeatureShape], num_tasks: int
+) -> nn.Module:
     """Imports and calls `config.factory`, and checks what its module returns.
 
     Args:
       config: `module:name` and its arguments.
       num_numeric: passed on; columns of `dense`.
-      feature_dims: passed on; [F] columns of each feature.
+      features: their widths are passed on as `feature_dims`, and their sequences as `sequences`
+        where there are any.
+      num_tasks: passed on where it is more than 1.
 
     Returns:
       The module, tried on two samples of zeros in evaluation mode (which also gives lazy modules
@@ -45,20 +51,34 @@ def build_custom(config: CustomModel, num_numeric: int, feature_dims: tuple[int,
       ConfigError: names the factory and what failed: import, look-up, call, or result.
     """
     factory = _find(config.factory)
+    given: dict[str, Any] = {
+        "num_numeric": num_numeric,
+        "feature_dims": tuple(feature.width for feature in features),
+    }
+    sequences = {one.name: (one.length, one.dim) for one in features if one.length is not None}
+    given |= {"sequences": sequences} if sequences else {}
+    given |= {"num_tasks": num_tasks} if num_tasks > 1 else {}
     try:
-        model = factory(num_numeric=num_numeric, feature_dims=feature_dims, **config.arguments)
+        model = factory(**given, **config.arguments)
     except _USER_CODE_ERRORS as error:
-        arguments = "".join(f", {name}={value!r}" for name, value in config.arguments.items())
+        shown = ", ".join(
+            f"{name}={value!r}" for name, value in {**given, **config.arguments}.items()
+        )
         raise ConfigError(
-            f"model.factory {config.factory!r}: calling it with num_numeric={num_numeric}, "
-            f"feature_dims={feature_dims}{arguments} failed: {_describe(error)}"
+            f"model.factory {config.factory!r}: calling it with {shown} failed: {_describe(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model.factory {config.factory!r} returned {type(model).__name__}; "
             "it must return a torch.nn.Module"
         )
-    _probe(config.factory, model, num_numeric, sum(feature_dims))
+    inputs = {
+        "dense": torch.zeros(_PROBE_SAMPLES, num_numeric),
+        "embeddings": torch.zeros(_PROBE_SAMPLES, sum(feature.width for feature in features)),
+    }
+    if sequences:
+        inputs["lengths"] = torch.zeros(_PROBE_SAMPLES, len(sequences), dtype=torch.int64)
+    _probe(config.factory, model, inputs, num_tasks)
     return model
 
 
@@ -79,29 +99,29 @@ def _find(name: str) -> Any:
         ) from error
 
 
-def _probe(name: str, model: nn.Module, num_numeric: int, embedding_columns: int) -> None:
-    dense = torch.zeros(_PROBE_SAMPLES, num_numeric)
-    embeddings = torch.zeros(_PROBE_SAMPLES, embedding_columns)
+def _probe(name: str, model: nn.Module, inputs: Mapping[str, Tensor], num_tasks: int) -> None:
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(dense, embeddings)
+            logits = model(*inputs.values())
     except _USER_CODE_ERRORS as error:
+        shown = ", ".join(f"{what} {list(tensor.shape)}" for what, tensor in inputs.items())
         raise ConfigError(
-            f"model.factory {name!r}: forward(dense {list(dense.shape)}, "
-            f"embeddings {list(embeddings.shape)}) failed: {_describe(error)}"
+            f"model.factory {name!r}: forward({shown}) failed: {_describe(error)}"
         ) from error
     model.train(was_training)
+    wanted = [_PROBE_SAMPLES, num_tasks] if num_tasks > 1 else [_PROBE_SAMPLES]
     if not isinstance(logits, Tensor):
         got = type(logits).__name__
-    elif not logits.is_floating_point() or logits.shape != (_PROBE_SAMPLES,):
+    elif not logits.is_floating_point() or list(logits.shape) != wanted:
         got = f"{str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}"
     else:
         return
+    numbers = f"{num_tasks} numbers" if num_tasks > 1 else "one number"
     raise ConfigError(
         f"model.factory {name!r}: forward returned {got} for {_PROBE_SAMPLES} samples; "
-        f"it must return logits [{_PROBE_SAMPLES}], one number a sample"
+        f"it must return logits {wanted}, {numbers} a sample"
     )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from penstock.config import DCNConfig
+from penstock.models.inputs import pooled_dims
 from penstock.models.mlp import MLP, LogitHead, glorot_linear
+from penstock.types import FeatureShape
 
 
 class CrossLayer(nn.Module):
@@ -36,9 +40,11 @@ class DCN(nn.Module):
     Source: arXiv:2008.13535 section 3, without the mixture of experts of its section 3.3.
     """
 
-    def __init__(self, config: DCNConfig, num_numeric: int, feature_dims: tuple[int, ...]) -> None:
+    def __init__(
+        self, config: DCNConfig, num_numeric: int, features: Sequence[FeatureShape]
+    ) -> None:
         super().__init__()
-        width = num_numeric + sum(feature_dims)
+        width = num_numeric + sum(pooled_dims(config.kind, features))
         self.cross = nn.ModuleList(
             CrossLayer(width, config.low_rank) for _ in range(config.cross_layers)
         )

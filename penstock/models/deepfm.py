@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from penstock.config import DeepFMConfig
 from penstock.errors import ConfigError
 from penstock.models.first_order import FirstOrder
+from penstock.models.inputs import describe_dims, pooled_dims
 from penstock.models.mlp import LogitHead
+from penstock.types import FeatureShape
 
 
 class DeepFM(nn.Module):
@@ -28,17 +30,15 @@ class DeepFM(nn.Module):
         self,
         config: DeepFMConfig,
         num_numeric: int,
-        feature_dims: tuple[int, ...],
-        feature_names: Sequence[str] = (),
+        features: Sequence[FeatureShape],
     ) -> None:
         super().__init__()
-        names = feature_names or [f"feature {place}" for place in range(len(feature_dims))]
+        feature_dims = pooled_dims(config.kind, features)
         if len(set(feature_dims)) > 1 or 1 in feature_dims:
-            dims = ", ".join(f"{name} {dim}" for name, dim in zip(names, feature_dims, strict=True))
             raise ConfigError(
                 "model deepfm needs one embedding dim of at least 2 for all features (the last "
-                f"column is the first-order weight), got {dims}; give their tables one `dim`, or "
-                "use model kind wide_deep, which takes any dims"
+                f"column is the first-order weight), got {describe_dims(features)}; give their "
+                "tables one `dim`, or use model kind wide_deep, which takes any dims"
             )
         self.first_order = FirstOrder(num_numeric, feature_dims)
         self.dim = feature_dims[0] - 1 if feature_dims else config.numeric_dim

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from penstock.config import DLRMConfig
 from penstock.errors import ConfigError
+from penstock.models.inputs import describe_dims, pooled_dims
 from penstock.models.mlp import MLP, LogitHead
+from penstock.types import FeatureShape
 
 
 class DLRM(nn.Module):
@@ -29,20 +31,19 @@ class DLRM(nn.Module):
         self,
         config: DLRMConfig,
         num_numeric: int,
-        feature_dims: tuple[int, ...],
-        feature_names: Sequence[str] = (),
+        features: Sequence[FeatureShape],
     ) -> None:
         super().__init__()
-        if len(set(feature_dims)) > 1:
-            names = feature_names or [f"feature {place}" for place in range(len(feature_dims))]
-            dims = ", ".join(f"{name} {dim}" for name, dim in zip(names, feature_dims, strict=True))
+        dims = pooled_dims(config.kind, features)
+        if len(set(dims)) > 1:
             raise ConfigError(
-                f"model dlrm needs one embedding dim for all features, got {dims}; "
-                "give their tables one `dim`, or use model kind dcn_v2, which takes any dims"
+                "model dlrm needs one embedding dim for all features, got "
+                f"{describe_dims(features)}; give their tables one `dim`, or use model kind "
+                "dcn_v2, which takes any dims"
             )
-        self.num_features = len(feature_dims)
+        self.num_features = len(dims)
         last_width = config.bottom[-1] if config.bottom else num_numeric
-        self.dim = feature_dims[0] if feature_dims else last_width
+        self.dim = dims[0] if dims else last_width
         if num_numeric:
             self.bottom = MLP(num_numeric, (*config.bottom, self.dim))
         else:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from penstock.config import WideDeepConfig
 from penstock.errors import ConfigError
 from penstock.models.first_order import FirstOrder
+from penstock.models.inputs import pooled_dims
 from penstock.models.mlp import LogitHead
+from penstock.types import FeatureShape
 
 
 class WideDeep(nn.Module):
@@ -29,11 +31,11 @@ class WideDeep(nn.Module):
         self,
         config: WideDeepConfig,
         num_numeric: int,
-        feature_dims: tuple[int, ...],
-        feature_names: Sequence[str] = (),
+        features: Sequence[FeatureShape],
     ) -> None:
         super().__init__()
-        names = feature_names or [f"feature {place}" for place in range(len(feature_dims))]
+        names = [feature.name for feature in features]
+        feature_dims = pooled_dims(config.kind, features)
         for pattern in config.wide:
             if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(

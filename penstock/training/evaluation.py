@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from penstock.config import MetricsConfig
 from penstock.embedding.collection import EmbeddingCollection
-from penstock.training.grouped_metrics import GroupedAUC, SliceMetrics
+from penstock.training.grouped_metrics import SLICE_BINS, GroupedAUC, SliceMetrics
 from penstock.training.metrics import MAX_BINS, BinaryMetrics, logits_of_probabilities
-from penstock.training.step import look_up
+from penstock.training.objective import Objective
+from penstock.training.step import look_up, model_inputs
+from penstock.training.tasks import Task, combined, output_of_task
 from penstock.types import Batch
 
 CALIBRATION_BUCKETS = 20
@@ -23,6 +26,7 @@ CALIBRATION_BUCKETS = 20
 def evaluate_batches(
     batches: Iterable[Batch],
     model: nn.Module,
+    objective: Objective,
     collection: EmbeddingCollection,
     wanted: MetricsConfig,
 ) -> dict[str, Any]:
@@ -30,40 +34,75 @@ def evaluate_batches(
 
     Args:
       batches: with the columns of `wanted` in their `groups`.
-      model: maps (dense [B, n], embeddings [B, sum D]) to logits [B].
+      model: see `training.step.model_inputs`.
+      objective: whose tasks are measured.
       collection: the embedding tables.
       wanted: metrics besides the usual ones.
 
     Returns:
-      What `BinaryMetrics.compute` returns; where the batches know their teacher, also
-      `teacher_auc`, the AUC of the true probabilities on the same samples, and
-      `share_of_teacher`, (auc - 0.5) / (teacher_auc - 0.5). `grouped_auc` and `slices`, where
-      wanted: by column, what `GroupedAUC.compute` and `SliceMetrics.compute` return.
-      `calibration_buckets`, see `BinaryMetrics.calibration_buckets`.
+      Of one task, what its metrics compute (`BinaryMetrics`, `RegressionMetrics`), and where
+      wanted `grouped_auc` (of binary tasks) and `slices`: by column, what `GroupedAUC.compute` and
+      `SliceMetrics.compute` return; of a binary task also `calibration_buckets`, see
+      `BinaryMetrics.calibration_buckets`. Of several tasks, see `tasks.combined`.
+
+      Where one binary task is learnt and the batches know their teacher, also `teacher_auc`, the
+      AUC of the true probabilities on the same samples, and `share_of_teacher`,
+      (auc - 0.5) / (teacher_auc - 0.5).
     """
-    bins = None if wanted.exact_auc else MAX_BINS
-    metrics, teacher = BinaryMetrics(bins), BinaryMetrics(bins)
-    grouped = {column: GroupedAUC() for column in wanted.grouped_auc}
-    slices = {one.by: SliceMetrics(one.top, exact_auc=wanted.exact_auc) for one in wanted.slices}
-    for batch, logits in scored(batches, model, collection):
-        metrics.update(logits, batch.labels, batch.weights)
-        for by_column in (grouped, slices):
-            for column, of_column in by_column.items():
-                of_column.update(batch.groups[column], logits, batch.labels, batch.weights)
-        if batch.teacher is not None:
+    of_tasks = [_TaskEvaluation(task, wanted) for task in objective.tasks]
+    teacher = BinaryMetrics(None if wanted.exact_auc else MAX_BINS)
+    for batch, outputs in scored(batches, model, collection):
+        for number, one in enumerate(of_tasks):
+            one.update(batch, output_of_task(outputs, number), output_of_task(batch.labels, number))
+        if batch.teacher is not None and len(of_tasks) == 1:
             best = logits_of_probabilities(batch.teacher)
             teacher.update(best, batch.labels, batch.weights)
-    result: dict[str, Any] = dict(metrics.compute())
+    found = [one.compute() for one in of_tasks]
+    if len(found) > 1:
+        return combined(objective.tasks, found)
+    (result,) = found
     best_reachable = teacher.compute()
     if best_reachable["samples"]:
         result["teacher_auc"] = best_reachable["auc"]
         result["share_of_teacher"] = share_of_the_way(result["auc"], best_reachable["auc"])
-    if grouped:
-        result["grouped_auc"] = {column: one.compute() for column, one in grouped.items()}
-    if slices:
-        result["slices"] = {column: one.compute() for column, one in slices.items()}
-    result["calibration_buckets"] = metrics.calibration_buckets(CALIBRATION_BUCKETS)
     return result
+
+
+class _TaskEvaluation:
+    """Everything that is measured of one task."""
+
+    def __init__(self, task: Task, wanted: MetricsConfig) -> None:
+        bins = None if wanted.exact_auc else MAX_BINS
+        self._task = task
+        self._metrics = task.metrics(bins)
+        columns = wanted.grouped_auc if isinstance(self._metrics, BinaryMetrics) else ()
+        self._grouped = {column: GroupedAUC() for column in columns}
+        slice_bins = None if wanted.exact_auc else SLICE_BINS
+        self._slices = {
+            one.by: SliceMetrics(one.top, lambda: task.metrics(slice_bins)) for one in wanted.slices
+        }
+
+    def update(self, batch: Batch, outputs: Tensor, labels: Tensor) -> None:
+        """Adds the samples of a batch: outputs and labels [B] of this task."""
+        scores, labels, weights, known = self._task.known(outputs, labels, batch.weights)
+        self._metrics.update(scores, labels, weights)
+        for by_column in (self._grouped, self._slices):
+            for column, of_column in by_column.items():
+                groups = batch.groups[column]
+                if known is not None:
+                    groups = groups.filter(pa.array(known.numpy()))
+                of_column.update(groups, scores, labels, weights)
+
+    def compute(self) -> dict[str, Any]:
+        result: dict[str, Any] = dict(self._metrics.compute())
+        if self._grouped:
+            result["grouped_auc"] = {name: one.compute() for name, one in self._grouped.items()}
+        if self._slices:
+            result["slices"] = {name: one.compute() for name, one in self._slices.items()}
+        if isinstance(self._metrics, BinaryMetrics):
+            buckets = self._metrics.calibration_buckets(CALIBRATION_BUCKETS)
+            result["calibration_buckets"] = buckets
+        return result
 
 
 def share_of_the_way(auc: float, best: float) -> float:
@@ -74,7 +113,7 @@ def share_of_the_way(auc: float, best: float) -> float:
 def scored(
     batches: Iterable[Batch], model: nn.Module, collection: EmbeddingCollection
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Yields each batch with its logits [B] float32.
+    """Yields each batch with the outputs [B] or [B, L] float32 of the model.
 
     Effects: model and collection are in evaluation mode while the iterator is alive, and then as
     before.
@@ -82,8 +121,9 @@ def scored(
     with _evaluation_mode(model, collection):
         for batch in batches:
             with torch.no_grad():
-                logits = model(batch.dense, look_up(collection, batch))
-            yield batch, logits
+                inputs = model_inputs(collection, batch, look_up(collection, batch))
+                outputs = model(*inputs)
+            yield batch, outputs
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from penstock.config import Hash
 from penstock.data.transforms import read_keys
-from penstock.training.metrics import BinaryMetrics
+from penstock.training.tasks import SampleMetrics
 
 MAX_GROUPED_SAMPLES = 1 << 22
 """Samples that a grouped AUC keeps; they take 20 bytes each, and 100 while it is computed."""
 SLICES_DECIDED_AFTER = 1 << 18
 """Samples among which the largest slices are chosen."""
-_SLICE_BINS = 1 << 17
+SLICE_BINS = 1 << 17
 """Different scores that each slice tells apart, see `BinaryMetrics`."""
 
 
@@ -115,21 +116,21 @@ class GroupedAUC:
 
 
 class SliceMetrics:
-    """All of `BinaryMetrics` for the most frequent values of a column, and for the rest.
+    """All metrics of a task for the most frequent values of a column, and for the rest.
 
     The values are chosen among the first `SLICES_DECIDED_AFTER` samples: by number, equal ones by
     which came first. A missing value is one like others, named `(missing)`.
 
     Args:
       top: values with metrics of their own.
-      exact_auc: see `BinaryMetrics`.
+      make: empty metrics of one slice.
     """
 
-    def __init__(self, top: int, *, exact_auc: bool = False) -> None:
+    def __init__(self, top: int, make: Callable[[], SampleMetrics]) -> None:
         self._top = top
-        self._max_bins = None if exact_auc else _SLICE_BINS
+        self._make = make
         self._values: pa.Array | None = None
-        self._slices: list[BinaryMetrics] = []
+        self._slices: list[SampleMetrics] = []
         self._pending: list[tuple[pa.Array, Tensor, Tensor, Tensor]] = []
         self._num_pending = 0
 
@@ -147,12 +148,12 @@ class SliceMetrics:
         """The metrics of all samples so far.
 
         Returns:
-          values: by name of the value, the largest slice first: what `BinaryMetrics.compute` gives.
+          values: by name of the value, the largest slice first: what its metrics compute.
           rest: the same of all other samples.
         """
         self._settle()
         if self._values is None:
-            return {"values": {}, "rest": BinaryMetrics().compute()}
+            return {"values": {}, "rest": self._make().compute()}
         names = [_name(value) for value in self._values.to_pylist()]
         *slices, rest = [one.compute() for one in self._slices]
         return {"values": dict(zip(names, slices, strict=True)), "rest": rest}
@@ -169,7 +170,7 @@ class SliceMetrics:
         self._num_pending = 0
         if self._values is None:
             self._values = _most_frequent(groups[:SLICES_DECIDED_AFTER], self._top)
-            self._slices = [BinaryMetrics(self._max_bins) for _ in range(len(self._values) + 1)]
+            self._slices = [self._make() for _ in range(len(self._values) + 1)]
         place = pc.fill_null(pc.index_in(groups, self._values), len(self._values))
         places = place.to_numpy(zero_copy_only=False).astype(np.int64)
         order = np.argsort(places, kind="stable")

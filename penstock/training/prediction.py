@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from penstock.errors import ConfigError, DataError
+from penstock.training.objective import Objective
+from penstock.training.tasks import output_of_task
 from penstock.types import Batch
 
 
-def write_scores(scored: Iterable[tuple[Batch, Tensor]], out: Path) -> int:
-    """Writes one row a sample: row, score and, where the samples have one, label.
+def write_scores(
+    scored: Iterable[tuple[Batch, Tensor]],
+    objective: Objective,
+    labels: Collection[str],
+    out: Path,
+) -> int:
+    """Writes one row a sample: row, score and, where the data has it, label.
+
+    Of a job of several labels: score_NAME and label_NAME of each. A missing label is null.
 
     Args:
-      scored: batches in order of reading, each with its logits [B].
+      scored: batches in order of reading, each with the outputs of the model.
+      objective: what the outputs mean.
+      labels: names of the labels that the data has.
       out: Parquet file; it appears under its name when it is complete, over an older one.
 
     Returns:
@@ -31,7 +43,8 @@ def write_scores(scored: Iterable[tuple[Batch, Tensor]], out: Path) -> int:
     part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        rows = _write(scored, part)
+        tables = _tables(scored, objective, labels)
+        rows = _write(tables, part)
         if not rows:
             raise DataError(f"{out}: not written, since the data has no row to score")
         part.replace(out)
@@ -42,27 +55,33 @@ def write_scores(scored: Iterable[tuple[Batch, Tensor]], out: Path) -> int:
     return rows
 
 
-def _write(scored: Iterable[tuple[Batch, Tensor]], path: Path) -> int:
+def _write(tables: Iterable[pa.Table], path: Path) -> int:
     writer: pq.ParquetWriter | None = None
     rows = 0
     try:
-        for batch, logits in scored:
-            table = _table(batch, logits, rows)
+        for table in tables:
             if writer is None:
                 writer = pq.ParquetWriter(path, table.schema)
             writer.write_table(table)
-            rows += batch.batch_size
+            rows += table.num_rows
     finally:
         if writer is not None:
             writer.close()
     return rows
 
 
-def _table(batch: Batch, logits: Tensor, first_row: int) -> pa.Table:
-    columns = {
-        "row": torch.arange(first_row, first_row + batch.batch_size).numpy(),
-        "score": torch.sigmoid(logits).numpy(),
-    }
-    if not batch.labels.isnan().any():
-        columns["label"] = batch.labels.numpy()
-    return pa.table(columns)
+def _tables(
+    scored: Iterable[tuple[Batch, Tensor]], objective: Objective, labels: Collection[str]
+) -> Iterator[pa.Table]:
+    row = 0
+    for batch, outputs in scored:
+        columns = {"row": torch.arange(row, row + batch.batch_size).numpy()}
+        scores = objective.scores(outputs)
+        for number, (name, score) in enumerate(scores.items()):
+            ending = f"_{name}" if len(scores) > 1 else ""
+            columns[f"score{ending}"] = score.numpy()
+            if name in labels:
+                label = output_of_task(batch.labels, number).numpy()
+                columns[f"label{ending}"] = pa.array(label, mask=np.isnan(label))
+        yield pa.table(columns)
+        row += batch.batch_size

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from penstock.config import Job
+from penstock.config import CustomModel, Job, Model, MultiTask
 from penstock.data.dataset import Dataset
 from penstock.embedding.collection import EmbeddingCollection, available_cores
 from penstock.models import build_model
 from penstock.training.checkpoint import TrainState
 from penstock.training.dense import DenseTrainer
+from penstock.training.objective import Objective, SumOfTasks
+from penstock.training.tasks import tasks_of
 from penstock.types import Position
 
 
 class Untrained(NamedTuple):
-    """State at step 0, and what updates its dense part."""
+    """State at step 0, what updates its dense part, and what is minimised."""
 
     state: TrainState
     trainer: DenseTrainer
+    objective: Objective
 
 
 def build(job: Job, dataset: Dataset) -> Untrained:
@@ -43,15 +47,17 @@ def build(job: Job, dataset: Dataset) -> Untrained:
         num_threads=threads,
         deterministic=job.training.deterministic,
     )
+    labels = job.data.labels
     model = build_model(
-        job.model,
-        len(dataset.numeric),
-        collection.feature_dims,
-        [feature.name for feature in dataset.features],
+        job.model, len(dataset.numeric), collection.feature_shapes, num_tasks=len(labels)
     )
     trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
     state = TrainState(0, Position(), collection, model, trainer.optimizer)
-    return Untrained(state, trainer)
+    return Untrained(state, trainer, SumOfTasks(tasks_of(labels, _task_weights(job.model))))
+
+
+def _task_weights(model: Model) -> Mapping[str, float]:
+    return model.task_weights if isinstance(model, MultiTask | CustomModel) else {}
 
 
 def _seed_generators(seed: int) -> None:

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from penstock.embedding.collection import EmbeddingCollection
 from penstock.errors import NonFiniteError
 from penstock.training.dense import DenseTrainer
+from penstock.training.objective import Objective
 from penstock.types import Batch
 
 Item = TypeVar("Item")
@@ -64,13 +64,14 @@ class StepResult:
     """What one step saw, before its update."""
 
     loss: float
-    """Weighted mean of the binary cross-entropy, in nats."""
-    logits: Tensor
-    """[B] float32, detached."""
+    """Of the objective."""
+    outputs: Tensor
+    """[B] or [B, L] float32 of the model, detached."""
 
 
 def train_step(
     model: nn.Module,
+    objective: Objective,
     collection: EmbeddingCollection,
     trainer: DenseTrainer,
     batch: Batch,
@@ -83,7 +84,8 @@ def train_step(
     of the embeddings run, and are timed, one after the other; the gradients are the same.
 
     Args:
-      model: maps (dense [B, n], embeddings [B, sum D]) to logits [B].
+      model: see `model_inputs`.
+      objective: from the model and the batch to the loss.
       collection: the embedding tables; in training mode.
       trainer: updates the model's parameters.
       batch: the samples.
@@ -94,15 +96,16 @@ def train_step(
       NonFiniteError: the loss or a gradient is not finite. Nothing was updated.
     """
     with clock.measure("embedding"):
+        if batch.event_time is not None:
+            collection.time_s = int(batch.event_time.max()) // 1000
         pooled = look_up(collection, batch)
     with clock.measure("dense"):
         leaf = pooled.detach().requires_grad_()
-        logits = model(batch.dense, leaf)
-        loss = weighted_loss(logits, batch.labels, batch.weights)
+        loss, outputs = objective(model, model_inputs(collection, batch, leaf), batch)
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteError(f"step {step}: the loss is {value}; {_place(batch)}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         if leaf.grad is not None and not bool(leaf.grad.isfinite().all()):
             raise NonFiniteError(
                 f"step {step}: the gradient of the embeddings is NaN or infinite; {_place(batch)}"
@@ -115,29 +118,28 @@ def train_step(
         if leaf.grad is not None and pooled.requires_grad:
             pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
         collection.apply_gradients()
-    return StepResult(value, logits.detach())
+    return StepResult(value, outputs.detach())
 
 
 def look_up(collection: EmbeddingCollection, batch: Batch) -> Tensor:
-    """Pooled embeddings of a batch, [B, sum D] float32; [B, 0] for a job without features."""
+    """Embeddings of a batch, [B, W] float32; [B, 0] for a job without features."""
     if not collection.features:
         return batch.dense.new_zeros((batch.batch_size, 0))
     pooled: Tensor = collection(batch.sparse)
     return pooled
 
 
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Weighted mean of the binary cross-entropy; 0 where all weights are 0.
+def model_inputs(
+    collection: EmbeddingCollection, batch: Batch, embeddings: Tensor
+) -> tuple[Tensor, ...]:
+    """What a model's `forward` is called with.
 
-    Args:
-      logits: [B] float32.
-      labels: [B] float32 in {0, 1}.
-      weights: [B] float32, or None for all 1.
+    Returns:
+      dense [B, n] and embeddings [B, W]; of a job with sequences also lengths [B, S] int64, the
+      keys that each sequence of a sample has.
     """
-    if weights is None:
-        return binary_cross_entropy_with_logits(logits, labels)
-    total = weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum") / total
+    lengths = collection.sequence_lengths(batch.sparse)
+    return (batch.dense, embeddings, lengths) if lengths.shape[1] else (batch.dense, embeddings)
 
 
 def _place(batch: Batch) -> str:

@@ -31,6 +31,7 @@ from penstock.training.checkpoint import (
     read_manifest,
 )
 from penstock.training.checkpoint_files import MANIFEST
+from penstock.training.objective import Objective
 from penstock.training.setup import build
 
 Labels: TypeAlias = Literal["required", "optional", "absent"]
@@ -43,6 +44,7 @@ class Trained:
     job: Job
     collection: EmbeddingCollection
     model: nn.Module
+    objective: Objective
     dataset: Dataset
     part: Part
 
@@ -81,10 +83,10 @@ def open_trained(path: Path, data: str | None = None, labels: Labels = "required
     inputs = [*manifest.resolved["numeric"], *_feature_names(manifest.resolved)]
     needed: Literal["required", "optional"] = "required" if labels == "required" else "optional"
     dataset = Dataset.open(job, labels=needed, order=inputs)
-    state, _ = build(job, dataset)
+    state, _, objective = build(job, dataset)
     load_tables_and_model(checkpoint, state.collection, state.model)
     part: Part = "evaluation" if data is None else "train"
-    return Trained(job, state.collection, state.model, dataset, part)
+    return Trained(job, state.collection, state.model, objective, dataset, part)
 
 
 def locate_checkpoint(path: Path) -> Path:
@@ -142,17 +144,16 @@ def _on_other_data(job: Job, path: str, resolved: Mapping[str, Any]) -> Job:
 
 
 def _for_prediction(job: Job, labels: Labels) -> Job:
-    source = job.data.source
-    if isinstance(source, JsonLinesSource):
-        strict: Source = source.model_copy(update={"on_malformed_row": "fail"})
-        return job.model_copy(update={"data": job.data.model_copy(update={"source": strict})})
-    if not isinstance(source, TextSource):
-        return job
-    columns = source.columns
-    if labels == "absent" and columns is not None:
-        columns = tuple(name for name in columns if name != job.data.label.column)
-    changes = {"columns": columns, "on_malformed_row": "fail"}
-    data = job.data.model_copy(update={"source": source.model_copy(update=changes)})
+    """The same job, in which each row is one sample, and a malformed one an error."""
+    source: Source = job.data.source
+    changes: dict[str, Any] = {}
+    if isinstance(source, JsonLinesSource | TextSource):
+        changes["on_malformed_row"] = "fail"
+    if isinstance(source, TextSource) and labels == "absent" and source.columns is not None:
+        absent = job.data.label_columns
+        changes["columns"] = tuple(name for name in source.columns if name not in absent)
+    source = source.model_copy(update=changes)
+    data = job.data.model_copy(update={"source": source, "negatives": None})
     return job.model_copy(update={"data": data})
 
 

@@ -125,7 +125,7 @@ def test_export_gives_each_row_once(open_store):
     expected = store.find_or_insert(1, keys)
     store.find_or_insert(0, keys[:7])
     parts = export(store, 1, batch=11)
-    exported = TableRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    exported = TableRows(*(torch.cat(column) for column in list(zip(*parts, strict=True))[:3]))
     order = exported.keys.argsort()
     assert torch.equal(exported.keys[order], keys)
     assert torch.equal(exported.values[order], expected.values)
@@ -165,7 +165,7 @@ def test_growth_keeps_every_row(open_store):
     store.check_invariants()
 
 
-def random_batch(rng, features, size, span=40):
+def random_batch(rng, features, size, span=40, *, weighted=False):
     columns = {}
     for name in features:
         lengths = rng.integers(0, 5, size)
@@ -173,7 +173,12 @@ def random_batch(rng, features, size, span=40):
         edges = rng.random(len(keys)) < 0.05
         keys[edges] = rng.choice(EDGES.numpy(), edges.sum())
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        columns[name] = Jagged(torch.from_numpy(keys), torch.from_numpy(offsets))
+        weights = rng.integers(-2, 3, len(keys)).astype(np.float32) if weighted else None
+        columns[name] = Jagged(
+            torch.from_numpy(keys),
+            torch.from_numpy(offsets),
+            torch.from_numpy(weights) if weighted else None,
+        )
     return KeyedJagged.pack(columns)
 
 
@@ -290,6 +295,11 @@ def test_random_operations_agree_with_the_oracle():
     assert random_operations.run(300_000, seed=1, span=3000) >= 300_000
 
 
+@pytest.mark.parametrize("rule", random_operations.RULES)
+def test_random_operations_with_rules_agree_with_the_oracle(rule):
+    assert random_operations.run_with_rules(20_000, seed=2, rule=rule) >= 20_000
+
+
 def test_threads_do_not_change_a_bit():
     tables = two_tables(dim=16, optimizer=Adam())
     plan = PoolingPlan((PooledFeature(0, 0, "sum", 0), PooledFeature(1, 1, "mean", 16)), 32)
@@ -337,10 +347,11 @@ def test_deterministic_mode_has_the_same_bits_whatever_the_order(rule):
 def permuted(batch, order):
     columns = {}
     for name in batch.features:
-        values, offsets = batch[name]
-        bags = [values[offsets[b] : offsets[b + 1]] for b in order.tolist()]
-        lengths = torch.tensor([0, *(len(bag) for bag in bags)])
-        columns[name] = Jagged(torch.cat(bags), lengths.cumsum(0))
+        values, offsets, weights = batch[name]
+        places = torch.cat([torch.arange(offsets[b], offsets[b + 1]) for b in order.tolist()])
+        lengths = torch.cat([torch.zeros(1, dtype=torch.int64), offsets.diff()[order]])
+        weights = None if weights is None else weights[places]
+        columns[name] = Jagged(values[places], lengths.cumsum(0), weights)
     return KeyedJagged.pack(columns)
 
 

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "types": {"errors"},
     "config": {"errors"},
     "data": {"errors", "types", "config", "_core"},
-    "models": {"errors", "config"},
+    "models": {"errors", "types", "config"},
     "embedding": {"errors", "types", "config", "_core"},
     "training": {"errors", "types", "config", "data", "embedding", "models"},
     "job_file": {"errors", "config"},

@@ -177,8 +177,8 @@ class TestColumns:
 class TestValues:
     def test_label_that_is_no_label(self, parquet_job):
         assert read_message(parquet_job({"label": [0, 1, 3, 0]})) == (
-            "rows.parquet row 2, column 'label': label 3 is not 0 or 1; set data.label.at_least to "
-            "make labels of numbers"
+            "rows.parquet row 2, column 'label': label 3 is not 0 or 1; set at_least of the label "
+            "to make labels of numbers, or task regression to learn the number"
         )
 
     def test_label_missing(self, parquet_job):
@@ -188,8 +188,7 @@ class TestValues:
         ):
             assert read_message(job) == (
                 "rows.parquet row 1, column 'label': the label is missing; leave such rows out of "
-                "the "
-                "file"
+                "the file, or set missing: ignore of the label"
             )
 
     def test_at_least_makes_labels(self, parquet_job):

@@ -30,6 +30,7 @@ from penstock.embedding import EmbeddingCollection
 from penstock.errors import CheckpointError
 from penstock.models import build_model
 from penstock.training import checkpoint as checkpoint_module
+from penstock.training import checkpoint_tables
 from penstock.training.checkpoint import (
     Checkpoints,
     TrainState,
@@ -81,7 +82,7 @@ class Run:
         job = job or make_job()
         torch.manual_seed(job.training.seed)
         collection = EmbeddingCollection(tables, features, seed=3, num_threads=1)
-        model = build_model(job.model, 2, collection.feature_dims)
+        model = build_model(job.model, 2, collection.feature_shapes)
         self.trainer = DenseTrainer(model, job.training.optimizer)
         self.state = TrainState(
             0, Position(), collection, model, self.trainer.optimizer, BinaryMetrics()
@@ -175,7 +176,7 @@ def test_saving_changes_nothing(tmp_path):
 
 
 def test_many_shards_of_bounded_size_hold_every_row_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_module, "SHARD_BYTES", 280)  # 10 rows of table a
+    monkeypatch.setattr(checkpoint_tables, "SHARD_BYTES", 280)  # 10 rows of table a
     run = Run(tmp_path / "checkpoints").train(3)
     path = run.save()
     manifest = verify(path)
@@ -240,7 +241,7 @@ def test_an_older_one_goes_only_after_the_new_one_is_complete(run, monkeypatch):
 def test_tables_and_model_load_without_the_rest(run):
     path = run.save()
     collection = EmbeddingCollection(TABLES, FEATURES, seed=3)
-    model = build_model(make_job().model, 2, collection.feature_dims)
+    model = build_model(make_job().model, 2, collection.feature_shapes)
     drawn = torch.get_rng_state()
     assert load_tables_and_model(path, collection, model).step == 3
     assert torch.equal(torch.get_rng_state(), drawn)

@@ -4,6 +4,7 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from penstock import _core
 from penstock.config import Clip, Hash, Hex, Log, Scale
@@ -56,7 +57,9 @@ def test_core_refuses_other_dtypes():
     with pytest.raises(TypeError):
         _core.hash_strings(np.zeros(1, np.int16), np.zeros(0, np.uint8))
     with pytest.raises(TypeError):
-        _core.JaggedWindow([(np.zeros(1, np.int32), None)], [0], [1])
+        _core.JaggedWindow([(np.zeros(1, np.int32), None, None)], [0], [1])
+    with pytest.raises(TypeError):
+        _core.JaggedWindow([(np.zeros(1, np.int64), None, np.zeros(1))], [0], [1])
 
 
 @given(st.lists(INT64, max_size=20), st.integers(0, 5))
@@ -172,6 +175,7 @@ BAG = st.lists(INT64, max_size=3)
 @given(st.data())
 def test_jagged_window_equals_a_plain_loop(data):
     features = data.draw(st.integers(0, 3))
+    weighted = data.draw(st.lists(st.booleans(), min_size=features, max_size=features))
     columns, starts, stops, bags = [], [], [], [[] for _ in range(features)]
     for _ in range(data.draw(st.integers(1, 3))):
         width = data.draw(st.integers(0, 5))
@@ -185,19 +189,42 @@ def test_jagged_window_equals_a_plain_loop(data):
             chunk = data.draw(st.lists(bag, min_size=width, max_size=width))
             offsets = np.cumsum([0, *map(len, chunk)])
             values = np.array([key for keys in chunk for key in keys], dtype=np.int64)
-            columns.append((values, None if one_each else offsets))
-            bags[feature] += [list(keys) for keys in chunk[start:stop]]
+            weights = data.draw(
+                arrays(np.float32, len(values), elements=st.floats(-1, 1, width=32))
+            )
+            if not weighted[feature]:
+                weights = None
+            columns.append((values, None if one_each else offsets, weights))
+            pairs = list(
+                zip(values, np.ones(len(values)) if weights is None else weights, strict=True)
+            )
+            bags[feature] += [pairs[offsets[r] : offsets[r + 1]] for r in range(start, stop)]
     total = sum(stops) - sum(starts)
     rows = data.draw(st.lists(st.integers(0, total - 1), max_size=6)) if total else []
+    others, of_others = None, []
+    if data.draw(st.booleans()):
+        of_others = data.draw(st.lists(st.booleans(), min_size=features, max_size=features))
+        others = [data.draw(st.integers(0, total - 1)) for _ in rows]
     batch = data.draw(st.integers(1, 4))
     window = _core.JaggedWindow(columns, starts, stops)
-    values, offsets, begins = window.cut(np.array(rows, dtype=np.int64), batch)
+    values, offsets, begins, weights = window.cut(
+        np.array(rows, dtype=np.int64),
+        batch,
+        None if others is None else np.array(others, dtype=np.int64),
+        of_others,
+    )
     if offsets is None:
         assert begins is None
-        assert all(len(keys) == 1 for feature in bags for keys in feature) or not columns
-    cuts = [rows[at : at + batch] for at in range(0, len(rows), batch)]
-    expected = [[feature[row] for feature in bags for row in cut] for cut in cuts]
-    assert values.tolist() == [key for cut in expected for keys in cut for key in keys]
+        assert all(len(pairs) == 1 for feature in bags for pairs in feature) or not columns
+    taken = [others if others and of_others[f] else rows for f in range(features)]
+    expected = [
+        [bags[f][row] for f in range(features) for row in taken[f][at : at + batch]]
+        for at in range(0, len(rows), batch)
+    ]
+    assert values.tolist() == [key for cut in expected for pairs in cut for key, _ in pairs]
+    assert (weights is not None) == any(weighted)
+    if weights is not None:
+        assert weights.tolist() == [w for cut in expected for pairs in cut for _, w in pairs]
     if offsets is not None:
         want = [np.cumsum([0, *map(len, cut)]).tolist() for cut in expected]
         assert offsets.tolist() == [end for ends in want for end in ends]
@@ -206,22 +233,35 @@ def test_jagged_window_equals_a_plain_loop(data):
 
 def test_jagged_window_refuses_what_does_not_fit():
     keys = np.arange(3)
-    window = _core.JaggedWindow([(keys, None)], [1], [3])
+    window = _core.JaggedWindow([(keys, None, None)], [1], [3])
     for row in (-1, 2):
         with pytest.raises(IndexError, match="a row lies outside the window"):
             window.cut(np.array([row]), 1)
     with pytest.raises(ValueError, match="batch: must be positive"):
         window.cut(np.array([0]), 0)
+    with pytest.raises(IndexError, match="a row lies outside the window"):
+        window.cut(np.array([0]), 1, np.array([2]), [False])
+    for others, of_others in ((np.array([0, 0]), [True]), (np.array([0]), [])):
+        with pytest.raises(ValueError, match="others: as many as rows, and of_others as many as"):
+            window.cut(np.array([0]), 1, others, of_others)
     for columns, starts, stops in (
-        ([(keys, None)], [0], [4]),
-        ([(keys, np.array([0, 1]))], [0], [2]),
-        ([(keys, np.array([0, 9]))], [0], [1]),
-        ([(keys, None)], [2], [1]),
+        ([(keys, None, None)], [0], [4]),
+        ([(keys, np.array([0, 1]), None)], [0], [2]),
+        ([(keys, np.array([0, 9]), None)], [0], [1]),
+        ([(keys, None, None)], [2], [1]),
     ):
         with pytest.raises(ValueError, match="a column is shorter than its part"):
             _core.JaggedWindow(columns, starts, stops)
     with pytest.raises(ValueError, match="do not fit"):
-        _core.JaggedWindow([(keys, None)], [], [])
+        _core.JaggedWindow([(keys, None, None)], [], [])
+    weights = np.ones(3, np.float32)
+    for columns in (
+        [(keys, None, weights[:2])],
+        [(keys, None, weights), (keys, None, None)],
+        [(keys, None, None), (keys, None, weights)],
+    ):
+        with pytest.raises(ValueError, match="weights do not fit the values"):
+            _core.JaggedWindow(columns, [0] * len(columns), [3] * len(columns))
 
 
 def test_count_newlines():
@@ -319,14 +359,14 @@ def test_the_logarithm_is_within_one_unit_of_the_last_place():
 
 def test_a_window_of_many_parts_has_places_of_64_bits():
     parts = 1 << 12
-    columns = [(np.arange(1 << 21), None)] + [(np.array([-1]), None)] * (parts - 1)
+    columns = [(np.arange(1 << 21), None, None)] + [(np.array([-1]), None, None)] * (parts - 1)
     window = _core.JaggedWindow(
         columns, [(1 << 21) - 2] + [0] * (parts - 1), [1 << 21] + [1] * (parts - 1)
     )
     rows = np.array([1, parts, 0, 2])
-    values, offsets, starts = window.cut(rows, 3)
+    values, offsets, starts, weights = window.cut(rows, 3)
     assert values.tolist() == [(1 << 21) - 1, -1, (1 << 21) - 2, -1]
-    assert offsets is starts is None
+    assert offsets is starts is weights is None
 
 
 @given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=200))

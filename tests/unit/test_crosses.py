@@ -205,9 +205,7 @@ class TestBucketize:
         assert message(
             ConfigError,
             lambda: job_over(tmp_path, features=[{"columns": ["I1"], "transforms": [step]}]),
-        ).startswith(
-            "job: features.0.transforms.0.bucketize: boundaries must ascend, but 1 follows 1"
-        )
+        ).startswith("job: features.0.transforms.0: boundaries must ascend, but 1 follows 1")
         late = [{"kind": "hash"}, {"kind": "bucketize", "boundaries": [1]}]
         assert message(
             ConfigError,

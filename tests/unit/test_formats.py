@@ -93,7 +93,7 @@ class TestListsOfAtMostOneValue:
         job = job_over({"format": "orc", "path": f"{tmp_path}/x.orc"})
         assert message(DataError, lambda: read_all(Dataset.open(job))) == (
             f"{tmp_path}/x.orc row 3, column 'label': the label is missing; leave such rows out of "
-            "the file"
+            "the file, or set missing: ignore of the label"
         )
 
     def test_lists_of_text_are_no_numbers(self, tmp_path):

@@ -161,7 +161,9 @@ def test_slices_are_the_metrics_of_their_samples(monkeypatch, text, decided_afte
     mask = np.arange(len(keys)) % 9 == 0
     column = pa.array([f"v{key}" for key in keys], pa.large_string(), mask=mask)
     column = column if text else pa.array(keys, mask=mask)
-    found = add(SliceMetrics(5, exact_auc=True), column, logits, labels, weights).compute()
+    found = add(
+        SliceMetrics(5, lambda: BinaryMetrics(None)), column, logits, labels, weights
+    ).compute()
     values = column.to_pylist()
     first = values[:decided_after]
     ranked = sorted(set(first), key=lambda value: (-first.count(value), first.index(value)))[:5]
@@ -184,7 +186,7 @@ def test_slices_are_the_metrics_of_their_samples(monkeypatch, text, decided_afte
 
 
 def test_fewer_values_than_slices_leave_an_empty_rest():
-    metric = SliceMetrics(10)
+    metric = SliceMetrics(10, BinaryMetrics)
     assert metric.compute()["values"] == {}
     metric.update(pa.array([3, 3, 4]), torch.zeros(3), torch.tensor([1.0, 0, 0]))
     found = metric.compute()

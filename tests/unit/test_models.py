@@ -5,9 +5,34 @@ import pytest
 import torch
 from torch import nn
 
-from penstock.config import CustomModel, DCNConfig, DeepFMConfig, DLRMConfig, WideDeepConfig
+from penstock.config import (
+    CustomModel,
+    DCNConfig,
+    DeepFMConfig,
+    DLRMConfig,
+    MMoEConfig,
+    SharedBottomConfig,
+    WideDeepConfig,
+)
 from penstock.errors import ConfigError
 from penstock.models import DCN, DLRM, DeepFM, WideDeep, build_model
+from penstock.types import FeatureShape
+
+EVERY_MODEL = [
+    DLRMConfig(),
+    DCNConfig(),
+    DCNConfig(structure="stacked"),
+    DeepFMConfig(),
+    WideDeepConfig(),
+    SharedBottomConfig(),
+    MMoEConfig(),
+]
+
+
+def make(config, num_numeric, dims, names=(), **options):
+    names = names or [f"f{place}" for place in range(len(dims))]
+    features = [FeatureShape(name, dim) for name, dim in zip(names, dims, strict=True)]
+    return build_model(config, num_numeric, features, **options)
 
 
 def inputs(batch_size, num_numeric, feature_dims, seed=0):
@@ -120,7 +145,7 @@ def check_against(reference, model, dense, embeddings):
 )
 def test_dlrm_is_the_papers_formula(num_numeric, feature_dims, bottom, top):
     torch.manual_seed(0)
-    model = build_model(DLRMConfig(bottom=bottom, top=top), num_numeric, feature_dims)
+    model = make(DLRMConfig(bottom=bottom, top=top), num_numeric, feature_dims)
     assert isinstance(model, DLRM)
     check_against(dlrm_by_loops, model, *inputs(4, num_numeric, feature_dims))
 
@@ -132,7 +157,7 @@ def test_dlrm_is_the_papers_formula(num_numeric, feature_dims, bottom, top):
 def test_dcn_is_the_papers_formula(structure, low_rank, deep, num_numeric, feature_dims):
     torch.manual_seed(0)
     config = DCNConfig(cross_layers=2, low_rank=low_rank, deep=deep, structure=structure)
-    model = build_model(config, num_numeric, feature_dims)
+    model = make(config, num_numeric, feature_dims)
     assert isinstance(model, DCN)
     check_against(dcn_by_loops, model, *inputs(3, num_numeric, feature_dims))
 
@@ -143,7 +168,7 @@ def test_dcn_is_the_papers_formula(structure, low_rank, deep, num_numeric, featu
 )
 def test_deepfm_is_the_papers_formula(num_numeric, feature_dims, deep):
     torch.manual_seed(0)
-    model = build_model(DeepFMConfig(deep=deep, numeric_dim=3), num_numeric, feature_dims)
+    model = make(DeepFMConfig(deep=deep, numeric_dim=3), num_numeric, feature_dims)
     assert isinstance(model, DeepFM)
     assert model.dim == (feature_dims[0] - 1 if feature_dims else 3)
     check_against(deepfm_by_loops, model, *inputs(4, num_numeric, feature_dims))
@@ -163,32 +188,103 @@ def test_wide_and_deep_is_the_papers_formula(num_numeric, feature_dims, patterns
     torch.manual_seed(0)
     config = WideDeepConfig(deep=(6, 3), wide=patterns)
     names = ("a", "b", "c")[: len(feature_dims)]
-    model = build_model(config, num_numeric, feature_dims, names)
+    model = make(config, num_numeric, feature_dims, names)
     assert isinstance(model, WideDeep)
     reference = wide_deep_by_loops(feature_dims, wide)
     check_against(reference, model, *inputs(4, num_numeric, feature_dims))
 
 
+def mlp_by_loops(mlp, row):
+    for layer in mlp:
+        row = row.relu() if isinstance(layer, nn.ReLU) else layer.weight @ row + layer.bias
+    return row
+
+
+def head_by_loops(head, row):
+    return head.logit.weight[0] @ mlp_by_loops(head.hidden, row) + head.logit.bias[0]
+
+
+def shared_bottom_by_loops(model, dense, embeddings):
+    outputs = []
+    for row in torch.cat((dense, embeddings), 1):
+        shared = mlp_by_loops(model.bottom, row)
+        outputs.append(torch.stack([head_by_loops(tower, shared) for tower in model.towers]))
+    return torch.stack(outputs)
+
+
+def mmoe_by_loops(model, dense, embeddings):
+    """The paper's formula (1) and (5) to (7), one sample, task and expert at a time."""
+    outputs = []
+    for row in torch.cat((dense, embeddings), 1):
+        experts = [mlp_by_loops(expert, row) for expert in model.experts]
+        of_tasks = []
+        for gate, tower in zip(model.gates, model.towers, strict=True):
+            powers = [(gate.weight[expert] @ row).exp() for expert in range(len(experts))]
+            mix = sum(p / sum(powers) * e for p, e in zip(powers, experts, strict=True))
+            of_tasks.append(head_by_loops(tower, mix))
+        outputs.append(torch.stack(of_tasks))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("num_numeric", "dims"), [(3, (4, 2)), (0, (5,)), (2, ())])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("config", "reference"),
+    [
+        (SharedBottomConfig(bottom=(6, 5), towers=(3,)), shared_bottom_by_loops),
+        (SharedBottomConfig(bottom=(), towers=()), shared_bottom_by_loops),
+        (MMoEConfig(experts=3, expert=(6, 5), towers=(4,)), mmoe_by_loops),
+        (MMoEConfig(experts=1, expert=(6,), towers=()), mmoe_by_loops),
+    ],
+)
+def test_models_of_several_labels_are_their_formulas(
+    config, reference, num_numeric, dims, num_tasks
+):
+    torch.manual_seed(0)
+    model = make(config, num_numeric, dims, num_tasks=num_tasks)
+
+    def one_or_several(*arguments):
+        outputs = reference(*arguments)
+        return outputs[:, 0] if num_tasks == 1 else outputs
+
+    assert model(*inputs(4, num_numeric, dims)).shape == (
+        (4,) if num_tasks == 1 else (4, num_tasks)
+    )
+    check_against(one_or_several, model, *inputs(4, num_numeric, dims))
+
+
+@pytest.mark.parametrize("config", [DLRMConfig(), DCNConfig(), DeepFMConfig(), WideDeepConfig()])
+def test_a_model_of_one_label_refuses_several(config):
+    with pytest.raises(ConfigError) as caught:
+        make(config, 2, (4, 4), num_tasks=2)
+    assert str(caught.value) == (
+        f"model {config.kind} predicts one label, but data.label names 2; use model kind "
+        "shared_bottom or mmoe"
+    )
+
+
+@pytest.mark.parametrize("config", [*EVERY_MODEL])
+def test_a_model_of_pooled_vectors_refuses_a_sequence(config):
+    features = [FeatureShape("item", 4), FeatureShape("clicked", 4, 10)]
+    with pytest.raises(ConfigError) as caught:
+        build_model(config, 2, features)
+    assert str(caught.value) == (
+        f"model {config.kind} reads one vector a feature, but 'clicked' is a sequence; give it "
+        "another pooling, or use model kind din or hstu"
+    )
+
+
 def test_a_feature_of_dim_1_enters_the_linear_model_alone():
-    model = build_model(WideDeepConfig(), 0, (1, 4), ("cross", "item"))
+    model = make(WideDeepConfig(), 0, (1, 4), ("cross", "item"))
     assert model.first_order.vector_dims == (0, 3)
     assert model.deep.hidden[0].in_features == 3
-
-
-EVERY_MODEL = [
-    DLRMConfig(),
-    DCNConfig(),
-    DCNConfig(structure="stacked"),
-    DeepFMConfig(),
-    WideDeepConfig(),
-]
 
 
 @pytest.mark.parametrize("config", EVERY_MODEL)
 @pytest.mark.parametrize("batch_size", [0, 1, 33])
 def test_logits_are_finite_of_one_number_a_sample_and_small_at_first(config, batch_size):
     torch.manual_seed(0)
-    model = build_model(config, 4, (16,) * 8)
+    model = make(config, 4, (16,) * 8)
     dense, embeddings = inputs(batch_size, 4, (16,) * 8)
     logits = model(dense, 0.05 * embeddings)
     assert logits.shape == (batch_size,)
@@ -201,13 +297,13 @@ def test_initial_weights_are_a_function_of_the_seed(config):
     states = []
     for _ in range(2):
         torch.manual_seed(7)
-        states.append(build_model(config, 3, (8, 8)).state_dict())
+        states.append(make(config, 3, (8, 8)).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.parametrize("config", EVERY_MODEL)
 def test_the_graph_has_no_breaks(config):
-    model = build_model(config, 3, (8, 8))
+    model = make(config, 3, (8, 8))
     dense, embeddings = inputs(5, 3, (8, 8))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(dense, embeddings), model(dense, embeddings))
@@ -215,13 +311,11 @@ def test_the_graph_has_no_breaks(config):
 
 def test_dlrm_refuses_several_dims():
     with pytest.raises(ConfigError) as caught:
-        build_model(DLRMConfig(), 2, (16, 8), ("user", "item"))
+        make(DLRMConfig(), 2, (16, 8), ("user", "item"))
     assert str(caught.value) == (
         "model dlrm needs one embedding dim for all features, got user 16, item 8; "
         "give their tables one `dim`, or use model kind dcn_v2, which takes any dims"
     )
-    with pytest.raises(ConfigError, match="got feature 0 16, feature 1 8;"):
-        build_model(DLRMConfig(), 2, (16, 8))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +323,7 @@ def test_dlrm_refuses_several_dims():
 )
 def test_deepfm_refuses_dims_without_a_common_vector(dims, shown):
     with pytest.raises(ConfigError) as caught:
-        build_model(DeepFMConfig(), 2, dims, ("user", "item"))
+        make(DeepFMConfig(), 2, dims, ("user", "item"))
     assert str(caught.value) == (
         "model deepfm needs one embedding dim of at least 2 for all features (the last column is "
         f"the first-order weight), got {shown}; give their tables one `dim`, or use model kind "
@@ -239,13 +333,13 @@ def test_deepfm_refuses_dims_without_a_common_vector(dims, shown):
 
 def test_a_wide_feature_that_is_not_there_is_refused():
     with pytest.raises(ConfigError) as caught:
-        build_model(WideDeepConfig(wide=("item*", "age")), 2, (4, 4), ("user", "item"))
+        make(WideDeepConfig(wide=("item*", "age")), 2, (4, 4), ("user", "item"))
     assert str(caught.value) == ("model.wide: 'age' matches no feature; there are user, item")
 
 
 def test_no_input_is_refused():
     with pytest.raises(ConfigError) as caught:
-        build_model(DCNConfig(), 0, ())
+        make(DCNConfig(), 0, ())
     assert str(caught.value) == (
         "the model has no input: no numeric column and no feature matches; "
         "declare `data.numeric` or `features`"
@@ -286,6 +380,18 @@ class Broken(Wide):
 
 def nothing(num_numeric, feature_dims):
     return None
+
+class Two(Wide):
+    def __init__(self, num_numeric, feature_dims, num_tasks):
+        super().__init__(num_numeric, feature_dims)
+
+class Several(nn.Module):
+    def __init__(self, num_numeric, feature_dims, sequences, num_tasks):
+        super().__init__()
+        self.given = num_numeric, feature_dims, sequences, num_tasks
+
+    def forward(self, dense, embeddings, lengths):
+        return embeddings[:, :self.given[3]] + lengths.sum(1, keepdim=True)
 """
 
 
@@ -301,7 +407,7 @@ def user_module(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["my_click_model:Wide", "my_click_model:Group.nested"])
 def test_a_users_module_takes_the_place_of_ours(user_module, name):
     config = CustomModel(factory=name, arguments={"hidden": 6})
-    model = build_model(config, 3, (4, 2))
+    model = make(config, 3, (4, 2))
     assert model.training
     assert model.layers[0].weight.shape == (6, 9)  # the probe has given the lazy layer its shape
     assert model(*inputs(5, 3, (4, 2))).shape == (5,)
@@ -368,8 +474,26 @@ def test_a_users_module_takes_the_place_of_ours(user_module, name):
 )
 def test_a_wrong_users_module_is_refused_by_name(user_module, factory, arguments, message):
     with pytest.raises(ConfigError) as caught:
-        build_model(CustomModel(factory=factory, arguments=arguments), 3, (4, 2))
+        make(CustomModel(factory=factory, arguments=arguments), 3, (4, 2))
     assert str(caught.value) == message
+
+
+SEQUENCES = [FeatureShape("a", 4), FeatureShape("b", 2, 5), FeatureShape("c", 3, 2)]
+
+
+def test_a_users_module_hears_of_sequences_and_labels(user_module):
+    config = CustomModel(factory="my_click_model:Several")
+    model = build_model(config, 3, SEQUENCES, num_tasks=2)
+    assert model.given == (3, (4, 10, 6), {"b": (5, 2), "c": (2, 3)}, 2)
+
+
+def test_a_users_module_of_too_few_outputs_is_refused(user_module):
+    with pytest.raises(ConfigError) as caught:
+        make(CustomModel(factory="my_click_model:Two"), 3, (4, 2), num_tasks=2)
+    assert str(caught.value) == (
+        "model.factory 'my_click_model:Two': forward returned float32 [2] for 2 samples; "
+        "it must return logits [2, 2], 2 numbers a sample"
+    )
 
 
 def test_models_import_no_other_plane():
@@ -378,4 +502,4 @@ def test_models_import_no_other_plane():
         "print(*sorted({name.split('.')[1] for name in sys.modules if name[:9] == 'penstock.'}))"
     )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert seen.stdout.split() == ["config", "errors", "models"]
+    assert seen.stdout.split() == ["config", "errors", "models", "types"]

@@ -1,0 +1,128 @@
+"""Models: which one, and its widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from penstock.config.base import Config, PositiveFloat, PositiveInt
+
+
+class DLRMConfig(Config):
+    """DLRM (arXiv:1906.00091).
+
+    Bottom MLP on numbers, pairwise dot products with the embeddings, top MLP.
+    """
+
+    kind: Literal["dlrm"] = "dlrm"
+    bottom: tuple[PositiveInt, ...] = (64, 32)
+    """Hidden widths of the bottom MLP; its output has the embedding dim."""
+    top: tuple[PositiveInt, ...] = (128, 64)
+    """Hidden widths of the top MLP; its output is one logit."""
+
+
+class DCNConfig(Config):
+    """DCN-v2: cross layers beside a deep MLP (arXiv:2008.13535)."""
+
+    kind: Literal["dcn_v2"] = "dcn_v2"
+    cross_layers: PositiveInt = 3
+    low_rank: PositiveInt | None = None
+    """Rank of the cross matrices; null: full."""
+    deep: tuple[PositiveInt, ...] = (128, 64)
+    """Widths of the deep MLP."""
+    structure: Literal["parallel", "stacked"] = "parallel"
+    """`parallel`: cross layers and deep MLP side by side; `stacked`: the MLP reads the cross
+    layers' output.
+    """
+
+
+class DeepFMConfig(Config):
+    """DeepFM (arXiv:1703.04247).
+
+    A factorization machine and a deep MLP over the same vectors. All features have one dim D: the
+    last column is the first-order weight of a key, the D - 1 before are its vector.
+    """
+
+    kind: Literal["deepfm"] = "deepfm"
+    deep: tuple[PositiveInt, ...] = (128, 64)
+    """Hidden widths of the deep MLP; its output is one logit."""
+    numeric_dim: PositiveInt = 8
+    """Width of the vectors of numeric columns where there is no feature; else it is D - 1."""
+
+
+class WideDeepConfig(Config):
+    """Wide & Deep (arXiv:1606.07792): a linear model beside a deep MLP.
+
+    The last column of a wide feature is its weight in the linear model, and the columns before are
+    its embedding. A wide feature of dim 1 is wide alone; for crossed columns that is the rule.
+    """
+
+    kind: Literal["wide_deep"] = "wide_deep"
+    deep: tuple[PositiveInt, ...] = (128, 64)
+    """Hidden widths of the deep MLP; its output is one logit."""
+    wide: tuple[str, ...] = ("*",)
+    """Names or globs of the features that are wide."""
+
+
+class MultiTask(Config):
+    """Fields of the models that predict several labels (`data.label` is a list)."""
+
+    task_weights: Mapping[str, PositiveFloat] = {}
+    """By name of the label: factor of its loss in the sum; 1 where it is not named."""
+
+
+class SharedBottomConfig(MultiTask):
+    """Shared bottom: one MLP of all inputs, and on it a tower for each label."""
+
+    kind: Literal["shared_bottom"] = "shared_bottom"
+    bottom: tuple[PositiveInt, ...] = (128, 64)
+    """Widths of the shared MLP."""
+    towers: tuple[PositiveInt, ...] = (32,)
+    """Hidden widths of each tower; its output is one number."""
+
+
+class MMoEConfig(MultiTask):
+    """Multi-gate mixture of experts (doi:10.1145/3219819.3220007).
+
+    Several MLPs of all inputs; each label has a gate that mixes them, and a tower on the mix.
+    """
+
+    kind: Literal["mmoe"] = "mmoe"
+    experts: PositiveInt = 4
+    expert: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (64, 32)
+    """Widths of each expert."""
+    towers: tuple[PositiveInt, ...] = (32,)
+    """Hidden widths of each tower; its output is one number."""
+
+
+class CustomModel(Config):
+    """A module of the user's.
+
+    `factory(num_numeric=..., feature_dims=(...), **arguments)` returns it. Its
+    `forward(dense [B, num_numeric], embeddings [B, sum of feature_dims])` returns logits [B].
+
+    A job with features of pooling `sequence` also gives it `sequences={name: (length, dim)}`, and
+    `forward` a third argument, lengths [B, number of sequences]. A job of L labels, L > 1, also
+    gives it `num_tasks=L`, and expects [B, L].
+    """
+
+    kind: Literal["custom"] = "custom"
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+    """`module:name` of a class or function on the Python path."""
+    arguments: Mapping[str, Any] = {}
+    task_weights: Mapping[str, PositiveFloat] = {}
+    """By name of the label: factor of its loss in the sum; 1 where it is not named."""
+
+
+Model = Annotated[
+    DLRMConfig
+    | DCNConfig
+    | DeepFMConfig
+    | WideDeepConfig
+    | SharedBottomConfig
+    | MMoEConfig
+    | CustomModel,
+    Field(discriminator="kind"),
+]

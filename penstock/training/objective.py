@@ -1,0 +1,87 @@
+"""The objective: from a model and a batch to the loss, and to what metrics and scores read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from penstock.training.tasks import Task, TaskMetrics, output_of_task
+from penstock.types import Batch
+
+
+class Outcome(NamedTuple):
+    """What a forward pass came to."""
+
+    loss: Tensor
+    """[] to be minimised."""
+    outputs: Tensor
+    """[B], or [B, L] of a job of several labels: one column a task."""
+
+
+class RunningMetrics(Protocol):
+    """Metrics of the steps since the last log line; part of a checkpoint."""
+
+    def add(self, batch: Batch, outputs: Tensor, loss: float) -> None:
+        """Adds the samples of a batch, and the loss that the objective gave for it."""
+
+    def compute(self) -> dict[str, Any]:
+        """The metrics of all samples so far; `samples` is one of them."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as tensors of fixed names."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+
+
+class Objective(Protocol):
+    """What training minimises, and how the model's outputs are read."""
+
+    tasks: tuple[Task, ...]
+    """In the order of the labels."""
+
+    def __call__(self, model: nn.Module, inputs: tuple[Tensor, ...], batch: Batch) -> Outcome:
+        """Runs the model on its inputs and compares what it gives with the labels."""
+
+    def metrics(self) -> RunningMetrics:
+        """Empty metrics of training steps."""
+
+    def scores(self, outputs: Tensor) -> dict[str, Tensor]:
+        """By task: what a user reads of `outputs`, [B] float32."""
+
+
+class SumOfTasks:
+    """The weighted sum of the losses of the tasks, one output of the model each.
+
+    The loss of a task is the weighted mean over the samples of the batch whose label is known.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tuple(tasks)
+
+    def __call__(self, model: nn.Module, inputs: tuple[Tensor, ...], batch: Batch) -> Outcome:
+        """See `Objective`."""
+        outputs = model(*inputs)
+        if len(self.tasks) == 1:
+            return Outcome(self.tasks[0].loss(outputs, batch.labels, batch.weights), outputs)
+        losses = [
+            task.weight
+            * task.loss(
+                output_of_task(outputs, number), output_of_task(batch.labels, number), batch.weights
+            )
+            for number, task in enumerate(self.tasks)
+        ]
+        return Outcome(sum(losses[1:], losses[0]), outputs)
+
+    def metrics(self) -> RunningMetrics:
+        """Those of each task."""
+        return TaskMetrics(self.tasks)
+
+    def scores(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Probabilities, and numbers in the unit of their label."""
+        return {
+            task.name: task.prediction(output_of_task(outputs, number))
+            for number, task in enumerate(self.tasks)
+        }
