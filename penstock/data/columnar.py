@@ -135,6 +135,10 @@ def check_schema(path: str, schema: pa.Schema, first_path: str, first: pa.Schema
     Raises:
       DataError: they differ, or a name stands for two columns.
     """
+    try:
+        schema.names  # noqa: B018 (decodes them)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: the name of a column is not UTF-8; is it damaged?") from None
     remedy = "all files of a source have one schema; name the files of one schema"
     twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
     if twice is not None:

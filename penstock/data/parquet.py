@@ -32,13 +32,12 @@ class ParquetFiles:
         # Footers of wide tables are large: only those of files being read are kept.
         self._footer = lru_cache(maxsize=16)(self._read_footer)
         self._splits: list[Split] = []
-        self.schema: pa.Schema = self._footer(self.paths[0]).schema.to_arrow_schema()
-        self.schema = self.schema.remove_metadata()
+        self.schema: pa.Schema = self._schema(self.paths[0]).remove_metadata()
         num_groups = 0
         for path in self.paths:
             footer = self._footer(path)
             num_groups += footer.num_row_groups
-            check_schema(path, footer.schema.to_arrow_schema(), self.paths[0], self.schema)
+            check_schema(path, self._schema(path), self.paths[0], self.schema)
             self._splits += group_rows(path, _group_rows(footer), SPLIT_ROWS)
         self.num_groups: int | None = num_groups
         if not self._splits:
@@ -91,6 +90,12 @@ class ParquetFiles:
             if (high is None or bounds[0] < high) and (low is None or bounds[1] >= low):
                 return True
         return False
+
+    def _schema(self, path: str) -> pa.Schema:
+        try:
+            return self._footer(path).schema.to_arrow_schema()
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
     def _read_footer(self, path: str) -> pq.FileMetaData:
         try:

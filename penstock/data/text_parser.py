@@ -15,6 +15,14 @@ _CONVERSION = re.compile(r"CSV column #(\d+): .*?CSV conversion error to \S+: (.
 _BLANK = re.compile(rb"(?:^|\n)\r?\n")
 
 
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class TextParser:
     """Turns lines into tables. Has no state, so threads may share it.
 
@@ -47,7 +55,7 @@ class TextParser:
           The columns asked for of the good rows, and the malformed rows in order.
         """
         wrong: list[csv.InvalidRow] = []
-        if len(self._names) == 1 or not _BLANK.search(lines):
+        if _is_utf8(lines) and (len(self._names) == 1 or not _BLANK.search(lines)):
             try:
                 table = self._read(lines, wrong)
                 if not wrong:
@@ -62,6 +70,9 @@ class TextParser:
         """What is wrong with some row; None if nothing is."""
         if len(self._names) > 1 and any(not row.strip(b"\r") for row in rows):
             return "blank line"
+        # Arrow drops a row whose text it cannot give to `skip`.
+        if not _is_utf8(b"\n".join(rows)):
+            return "not UTF-8"
         wrong: list[csv.InvalidRow] = []
         try:
             self._read(b"\n".join([*rows, b""]), wrong)

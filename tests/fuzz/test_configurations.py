@@ -231,7 +231,7 @@ def test_text_that_is_no_job(pieces):
         assert str(error).startswith("job.yaml"), error
 
 
-@effort(150)
+@effort(40)
 @given(
     st.lists(
         st.sampled_from([*"abd.=:[]{}- ", "data", "source", "training", "0", "seed", "features"]),
