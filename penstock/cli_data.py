@@ -6,7 +6,7 @@ import enum
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -56,6 +56,14 @@ def inspect_data(  # noqa: PLR0913 (each is an option)
         str | None,
         typer.Option(help="The label's column. Default: by its name.", show_default=False),
     ] = None,
+    item: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Every row is a positive: its negatives take these columns from other rows.",
+            show_default=False,
+        ),
+    ] = None,
     event_time: Annotated[
         str | None,
         typer.Option(help="The column of times. Default: by values and name.", show_default=False),
@@ -85,6 +93,7 @@ def inspect_data(  # noqa: PLR0913 (each is an option)
         penstock data inspect clicks.parquet
         penstock data inspect 'day_*.gz' --format tsv --columns 'label,I{1..13},C{1..26}'
         penstock data inspect clicks.parquet --job clicks.yaml --out pictures
+        penstock data inspect clicks.parquet --job clicks.yaml --item article_id,category_id
         penstock train clicks.yaml
     """
     from penstock.data.survey import survey_data
@@ -96,7 +105,12 @@ def inspect_data(  # noqa: PLR0913 (each is an option)
     source = _source(files, file_format, columns)
     with stages() as progress:
         survey = survey_data(
-            source, max_rows=rows, label=label, event_time=event_time, progress=progress
+            source,
+            max_rows=rows,
+            label=label,
+            items=_names(item) or (),
+            event_time=event_time,
+            progress=progress,
         )
     for part in survey_tables(survey):
         show(part)
@@ -137,8 +151,8 @@ def _source(
     chosen = file_format.value if file_format is not None else found[files[0]]
     path = files[0] if len(files) == 1 else tuple(files)
     if chosen in {"csv", "tsv"}:
-        names = None if columns is None else tuple(name.strip() for name in columns.split(","))
-        return TextSource(format="tsv" if chosen == "tsv" else "csv", path=path, columns=names)
+        kind: Literal["csv", "tsv"] = "tsv" if chosen == "tsv" else "csv"
+        return TextSource(format=kind, path=path, columns=_names(columns))
     if columns is not None:
         raise ConfigError(f"--columns: {chosen} files name their columns themselves; leave it out")
     if chosen == "jsonl":
@@ -146,6 +160,10 @@ def _source(
     if chosen == "orc":
         return OrcSource(path=path)
     return ArrowSource(path=path) if chosen == "arrow" else ParquetSource(path=path)
+
+
+def _names(given: str | None) -> tuple[str, ...] | None:
+    return None if given is None else tuple(name.strip() for name in given.split(","))
 
 
 def _draw(survey: Survey, folder: Path) -> list[str]:

@@ -33,6 +33,7 @@ _MANY_ACCESSES = 20
 """Of each key on average: then more than one pass helps."""
 _LONG_TAIL = 20.0
 _STEPS = 250
+_NEGATIVES = 4
 _FEW = 4
 _WIDTH = 96
 
@@ -49,10 +50,11 @@ def draft_job(survey: Survey, command: str, target: Path) -> str:
       ConfigError: nothing looks like a label, or there is nothing to learn from.
     """
     roles = survey.roles
-    if roles.label is None:
+    if roles.label is None and not survey.items:
         raise ConfigError(
             "no column looks like a label (0 and 1, or a rating, by a name like label, click or "
-            "rating), so there is no job to write; name it: --label COLUMN"
+            "rating), so there is no job to write; name it: --label COLUMN; or, if every row is a "
+            "positive, name the columns of the item: --item COLUMN,..."
         )
     if not roles.named("numeric", "categorical", "sequence"):
         raise ConfigError(
@@ -166,16 +168,23 @@ _ZEROS = {"D": "T00:00:00Z", "h": ":00:00Z", "m": ":00Z", "s": "Z"}
 
 def _label(survey: Survey) -> Iterator[str]:
     name, at_least = survey.roles.label, survey.roles.at_least
-    assert name is not None
+    if name is None:
+        yield from _remark(
+            "  ",
+            "Every row is a positive. Each gives negatives, too: itself, with the item of another "
+            "row.",
+        )
+        yield f"  negatives: {{per_positive: {_NEGATIVES}, columns: {_flow(survey.items)}}}"
+        return
     column = survey.profile[name]
     if column.missing:
         yield from _remark(
             "  ",
-            f"{column.missing:,} rows have no label, where training stops: leave them out of the "
-            "files.",
+            f"{column.missing:,} rows have no label: they are left out of the loss and metrics.",
         )
+    missing = ", missing: ignore" if column.missing else ""
     if at_least is None:
-        yield f"  label: {{column: {_text(name)}}}"
+        yield f"  label: {{column: {_text(name)}{missing}}}"
         return
     numbers = column.numbers
     assert numbers is not None
@@ -184,7 +193,7 @@ def _label(survey: Survey) -> Iterator[str]:
         f"{column.values.distinct} different numbers from {numbers.minimum:g} to "
         f"{numbers.maximum:g}; from the median on a row is positive.",
     )
-    yield f"  label: {{column: {_text(name)}, at_least: {at_least:g}}}"
+    yield f"  label: {{column: {_text(name)}, at_least: {at_least:g}{missing}}}"
 
 
 def _numeric(survey: Survey) -> Iterator[str]:

@@ -77,19 +77,27 @@ _NEARLY_ALL = 0.95
 
 
 def assign_roles(
-    profile: DataProfile, *, label: str | None = None, event_time: str | None = None
+    profile: DataProfile,
+    *,
+    label: str | None = None,
+    items: Sequence[str] = (),
+    event_time: str | None = None,
 ) -> Roles:
     """Guesses what the columns are for.
 
     Args:
       profile: what is known of them.
       label: the label's column, where the user knows better.
-      event_time: likewise.
+      items: columns of the item, if every row is a positive and no column a label.
+      event_time: the column of times, where the user knows better.
 
     Raises:
       ConfigError: there is no such column, or it cannot be what the user says.
     """
-    for field, name in (("--label", label), ("--event-time", event_time)):
+    if items and label is not None:
+        raise ConfigError("--item says that every row is a positive; leave out --label")
+    named = [("--label", label), ("--event-time", event_time), *(("--item", one) for one in items)]
+    for field, name in named:
         if name is not None and name not in [column.name for column in profile.columns]:
             raise ConfigError(
                 f"{field}: no column {name!r}; there are "
@@ -97,6 +105,8 @@ def assign_roles(
             )
     time = _find_time(profile.columns, event_time, label)
     labels = {column.name: column for column in _label_candidates(profile.columns, time, label)}
+    if items:
+        labels = {}
     chosen = label or next(iter(labels), None)
     at_least = None if chosen is None else _threshold(profile[chosen])
     columns = []
@@ -111,6 +121,11 @@ def assign_roles(
         else:
             role = ColumnRole(column.name, *_input_role(column))
         columns.append(role)
+        if column.name in items and role.role not in {"categorical", "sequence", "numeric"}:
+            raise ConfigError(
+                f"--item: column {column.name!r} is no input ({role.role}: {role.reason}); leave "
+                "it out"
+            )
     return Roles(
         tuple(columns),
         chosen,
@@ -228,7 +243,7 @@ def _label_reason(column: ColumnSummary, at_least: float | None, given: str | No
     if at_least is not None:
         why += f"; positive from {at_least:g} on, the median"
     if column.missing:
-        why += f"; {column.missing:,} rows lack it, where training stops: leave them out"
+        why += f"; {column.missing:,} rows lack it"
     return why
 
 

@@ -38,6 +38,8 @@ class Survey:
     roles: Roles
     rate: LabelRate | None
     """None: nothing looks like a label."""
+    items: tuple[str, ...]
+    """Columns of the item, where the user says that every row is a positive."""
     malformed: int
     """Rows that cannot be read and are in none of the figures."""
     malformed_example: str
@@ -59,6 +61,7 @@ def survey_data(
     *,
     max_rows: int | None = None,
     label: str | None = None,
+    items: Sequence[str] = (),
     event_time: str | None = None,
     progress: Callable[[str], Progress] = lambda stage: lambda rows, share: None,
 ) -> Survey:
@@ -68,7 +71,8 @@ def survey_data(
       source: the files.
       max_rows: look at no more rows than this; None: at all.
       label: the label's column, where the user knows better than its name and values tell.
-      event_time: likewise.
+      items: columns of the item, where there is no label since every row is a positive.
+      event_time: the column of times, where the user knows better.
       progress: given a stage of the work, what to call after each chunk of it.
 
     Raises:
@@ -89,7 +93,7 @@ def survey_data(
         tell(rows, share)
 
     profile = profile_source(opened, max_rows=max_rows, as_text=is_text, progress=told)
-    roles = assign_roles(profile, label=label, event_time=event_time)
+    roles = assign_roles(profile, label=label, items=items, event_time=event_time)
     source, types = _as_read(source, profile, roles)
     rate = label_rate(
         open_source(source, types, _MalformedRows()),
@@ -106,6 +110,7 @@ def survey_data(
         profile=profile,
         roles=roles,
         rate=rate,
+        items=tuple(items),
         malformed=malformed.rows,
         malformed_example=malformed.example,
     )

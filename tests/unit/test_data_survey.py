@@ -254,7 +254,8 @@ def test_without_a_label_there_is_no_job(survey_of):
         draft_job(survey, "x", Path("job.yaml"))
     assert str(caught.value) == (
         "no column looks like a label (0 and 1, or a rating, by a name like label, click or "
-        "rating), so there is no job to write; name it: --label COLUMN"
+        "rating), so there is no job to write; name it: --label COLUMN; or, if every row is a "
+        "positive, name the columns of the item: --item COLUMN,..."
     )
     with pytest.raises(
         ConfigError, match="--label: no column 'clack'; there are row, click, when, "
@@ -263,6 +264,34 @@ def test_without_a_label_there_is_no_job(survey_of):
     with pytest.raises(ConfigError) as caught:
         survey_of(clicks(), label="city")
     assert str(caught.value) == "--label: column 'city' holds string; labels are numbers, one a row"
+
+
+def test_missing_labels_are_left_out(survey_of):
+    labels = clicks()["click"].to_pylist()
+    labels[5] = None
+    table = clicks().drop(["click"]).append_column("click", pa.array(labels))
+    survey = survey_of(table)
+    assert survey.rate.rows.sum() == ROWS - 1
+    text, job, _ = opened(survey)
+    assert job.data.label.missing == "ignore"
+    assert "# 1 rows have no label: they are left out of the loss and metrics." in text
+
+
+def test_logs_of_positives_alone(survey_of):
+    table = clicks().drop(["click"])
+    survey = survey_of(table, items=["item_id"])
+    text, job, dataset = opened(survey)
+    assert job.data.label is None and job.data.negatives.columns == ("item_id",)
+    assert "# Every row is a positive." in text
+    with dataset.batches("train", batch_size=100) as batches:
+        assert next(batches).labels.mean() == pytest.approx(0.2, abs=0.1)
+    with pytest.raises(ConfigError) as caught:
+        survey_of(table, items=["version"])
+    assert str(caught.value) == (
+        "--item: column 'version' is no input (constant: every value is 3); leave it out"
+    )
+    with pytest.raises(ConfigError, match="--item says that every row is a positive; leave out"):
+        survey_of(clicks(), items=["item_id"], label="click")
 
 
 CSV = "when,click,user_id,price,zip\n"
