@@ -63,7 +63,8 @@ class ParquetFiles:
         try:
             with (
                 self._filesystem.open_input_file(split.path) as file,
-                pq.ParquetFile(file, metadata=footer) as parquet,
+                # Pages without a checksum read as they are.
+                pq.ParquetFile(file, metadata=footer, page_checksum_verification=True) as parquet,
             ):
                 for batch in parquet.iter_batches(
                     CHUNK_ROWS, row_groups=groups, columns=list(columns), use_threads=False
