@@ -124,8 +124,8 @@ def test_a_label_is_named_by_its_line_among_malformed_rows(tmp_path):
     path = tmp_path / "x.tsv"
     path.write_bytes(rows(50, [(3, "bad"), (4, "bad"), (20, "7\t1\tx"), (30, "bad")]))
     assert error_of(text_job(path, on_malformed_row="quarantine")) == (
-        f"{path}:21, column 'label': label 7 is not 0 or 1; set at_least of the label to make "
-        "labels of numbers, or task regression to learn the number"
+        f"{path}:21, column 'label': label 7 is not 0 or 1; set at_least of the label "
+        "to make labels of numbers, or task regression to learn the number"
     )
 
 
@@ -306,3 +306,17 @@ def test_header_that_is_no_utf8(tmp_path):
     with pytest.raises(DataError) as caught:
         Dataset.open(job)
     assert str(caught.value) == f"{path}:1: the header is not UTF-8; write the file in UTF-8"
+
+
+@pytest.mark.parametrize("line", [b"\r1\t2\t3", b"1\t2\t3\r1\t2\t3", b"1\t2\t3\r\r"])
+def test_a_carriage_return_within_a_line(tmp_path, line):
+    """Found by the fuzz tests: Arrow ends a row there, so that one line became two rows."""
+    path = tmp_path / "x.tsv"
+    path.write_bytes(b"1\t2\t3\r\n" * 3 + line + b"\n0\t5\t6\r\n")
+    job = text_job(
+        path, on_malformed_row="quarantine", types={"C1": "int64"}, features=[{"columns": ["C1"]}]
+    )
+    dataset = Dataset.open(job, quarantine=tmp_path / "bad.jsonl")
+    assert [batch.labels.tolist() for batch in read_all(dataset)] == [[1, 1, 1, 0]]
+    (entry,) = map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())
+    assert (entry["line"], entry["reason"]) == (4, "a carriage return within the line")
