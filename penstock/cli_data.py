@@ -27,56 +27,67 @@ class SourceFormat(enum.StrEnum):
     jsonl = "jsonl"
 
 
+FilesArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE...", help="Files, directories or globs of one format."),
+]
+FormatOption = Annotated[
+    SourceFormat | None,
+    typer.Option("--format", help="Default: by the files' names.", show_default=False),
+]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...",
+        help="Columns of csv or tsv without a header; I{1..13} stands for I1, I2, ... I13.",
+        show_default=False,
+    ),
+]
+RowsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Look at no more rows than this, spread over the files. Default: at all.",
+        show_default=False,
+    ),
+]
+LabelOption = Annotated[
+    str | None,
+    typer.Option(help="The label's column. Default: by its name.", show_default=False),
+]
+ItemOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...",
+        help="Every row is a positive: its negatives take these columns from other rows.",
+        show_default=False,
+    ),
+]
+EventTimeOption = Annotated[
+    str | None,
+    typer.Option(help="The column of times. Default: by values and name.", show_default=False),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Folder for label_rate.png and skew.png.", show_default=False)
+]
+JobOption = Annotated[
+    Path | None,
+    typer.Option(help="Writes a job for this data, ready to train.", show_default=False),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the file of --job.")]
+
+
 def inspect_data(  # noqa: PLR0913 (each is an option)
-    files: Annotated[
-        list[str],
-        typer.Argument(metavar="FILE...", help="Files, directories or globs of one format."),
-    ],
-    file_format: Annotated[
-        SourceFormat | None,
-        typer.Option("--format", help="Default: by the files' names.", show_default=False),
-    ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="Columns of csv or tsv without a header; I{1..13} stands for I1, I2, ... I13.",
-            show_default=False,
-        ),
-    ] = None,
-    rows: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Look at no more rows than this, spread over the files. Default: at all.",
-            show_default=False,
-        ),
-    ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(help="The label's column. Default: by its name.", show_default=False),
-    ] = None,
-    item: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="Every row is a positive: its negatives take these columns from other rows.",
-            show_default=False,
-        ),
-    ] = None,
-    event_time: Annotated[
-        str | None,
-        typer.Option(help="The column of times. Default: by values and name.", show_default=False),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for label_rate.png and skew.png.", show_default=False),
-    ] = None,
-    job: Annotated[
-        Path | None,
-        typer.Option(help="Writes a job for this data, ready to train.", show_default=False),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --job.")] = False,
+    files: FilesArgument,
+    file_format: FormatOption = None,
+    columns: ColumnsOption = None,
+    rows: RowsOption = None,
+    label: LabelOption = None,
+    item: ItemOption = None,
+    event_time: EventTimeOption = None,
+    out: OutOption = None,
+    job: JobOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Says what is in files: columns, missing values, skew, label rate, and what to make of them.
 
