@@ -74,8 +74,13 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[s
         if found is None and not is_tag:
             return set()
         node = found or node
-    reached = [node, *_members(schema, node)]
-    return {name for one in reached for name in one.get("properties", {})}
+    return _fields_of(schema, node)
+
+
+def _fields_of(schema: _Node, node: _Node) -> set[str]:
+    """Of an object, or of the objects that a union has, within other unions too."""
+    of_members = (_fields_of(schema, member) for member in _members(schema, node))
+    return {*node.get("properties", {})}.union(*of_members)
 
 
 def _below(schema: _Node, node: _Node, part: int | str) -> _Node | None:

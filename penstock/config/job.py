@@ -80,6 +80,10 @@ class MetricsConfig(Config):
     over its values of the AUC among the rows of one value, weighted by their number (GAUC).
     """
     slices: tuple[SliceConfig, ...] = ()
+    recall_at: tuple[PositiveInt, ...] = ()
+    """Of the model two_tower: for each k, the share of the held-out positives whose item is among
+    the k best of all items of the data, training part and held-out part.
+    """
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -150,6 +154,22 @@ class Job(Config):
             raise ValueError(
                 "data: give `label`, the column of what to predict, or, if every row is a "
                 "positive, `negatives`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _two_towers_learn_from_positives(self) -> Job:
+        is_two_tower = isinstance(self.model, TwoTowerConfig)
+        for label in self.data.labels if is_two_tower else ():
+            if label.task != "binary" or label.missing != "fail":
+                raise ValueError(
+                    f"model two_tower learns from a binary label that no row lacks, and "
+                    f"{label.title!r} is none; use at_least, or leave data.label out if every row "
+                    "is a positive"
+                )
+        if self.training.metrics.recall_at and not is_two_tower:
+            raise ValueError(
+                "training.metrics.recall_at: only the model two_tower ranks all items; remove it"
             )
         return self
 

@@ -104,6 +104,11 @@ class Dataset:
         return cls(job, columns, parts, kept)
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """Parts that there are."""
+        return tuple(self._parts)
+
+    @property
     def has_evaluation(self) -> bool:
         """Whether rows are held out."""
         return "evaluation" in self._parts
