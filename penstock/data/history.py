@@ -155,12 +155,13 @@ def write_history(
     part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write(_in_time_order(tables, gathered.by_time), gathered, columns, part)
-        part.replace(out)
+        try:
+            _write(_in_time_order(tables, gathered.by_time), gathered, columns, part)
+            part.replace(out)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
     return total
 
 
