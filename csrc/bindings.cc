@@ -39,14 +39,16 @@ struct PlanArrays {
   std::vector<int64_t> packed_feature;
   std::vector<uint32_t> table;
   std::vector<Pooling> pooling;
+  std::vector<int64_t> max_keys;
   std::vector<int64_t> column;
   int64_t stride;
   std::vector<int64_t> by_table;
 
   PlanArrays(std::vector<int64_t> packed_feature, std::vector<uint32_t> table, const std::vector<uint8_t>& pooling_codes,
-             std::vector<int64_t> column, int64_t stride)
+             std::vector<int64_t> max_keys, std::vector<int64_t> column, int64_t stride)
       : packed_feature(std::move(packed_feature)),
         table(std::move(table)),
+        max_keys(std::move(max_keys)),
         column(std::move(column)),
         stride(stride),
         by_table(this->table.size()) {
@@ -57,15 +59,20 @@ struct PlanArrays {
   }
 
   PoolingPlan plan() const {
-    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), pooling.data(), column.data(),
-            stride, by_table.data()};
+    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), pooling.data(), max_keys.data(),
+            column.data(), stride, by_table.data()};
   }
 };
 
-PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, int64_t batch_size) {
+PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, const std::optional<In<float>>& weights,
+                  int64_t batch_size) {
   const int64_t bags = static_cast<int64_t>(offsets.shape(0)) - 1;
-  return {keys.data(), offsets.data(), batch_size, batch_size == 0 ? 0 : bags / batch_size,
-          static_cast<int64_t>(keys.size())};
+  return {keys.data(),
+          offsets.data(),
+          batch_size,
+          batch_size == 0 ? 0 : bags / batch_size,
+          static_cast<int64_t>(keys.size()),
+          weights ? weights->data() : nullptr};
 }
 
 const Hyper* hypers_of(const InRows& hypers) { return reinterpret_cast<const Hyper*>(hypers.data()); }
@@ -318,7 +325,9 @@ void bind_host_store(nb::module_& m) {
       .value("OUT_OF_MEMORY", Status::kOutOfMemory)
       .value("TOO_MANY_ROWS", Status::kTooManyRows)
       .value("STALE_CURSOR", Status::kStaleCursor)
-      .value("BAD_OFFSETS", Status::kBadOffsets);
+      .value("BAD_OFFSETS", Status::kBadOffsets)
+      .value("BAD_WEIGHTS", Status::kBadWeights)
+      .value("BAG_TOO_LONG", Status::kBagTooLong);
 
   nb::class_<BufferPool>(m, "BufferPool")
       .def("__init__", [](BufferPool*) { throw nb::type_error("use buffer_pool()"); })
@@ -333,8 +342,10 @@ void bind_host_store(nb::module_& m) {
   m.def("buffer_pool", [] { return std::make_shared<BufferPool>(); });
 
   nb::class_<PlanArrays>(m, "PoolingPlan")
-      .def(nb::init<std::vector<int64_t>, std::vector<uint32_t>, std::vector<uint8_t>, std::vector<int64_t>, int64_t>(),
-           nb::arg("packed_feature"), nb::arg("table"), nb::arg("pooling"), nb::arg("column"), nb::arg("stride"));
+      .def(nb::init<std::vector<int64_t>, std::vector<uint32_t>, std::vector<uint8_t>, std::vector<int64_t>,
+                    std::vector<int64_t>, int64_t>(),
+           nb::arg("packed_feature"), nb::arg("table"), nb::arg("pooling"), nb::arg("max_keys"), nb::arg("column"),
+           nb::arg("stride"));
 
   nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing);
 
@@ -354,19 +365,22 @@ void bind_host_store(nb::module_& m) {
       .def("open", &HostStore::open)
       .def(
           "pooled_lookup",
-          [](HostStore& self, const PlanArrays& plan, In<int64_t> keys, In<int64_t> offsets, int64_t batch_size,
-             bool insert, OutRows out, Lookup& lookup) {
+          [](HostStore& self, const PlanArrays& plan, In<int64_t> keys, In<int64_t> offsets,
+             std::optional<In<float>> weights, int64_t batch_size, bool insert, OutRows out, Lookup& lookup) {
             const nb::gil_scoped_release release;
-            return self.pooled_lookup(plan.plan(), packed(keys, offsets, batch_size), insert, out.data(), &lookup);
-          })
+            return self.pooled_lookup(plan.plan(), packed(keys, offsets, weights, batch_size), insert, out.data(),
+                                      &lookup);
+          },
+          "plan"_a, "keys"_a, "offsets"_a, "weights"_a.none(), "batch_size"_a, "insert"_a, "out"_a, "lookup"_a)
       .def(
           "apply_gradients",
           [](HostStore& self, const PlanArrays& plan,
-             const std::vector<std::tuple<Lookup*, In<int64_t>, In<int64_t>, int64_t, InRows>>& gradients,
+             const std::vector<
+                 std::tuple<Lookup*, In<int64_t>, In<int64_t>, std::optional<In<float>>, int64_t, InRows>>& gradients,
              InRows hypers, bool is_order_free) {
             std::vector<LookupGradient> parts;
-            for (const auto& [lookup, keys, offsets, batch_size, grad] : gradients) {
-              parts.push_back({lookup, packed(keys, offsets, batch_size), grad.data()});
+            for (const auto& [lookup, keys, offsets, weights, batch_size, grad] : gradients) {
+              parts.push_back({lookup, packed(keys, offsets, weights, batch_size), grad.data()});
             }
             int64_t rows = 0;
             Status status;

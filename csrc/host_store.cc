@@ -2,13 +2,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace penstock {
 namespace {
 
 constexpr int64_t kTileBytes = 256 << 10;  // rows of one tile: found and prefetched, then pooled, within the L2 cache
 constexpr size_t kStreamBytes = 1 << 20;  // an output larger than this will not stay in the caches anyway
+constexpr float kLargestFloat = std::numeric_limits<float>::max();
 constexpr int64_t kMinUnitKeys = 2048;     // fewer keys are not worth another pass over a table's slots
 constexpr int64_t kMaxUnitKeys = 16384;    // the grouping of more keys leaves the L2 cache
 
@@ -66,26 +69,52 @@ bool HostStore::classify(PackedKeys* batch) {
   return is_rising;
 }
 
+bool HostStore::has_finite_weights(const PackedKeys& batch) {
+  if (batch.weights == nullptr) return true;
+  constexpr int64_t kKeysPerTask = 1 << 16;
+  std::atomic<bool> is_finite{true};
+  pool_.run((batch.num_keys + kKeysPerTask - 1) / kKeysPerTask, [&](int64_t task, int) {
+    const int64_t last = std::min((task + 1) * kKeysPerTask, batch.num_keys);
+    bool mine = true;
+    for (int64_t n = task * kKeysPerTask; n < last; ++n) mine &= std::abs(batch.weights[n]) <= kLargestFloat;
+    if (!mine) is_finite = false;
+  });
+  return is_finite;
+}
+
+// Offsets must rise.
+static bool sequences_fit(const PoolingPlan& plan, const PackedKeys& batch) {
+  for (int64_t f = 0; f < plan.num_features; ++f) {
+    if (plan.pooling[f] != Pooling::kSequence) continue;
+    const int64_t first = plan.packed_feature[f] * batch.batch_size;
+    int64_t longest = 0;
+    for (int64_t bag = first; bag < first + batch.batch_size; ++bag) {
+      longest = std::max(longest, batch.begin(bag + 1) - batch.begin(bag));
+    }
+    if (longest > plan.max_keys[f]) return false;
+  }
+  return true;
+}
+
 std::vector<Tile> HostStore::lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const {
   const int64_t size = batch.batch_size;
   if (plan.num_features == 0) return {};  // tables that no feature of this batch reads
-  int64_t keys = 0;
-  for (int64_t f = 0; f < plan.num_features; ++f) {
-    const int64_t first = plan.packed_feature[f] * size;
-    keys += batch.begin(first + size) - batch.begin(first);
-  }
   const int64_t keys_per_tile = std::clamp<int64_t>(kTileBytes / (int64_t{dim_} * 4), 64, 2048);
   // Whole cache lines are written feature by feature, so that one table's hot rows stay in the cache; where features
   // share cache lines of the output, all features of a few samples go together.
   const int64_t features = dim_ % 16 == 0 ? 1 : plan.num_features;
-  const int64_t per_sample = std::max<int64_t>(1, keys * features / std::max<int64_t>(1, size * plan.num_features));
   const int64_t for_balance = size * plan.num_features / features / (int64_t{8} * num_threads()) + 1;
-  const int64_t samples = std::clamp<int64_t>(keys_per_tile / per_sample, 1, for_balance);
   std::vector<Tile> tiles;
-  for (int64_t f = 0; f < plan.num_features; f += features) {
-    for (int64_t b = 0; b < size; b += samples) {
-      tiles.push_back({f, std::min(f + features, plan.num_features), b, std::min(b + samples, size)});
+  for (int64_t first = 0; first < plan.num_features; first += features) {
+    const int64_t last = std::min(first + features, plan.num_features);
+    int64_t keys = 0;
+    for (int64_t f = first; f < last; ++f) {
+      const int64_t bag = plan.packed_feature[f] * size;
+      keys += batch.begin(bag + size) - batch.begin(bag);
     }
+    const int64_t per_sample = std::max<int64_t>(1, keys / std::max<int64_t>(1, size));
+    const int64_t samples = std::clamp<int64_t>(keys_per_tile / per_sample, 1, for_balance);
+    for (int64_t b = 0; b < size; b += samples) tiles.push_back({first, last, b, std::min(b + samples, size)});
   }
   return tiles;
 }
@@ -137,6 +166,8 @@ bool HostStore::find_tile(const PoolingPlan& plan, const PackedKeys& batch, cons
 Status HostStore::pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool insert, float* out, Lookup* lookup) {
   const std::lock_guard<std::mutex> guard(call_);
   if (!classify(&batch)) return Status::kBadOffsets;
+  if (!sequences_fit(plan, batch)) return Status::kBagTooLong;
+  if (!has_finite_weights(batch)) return Status::kBadWeights;
   const std::vector<Tile> tiles = lookup_tiles(plan, batch);
   const bool stream = static_cast<size_t>(batch.batch_size * plan.stride) * sizeof(float) > kStreamBytes;
   lookup->slots.resize(static_cast<size_t>(batch.num_keys));
@@ -291,22 +322,33 @@ std::vector<HostStore::Unit> HostStore::update_units(const PoolingPlan& plan,
 }
 
 void HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
-                                    const Unit& unit, std::vector<Occurrence>* occurrences) {
+                                    const Unit& unit, std::vector<Occurrence>* occurrences) const {
   occurrences->clear();
+  // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots.
+  const auto is_mine = [&unit](uint32_t slot) {
+    return unit.parts == 1 || (uint64_t{slot * 0x9E3779B1u} * unit.parts) >> 32 == unit.part;
+  };
   for (const auto& [lookup, batch, grad] : gradients) {
     const uint32_t* const slots = lookup->slots.data();
     for (int64_t i = unit.first; i < unit.last; ++i) {
       const int64_t f = plan.by_table[i];
       const int64_t first_bag = plan.packed_feature[f] * batch.batch_size;
+      const bool is_sequence = plan.pooling[f] == Pooling::kSequence;
       for (int64_t b = 0; b < batch.batch_size; ++b) {
         const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
-        const float scale = bag_scale(plan.pooling[f], end - begin);
-        const float* const source = grad + b * plan.stride + plan.column[f];
-        for (int64_t n = begin; n < end; ++n) {
-          // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots.
-          const uint64_t scrambled = slots[n] * 0x9E3779B1u;
-          if (unit.parts > 1 && (scrambled * unit.parts) >> 32 != unit.part) continue;
-          occurrences->push_back({source, slots[n], scale});
+        const float* source = grad + b * plan.stride + plan.column[f];
+        if (batch.weights == nullptr && !is_sequence) {
+          const float scale = bag_scale(plan.pooling[f], end - begin);
+          for (int64_t n = begin; n < end; ++n) {
+            if (is_mine(slots[n])) occurrences->push_back({source, slots[n], scale});
+          }
+          continue;
+        }
+        const float scale =
+            batch.weights == nullptr ? 1.0f : weighted_bag_scale(plan.pooling[f], batch.weights + begin, end - begin);
+        for (int64_t n = begin; n < end; ++n, source += is_sequence ? dim_ : 0) {
+          const float weight = batch.weights == nullptr ? 1.0f : batch.weights[n];
+          if (is_mine(slots[n])) occurrences->push_back({source, slots[n], scale * weight});
         }
       }
     }

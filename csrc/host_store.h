@@ -24,6 +24,8 @@ enum class Status {
   kTooManyRows,   // 2^32 - 1 rows in one store
   kStaleCursor,   // the store changed while it was exported
   kBadOffsets,    // offsets do not rise from 0 to the number of keys
+  kBadWeights,    // a weight is not finite
+  kBagTooLong,    // a sequence has fewer positions than a bag has keys
   kIndexFull,     // internal: grow the index and go on
 };
 
@@ -140,9 +142,10 @@ class HostStore {
   Status insert_misses();
   Status insert_shard(uint32_t shard, const Miss* misses, int64_t count, int64_t* done);
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
-  static void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
-                                  const Unit& unit, std::vector<Occurrence>* occurrences);
+  void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
+                           std::vector<Occurrence>* occurrences) const;
   bool classify(PackedKeys* batch);
+  bool has_finite_weights(const PackedKeys& batch);
   void copy_rows(const uint32_t* slots, int64_t count, float* values, float* state);
   Status take_slot(ShardSlots& shard, uint32_t* slot);
   Status refresh(const PoolingPlan& plan, LookupGradient& gradient);

@@ -66,6 +66,59 @@ inline void fill_initial(const S& shape, const Initializer& init, uint64_t key, 
   }
 }
 
+// Where the vectors of a feature and sample go.
+struct Target {
+  float* columns;
+  bool stream;
+
+  template <typename S>
+  [[gnu::always_inline]] void write(const S& shape, int64_t position, int chunk, Lanes lanes) const {
+    float* const vector = columns + position * shape.dim();
+    if (stream) {
+      store_streaming(shape, vector, chunk, lanes);
+    } else {
+      store(shape, vector, chunk, lanes);
+    }
+  }
+};
+
+// A bag with weights, or a sequence: bag (f, keys [first, last)). Out of line, so that pool() stays what it is without.
+template <int D>
+[[gnu::noinline]] void pool_weighted(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch,
+                                     const uint32_t* slots, const Initializer* initializers, int64_t f, int64_t first,
+                                     int64_t last, const Target& target) {
+  const Shape<D> shape(rows.dim);
+  float initial[kChunks<D> * kLanes];
+  Lanes sum[kChunks<D>];
+  const bool is_sequence = plan.pooling[f] == Pooling::kSequence;
+  for (int c = 0; c < num_chunks(shape); ++c) sum[c] = Lanes{};
+  for (int64_t n = first; n < last; ++n) {
+    const float* row = initial;
+    if (slots[n] != kNoSlot) {
+      row = rows.value(slots[n]);
+    } else {
+      fill_initial(shape, initializers[plan.table[f]], static_cast<uint64_t>(batch.keys[n]), initial);
+    }
+    const float weight = batch.weights == nullptr ? 1.0f : batch.weights[n];
+    for (int c = 0; c < num_chunks(shape); ++c) {
+      const Lanes weighted = weight * load(shape, row, c);
+      if (is_sequence) {
+        target.write(shape, n - first, c, weighted);
+      } else {
+        sum[c] += weighted;
+      }
+    }
+  }
+  if (is_sequence) {
+    for (int64_t position = last - first; position < plan.max_keys[f]; ++position) {
+      for (int c = 0; c < num_chunks(shape); ++c) target.write(shape, position, c, Lanes{});
+    }
+    return;
+  }
+  const float scale = weighted_bag_scale(plan.pooling[f], batch.weights + first, last - first);
+  for (int c = 0; c < num_chunks(shape); ++c) target.write(shape, 0, c, scale == 0.0f ? Lanes{} : sum[c] * scale);
+}
+
 template <int D>
 void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, const uint32_t* slots,
           const Initializer* initializers, const Tile& tile, bool stream, float* out) {
@@ -76,7 +129,11 @@ void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, co
     for (int64_t f = tile.first_feature; f < tile.last_feature; ++f) {
       const int64_t bag = plan.packed_feature[f] * batch.batch_size + b;
       const int64_t first = batch.begin(bag), last = batch.begin(bag + 1);
-      float* const target = out + b * plan.stride + plan.column[f];
+      const Target target{out + b * plan.stride + plan.column[f], stream};
+      if (batch.weights != nullptr || plan.pooling[f] == Pooling::kSequence) {
+        pool_weighted<D>(rows, plan, batch, slots, initializers, f, first, last, target);
+        continue;
+      }
       for (int c = 0; c < num_chunks(shape); ++c) sum[c] = Lanes{};
       for (int64_t n = first; n < last; ++n) {
         const float* row = initial;
@@ -91,13 +148,7 @@ void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, co
       if (scale != 1.0f) {
         for (int c = 0; c < num_chunks(shape); ++c) sum[c] *= scale;
       }
-      for (int c = 0; c < num_chunks(shape); ++c) {
-        if (stream) {
-          store_streaming(shape, target, c, sum[c]);
-        } else {
-          store(shape, target, c, sum[c]);
-        }
-      }
+      for (int c = 0; c < num_chunks(shape); ++c) target.write(shape, 0, c, sum[c]);
     }
   }
 #if defined(__AVX512F__) || defined(__AVX2__)

@@ -48,7 +48,7 @@ struct Rows {
   [[gnu::always_inline]] float* state(uint32_t slot) const { return states + size_t{state_dim} * slot; }
 };
 
-enum class Pooling : uint8_t { kSum = 0, kMean = 1, kSqrtN = 2 };
+enum class Pooling : uint8_t { kSum = 0, kMean = 1, kSqrtN = 2, kSequence = 3 };
 
 // Factor of the sum of a bag of `size` rows.
 [[gnu::always_inline]] static inline float bag_scale(Pooling pooling, int64_t size) {
@@ -57,12 +57,26 @@ enum class Pooling : uint8_t { kSum = 0, kMean = 1, kSqrtN = 2 };
   return 1.0f / (pooling == Pooling::kMean ? count : __builtin_sqrtf(count));
 }
 
+// Factor of the weighted sum of a bag; 0 where its divisor is 0 (or so small that its inverse is not finite). Where all
+// weights are 1 it has the bits of bag_scale. The divisor is summed in fp64: weights of both signs nearly cancel out.
+[[gnu::always_inline]] static inline float weighted_bag_scale(Pooling pooling, const float* weights, int64_t size) {
+  if (pooling != Pooling::kMean && pooling != Pooling::kSqrtN) return 1.0f;
+  double total = 0.0;
+  for (int64_t n = 0; n < size; ++n) {
+    const double weight = weights[n];
+    total += pooling == Pooling::kMean ? weight : weight * weight;
+  }
+  const float divisor = static_cast<float>(pooling == Pooling::kMean ? total : __builtin_sqrt(total));
+  return __builtin_fabsf(divisor) < 0x1p-126f ? 0.0f : 1.0f / divisor;
+}
+
 // The features of a batch that one store serves; [F] arrays.
 struct PoolingPlan {
   int64_t num_features;
   const int64_t* packed_feature;  // which feature of the packed batch
   const uint32_t* table;
   const Pooling* pooling;
+  const int64_t* max_keys;  // positions of a sequence, each of dim columns; 0 for the other poolings
   const int64_t* column;  // first column of the output
   int64_t stride;         // columns of the output
   const int64_t* by_table;  // the plan's features, those of one table side by side, in order
@@ -75,6 +89,7 @@ struct PackedKeys {
   int64_t batch_size;
   int64_t num_features;  // of the packed batch, served by this store or not
   int64_t num_keys;
+  const float* weights = nullptr;  // [num_keys] factor of each key's row; null: all 1
   bool is_one_hot = false;  // every bag holds one key, so offsets[i] == i and need not be read
 
   [[gnu::always_inline]] int64_t num_bags() const { return num_features * batch_size; }

@@ -12,6 +12,8 @@ class Status(enum.Enum):
     TOO_MANY_ROWS = 2
     STALE_CURSOR = 3
     BAD_OFFSETS = 4
+    BAD_WEIGHTS = 5
+    BAG_TOO_LONG = 6
 
 class BufferPool:
     def take_rows(self, rows: int, columns: int) -> NDArray[np.float32] | None: ...
@@ -24,6 +26,7 @@ class PoolingPlan:
         packed_feature: Sequence[int],
         table: Sequence[int],
         pooling: Sequence[int],
+        max_keys: Sequence[int],
         column: Sequence[int],
         stride: int,
     ) -> None: ...
@@ -49,6 +52,7 @@ class HostStore:
         plan: PoolingPlan,
         keys: NDArray[np.int64],
         offsets: NDArray[np.int64],
+        weights: NDArray[np.float32] | None,
         batch_size: int,
         insert: bool,
         out: NDArray[np.float32],
@@ -58,7 +62,14 @@ class HostStore:
         self,
         plan: PoolingPlan,
         gradients: Sequence[
-            tuple[Lookup, NDArray[np.int64], NDArray[np.int64], int, NDArray[np.float32]]
+            tuple[
+                Lookup,
+                NDArray[np.int64],
+                NDArray[np.int64],
+                NDArray[np.float32] | None,
+                int,
+                NDArray[np.float32],
+            ]
         ],
         hypers: NDArray[np.float32],
         is_order_free: bool,

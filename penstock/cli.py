@@ -133,7 +133,7 @@ def evaluate(
     from penstock.report.display import metrics_table, show, slices_tables
 
     metrics = run.evaluate(run_path, data)
-    for table in slices_tables(metrics.get("slices", {})):
+    for table in slices_tables(metrics):
         show(table)
     show(metrics_table(metrics))
 

@@ -353,8 +353,8 @@ class DataConfig(Config):
     split: Split | None = None
     """Part of `source` that is held out."""
     label: LabelOrLabels | None = None
-    """One label, or a list of them for models that predict several; required unless `negatives`
-    says that all rows are positives.
+    """One label, or a list of them for models that predict several; required unless all rows are
+    positives: with `negatives`, or for the model two_tower.
     """
     negatives: Negatives | None = None
     """For logs of positives alone, in place of `label`."""
@@ -390,11 +390,6 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _labels_from_one_place(self) -> DataConfig:
-        if self.label is None and self.negatives is None:
-            raise ValueError(
-                "give `label`, the column of what to predict, or, if every row is a positive, "
-                "`negatives`"
-            )
         if self.label is not None and self.negatives is not None:
             raise ValueError(
                 "`negatives` takes every row as a positive, so there is no `label`; remove one of "

@@ -17,7 +17,7 @@ from penstock.config.base import (
 )
 from penstock.config.data import CrossedFeature, DataConfig, FeatureColumns
 from penstock.config.explain import explain
-from penstock.config.models import CustomModel, DLRMConfig, Model, MultiTask
+from penstock.config.models import CustomModel, DLRMConfig, Model, MultiTask, TwoTowerConfig
 from penstock.config.tables import (
     EmbeddingDim,
     Initializer,
@@ -142,6 +142,16 @@ class Job(Config):
     table_defaults: TableDefaults = TableDefaults()
     model: Model = Field(default_factory=DLRMConfig)
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _labels_come_from_somewhere(self) -> Job:
+        is_in_batch = isinstance(self.model, TwoTowerConfig)
+        if self.data.label is None and self.data.negatives is None and not is_in_batch:
+            raise ValueError(
+                "data: give `label`, the column of what to predict, or, if every row is a "
+                "positive, `negatives`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _task_weights_are_of_labels(self) -> Job:

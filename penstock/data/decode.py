@@ -124,12 +124,13 @@ class Decoder:
     def _read_labels(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
         """[n], or [n, L] where the job names several labels; NaN where one is missing."""
         labels = self._columns.labels
-        if len(labels) == 1:
-            return _read_label(labels[0], table, place)
-        read = np.empty((table.num_rows, len(labels)), dtype=np.float32)
+        read = np.full(
+            (table.num_rows, len(labels)), self._columns.without_column, dtype=np.float32
+        )
         for position, label in enumerate(labels):
-            read[:, position] = _read_label(label, table, place)
-        return read
+            if label is not None:
+                read[:, position] = _read_label(label, table, place)
+        return read[:, 0] if len(labels) == 1 else read
 
     def _read_weights(self, table: pa.Table, place: Place) -> NDArray[np.float32] | None:
         name = self._columns.weight
@@ -147,9 +148,7 @@ class Decoder:
         return weights
 
 
-def _read_label(label: Label | None, table: pa.Table, place: Place) -> NDArray[np.float32]:
-    if label is None:
-        return np.full(table.num_rows, np.nan, dtype=np.float32)
+def _read_label(label: Label, table: pa.Table, place: Place) -> NDArray[np.float32]:
     given = _read_numbers(table, label.column, place)
     with np.errstate(over="ignore"):  # what is too large is found below
         read = given.astype(np.float32)

@@ -5,6 +5,7 @@ Pure: works on the names and types of a source, reads no row.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,9 +58,9 @@ class Columns:
     """What is read of a source, and as what."""
 
     labels: tuple[Label | None, ...]
-    """In the order of `Batch.labels`. None: the source has no column of it (in prediction, or where
-    all rows are positives).
-    """
+    """In the order of `Batch.labels`. None: it has no column, and reads as `without_column`."""
+    without_column: float
+    """1 where every row is a positive; NaN in prediction."""
     weight: str | None
     event_time: str | None
     teacher: str | None
@@ -172,6 +173,7 @@ def resolve_columns(
     dense = sorted((name for _, names in numeric for name in names), key=place.__getitem__)
     columns = Columns(
         labels=found_labels,
+        without_column=math.nan if is_optional else 1.0,
         weight=data.weight,
         event_time=data.event_time,
         # Of a row with another item the teacher's probability is not known.

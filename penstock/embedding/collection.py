@@ -137,7 +137,9 @@ class EmbeddingCollection(nn.Module):
             tables = [table for table in self.tables if RowLayout.of(table) == layout]
             number = {table.name: n for n, table in enumerate(tables)}
             served = tuple(
-                PooledFeature(f, number[feature.table], feature.pooling, first_column[f])
+                PooledFeature(
+                    f, number[feature.table], feature.pooling, first_column[f], feature.max_keys
+                )
                 for f, feature in enumerate(self.features)
                 if feature.table in number
             )

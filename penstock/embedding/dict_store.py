@@ -7,29 +7,36 @@ fused kernels are compared with something better than themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.config import Pooling, TableConfig
+from penstock.config import TableConfig
 from penstock.embedding import optimizer
 from penstock.embedding.initializer import initial_values
 from penstock.embedding.store import (
     Cursor,
     FindResult,
+    PooledFeature,
     PooledGradient,
     PoolingPlan,
     RowLayout,
     StoreMemory,
     TableRows,
+    check_finite_weights,
+    check_sequences,
+    check_weights,
 )
 from penstock.types import KeyedJagged
 
 FloatArray = NDArray[np.float64]
+SMALLEST_DIVISOR = np.finfo(np.float32).tiny
+"""A smaller sum of weights counts as 0: its inverse is beyond float32."""
 
 
 @dataclass
@@ -125,15 +132,19 @@ class DictStore:
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
     ) -> DictLookup:
         """See `Store.pooled_lookup`."""
+        check_weights(batch)
+        check_sequences(plan, batch)
+        check_finite_weights(batch)
         missing = 0
         for feature in plan.features:
-            last = feature.column + self.layout.dim
-            for sample, keys in enumerate(_bags(batch, feature.packed_feature)):
+            for sample, (keys, factors) in enumerate(_bags(batch, feature)):
                 missing += sum(key not in self._rows[feature.table] for key in keys.tolist())
                 rows = self._locate(feature.table, keys, insert=insert)
-                total = np.sum([row.value for row in rows], axis=0) if rows else 0.0
-                divisor = _divisor(feature.pooling, len(keys))
-                out[sample, feature.column : last] = torch.as_tensor(total / divisor)
+                vectors = np.zeros((feature.max_keys or 1, self.layout.dim))
+                for n, (row, factor) in enumerate(zip(rows, factors, strict=True)):
+                    vectors[n if feature.max_keys else 0] += factor * row.value
+                last = feature.column + vectors.size
+                out[sample, feature.column : last] = torch.from_numpy(vectors.reshape(-1))
         return DictLookup(0 if insert else missing)
 
     def apply_gradients(
@@ -143,11 +154,12 @@ class DictStore:
         sums: dict[tuple[int, int], FloatArray] = {}
         for _, batch, grad in gradients:
             for feature in plan.features:
-                last = feature.column + self.layout.dim
+                last = feature.column + self.layout.dim * (feature.max_keys or 1)
                 part = grad[:, feature.column : last].double().numpy()
-                for sample, keys in enumerate(_bags(batch, feature.packed_feature)):
-                    share = part[sample] / _divisor(feature.pooling, len(keys))
-                    for key in keys.tolist():
+                part = part.reshape(len(part), feature.max_keys or 1, self.layout.dim)
+                for sample, (keys, factors) in enumerate(_bags(batch, feature)):
+                    for n, (key, factor) in enumerate(zip(keys.tolist(), factors, strict=True)):
+                        share = factor * part[sample, n if feature.max_keys else 0]
                         name = (feature.table, key)
                         sums[name] = sums.get(name, 0.0) + share
         for (table, key), total in sums.items():
@@ -164,14 +176,21 @@ class DictStore:
         """See `Store.check_invariants`; a dictionary has none to check."""
 
 
-def _divisor(pooling: Pooling, size: int) -> float:
-    return {"sum": 1.0, "mean": float(size), "sqrt_n": size**0.5}[pooling] if size else 1.0
-
-
-def _bags(batch: KeyedJagged, feature: int) -> list[Tensor]:
-    size = batch.batch_size
-    offsets = batch.offsets[feature * size : (feature + 1) * size + 1].tolist()
-    return [batch.values[first:last] for first, last in zip(offsets[:-1], offsets[1:], strict=True)]
+def _bags(batch: KeyedJagged, feature: PooledFeature) -> Iterator[tuple[Tensor, FloatArray]]:
+    """Of each sample the keys [n], and by what factor each key's vector counts."""
+    first_bag = feature.packed_feature * batch.batch_size
+    offsets = batch.offsets[first_bag : first_bag + batch.batch_size + 1].tolist()
+    for first, last in pairwise(offsets):
+        weights = np.ones(last - first)
+        if batch.weights is not None:
+            weights = batch.weights[first:last].double().numpy()
+        divisor = 1.0
+        if feature.pooling == "mean":
+            divisor = sum(weights)
+        elif feature.pooling == "sqrt_n":
+            divisor = sum(weights * weights) ** 0.5
+        is_zero = abs(divisor) < SMALLEST_DIVISOR
+        yield batch.values[first:last], weights * 0.0 if is_zero else weights / divisor
 
 
 def _stack(rows: list[FloatArray], width: int) -> Tensor:

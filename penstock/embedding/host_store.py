@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock import _core
@@ -21,13 +22,16 @@ from penstock.embedding.store import (
     RowLayout,
     StoreMemory,
     TableRows,
+    check_finite_weights,
+    check_sequences,
+    check_weights,
 )
 from penstock.errors import CapacityError, ConfigError
 from penstock.types import KeyedJagged
 
 MAX_TABLES = 65_535
 # As in csrc/row_kernels.h.
-POOLING_CODES = {"sum": 0, "mean": 1, "sqrt_n": 2}
+POOLING_CODES = {"sum": 0, "mean": 1, "sqrt_n": 2, "sequence": 3}
 
 
 class HostStore:
@@ -152,11 +156,13 @@ class HostStore:
         """See `Store.pooled_lookup`."""
         assert out.is_contiguous()
         assert out.shape == (batch.batch_size, plan.stride)
+        check_weights(batch)
         lookup = _core.Lookup()
         status = self._core.pooled_lookup(
             _core_plan(plan),
             batch.values.numpy(),
             batch.offsets.numpy(),
+            _weights(batch),
             batch.batch_size,
             insert,
             out.numpy(),
@@ -167,6 +173,9 @@ class HostStore:
                 "offsets of the batch must rise from 0 to the number of keys "
                 f"({batch.values.numel()}), got {int(batch.offsets[0])} to {int(batch.offsets[-1])}"
             )
+        if status in {_core.Status.BAD_WEIGHTS, _core.Status.BAG_TOO_LONG}:
+            check_sequences(plan, batch)
+            check_finite_weights(batch)
         self._raise_for(status)
         return lookup
 
@@ -179,6 +188,7 @@ class HostStore:
                 cast("_core.Lookup", lookup),
                 batch.values.numpy(),
                 batch.offsets.numpy(),
+                _weights(batch),
                 batch.batch_size,
                 grad.numpy(),
             )
@@ -233,9 +243,14 @@ def _core_plan(plan: PoolingPlan) -> _core.PoolingPlan:
         packed_feature=[feature.packed_feature for feature in features],
         table=[feature.table for feature in features],
         pooling=[POOLING_CODES[feature.pooling] for feature in features],
+        max_keys=[feature.max_keys or 0 for feature in features],
         column=[feature.column for feature in features],
         stride=plan.stride,
     )
+
+
+def _weights(batch: KeyedJagged) -> NDArray[np.float32] | None:
+    return None if batch.weights is None else batch.weights.numpy()
 
 
 def _checked(

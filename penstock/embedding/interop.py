@@ -25,14 +25,12 @@ def from_keyed_jagged_tensor(kjt: Any, features: Sequence[str] | None = None) ->
     """Makes a `KeyedJagged` of a torchrec KeyedJaggedTensor.
 
     Args:
-      kjt: without weights, on the CPU, of one batch size for all its keys.
+      kjt: with or without weights, of one batch size for all its keys.
       features: which of its keys, and in which order; None: all, as they are.
 
     Raises:
-      ConfigError: it has weights or unequal batch sizes, or lacks a feature.
+      ConfigError: its batch sizes are unequal, or it lacks a feature.
     """
-    if kjt.weights_or_none() is not None:
-        raise ConfigError("the KeyedJaggedTensor has weights, which a KeyedJagged cannot hold")
     names = tuple(kjt.keys())
     lengths = kjt.lengths().to(torch.int64).cpu()
     if not names or lengths.numel() % len(names) or kjt.variable_stride_per_key():
@@ -42,14 +40,17 @@ def from_keyed_jagged_tensor(kjt: Any, features: Sequence[str] | None = None) ->
         )
     offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=offsets[1:])
-    packed = KeyedJagged(names, kjt.values().to(torch.int64).cpu().contiguous(), offsets)
+    weights = kjt.weights_or_none()
+    if weights is not None:
+        weights = weights.detach().to(torch.float32).cpu().contiguous()
+    packed = KeyedJagged(names, kjt.values().to(torch.int64).cpu().contiguous(), offsets, weights)
     if features is None or tuple(features) == names:
         return packed
     return KeyedJagged.pack({feature: packed[feature] for feature in features})
 
 
 def to_keyed_jagged_tensor(sparse: KeyedJagged) -> Any:
-    """Makes a torchrec KeyedJaggedTensor of the same keys.
+    """Makes a torchrec KeyedJaggedTensor of the same keys and weights.
 
     Raises:
       ConfigError: torchrec is not installed.
@@ -59,7 +60,10 @@ def to_keyed_jagged_tensor(sparse: KeyedJagged) -> Any:
     except ImportError as error:
         raise ConfigError(f"a KeyedJaggedTensor needs torchrec: {error}") from None
     return jagged.KeyedJaggedTensor(
-        keys=list(sparse.features), values=sparse.values, lengths=sparse.offsets.diff()
+        keys=list(sparse.features),
+        values=sparse.values,
+        lengths=sparse.offsets.diff(),
+        weights=sparse.weights,
     )
 
 

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from penstock.config import Optimizer, Pooling, TableConfig
 from penstock.embedding.optimizer import rule_of
+from penstock.errors import ConfigError
 from penstock.types import KeyedJagged
 
 
@@ -77,6 +79,8 @@ class PooledFeature:
     pooling: Pooling
     column: int
     """First column in the output."""
+    max_keys: int | None = None
+    """Positions of a sequence, of `dim` columns each; None for the other poolings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +151,7 @@ class Store(Protocol):
 
         Args:
           plan: features, tables, columns.
-          batch: the packed keys.
+          batch: the packed keys, with or without weights.
           insert: absent keys get rows; else they read as initial values and are counted
             (`num_missing` of the result).
           out: columns of other stores' features are left alone.
@@ -156,7 +160,8 @@ class Store(Protocol):
           What `apply_gradients` needs to know of this look-up.
 
         Raises:
-          ConfigError: the offsets do not rise from 0 to the number of keys.
+          ConfigError: the offsets do not rise from 0 to the number of keys; the weights are not
+            one finite float32 a key; a bag has more keys than its sequence has positions.
           CapacityError: as `find_or_insert`; `out` is then undefined.
         """
 
@@ -166,7 +171,9 @@ class Store(Protocol):
         """One optimizer step for each row touched, on the sum of its gradients; returns the rows.
 
         Sums run in the order of (look-up, feature, sample, key), so the bits of the result do not
-        depend on the number of threads. A row erased since the look-up begins anew.
+        depend on the number of threads. A row erased since the look-up begins anew. A key's
+        gradient is that of its vector times the factor that the look-up gave it: a key of weight 0
+        is touched like any other. The weights themselves get no gradient.
         """
 
     def memory(self) -> StoreMemory:
@@ -185,3 +192,47 @@ class Cursor:
 
 
 CURSOR_START = Cursor()
+
+
+def check_weights(batch: KeyedJagged) -> None:
+    """Refuses weights that are not one float32 a key. Whether they are finite is not looked at."""
+    weights = batch.weights
+    if weights is None:
+        return
+    is_flat = weights.shape == batch.values.shape and weights.is_contiguous()
+    if weights.dtype != torch.float32 or weights.device.type != "cpu" or not is_flat:
+        raise ConfigError(
+            f"weights of the batch: expected contiguous float32 {list(batch.values.shape)} on the "
+            f"CPU, one a key, got {weights.dtype} {list(weights.shape)} on {weights.device}"
+        )
+
+
+def check_finite_weights(batch: KeyedJagged) -> None:
+    """Refuses weights that are NaN or infinite, by feature and sample."""
+    if batch.weights is None or bool(batch.weights.isfinite().all()):
+        return
+    place = int((~batch.weights.isfinite()).nonzero()[0])
+    bag = int(torch.searchsorted(batch.offsets, place, right=True)) - 1
+    feature, sample = divmod(bag, batch.batch_size)
+    raise ConfigError(
+        f"feature {batch.features[feature]!r}, sample {sample} of the batch: the weight of key "
+        f"{int(batch.values[place])} is {float(batch.weights[place])}; weights must be finite"
+    )
+
+
+def check_sequences(plan: PoolingPlan, batch: KeyedJagged) -> None:
+    """Refuses a bag with more keys than its sequence has positions, by feature and sample."""
+    lengths = batch.offsets.diff()
+    for feature in plan.features:
+        if feature.max_keys is None:
+            continue
+        first = feature.packed_feature * batch.batch_size
+        sizes = lengths[first : first + batch.batch_size]
+        if (sizes > feature.max_keys).any():
+            sample = int((sizes > feature.max_keys).nonzero()[0])
+            name = batch.features[feature.packed_feature]
+            raise ConfigError(
+                f"feature {name!r}, sample {sample} of the batch: {int(sizes[sample])} keys for a "
+                f"sequence of {feature.max_keys} positions; raise max_keys, or cut the bags with "
+                "Jagged.truncate"
+            )

@@ -13,16 +13,20 @@ from rich.table import Table
 from penstock.errors import ConfigError
 from penstock.report.display import size_text
 from penstock.report.plots import MISSING, can_draw, draw_comparison
-from penstock.report.record import RunRecord
+from penstock.report.record import MetricPath, RunRecord, metric_at, metric_words
 from penstock.training.job_difference import leaves
 
 _HIGHER_IS_BETTER = {
+    "loss": False,
     "auc": True,
     "teacher_auc": None,
     "share_of_teacher": True,
     "log_loss": False,
     "normalized_entropy": False,
     "calibration": None,
+    "rmse": False,
+    "mae": False,
+    "bias": None,
 }
 _ABSENT = "-"
 
@@ -50,12 +54,9 @@ def metrics_side_by_side(runs: Mapping[str, RunRecord]) -> Table:
     """Metrics of the last evaluation (or summary), one column a run; the best one is bold."""
     shown = _table("metric", runs)
     found = [_last_metrics(run) for run in runs.values()]
-    for metric, is_higher_better in _HIGHER_IS_BETTER.items():
-        _add_metric(shown, metric, [one.get(metric) for one in found], is_higher_better)
-    columns = dict.fromkeys(name for one in found for name in one.get("grouped_auc", {}))
-    for column in columns:
-        values = [one.get("grouped_auc", {}).get(column, {}).get("auc") for one in found]
-        _add_metric(shown, f"AUC grouped by {escape(column)}", values, True)
+    tasks = dict.fromkeys(name for one in found for name in one.get("tasks", {}))
+    for prefix in ((), *(("tasks", task) for task in tasks)):
+        _add_metrics(shown, prefix, found)
     shown.add_section()
     for words, read in (
         ("steps", lambda run, _: f"{_last_step(run):,}"),
@@ -89,6 +90,20 @@ def job_differences(runs: Mapping[str, RunRecord]) -> Table | str:
         if len(set(values)) > 1:
             shown.add_row(escape(path), *map(escape, values))
     return shown if shown.row_count else "the jobs are equal in every field"
+
+
+def _add_metrics(table: Table, prefix: MetricPath, found: Sequence[Mapping[str, Any]]) -> None:
+    """Adds the metrics below `prefix`: of the whole job, or of one of its labels."""
+    of = f"{escape(prefix[-1])}: " if prefix else ""
+    inner = [one if not prefix else one.get("tasks", {}).get(prefix[-1], {}) for one in found]
+    recalls = dict.fromkeys(n for one in inner for n in one if n.startswith("recall_at_"))
+    for metric, is_higher_better in (_HIGHER_IS_BETTER | dict.fromkeys(recalls, True)).items():
+        values = [metric_at(one, (metric,)) for one in inner]
+        _add_metric(table, of + metric_words(metric), values, is_higher_better)
+    columns = dict.fromkeys(name for one in inner for name in one.get("grouped_auc", {}))
+    for column in columns:
+        values = [metric_at(one, ("grouped_auc", column, "auc")) for one in inner]
+        _add_metric(table, f"{of}AUC grouped by {escape(column)}", values, True)
 
 
 def _add_metric(

@@ -13,6 +13,40 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from penstock.report.record import by_task, metric_words
+
+_HEADLINE = {
+    "loss": "loss",
+    "log_loss": "loss",
+    "normalized_entropy": "NE",
+    "auc": "AUC",
+    "rmse": "RMSE",
+    "mae": "MAE",
+}
+_MOST_ON_THE_BAR = 3
+"""Metrics: the line must fit into 80 columns."""
+_WORDS = {
+    "loss": "loss",
+    "auc": "AUC",
+    "teacher_auc": "teacher's AUC, the best reachable",
+    "log_loss": "log loss",
+    "normalized_entropy": "normalised entropy",
+    "calibration": "calibration",
+    "rmse": "root mean squared error",
+    "mae": "mean absolute error",
+    "bias": "mean prediction - mean label",
+}
+_OF_SLICES = {
+    "rate": "label rate",
+    "auc": "AUC",
+    "log_loss": "log loss",
+    "normalized_entropy": "NE",
+    "calibration": "calibration",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "bias": "bias",
+}
+
 
 class Display:
     """Progress of one training run.
@@ -54,14 +88,14 @@ class Display:
 
     def training(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of one window of steps."""
-        shown = (
-            f"loss {_number(metrics['log_loss'])}  NE {_number(metrics['normalized_entropy'])}  "
-            f"AUC {_number(metrics['auc'])}  {metrics['samples_per_s']:,.0f}"
-        )
+        speed = f"{metrics['samples_per_s']:,.0f}"
         if self._progress is not None:
-            # The line must fit into 80 columns.
-            self._progress.update(self._task, completed=samples, step=step, metrics=f"{shown}/s")
+            shown = headline(metrics, _MOST_ON_THE_BAR)
+            self._progress.update(
+                self._task, completed=samples, step=step, metrics=f"{shown}  {speed}/s"
+            )
             return
+        shown = f"{headline(metrics)}  {speed}"
         left_s = (self._total - samples) / max(metrics["samples_per_s"], 1e-9)
         eta = timedelta(seconds=round(max(left_s, 0.0)))
         self.line(f"step {step:,}  {samples:,} samples  {shown} samples/s  ETA {eta}")
@@ -71,10 +105,7 @@ class Display:
         teacher = (
             f"  (teacher {_number(metrics['teacher_auc'])})" if "teacher_auc" in metrics else ""
         )
-        self.line(
-            f"evaluation at step {step:,}: AUC {_number(metrics['auc'])}{teacher}  "
-            f"loss {_number(metrics['log_loss'])}  NE {_number(metrics['normalized_entropy'])}"
-        )
+        self.line(f"evaluation at step {step:,}: {headline(metrics)}{teacher}")
 
     def line(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
@@ -104,16 +135,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(show_header=False, title=f"{summary['name']}: {summary['steps']:,} steps")
     table.add_column(style="bold")
     table.add_column(justify="right")
-    measured = summary["measured_on"]
-    table.add_row(f"AUC ({measured})", _number(summary["auc"]))
-    if summary.get("teacher_auc") is not None:
-        table.add_row("teacher's AUC, the best reachable", _number(summary["teacher_auc"]))
-        table.add_row("share of the way from 0.5", f"{summary['share_of_teacher']:.1%}")
-    for column, grouped in summary.get("grouped_auc", {}).items():
-        table.add_row(f"AUC grouped by {escape(column)}", _grouped(grouped))
-    table.add_row("log loss", _number(summary["log_loss"]))
-    table.add_row("normalised entropy", _number(summary["normalized_entropy"]))
-    table.add_row("calibration", _number(summary["calibration"]))
+    table.add_row("measured on", summary["measured_on"])
+    _add_metrics(table, summary)
     table.add_row("samples", f"{summary['samples']:,}")
     table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     table.add_row("time", _time_split(summary["seconds"]))
@@ -155,41 +178,84 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "undefined" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
+def headline(metrics: Mapping[str, Any], most: int | None = None) -> str:
+    """The few metrics that say how it goes, on one line; at most `most` of them."""
+    parts = [
+        f"{words} {_number(metrics[name])}"
+        for name, words in _HEADLINE.items()
+        if name in metrics and not _is_nan(metrics[name])
+    ]
+    parts += [
+        f"{metric_words(name)} {_number(value)}"
+        for name, value in metrics.items()
+        if name.startswith("recall_at_")
+    ]
+    for task, found in metrics.get("tasks", {}).items():
+        name = "auc" if "auc" in found else "rmse"
+        parts.append(f"{task} {_HEADLINE[name]} {_number(found[name])}")
+    return "  ".join(parts[:most])
+
+
 def metrics_table(metrics: Mapping[str, Any], title: str = "") -> Table:
     """The metrics of one evaluation, by name."""
     table = Table(show_header=False, title=title)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    for name, value in metrics.items():
-        if isinstance(value, int):
-            table.add_row(name, f"{value:,}")
-        elif isinstance(value, float) or value is None:
-            table.add_row(name, _number(value, 6))
-    for column, grouped in metrics.get("grouped_auc", {}).items():
-        table.add_row(f"AUC grouped by {escape(column)}", _grouped(grouped, 6))
+    for task, found in {"": metrics, **metrics.get("tasks", {})}.items():
+        of = f"{escape(task)}: " if task else ""
+        for name, value in found.items():
+            if isinstance(value, int):
+                table.add_row(of + name, f"{value:,}")
+            elif isinstance(value, float) or value is None:
+                table.add_row(of + name, _number(value, 6))
+        for column, grouped in found.get("grouped_auc", {}).items():
+            table.add_row(f"{of}AUC grouped by {escape(column)}", _grouped(grouped, 6))
     return table
 
 
-def slices_tables(slices: Mapping[str, Any]) -> Iterator[Table]:
-    """One table for each column by which the metrics were sliced."""
-    for column, found in slices.items():
-        table = Table(
-            escape(column), "samples", "label rate", "AUC", "log loss", "NE", "calibration"
-        )
-        for shown in table.columns[1:]:
-            shown.justify = "right"
-        for name, metrics in (*found["values"].items(), ("all others", found["rest"])):
-            samples = metrics["samples"]
-            table.add_row(
-                escape(name),
-                f"{samples:,}",
-                _number(metrics["positives"] / samples if samples else None),
-                *(
-                    _number(metrics[metric])
-                    for metric in ("auc", "log_loss", "normalized_entropy", "calibration")
-                ),
-            )
-        yield table
+def slices_tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
+    """One table for each column by which the metrics were sliced, and each label."""
+    for task, of_task in by_task(metrics).items():
+        for column, found in of_task.get("slices", {}).items():
+            shown = {
+                name: words
+                for name, words in _OF_SLICES.items()
+                if name in {"rate", *found["rest"]}
+            }
+            if "positives" not in found["rest"]:
+                del shown["rate"]
+            title = f"{escape(task)} by {escape(column)}" if task else escape(column)
+            table = Table(title, "samples", *shown.values())
+            for header in table.columns[1:]:
+                header.justify = "right"
+            for name, one in (*found["values"].items(), ("all others", found["rest"])):
+                rated = {**one, "rate": _share(one.get("positives", 0), one["samples"])}
+                numbers = (_number(rated[metric]) for metric in shown)
+                table.add_row(escape(name), f"{one['samples']:,}", *numbers)
+            yield table
+
+
+def _add_metrics(table: Table, summary: Mapping[str, Any]) -> None:
+    for task, found in {"": summary, **summary.get("tasks", {})}.items():
+        of = f"{escape(task)}: " if task else ""
+        for name, words in _WORDS.items():
+            if name in found:
+                table.add_row(of + words, _number(found[name]))
+        if found.get("share_of_teacher") is not None:
+            table.add_row("share of the way from 0.5", f"{found['share_of_teacher']:.1%}")
+        for name, value in found.items():
+            if name.startswith("recall_at_"):
+                table.add_row(of + metric_words(name), _number(value))
+        for column, grouped in found.get("grouped_auc", {}).items():
+            table.add_row(f"{of}AUC grouped by {escape(column)}", _grouped(grouped))
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _is_nan(value: float | None) -> bool:
+    return value is None or math.isnan(value)
 
 
 def _grouped(grouped: Mapping[str, Any], digits: int = 4) -> str:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from penstock.report.display import size_text, tables_table
 from penstock.report.folder import RunFolder
 from penstock.report.plots import MISSING, can_draw, draw_run
-from penstock.report.record import RunRecord
+from penstock.report.record import RunRecord, is_metric
 from penstock.report.terminal_curves import curve_tables
 from penstock.training.checkpoint_files import Manifest, verify
 from penstock.training.trained import locate_checkpoint
@@ -91,7 +92,8 @@ def _metrics(path: Path) -> Table:
     summary = json.loads(path.read_text(encoding="utf-8"))
     shown = Table("metric", "value", title=f"measured on the {summary['measured_on']}")
     shown.columns[1].justify = "right"
-    for name in ("auc", "teacher_auc", "log_loss", "normalized_entropy", "calibration"):
-        if summary.get(name) is not None:
-            shown.add_row(name, f"{summary[name]:.6f}")
+    for task, found in {"": summary, **summary.get("tasks", {})}.items():
+        for name, value in found.items():
+            if is_metric(name) and value is not None:
+                shown.add_row(f"{escape(task)}: {name}" if task else name, f"{value:.6f}")
     return shown

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import ConfigError
-from penstock.report.record import CURVES, Curve, RunRecord
+from penstock.report.record import Curve, RunRecord, by_task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ MISSING = (
 _COLORS = ("#3b6fb6", "#d1622b", "#3f8f54", "#8a5aa8", "#b8973a", "#4aa3a8", "#c05a84", "#6b6b6b")
 _GREY = "#9a9a9a"
 _MOST_TABLES = 8
+_MOST_IN_A_ROW = 4
 _Numbers: TypeAlias = NDArray[np.float64]
 _NEAR = 1.96
 """Standard errors of a 95 % interval."""
@@ -50,10 +51,10 @@ def draw_run(record: RunRecord, folder: Path) -> list[Path]:
       ConfigError: a file cannot be written.
     """
     written = []
-    if record.training:
+    if record.training and record.drawn_metrics():
         written.append(_save(_training(record), folder / "training.png"))
-    if record.calibration:
-        written.append(_save(_calibration(record), folder / "calibration.png"))
+    if record.calibrations:
+        written.append(_save(_calibrations(record), folder / "calibration.png"))
     if record.growth():
         written.append(_save(_tables(record.growth()), folder / "tables.png"))
     return written
@@ -67,10 +68,13 @@ def draw_comparison(runs: Mapping[str, RunRecord], path: Path) -> Path:
       path: the PNG file.
 
     Raises:
-      ConfigError: the file cannot be written.
+      ConfigError: no run has metrics, or the file cannot be written.
     """
-    figure, axes = _figure(len(CURVES), 3.6, bottom=0.1 + 0.22 * ((len(runs) + 1) // 2))
-    for axis, (metric, words) in zip(axes, CURVES.items(), strict=True):
+    metrics = {k: v for record in runs.values() for k, v in record.drawn_metrics().items()}
+    if not metrics:
+        raise ConfigError("none of the runs has logged a metric yet; there is nothing to draw")
+    figure, axes = _figure(len(metrics), 3.6, bottom=0.1 + 0.22 * ((len(runs) + 1) // 2))
+    for axis, (metric, words) in zip(axes, metrics.items(), strict=True):
         for number, (name, record) in enumerate(runs.items()):
             color = _COLORS[number % len(_COLORS)]
             style = "-" if number < len(_COLORS) else "--"
@@ -90,8 +94,9 @@ def draw_comparison(runs: Mapping[str, RunRecord], path: Path) -> Path:
 
 
 def _training(record: RunRecord) -> Figure:
-    figure, axes = _figure(len(CURVES), 3.0, bottom=0.25)
-    for axis, (metric, words) in zip(axes, CURVES.items(), strict=True):
+    metrics = record.drawn_metrics()
+    figure, axes = _figure(len(metrics), 3.0, bottom=0.25)
+    for axis, (metric, words) in zip(axes, metrics.items(), strict=True):
         _draw_curve(axis, record.training_curve(metric), _COLORS[0], label="training")
         held_out = record.evaluation_curve(metric)
         axis.plot(
@@ -117,20 +122,39 @@ def _training(record: RunRecord) -> Figure:
         axis.set_title(words, fontsize=10)
         _fit_height(axis)
         _samples_axis(axis)
-    best = record.evaluation_curve("teacher_auc")
-    if best.values.size:
-        axis, height = axes[-1], float(best.values[-1])
+    best = record.evaluation_curve(("teacher_auc",))
+    if best.values.size and ("auc",) in metrics:
+        axis, height = axes[list(metrics).index(("auc",))], float(best.values[-1])
         axis.axhline(height, color=_GREY, linestyle=":", label="best reachable")
         low, high = axis.get_ylim()
         axis.set_ylim(low, max(high, height + 0.05 * (height - low)))
-    handles, labels = axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=8)
+    # By name, once each: not every panel has all of them.
+    named = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        named.values(), named.keys(), loc="lower center", ncols=3, frameon=False, fontsize=8
+    )
     return figure
 
 
-def _calibration(record: RunRecord) -> Figure:
-    predicted, observed, weight = np.array(record.calibration).T
-    figure, (axis,) = _figure(1, 4.4, width=4.8)
+def _calibrations(record: RunRecord) -> Figure:
+    found = record.calibrations
+    columns = min(len(found), _MOST_IN_A_ROW)
+    figure, axes = _figure(len(found), 4.4, width=4.8 * columns)
+    last = record.evaluations[-1]
+    for axis, (task, buckets) in zip(axes, found.items(), strict=True):
+        _calibration(axis, np.array(buckets).T)
+        over_all = _text(by_task(last)[task].get("calibration"))
+        what = task or "calibration of the held-out part"
+        axis.set_title(f"{what}: {over_all} at step {last['step']:,}", fontsize=10)
+    return figure
+
+
+def _calibration(axis: Axes, buckets: _Numbers) -> None:
+    predicted, observed, weight = buckets
     # As many samples as the weights come to; of weighted samples the interval is a rough one.
     low, high = _interval(observed, weight)
     axis.errorbar(
@@ -159,14 +183,7 @@ def _calibration(record: RunRecord) -> Figure:
     axis.set_aspect("equal")
     axis.set_xlabel("mean prediction")
     axis.set_ylabel("observed rate")
-    last = record.evaluations[-1]
-    axis.set_title(
-        f"calibration of the held-out part: {_text(last.get('calibration'))} at step "
-        f"{last['step']:,}",
-        fontsize=10,
-    )
     axis.legend(frameon=False, fontsize=8, loc="upper left")
-    return figure
 
 
 def _interval(observed: _Numbers, weight: _Numbers) -> tuple[_Numbers, _Numbers]:
@@ -227,18 +244,24 @@ def _figure(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    columns = min(panels, _MOST_IN_A_ROW)
+    rows = -(-panels // columns)
+    height = height * rows + bottom
     # Not pyplot, which keeps every figure in the process.
-    figure = Figure(figsize=(width or 4.0 * panels, height + bottom), dpi=130)
+    figure = Figure(figsize=(width or 4.0 * columns, height), dpi=130)
     FigureCanvasAgg(figure)
-    layout = figure.subplots(1, panels, squeeze=False)[0]
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    layout = every[:panels]
+    for axis in every[panels:]:
+        axis.remove()
     for axis in layout:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(visible=True, color="#ececec", linewidth=0.7)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8)
-    below = bottom / (height + bottom)
+    below = bottom / height
     figure.set_layout_engine("constrained", rect=(0, below, 1, 1 - below))
-    return figure, list(layout)
+    return figure, layout
 
 
 def _draw_curve(

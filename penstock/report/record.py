@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,19 @@ from penstock.errors import ConfigError
 from penstock.job_file import parse_yaml
 from penstock.report.folder import RunFolder, read_lines
 
-CURVES = {"log_loss": "log loss", "normalized_entropy": "normalized entropy", "auc": "AUC"}
-"""Metrics that are drawn over the samples, and their names in words."""
+MetricPath: TypeAlias = tuple[str, ...]
+"""Names from the outside in: `("auc",)`, of a job of several labels `("tasks", label, "auc")`."""
+
+_DRAWN = {
+    "loss": "loss",
+    "log_loss": "log loss",
+    "normalized_entropy": "normalized entropy",
+    "auc": "AUC",
+    "rmse": "RMSE",
+    "mae": "MAE",
+}
+_QUALITIES = {*_DRAWN, "teacher_auc", "calibration", "bias"}
+_DRAWN_OF_EACH_TASK = ("log_loss", "auc", "rmse")
 
 
 @dataclass(frozen=True)
@@ -72,17 +84,33 @@ class RunRecord:
             summary,
         )
 
-    def training_curve(self, metric: str) -> Curve:
-        """A metric of the windows of steps, each batch measured before its update."""
-        return _curve([(line["samples"], line.get(metric)) for line in self.training])
+    def drawn_metrics(self) -> dict[MetricPath, str]:
+        """What is drawn over the samples: metrics that the run has, and their names in words."""
+        lines = [*self.training, *self.evaluations]
+        tasks = dict.fromkeys(name for line in lines for name in line.get("tasks", ()))
+        candidates: dict[MetricPath, str] = {(name,): words for name, words in _DRAWN.items()}
+        recalls = (name for line in self.evaluations for name in line if _is_recall(name))
+        candidates |= {(name,): metric_words(name) for name in recalls}
+        for task in tasks:
+            for name in _DRAWN_OF_EACH_TASK:
+                candidates["tasks", task, name] = f"{task}: {_DRAWN[name]}"
+        return {
+            path: words
+            for path, words in candidates.items()
+            if any(metric_at(line, path) is not None for line in lines)
+        }
 
-    def evaluation_curve(self, metric: str) -> Curve:
+    def training_curve(self, metric: MetricPath) -> Curve:
+        """A metric of the windows of steps, each batch measured before its update."""
+        return _curve([(line["samples"], metric_at(line, metric)) for line in self.training])
+
+    def evaluation_curve(self, metric: MetricPath) -> Curve:
         """A metric of the held-out part."""
         steps = [0, *(line["step"] for line in self.training)]
         samples = [0, *(line["samples"] for line in self.training)]
         # An evaluation knows its step; the log lines around it know samples by step.
         return _curve([
-            (float(np.interp(line["step"], steps, samples)), line.get(metric))
+            (float(np.interp(line["step"], steps, samples)), metric_at(line, metric))
             for line in self.evaluations
         ])
 
@@ -98,12 +126,46 @@ class RunRecord:
         return dict(ranked)
 
     @property
-    def calibration(self) -> list[list[float]]:
-        """[buckets, 3] of the last evaluation: mean prediction, mean label, weight."""
+    def calibrations(self) -> dict[str, list[list[float]]]:
+        """[buckets, 3] of the last evaluation: mean prediction, mean label, weight.
+
+        By label of a job of several; of a job of one label under the name "".
+        """
         if not self.evaluations:
-            return []
-        buckets: list[list[float]] = self.evaluations[-1].get("calibration_buckets", [])
-        return buckets
+            return {}
+        last = self.evaluations[-1]
+        found = {name: one.get("calibration_buckets") for name, one in by_task(last).items()}
+        return {name: buckets for name, buckets in found.items() if buckets}
+
+
+def by_task(metrics: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The metrics of each label of a job of several; of a job of one label under the name ""."""
+    tasks: Mapping[str, Mapping[str, Any]] = metrics.get("tasks", {"": metrics})
+    return tasks
+
+
+def metric_at(metrics: Mapping[str, Any], path: MetricPath) -> float | None:
+    """The number at a path; None where there is none, or it is undefined."""
+    found: Any = metrics
+    for name in path:
+        if not isinstance(found, Mapping) or name not in found:
+            return None
+        found = found[name]
+    return None if found is None or math.isnan(found) else float(found)
+
+
+def is_metric(name: str) -> bool:
+    """Whether a field of a summary is a measured quality, and not a count or a time."""
+    return name in _QUALITIES or _is_recall(name)
+
+
+def metric_words(name: str) -> str:
+    """The name of a metric for people: `recall_at_10` is `recall@10`."""
+    return name.replace("recall_at_", "recall@") if _is_recall(name) else name
+
+
+def _is_recall(name: str) -> bool:
+    return name.startswith("recall_at_")
 
 
 def _curve(points: list[tuple[float, float | None]]) -> Curve:

@@ -15,14 +15,19 @@ from penstock.report.environment import hardware, peak_memory_bytes, versions
 from penstock.report.folder import RunFolder
 
 _SUMMARIZED = (
+    "loss",
     "auc",
     "teacher_auc",
     "share_of_teacher",
     "log_loss",
     "normalized_entropy",
     "calibration",
+    "rmse",
+    "mae",
+    "bias",
     "grouped_auc",
     "slices",
+    "tasks",
 )
 """Metrics that go from the last evaluation into the summary."""
 
@@ -97,6 +102,7 @@ class RunReport:
         else:
             found, where = self._last_training, "last training steps, before their update"
         metrics = {name: found[name] for name in _SUMMARIZED if name in found}
+        metrics |= {name: found[name] for name in found if name.startswith("recall_")}
         samples = 0 if evaluation is None else evaluation["samples"]
         return {"measured_on": where, "evaluation_samples": samples, **metrics}
 
@@ -120,7 +126,7 @@ class RunReport:
         self._display.stop()
         if len(whole["tables"]) > 1:
             self._console.print(tables_table(whole["tables"]))
-        for table in slices_tables(whole.get("slices", {})):
+        for table in slices_tables(whole):
             self._console.print(table)
         self._console.print(summary_table(whole))
         self._display.line(f"run folder: {self._folder.path}")
@@ -134,4 +140,11 @@ class RunReport:
 
 def _with_nan(line: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN; null stands for it in metrics.jsonl."""
-    return {name: math.nan if value is None else value for name, value in line.items()}
+    return {
+        name: _with_nan(value)
+        if isinstance(value, Mapping)
+        else math.nan
+        if value is None
+        else value
+        for name, value in line.items()
+    }

@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from penstock.report.record import CURVES, Curve, RunRecord
+from penstock.report.record import Curve, RunRecord
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 30
@@ -41,8 +41,8 @@ def curve_tables(record: RunRecord) -> Iterator[Table]:
     """Training curves, calibration and growth of the tables, as far as the run has them."""
     if record.training:
         yield _curves(record)
-    if record.calibration:
-        yield _calibration(record)
+    for task, buckets in record.calibrations.items():
+        yield _calibration(task, buckets)
     growth = record.growth()
     if growth:
         yield _growth(growth)
@@ -52,24 +52,23 @@ def _curves(record: RunRecord) -> Table:
     shown = Table("metric", "part", "over the samples", "first", "last", title="training curves")
     for column in shown.columns[3:]:
         column.justify = "right"
-    for metric, words in CURVES.items():
+    for metric, words in record.drawn_metrics().items():
         for part, curve in (
             ("training", record.training_curve(metric)),
             ("held-out", record.evaluation_curve(metric)),
         ):
             if curve.values.size:
                 ends = (f"{curve.values[0]:.4f}", f"{curve.values[-1]:.4f}")
-                shown.add_row(words, part, Text(sparkline(curve, skip_start=True)), *ends)
+                shown.add_row(Text(words), part, Text(sparkline(curve, skip_start=True)), *ends)
     return shown
 
 
-def _calibration(record: RunRecord) -> Table:
-    shown = Table(
-        "prediction", "observed", "observed / prediction", "weight", title="calibration, held-out"
-    )
+def _calibration(task: str, buckets: list[list[float]]) -> Table:
+    title = Text("calibration, held-out" + (f": {task}" if task else ""))
+    shown = Table("prediction", "observed", "observed / prediction", "weight", title=title)
     for column in (shown.columns[0], shown.columns[1], shown.columns[3]):
         column.justify = "right"
-    for predicted, observed, weight in record.calibration:
+    for predicted, observed, weight in buckets:
         ratio = observed / predicted if predicted else 1.0
         shown.add_row(f"{predicted:.4f}", f"{observed:.4f}", _deviation(ratio), f"{weight:,.0f}")
     return shown

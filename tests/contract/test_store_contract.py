@@ -165,7 +165,7 @@ def test_growth_keeps_every_row(open_store):
     store.check_invariants()
 
 
-def random_batch(rng, features, size, span=40):
+def random_batch(rng, features, size, span=40, *, weighted=False):
     columns = {}
     for name in features:
         lengths = rng.integers(0, 5, size)
@@ -173,7 +173,12 @@ def random_batch(rng, features, size, span=40):
         edges = rng.random(len(keys)) < 0.05
         keys[edges] = rng.choice(EDGES.numpy(), edges.sum())
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        columns[name] = Jagged(torch.from_numpy(keys), torch.from_numpy(offsets))
+        weights = rng.integers(-2, 3, len(keys)).astype(np.float32) if weighted else None
+        columns[name] = Jagged(
+            torch.from_numpy(keys),
+            torch.from_numpy(offsets),
+            torch.from_numpy(weights) if weighted else None,
+        )
     return KeyedJagged.pack(columns)
 
 
@@ -337,10 +342,11 @@ def test_deterministic_mode_has_the_same_bits_whatever_the_order(rule):
 def permuted(batch, order):
     columns = {}
     for name in batch.features:
-        values, offsets = batch[name]
-        bags = [values[offsets[b] : offsets[b + 1]] for b in order.tolist()]
-        lengths = torch.tensor([0, *(len(bag) for bag in bags)])
-        columns[name] = Jagged(torch.cat(bags), lengths.cumsum(0))
+        values, offsets, weights = batch[name]
+        places = torch.cat([torch.arange(offsets[b], offsets[b + 1]) for b in order.tolist()])
+        lengths = torch.cat([torch.zeros(1, dtype=torch.int64), offsets.diff()[order]])
+        weights = None if weights is None else weights[places]
+        columns[name] = Jagged(values[places], lengths.cumsum(0), weights)
     return KeyedJagged.pack(columns)
 
 

@@ -71,7 +71,7 @@ def test_metrics_come_at_the_steps_asked_for(finished):
             "seconds",
             "tables",
         } <= set(line)
-    assert "evaluation at step 10: AUC" in shown
+    assert "evaluation at step 10: loss" in shown
     assert "ETA" in shown
 
 

@@ -178,6 +178,47 @@ def test_many_tables_of_many_dims_use_one_store_a_layout():
         first += dim
 
 
+def test_sequences_and_weights_reach_autograd():
+    table = TableConfig(name="item", dim=4, optimizer=SGD(learning_rate=1.0))
+    features = [
+        FeatureConfig(name="one", table="item", pooling="mean"),
+        FeatureConfig(name="history", table="item", pooling="sequence", max_keys=3),
+    ]
+    embeddings = EmbeddingCollection([table], features)
+    assert [shape.width for shape in embeddings.feature_shapes] == [4, 12]
+    sparse = KeyedJagged.pack({
+        "one": Jagged.from_dense(torch.tensor([7, 8, 7])),
+        "history": Jagged(
+            torch.tensor([7, 9, 9, 5]),
+            torch.tensor([0, 3, 3, 4]),
+            torch.tensor([1.0, 2.0, 0.0, -1]),
+        ),
+    })
+    assert embeddings.sequence_lengths(sparse).tolist() == [[3], [0], [1]]
+    row = {key: embeddings(sparse_of(key))[0, :4] for key in (5, 7, 8, 9)}
+    out = embeddings(sparse)
+    history = out[:, 4:].view(3, 3, 4)
+    assert torch.equal(history[0], torch.stack([row[7], 2 * row[9], 0 * row[9]]))
+    assert (history[1] == 0).all()
+    assert torch.equal(history[2, 0], -row[5])
+    out.backward(torch.ones(3, 16))
+    embeddings.apply_gradients()
+    steps = {5: -1.0, 7: 3.0, 8: 1.0, 9: 2.0}  # the sums of each key's weights
+    for key, step in steps.items():
+        after = embeddings(sparse_of(key))[0, :4]
+        torch.testing.assert_close(after, row[key] - step, rtol=0, atol=1e-6)
+
+
+def sparse_of(key):
+    keys = Jagged.from_dense(torch.tensor([key]))
+    empty = Jagged(torch.zeros(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    return KeyedJagged.pack({"one": keys, "history": empty})
+
+
+def test_without_sequences_there_are_no_lengths():
+    assert EmbeddingCollection(TABLES, FEATURES).sequence_lengths(BAGS).shape == (3, 0)
+
+
 def test_the_documented_example_runs():
     source = re.search(r"```python\n(.*?)```", collection_module.__doc__, re.DOTALL).group(1)
     assert len(ast.parse(source).body) <= 10

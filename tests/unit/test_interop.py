@@ -1,3 +1,4 @@
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -60,9 +61,14 @@ def test_from_a_keyed_jagged_tensor():
     assert_equal(from_keyed_jagged_tensor(kjt(), ["b", "a"]), turned)
 
 
+def test_weights_are_taken_over():
+    weights = torch.tensor([0.5, -1.0, 0.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    packed = from_keyed_jagged_tensor(kjt(weights=weights), ["b", "a"])
+    assert torch.equal(packed["a"].weights, weights[:3].float())
+    assert torch.equal(packed["b"].weights, weights[3:].float())
+
+
 def test_what_cannot_be_taken_over_is_refused():
-    with pytest.raises(ConfigError, match="has weights, which a KeyedJagged cannot hold"):
-        from_keyed_jagged_tensor(kjt(weights=torch.ones(6)))
     with pytest.raises(ConfigError, match="every key needs the same batch size"):
         from_keyed_jagged_tensor(kjt(variable=True))
     with pytest.raises(ConfigError, match="no feature 'c'; there are a, b"):
@@ -72,6 +78,9 @@ def test_what_cannot_be_taken_over_is_refused():
 @pytest.mark.skipif(find_spec("torchrec") is None, reason="torchrec is not installed")
 def test_there_and_back_with_torchrec():
     assert_equal(from_keyed_jagged_tensor(to_keyed_jagged_tensor(SPARSE)), SPARSE)
+    weighted = replace(SPARSE, weights=torch.randn(6))
+    back = from_keyed_jagged_tensor(to_keyed_jagged_tensor(weighted))
+    assert torch.equal(back.weights, weighted.weights)
 
 
 @pytest.mark.skipif(find_spec("torchrec") is not None, reason="torchrec is installed")

@@ -10,7 +10,7 @@ from rich.console import Console
 from penstock.errors import ConfigError
 from penstock.report import plots
 from penstock.report.comparison import job_differences, metrics_side_by_side
-from penstock.report.display import slices_tables
+from penstock.report.display import headline, slices_tables
 from penstock.report.plots import can_draw, draw_comparison, draw_run
 from penstock.report.record import RunRecord
 from penstock.report.terminal_curves import curve_tables, sparkline
@@ -52,10 +52,10 @@ def make_run(tmp_path):
 def test_curves_are_the_lines_of_the_metrics(make_run):
     lines = [train_line(10), train_line(20, auc=None), evaluation_line(15), train_line(30)]
     record = RunRecord.read(make_run(lines=lines))
-    curve = record.training_curve("auc")
+    curve = record.training_curve(("auc",))
     assert curve.samples.tolist() == [1000, 3000]  # what is undefined is left out
     assert curve.values.tolist() == [0.6, 0.8]
-    held_out = record.evaluation_curve("auc")
+    held_out = record.evaluation_curve(("auc",))
     assert (held_out.samples.tolist(), held_out.values.tolist()) == ([1500], [0.7])
     assert list(record.growth()) == ["large", "small"]
     assert record.growth()["large"].values.tolist() == [100, 200, 300]
@@ -90,13 +90,13 @@ def test_a_damaged_line_is_named_and_not_skipped(make_run):
 )
 def test_sparkline(make_run, values, width, expected):
     lines = [train_line(step + 1, auc=value) for step, value in enumerate(values)]
-    curve = RunRecord.read(make_run(lines=lines)).training_curve("auc")
+    curve = RunRecord.read(make_run(lines=lines)).training_curve(("auc",))
     assert sparkline(curve, width) == expected
 
 
 def test_the_fall_of_the_first_steps_does_not_flatten_the_rest(make_run):
     lines = [train_line(step, log_loss=90.0 if step < 3 else step % 2) for step in range(1, 31)]
-    curve = RunRecord.read(make_run(lines=lines)).training_curve("log_loss")
+    curve = RunRecord.read(make_run(lines=lines)).training_curve(("log_loss",))
     assert set(sparkline(curve)[2:]) == {"▁"}
     assert sparkline(curve, skip_start=True) == "██" + "█▁" * 14
 
@@ -125,7 +125,7 @@ def test_pictures_hold_the_points(make_run, tmp_path):
     training, held_out = auc.lines
     assert training.get_xdata().tolist() == [100 * step for step in range(1, 21)]
     assert held_out.get_ydata().tolist() == [0.7]
-    axis = plots._calibration(record).axes[0]
+    axis = plots._calibrations(record).axes[0]
     by_label = {line.get_label(): line for line in axis.lines}
     assert by_label["no positive"].get_xdata().tolist() == [0.01]  # zero has no logarithm
     assert 0 < by_label["no positive"].get_ydata()[0] < 0.2
@@ -211,8 +211,70 @@ def test_brackets_are_shown_as_they_are(make_run):
     found = {"values": {"[bold]": metrics}, "rest": metrics | {"samples": 0}}
     console = Console(file=io.StringIO(), width=120)
     console.print(job_differences(runs))
-    for table in slices_tables({"[city]": found}):
+    for table in slices_tables({"slices": {"[city]": found}}):
         console.print(table)
     shown = console.file.getvalue()
     for text in ("[red]", '["[a-z]*"]', "[city]", "[bold]"):
         assert text in shown
+
+
+def several(step, kind="train"):
+    """A line of a run of two labels."""
+    tasks = {"liked": {"auc": 0.5 + step / 100, "log_loss": 0.6}, "stars": {"rmse": 1.0}}
+    line = {"kind": kind, "step": step, "samples": 10 * step, "loss": 1.5, "tasks": tasks}
+    if kind == "evaluation":
+        tasks["liked"] |= {"calibration": 1.1, "calibration_buckets": [[0.1, 0.2, 50.0]]}
+        tasks["liked"]["grouped_auc"] = {"user": {"auc": 0.61, "groups": 3, "share": 1.0}}
+    return line
+
+
+def test_each_label_has_curves_and_a_calibration_of_its_own(make_run, tmp_path):
+    record = RunRecord.read(make_run("m", [several(1), several(2), several(2, "evaluation")]))
+    assert list(record.drawn_metrics().values()) == [
+        "loss",
+        "liked: log loss",
+        "liked: AUC",
+        "stars: RMSE",
+    ]
+    curve = record.training_curve(("tasks", "liked", "auc"))
+    assert curve.values.tolist() == [0.51, 0.52]
+    assert list(record.calibrations) == ["liked"]
+    titles = [table.title and str(table.title) for table in curve_tables(record)]
+    assert titles == ["training curves", "calibration, held-out: liked"]
+    written = draw_run(record, tmp_path / "plots")
+    assert [file.name for file in written] == ["training.png", "calibration.png"]
+    panels = plots._training(record).axes
+    assert [axis.get_title() for axis in panels] == list(record.drawn_metrics().values())
+    assert panels[2].lines[0].get_ydata().tolist() == [0.51, 0.52]
+
+
+def test_labels_are_compared_one_by_one(make_run):
+    one = RunRecord.read(make_run("one", [several(2, "evaluation")]))
+    two = RunRecord.read(make_run("two", [several(4, "evaluation")]))
+    rows = {row[0]: row[1:] for row in cells(metrics_side_by_side({"one": one, "two": two}))}
+    assert rows["liked: auc"] == ["0.520000", "[bold]0.540000[/bold]"]
+    assert rows["stars: rmse"] == ["[bold]1.000000[/bold]"] * 2
+    assert rows["loss"] == ["[bold]1.500000[/bold]"] * 2
+    assert rows["liked: AUC grouped by user"] == ["[bold]0.610000[/bold]"] * 2
+
+
+def test_the_headline_names_each_label():
+    line = several(1)
+    assert headline(line) == "loss 1.5000  liked AUC 0.5100  stars RMSE 1.0000"
+    assert headline(line, most=2) == "loss 1.5000  liked AUC 0.5100"
+    assert headline({"log_loss": 0.5, "auc": float("nan")}) == "loss 0.5000"
+    assert headline({"loss": 4.0, "recall_at_10": 0.25}) == "loss 4.0000  recall@10 0.2500"
+
+
+def test_slices_of_a_number_show_errors(capsys):
+    one = {"samples": 5, "rmse": 1.25, "mae": 1.0, "bias": -0.5}
+    found = {"values": {"Oslo": one}, "rest": one | {"samples": 0}}
+    (table,) = slices_tables({"tasks": {"stars": {"slices": {"city": found}}}})
+    assert [column.header for column in table.columns] == [
+        "stars by city",
+        "samples",
+        "RMSE",
+        "MAE",
+        "bias",
+    ]
+    assert cells(table)[0] == ["Oslo", "5", "1.2500", "1.0000", "-0.5000"]
