@@ -96,9 +96,10 @@ def _below(schema: _Node, node: _Node, part: int | str) -> _Node | None:
 
 
 def _members(schema: _Node, node: _Node) -> list[_Node]:
-    """Of a union."""
-    members = (*node.get("anyOf", ()), *node.get("oneOf", ()))
-    return [_resolved(schema, member) for member in members]
+    """Of a union, and of the unions among them."""
+    given = (*node.get("anyOf", ()), *node.get("oneOf", ()))
+    members = [_resolved(schema, member) for member in given]
+    return [*members, *(inner for member in members for inner in _members(schema, member))]
 
 
 def _resolved(schema: _Node, node: _Node) -> _Node:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.config import FailOnMissing, Label, TimeUnit
+from penstock.data.column_checks import is_text
 from penstock.data.negatives import item_rows
-from penstock.data.schema import Columns, FeatureColumn, NumericGroup, is_text
+from penstock.data.schema import Columns, FeatureColumn, NumericGroup
 from penstock.data.source import Chunk, Place
 from penstock.data.transforms import (
     BadValue,
