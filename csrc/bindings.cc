@@ -327,7 +327,21 @@ void bind_host_store(nb::module_& m) {
       .value("STALE_CURSOR", Status::kStaleCursor)
       .value("BAD_OFFSETS", Status::kBadOffsets)
       .value("BAD_WEIGHTS", Status::kBadWeights)
-      .value("BAG_TOO_LONG", Status::kBagTooLong);
+      .value("BAG_TOO_LONG", Status::kBagTooLong)
+      .value("OVER_BUDGET", Status::kOverBudget);
+
+  nb::class_<RetentionPolicy>(m, "RetentionPolicy")
+      .def(
+          "__init__",
+          [](RetentionPolicy* self, bool retains, bool refuses, float default_value, uint64_t admission_seed,
+             uint64_t admit_below, uint32_t min_count, uint64_t count_half_life, uint64_t max_rows, uint64_t max_candidates,
+             bool evicts, bool by_uses, bool in_seconds, uint64_t ttl, uint64_t half_life) {
+            new (self) RetentionPolicy{retains, refuses, default_value, admission_seed, admit_below, min_count, count_half_life,
+                                       max_rows, max_candidates, evicts, by_uses, in_seconds, ttl, half_life};
+          },
+          nb::kw_only(), "retains"_a, "refuses"_a, "default_value"_a, "admission_seed"_a, "admit_below"_a, "min_count"_a,
+          "count_half_life"_a, "max_rows"_a, "max_candidates"_a, "evicts"_a, "by_uses"_a, "in_seconds"_a, "ttl"_a,
+          "half_life"_a);
 
   nb::class_<BufferPool>(m, "BufferPool")
       .def("__init__", [](BufferPool*) { throw nb::type_error("use buffer_pool()"); })
@@ -352,16 +366,16 @@ void bind_host_store(nb::module_& m) {
   nb::class_<HostStore>(m, "HostStore")
       .def(
           "__init__",
-          [](HostStore* self, uint32_t dim, uint32_t state_dim, int optimizer,
-             const std::vector<std::tuple<int, float, float, uint64_t>>& initializers, int num_threads,
+          [](HostStore* self, uint32_t dim, uint32_t state_dim, uint32_t usage_dim, int optimizer,
+             const std::vector<std::tuple<int, float, float, uint64_t, RetentionPolicy>>& tables, int num_threads,
              uint64_t max_bytes) {
-            std::vector<Initializer> tables;
-            for (const auto& [kind, scale, state, seed] : initializers) {
-              tables.push_back({static_cast<InitializerKind>(kind), scale, state, seed});
+            std::vector<TableRules> rules;
+            for (const auto& [kind, scale, state, seed, retention] : tables) {
+              rules.push_back({{static_cast<InitializerKind>(kind), scale, state, seed}, retention});
             }
-            new (self) HostStore(dim, state_dim, static_cast<OptimizerKind>(optimizer), std::move(tables), num_threads, max_bytes);
+            new (self) HostStore(dim, state_dim, usage_dim, static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes);
           },
-          nb::arg("dim"), nb::arg("state_dim"), nb::arg("optimizer"), nb::arg("initializers"), nb::arg("num_threads"), nb::arg("max_bytes"))
+          nb::kw_only(), "dim"_a, "state_dim"_a, "usage_dim"_a, "optimizer"_a, "tables"_a, "num_threads"_a, "max_bytes"_a)
       .def("open", &HostStore::open)
       .def(
           "pooled_lookup",
@@ -400,16 +414,18 @@ void bind_host_store(nb::module_& m) {
           })
       .def(
           "insert_or_assign",
-          [](HostStore& self, uint32_t table, In<int64_t> keys, InRows values, InRows state) {
+          [](HostStore& self, uint32_t table, In<int64_t> keys, InRows values, InRows state,
+             std::optional<In<int64_t>> usage) {
             int64_t inserted = 0;
             Status status;
             {
               const nb::gil_scoped_release release;
               status = self.insert_or_assign(table, keys.data(), static_cast<int64_t>(keys.size()), values.data(),
-                                             state.data(), &inserted);
+                                             state.data(), usage ? usage->data() : nullptr, &inserted);
             }
             return std::make_tuple(status, inserted);
-          })
+          },
+          "table"_a, "keys"_a, "values"_a, "state"_a, "usage"_a.none())
       .def("erase",
            [](HostStore& self, uint32_t table, In<int64_t> keys) {
              const nb::gil_scoped_release release;
@@ -417,15 +433,40 @@ void bind_host_store(nb::module_& m) {
            })
       .def("export_batch",
            [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, OutRows values,
-              OutRows state) {
+              OutRows state, Out<int64_t> usage) {
              int64_t rows = 0;
              Status status;
              {
                const nb::gil_scoped_release release;
                status = self.export_batch(table, &cursor, version, static_cast<int64_t>(keys.size()), keys.data(),
-                                          values.data(), state.data(), &rows);
+                                          values.data(), state.data(), usage.data(), &rows);
              }
              return std::make_tuple(status, rows, cursor);
+           })
+      .def("advance", &HostStore::advance, nb::call_guard<nb::gil_scoped_release>())
+      .def("num_candidates", &HostStore::num_candidates)
+      .def("export_candidates",
+           [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, Out<int64_t> counts) {
+             int64_t exported = 0;
+             const Status status = self.export_candidates(table, &cursor, version, static_cast<int64_t>(keys.size()),
+                                                          keys.data(), counts.data(), &exported);
+             return std::make_tuple(status, exported, cursor);
+           })
+      .def("import_candidates",
+           [](HostStore& self, uint32_t table, In<int64_t> keys, In<int64_t> counts) {
+             return self.import_candidates(table, keys.data(), counts.data(), static_cast<int64_t>(keys.size()));
+           })
+      .def("retention",
+           [](const HostStore& self, uint32_t table, Out<float> value, Out<float> state, Out<int64_t> numbers) {
+             const RetentionNumbers now = self.retention(table, value.data(), state.data());
+             static_assert(sizeof(now) == 9 * sizeof(int64_t));
+             std::memcpy(numbers.data(), &now, sizeof(now));
+           })
+      .def("set_retention",
+           [](HostStore& self, uint32_t table, In<float> value, In<float> state, In<int64_t> numbers) {
+             RetentionNumbers given;
+             std::memcpy(&given, numbers.data(), sizeof(given));
+             self.set_retention(table, given, value.data(), state.data());
            })
       .def("num_rows", &HostStore::num_rows)
       .def("longest_probe", &HostStore::longest_probe)

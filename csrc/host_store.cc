@@ -27,26 +27,49 @@ void ensure_size(std::vector<T>& v, size_t size) {
 
 }  // namespace
 
-HostStore::HostStore(uint32_t dim, uint32_t state_dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
-                     uint64_t max_bytes)
+HostStore::HostStore(uint32_t dim, uint32_t state_dim, uint32_t usage_dim, OptimizerKind optimizer,
+                     const std::vector<TableRules>& tables, int num_threads, uint64_t max_bytes)
     : dim_(dim),
       state_dim_(state_dim),
+      usage_dim_(usage_dim),
       max_bytes_(max_bytes != 0 ? max_bytes : 2 * uint64_t{physical_memory_bytes()}),
       kernels_(select_row_kernels(dim, optimizer, &isa_)),
-      initializers_(std::move(initializers)),
+      retention_(tables.size()),
+      default_slots_(tables.size(), kNoSlot),
+      candidates_of_table_(tables.size()),
       pool_(num_threads),
       shards_(kNumShards),
       scratch_(num_threads) {
+  uint64_t most_entries = 0;
+  for (const TableRules& table : tables) {
+    initializers_.push_back(table.initializer);
+    policies_.push_back(table.retention);
+    retains_ |= table.retention.retains;
+    if (table.retention.refuses) default_slots_[initializers_.size() - 1] = static_cast<uint32_t>(num_defaults_++);
+    const bool is_bounded = table.retention.max_rows != kUnlimited && most_entries != kUnlimited;
+    most_entries = is_bounded ? most_entries + table.retention.max_rows + table.retention.max_candidates : kUnlimited;
+  }
+  // Marks of use take memory, so that less of it is left for the index.
+  growth_ = {usage_dim_ != 0 ? 20u : 30u, most_entries};
   for (ShardSlots& shard : shards_) shard.rows_of_table.resize(initializers_.size());
 }
 
 bool HostStore::open() {
-  const uint64_t floats = dim_ + state_dim_;
-  return index_.open() && values_.reserve(max_bytes_ / floats * dim_) && states_.reserve(max_bytes_ / floats * state_dim_);
+  const uint64_t floats = dim_ + state_dim_ + usage_dim_;
+  const bool is_open = index_.open() && values_.reserve(max_bytes_ / floats * dim_) &&
+                       states_.reserve(max_bytes_ / floats * (state_dim_ + usage_dim_)) && commit_slots(num_defaults_);
+  if (!is_open) return false;
+  slots_handed_out_ = num_defaults_;
+  for (uint32_t table = 0; table < default_slots_.size(); ++table) {
+    if (default_slots_[table] == kNoSlot) continue;
+    std::fill_n(rows().value(default_slots_[table]), dim_, policies_[table].default_value);
+    std::fill_n(rows().state(default_slots_[table]), state_dim_, initializers_[table].state);
+  }
+  return true;
 }
 
 bool HostStore::commit_slots(uint64_t slots) {
-  return values_.commit(slots * dim_ * sizeof(float)) && states_.commit(slots * state_dim_ * sizeof(float));
+  return values_.commit(slots * dim_ * sizeof(float)) && states_.commit(slots * (state_dim_ + usage_dim_) * sizeof(float));
 }
 
 bool HostStore::classify(PackedKeys* batch) {
@@ -179,18 +202,29 @@ Status HostStore::pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool 
     kernels_.pool(rows(), plan, batch, lookup->slots.data(), initializers_.data(), tiles[tile], stream, out);
   };
   pool_.run(static_cast<int64_t>(tiles.size()), [&](int64_t tile, int thread) {
+    std::vector<Miss>& misses = scratch_[thread].misses;
+    const size_t before = misses.size();
     const bool has_misses = find_tile(plan, batch, tiles[tile], lookup->slots.data(), scratch_[thread]);
     if (has_misses && insert) {
       tile_has_misses_[tile] = 1;
-    } else {
-      pool_tile(tile);
+      return;
     }
+    for (size_t i = before; i < misses.size(); ++i) *misses[i].slot = default_slots_[misses[i].table];
+    pool_tile(tile);
   });
   lookup->num_missing = 0;
   for (const ThreadScratch& scratch : scratch_) lookup->num_missing += static_cast<int64_t>(scratch.misses.size());
   if (!insert || lookup->num_missing == 0) return Status::kOk;
-  const Status status = insert_misses();
+  std::vector<SlotSpan> in_use;
+  if (retains_) {
+    for (int64_t f = 0; f < plan.num_features; ++f) {
+      const int64_t bag = plan.packed_feature[f] * batch.batch_size, first = batch.begin(bag);
+      in_use.push_back({lookup->slots.data() + first, batch.begin(bag + batch.batch_size) - first});
+    }
+  }
+  const Status status = insert_misses(Insert::kAdmitted, in_use);
   if (status != Status::kOk) return status;
+  lookup->erase_version = erase_version_;
   lookup->num_missing = 0;
   pool_.run(static_cast<int64_t>(tiles.size()), [&](int64_t tile, int) {
     if (tile_has_misses_[tile]) pool_tile(tile);
@@ -207,6 +241,14 @@ Status HostStore::take_slot(ShardSlots& shard, uint32_t* slot) {
   if (shard.next == shard.end) {
     const std::lock_guard<std::mutex> guard(arena_growth_);
     const uint64_t rows = extent_rows(slots_handed_out_);
+    if (!free_slots_.empty()) {
+      const auto first = free_slots_.end() - static_cast<int64_t>(std::min<uint64_t>(rows, free_slots_.size()));
+      shard.free.assign(first, free_slots_.end());
+      free_slots_.erase(first, free_slots_.end());
+      *slot = shard.free.back();
+      shard.free.pop_back();
+      return Status::kOk;
+    }
     if (slots_handed_out_ + rows >= kNoSlot) return Status::kTooManyRows;
     if (!commit_slots(slots_handed_out_ + rows)) return Status::kOutOfMemory;
     shard.next = static_cast<uint32_t>(slots_handed_out_);
@@ -228,22 +270,21 @@ Status HostStore::insert_shard(uint32_t shard_number, const Miss* misses, int64_
     }
     const Miss& miss = misses[i];
     const uint64_t hash = index_.hash(miss.key, miss.table);
-    uint32_t slot = index_.find(miss.key, miss.table, hash);
-    if (slot == kNoSlot) {
-      if (index_.count(shard_number) >= index_.limit()) return Status::kIndexFull;
-      const Status status = take_slot(shard, &slot);
-      if (status != Status::kOk) return status;
-      kernels_.initialize(rows(), initializers_[miss.table], miss.key, rows().value(slot), rows().state(slot));
-      index_.insert(miss.key, miss.table, hash, slot);
-      ++shard.rows_of_table[miss.table];
+    if (const Entry* const entry = index_.find(miss.key, miss.table, hash)) {
+      *miss.slot = entry->slot();
+      continue;
     }
-    *miss.slot = slot;
+    if (index_.is_full(shard_number)) return Status::kIndexFull;
+    const Status status = take_slot(shard, miss.slot);
+    if (status != Status::kOk) return status;
+    kernels_.initialize(rows(), initializers_[miss.table], miss.key, rows().value(*miss.slot), rows().state(*miss.slot));
+    index_.insert(miss.key, Entry::pack(miss.table, *miss.slot), hash);
+    ++shard.rows_of_table[miss.table];
   }
   return Status::kOk;
 }
 
-Status HostStore::insert_misses() {
-  ++content_version_;
+std::vector<int64_t> HostStore::sort_misses() {
   const auto shard_of = [this](const Miss& miss) { return Index::shard_of(index_.hash(miss.key, miss.table)); };
   // Counting sort by shard; each thread's misses stay in their order.
   const int64_t threads = num_threads();
@@ -257,34 +298,64 @@ Status HostStore::insert_misses() {
   pool_.run(threads, [&](int64_t t, int) {
     for (const Miss& miss : scratch_[t].misses) sorted_misses_[next[shard_of(miss) * threads + t]++] = miss;
   });
+  std::vector<int64_t> of_shard(kNumShards + 1);
+  for (uint32_t shard = 0; shard <= kNumShards; ++shard) of_shard[shard] = begin[shard * threads];
+  return of_shard;
+}
+
+Status HostStore::insert_misses(Insert insert, const std::vector<SlotSpan>& in_use) {
+  ++content_version_;
+  const std::vector<int64_t> begin = sort_misses();
+  if (retains_) return admit_misses(begin, insert == Insert::kAll, in_use);
   std::vector<int64_t> done(kNumShards);
+  return insert_by_shard([&](uint32_t shard, int) {
+    return insert_shard(shard, sorted_misses_.data() + begin[shard], begin[shard + 1] - begin[shard], &done[shard]);
+  });
+}
+
+Status HostStore::insert_by_shard(const std::function<Status(uint32_t, int)>& insert) {
   std::vector<Status> status(kNumShards);
   for (;;) {
-    pool_.run(kNumShards, [&](int64_t shard, int) {
-      const int64_t first = begin[shard * threads];
-      status[shard] = insert_shard(static_cast<uint32_t>(shard), sorted_misses_.data() + first,
-                                   begin[(shard + 1) * threads] - first, &done[shard]);
-    });
+    pool_.run(kNumShards, [&](int64_t shard, int thread) { status[shard] = insert(static_cast<uint32_t>(shard), thread); });
     bool is_full = false;
     for (const Status s : status) {
       if (s != Status::kOk && s != Status::kIndexFull) return s;
       is_full |= s == Status::kIndexFull;
     }
     if (!is_full) return Status::kOk;
-    if (!index_.grow(pool_)) return Status::kOutOfMemory;
+    if (!index_.grow(pool_, growth_)) return Status::kOutOfMemory;
   }
 }
 
 Status HostStore::refresh(const PoolingPlan& plan, LookupGradient& gradient) {
-  // Rows that were erased since the look-up begin anew.
+  // Rows that were erased since the look-up begin anew; those of tables with rules may have been evicted, and stay away.
   Lookup& lookup = *gradient.lookup;
   if (lookup.erase_version == erase_version_ && lookup.num_missing == 0) return Status::kOk;
   for (ThreadScratch& scratch : scratch_) scratch.misses.clear();
+  std::vector<uint32_t> before;
+  if (retains_) before = lookup.slots;
   const Tile everything{0, plan.num_features, 0, gradient.batch.batch_size};
   find_tile(plan, gradient.batch, everything, lookup.slots.data(), scratch_[0]);
   lookup.erase_version = erase_version_;
   lookup.num_missing = 0;
-  return scratch_[0].misses.empty() ? Status::kOk : insert_misses();
+  std::vector<Miss>& misses = scratch_[0].misses;
+  if (retains_) {
+    for (int64_t f = 0; f < plan.num_features; ++f) {
+      const uint32_t default_slot = default_slots_[plan.table[f]];
+      if (default_slot == kNoSlot) continue;
+      const int64_t bag = plan.packed_feature[f] * gradient.batch.batch_size;
+      for (int64_t i = gradient.batch.begin(bag), end = gradient.batch.begin(bag + gradient.batch.batch_size); i < end; ++i) {
+        if (before[i] == default_slot) lookup.slots[i] = default_slot;
+      }
+    }
+    const auto stays_away = [&](const Miss& miss) {
+      if (!policies_[miss.table].retains) return false;
+      retention_[miss.table].dropped += *miss.slot == kNoSlot;
+      return true;
+    };
+    misses.erase(std::remove_if(misses.begin(), misses.end(), stays_away), misses.end());
+  }
+  return misses.empty() ? Status::kOk : insert_misses(Insert::kAdmitted, {});
 }
 
 std::vector<HostStore::Unit> HostStore::update_units(const PoolingPlan& plan,
@@ -324,8 +395,9 @@ std::vector<HostStore::Unit> HostStore::update_units(const PoolingPlan& plan,
 void HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
                                     const Unit& unit, std::vector<Occurrence>* occurrences) const {
   occurrences->clear();
-  // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots.
+  // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots. No slot: evicted since the look-up.
   const auto is_mine = [&unit](uint32_t slot) {
+    if (slot == kNoSlot) return false;
     return unit.parts == 1 || (uint64_t{slot * 0x9E3779B1u} * unit.parts) >> 32 == unit.part;
   };
   for (const auto& [lookup, batch, grad] : gradients) {
@@ -377,10 +449,12 @@ Status HostStore::apply_gradients(const PoolingPlan& plan, std::vector<LookupGra
     ensure_size(scratch.unique_slot, count);
     ensure_size(scratch.begin, count + 1);
     ensure_size(scratch.order, count);
-    scratch.rows += kernels_.update(rows(), scratch.occurrences.data(), static_cast<int64_t>(count),
+    const int64_t updated = kernels_.update(rows(), scratch.occurrences.data(), static_cast<int64_t>(count),
                                     hypers[units[unit].table], is_order_free,
                                     {scratch.hash_slots.data(), scratch.unique_of.data(), scratch.unique_slot.data(),
                                      scratch.begin.data(), scratch.order.data(), hash_size});
+    if (usage_dim_ != 0) mark_used(scratch.unique_slot.data(), updated, units[unit].table);
+    scratch.rows += updated;
   });
   *rows_updated = 0;
   for (const ThreadScratch& scratch : scratch_) *rows_updated += scratch.rows;

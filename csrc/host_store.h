@@ -6,13 +6,16 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "index.h"
 #include "memory.h"
+#include "retention.h"
 #include "row_kernels.h"
 #include "thread_pool.h"
 
@@ -27,6 +30,7 @@ enum class Status {
   kBadWeights,    // a weight is not finite
   kBagTooLong,    // a sequence has fewer positions than a bag has keys
   kIndexFull,     // internal: grow the index and go on
+  kOverBudget,    // a table holds fewer rows than it was told to take
 };
 
 // What apply_gradients needs of a look-up: where each key's row is.
@@ -43,6 +47,12 @@ struct LookupGradient {
   const float* grad;  // [B, plan.stride]
 };
 
+// A table as the store is given it.
+struct TableRules {
+  Initializer initializer;
+  RetentionPolicy retention;
+};
+
 struct StoreMemory {
   uint64_t rows;
   uint64_t free_slots;
@@ -53,14 +63,15 @@ struct StoreMemory {
 
 class HostStore {
  public:
-  // Tables are numbered as in `initializers`. max_bytes bounds the arenas' address range; 0: twice the machine's memory.
-  HostStore(uint32_t dim, uint32_t state_dim, OptimizerKind optimizer, std::vector<Initializer> initializers, int num_threads,
-            uint64_t max_bytes);
+  // Tables are numbered as in `tables`. max_bytes bounds the arenas' address range; 0: twice the machine's memory.
+  HostStore(uint32_t dim, uint32_t state_dim, uint32_t usage_dim, OptimizerKind optimizer, const std::vector<TableRules>& tables,
+            int num_threads, uint64_t max_bytes);
 
   // False: no memory or address space.
   bool open();
 
-  // Pools the batch into out [B, plan.stride]. With `insert`, absent keys get rows; without, they read as initial values.
+  // Pools the batch into out [B, plan.stride]. With `insert`, absent keys get rows, where admitted; without, they read as
+  // initial values or the default row.
   Status pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool insert, float* out, Lookup* lookup);
 
   // One optimizer step on every row that the look-ups touched, on the sum of its gradients; rows: how many. With
@@ -68,20 +79,35 @@ class HostStore {
   Status apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients, const Hyper* hypers,
                          bool is_order_free, int64_t* rows);
 
-  // values [n, dim] and state [n, state_dim]; absent keys read as initial. found[i]: the row was there before the call.
+  // values [n, dim] and state [n, state_dim]; absent keys read as initial or as the default row. found[i]: the row was there
+  // before the call.
   Status find(uint32_t table, const int64_t* keys, int64_t count, bool insert, float* values, float* state,
               bool* found);
 
-  // Writes rows; of equal keys the last one stays. inserted: rows that were new.
+  // Writes rows, admitting every key; of equal keys the last one stays. inserted: rows that were new. usage
+  // [n, usage_dim]; null: used now, never before.
   Status insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, const float* values, const float* state,
-                          int64_t* inserted);
+                          const int64_t* usage, int64_t* inserted);
 
   int64_t erase(uint32_t table, const int64_t* keys, int64_t count);
 
   // Copies up to max_rows rows of a table from *cursor on (0 at first) and moves it; ends when it returns 0 rows.
   // kStaleCursor: content_version() is not `version` any more.
   Status export_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,
-                      float* values, float* state, int64_t* rows);
+                      float* values, float* state, int64_t* usage, int64_t* rows);
+
+  // The same for keys that are counted but have no row.
+  Status export_candidates(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_keys, int64_t* keys,
+                           int64_t* counts, int64_t* exported);
+  Status import_candidates(uint32_t table, const int64_t* keys, const int64_t* counts, int64_t count);
+  uint64_t num_candidates(uint32_t table) const { return candidates_of_table_[table]; }
+
+  // Moves the time on. Rows beyond their ttl leave, counts are halved.
+  void advance(uint64_t step, uint64_t seconds);
+
+  // What a table remembers besides; value [dim] and state [state_dim] of its default row.
+  RetentionNumbers retention(uint32_t table, float* value, float* state) const;
+  void set_retention(uint32_t table, const RetentionNumbers& numbers, const float* value, const float* state);
 
   // Rises with every call that adds or removes rows.
   uint64_t content_version() const { return content_version_; }
@@ -107,6 +133,41 @@ class HostStore {
     uint32_t end = 0;  // [next, end) is this shard's current extent
     std::vector<uint64_t> rows_of_table;
   };
+  // A key without a row, and its misses: sorted_misses_[first .. last).
+  struct Newcomer {
+    uint64_t key;
+    uint32_t table;
+    uint32_t count;  // occurrences, with those counted before; at most kMaxCount
+    int64_t first;
+    int64_t last;
+    bool is_wanted;
+    bool is_candidate;  // counted before
+  };
+  // What the newcomers of one call amount to, of one table.
+  struct Tally {
+    int64_t wanted = 0;
+    int64_t uncounted = 0;
+    int64_t admitted = 0;
+    int64_t refused = 0;
+    int64_t candidates = 0;  // change of their number
+  };
+  // Who comes in where there is not room for all: those whose precedence is below.
+  struct Thresholds {
+    std::vector<uint64_t> row;
+    std::vector<uint64_t> candidate;
+  };
+  // A row that may leave.
+  struct Leaver {
+    uint64_t rank;
+    uint64_t key;
+    uint32_t table;
+    uint32_t age;
+  };
+  // Slots that the call at hand has found, so that they stay.
+  struct SlotSpan {
+    const uint32_t* slots;
+    int64_t count;
+  };
   // Keys on their way to the find kernel.
   struct KeyChunk {
     static constexpr int64_t kCapacity = 1024;
@@ -123,6 +184,9 @@ class HostStore {
     std::vector<uint64_t> hash_slots;
     std::vector<uint32_t> unique_of, unique_slot, begin, order;
     int64_t rows = 0;
+    std::vector<Tally> tally;  // by table
+    std::vector<Leaver> leavers;
+    std::vector<uint32_t> freed;
   };
 
   // Keys of one table of the plan that one thread updates: those of `part` among `parts`, by slot.
@@ -138,9 +202,35 @@ class HostStore {
                  ThreadScratch& scratch);
   bool find_keys(const int64_t* keys, int64_t count, uint32_t table, uint32_t* slots, ThreadScratch& scratch);
   bool flush(ThreadScratch& scratch);
-  Status locate(uint32_t table, const int64_t* keys, int64_t count, bool insert, std::vector<uint32_t>* slots);
-  Status insert_misses();
+  enum class Insert { kNever, kAdmitted, kAll };
+  Status locate(uint32_t table, const int64_t* keys, int64_t count, Insert insert, std::vector<uint32_t>* slots);
+  std::vector<int64_t> sort_misses();
+  // Gives rows to the keys that were not found. in_use: slots that must not be evicted for them.
+  Status insert_misses(Insert insert, const std::vector<SlotSpan>& in_use);
   Status insert_shard(uint32_t shard, const Miss* misses, int64_t count, int64_t* done);
+  // Calls insert(shard, thread) for every shard; again for all after the index had to grow for one.
+  Status insert_by_shard(const std::function<Status(uint32_t, int)>& insert);
+
+  // host_store_retention.cc
+  Status admit_misses(const std::vector<int64_t>& begin, bool admits_all, const std::vector<SlotSpan>& in_use);
+  void judge_shard(uint32_t shard, int64_t first, int64_t last, bool admits_all, std::vector<Tally>& tally);
+  Thresholds make_room(const std::vector<Tally>& totals, const std::vector<SlotSpan>& in_use);
+  uint64_t threshold(uint32_t table, bool of_rows, uint64_t room) const;
+  Status admit_shard(uint32_t shard, const Thresholds& thresholds, bool admits_all, std::vector<Tally>& tally,
+                     int64_t* done);
+  Status give_row(uint32_t shard, const Newcomer& newcomer, Entry* entry, uint64_t hash, uint32_t* slot);
+  void clear_tallies();
+  std::vector<Tally> total_tally() const;
+  void evict_lowest(uint32_t table, uint64_t count, const std::vector<SlotSpan>& in_use);
+  void collect_leavers(const std::function<bool(uint32_t table)>& is_due,
+                       const std::function<bool(uint32_t table, uint32_t slot, uint64_t rank)>& leaves);
+  void evict(const std::vector<Leaver>& leavers);
+  void evict_expired(const std::vector<uint8_t>& tables);
+  void halve_counts(const std::vector<uint8_t>& halvings);
+  uint64_t rank_of(uint32_t table, uint32_t slot) const;
+  void mark_used(const uint32_t* slots, int64_t count, uint32_t table);
+  int64_t erase_keys(int64_t count, const std::function<std::pair<uint64_t, uint32_t>(int64_t)>& key_of);
+
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
   void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
                            std::vector<Occurrence>* occurrences) const;
@@ -152,15 +242,23 @@ class HostStore {
   std::vector<Tile> lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const;
   bool commit_slots(uint64_t slots);
   Rows rows() const {
-    return {reinterpret_cast<float*>(values_.data()), reinterpret_cast<float*>(states_.data()), dim_, state_dim_};
+    return {reinterpret_cast<float*>(values_.data()), reinterpret_cast<float*>(states_.data()), dim_, state_dim_, usage_dim_};
   }
 
   const uint32_t dim_;
   const uint32_t state_dim_;
+  const uint32_t usage_dim_;
   const uint64_t max_bytes_;
   const char* isa_ = "";
   const RowKernels kernels_;
-  const std::vector<Initializer> initializers_;
+  std::vector<Initializer> initializers_;
+  std::vector<RetentionPolicy> policies_;
+  std::vector<RetentionNumbers> retention_;
+  std::vector<uint32_t> default_slots_;  // kNoSlot: the table refuses no key
+  std::vector<uint64_t> candidates_of_table_;
+  bool retains_ = false;  // some table has rules
+  Growth growth_{30, kUnlimited};
+  uint64_t step_ = 0;
 
   mutable std::mutex call_;
   ThreadPool pool_;
@@ -169,11 +267,14 @@ class HostStore {
   Region states_;
   std::mutex arena_growth_;
   uint64_t slots_handed_out_ = 0;
+  uint64_t num_defaults_ = 0;  // slots of default rows, the first ones
+  std::vector<uint32_t> free_slots_;  // of no shard
   uint64_t content_version_ = 1;
   uint64_t erase_version_ = 1;
   std::vector<ShardSlots> shards_;
   std::vector<ThreadScratch> scratch_;
   std::vector<Miss> sorted_misses_;
+  std::vector<std::vector<Newcomer>> newcomers_ = std::vector<std::vector<Newcomer>>(kNumShards);
   std::vector<uint8_t> tile_has_misses_;
 };
 

@@ -12,7 +12,7 @@ constexpr int64_t kChunkKeys = 4096;  // keys of one task
 
 }  // namespace
 
-Status HostStore::locate(uint32_t table, const int64_t* keys, int64_t count, bool insert,
+Status HostStore::locate(uint32_t table, const int64_t* keys, int64_t count, Insert insert,
                          std::vector<uint32_t>* slots) {
   slots->resize(static_cast<size_t>(count));
   for (ThreadScratch& scratch : scratch_) scratch.misses.clear();
@@ -22,9 +22,9 @@ Status HostStore::locate(uint32_t table, const int64_t* keys, int64_t count, boo
     find_keys(keys + first, std::min(kChunkKeys, count - first), table, slots->data() + first, scratch);
     flush(scratch);
   });
-  if (!insert) return Status::kOk;
+  if (insert == Insert::kNever) return Status::kOk;
   for (const ThreadScratch& scratch : scratch_) {
-    if (!scratch.misses.empty()) return insert_misses();
+    if (!scratch.misses.empty()) return insert_misses(insert, {{slots->data(), count}});
   }
   return Status::kOk;
 }
@@ -50,10 +50,13 @@ Status HostStore::find(uint32_t table, const int64_t* keys, int64_t count, bool 
                        bool* found) {
   const std::lock_guard<std::mutex> guard(call_);
   std::vector<uint32_t> slots;
-  Status status = locate(table, keys, count, false, &slots);
+  Status status = locate(table, keys, count, Insert::kNever, &slots);
   for (int64_t i = 0; i < count; ++i) found[i] = slots[i] != kNoSlot;
-  if (insert) status = locate(table, keys, count, true, &slots);
+  if (insert) status = locate(table, keys, count, Insert::kAdmitted, &slots);
   if (status != Status::kOk) return status;
+  for (int64_t i = 0; i < count; ++i) {
+    if (slots[i] == kNoSlot) slots[i] = default_slots_[table];
+  }
   copy_rows(slots.data(), count, values, state);
   for (int64_t i = 0; i < count; ++i) {
     if (slots[i] != kNoSlot) continue;
@@ -64,51 +67,66 @@ Status HostStore::find(uint32_t table, const int64_t* keys, int64_t count, bool 
 }
 
 Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, const float* values,
-                                   const float* state, int64_t* inserted) {
+                                   const float* state, const int64_t* usage, int64_t* inserted) {
   const std::lock_guard<std::mutex> guard(call_);
   const uint64_t before = num_rows(table);
   std::vector<uint32_t> slots;
-  const Status status = locate(table, keys, count, true, &slots);
-  *inserted = static_cast<int64_t>(num_rows(table) - before);
-  if (status != Status::kOk) return status;
+  const int64_t evicted = retention_[table].evicted;
+  const Status status = locate(table, keys, count, Insert::kAll, &slots);
+  *inserted = static_cast<int64_t>(num_rows(table) - before) + retention_[table].evicted - evicted;
+  if (status != Status::kOk && status != Status::kOverBudget) return status;
   // A thread owns the slots of its residue, so that of equal keys the last one stays.
   const uint32_t owners = static_cast<uint32_t>(num_threads());
   pool_.run(owners, [&](int64_t owner, int) {
     for (int64_t i = 0; i < count; ++i) {
-      if (slots[i] % owners != static_cast<uint32_t>(owner)) continue;
+      if (slots[i] % owners != static_cast<uint32_t>(owner) || slots[i] == kNoSlot) continue;
       std::memcpy(rows().value(slots[i]), values + i * dim_, dim_ * sizeof(float));
       std::memcpy(rows().state(slots[i]), state + i * state_dim_, state_dim_ * sizeof(float));
+      uint32_t* const marks = rows().usage(slots[i]);
+      for (uint32_t word = 0; word < usage_dim_; ++word) {
+        const int64_t unused = word == 0 ? retention_[table].now : 0;
+        marks[word] = static_cast<uint32_t>(usage != nullptr ? usage[i * usage_dim_ + word] : unused);
+      }
     }
   });
-  return Status::kOk;
+  return status;
 }
 
 int64_t HostStore::erase(uint32_t table, const int64_t* keys, int64_t count) {
   const std::lock_guard<std::mutex> guard(call_);
+  return erase_keys(count, [&](int64_t i) { return std::make_pair(static_cast<uint64_t>(keys[i]), table); });
+}
+
+int64_t HostStore::erase_keys(int64_t count, const std::function<std::pair<uint64_t, uint32_t>(int64_t)>& key_of) {
   ++erase_version_;
   ++content_version_;
   std::atomic<int64_t> erased{0};
   // A thread owns the shards of its residue.
   const uint32_t owners = static_cast<uint32_t>(num_threads());
   pool_.run(owners, [&](int64_t owner, int) {
-    int64_t mine = 0;
+    std::vector<uint32_t>& freed = scratch_[owner].freed;
     for (int64_t i = 0; i < count; ++i) {
-      const uint64_t hash = index_.hash(static_cast<uint64_t>(keys[i]), table);
+      const auto [key, table] = key_of(i);
+      const uint64_t hash = index_.hash(key, table);
       const uint32_t shard = Index::shard_of(hash);
       if (shard % owners != static_cast<uint32_t>(owner)) continue;
-      const uint32_t slot = index_.erase(static_cast<uint64_t>(keys[i]), table, hash);
-      if (slot == kNoSlot) continue;
-      shards_[shard].free.push_back(slot);
+      Entry* const entry = index_.find(key, table, hash);
+      if (entry == nullptr || entry->is_candidate()) continue;
+      freed.push_back(entry->slot());
+      index_.erase(entry);
       --shards_[shard].rows_of_table[table];
-      ++mine;
     }
-    erased += mine;
+    erased += static_cast<int64_t>(freed.size());
   });
+  for (ThreadScratch& scratch : scratch_) {
+    free_slots_.insert(free_slots_.end(), scratch.freed.begin(), scratch.freed.end());
+    scratch.freed.clear();
+  }
   return erased;
 }
 
 Status HostStore::export_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,
-                               float* values, float* state, int64_t* num_rows) {
+                               float* values, float* state, int64_t* usage, int64_t* num_rows) {
   const std::lock_guard<std::mutex> guard(call_);
   if (version != content_version_) return Status::kStaleCursor;
   const Entry* const entries = index_.view().entries;
@@ -117,12 +135,15 @@ Status HostStore::export_batch(uint32_t table, uint64_t* cursor, uint64_t versio
   slots.reserve(static_cast<size_t>(max_rows));
   for (; *cursor < end && static_cast<int64_t>(slots.size()) < max_rows; ++*cursor) {
     const Entry& entry = entries[*cursor];
-    if (entry.table() != table || entry.is_empty()) continue;
+    if (entry.table() != table || entry.slot() == kNoSlot) continue;
     keys[slots.size()] = static_cast<int64_t>(entry.key);
     slots.push_back(entry.slot());
   }
   *num_rows = static_cast<int64_t>(slots.size());
   copy_rows(slots.data(), *num_rows, values, state);
+  for (int64_t i = 0; i < *num_rows; ++i) {
+    for (uint32_t word = 0; word < usage_dim_; ++word) usage[i * usage_dim_ + word] = rows().usage(slots[i])[word];
+  }
   return Status::kOk;
 }
 
@@ -133,10 +154,12 @@ uint64_t HostStore::num_rows(uint32_t table) const {
 }
 
 StoreMemory HostStore::memory() const {
-  StoreMemory memory{0, 0, slots_handed_out_, index_.memory_bytes(), slots_handed_out_ * (dim_ + state_dim_) * sizeof(float)};
-  for (uint32_t shard = 0; shard < kNumShards; ++shard) {
-    memory.rows += index_.count(shard);
-    memory.free_slots += shards_[shard].free.size() + (shards_[shard].end - shards_[shard].next);
+  const uint64_t slots = slots_handed_out_ - num_defaults_;
+  const uint64_t row_bytes = (dim_ + state_dim_ + usage_dim_) * sizeof(float);
+  StoreMemory memory{0, free_slots_.size(), slots, index_.memory_bytes(), slots * row_bytes};
+  for (const ShardSlots& shard : shards_) {
+    for (const uint64_t rows : shard.rows_of_table) memory.rows += rows;
+    memory.free_slots += shard.free.size() + (shard.end - shard.next);
   }
   return memory;
 }
@@ -145,15 +168,25 @@ std::string HostStore::check_invariants() const {
   const std::lock_guard<std::mutex> guard(call_);
   if (!index_.is_consistent()) return "an index entry cannot be reached from its home, or counts differ";
   std::vector<uint8_t> uses(slots_handed_out_);
-  std::vector<uint64_t> rows_of_table(initializers_.size());
+  std::vector<uint64_t> rows_of_table(initializers_.size()), candidates_of_table(initializers_.size());
   const Entry* const entries = index_.view().entries;
   for (uint64_t i = 0; i < index_.capacity() * kNumShards; ++i) {
     if (entries[i].is_empty()) continue;
+    const uint32_t table = entries[i].table();
+    if (table >= rows_of_table.size()) return "an index entry names an unknown table";
+    if (entries[i].is_candidate()) {
+      if (entries[i].count() == 0) return "a key is counted that never occurred";
+      ++candidates_of_table[table];
+      continue;
+    }
     if (entries[i].slot() >= uses.size()) return "an index entry names a slot that was never handed out";
-    if (entries[i].table() >= rows_of_table.size()) return "an index entry names an unknown table";
     ++uses[entries[i].slot()];
-    ++rows_of_table[entries[i].table()];
+    ++rows_of_table[table];
   }
+  for (const uint32_t slot : default_slots_) {
+    if (slot != kNoSlot) ++uses[slot];
+  }
+  for (const uint32_t slot : free_slots_) ++uses[slot];
   for (const ShardSlots& shard : shards_) {
     for (const uint32_t slot : shard.free) ++uses[slot];
     for (uint32_t slot = shard.next; slot < shard.end; ++slot) ++uses[slot];
@@ -163,6 +196,11 @@ std::string HostStore::check_invariants() const {
   }
   for (uint32_t table = 0; table < rows_of_table.size(); ++table) {
     if (rows_of_table[table] != num_rows(table)) return "the row count of a table is wrong";
+    if (candidates_of_table[table] != candidates_of_table_[table]) return "the number of counted keys is wrong";
+    const RetentionPolicy& policy = policies_[table];
+    if (rows_of_table[table] > policy.max_rows || candidates_of_table[table] > policy.max_candidates) {
+      return "a table is beyond its budget";
+    }
   }
   return "";
 }

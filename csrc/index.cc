@@ -20,12 +20,12 @@ bool Index::open() {
   return true;
 }
 
-uint32_t Index::find(uint64_t key, uint32_t table, uint64_t hash) const {
+Entry* Index::find(uint64_t key, uint32_t table, uint64_t hash) const {
   const IndexView index = view();
-  const Entry* const shard = index.shard(hash);
+  Entry* const shard = index.shard(hash);
   for (uint64_t i = index.home(hash);; i = i + 1 == capacity_ ? 0 : i + 1) {
-    if (shard[i].is_empty()) return kNoSlot;
-    if (shard[i].key == key && shard[i].table() == table) return shard[i].slot();
+    if (shard[i].is_empty()) return nullptr;
+    if (shard[i].key == key && shard[i].table() == table) return shard + i;
   }
 }
 
@@ -35,22 +35,18 @@ void Index::place(Entry* shard, uint64_t capacity, uint64_t home, Entry entry) {
   shard[i] = entry;
 }
 
-void Index::insert(uint64_t key, uint32_t table, uint64_t hash, uint32_t slot) {
+void Index::insert(uint64_t key, uint64_t meta, uint64_t hash) {
   const IndexView index = view();
-  place(index.shard(hash), capacity_, index.home(hash), Entry{key, Entry::pack(table, slot)});
-  ++counts_[shard_of(hash)].rows;
+  place(index.shard(hash), capacity_, index.home(hash), Entry{key, meta});
+  ++counts_[shard_of(hash)].entries;
 }
 
-uint32_t Index::erase(uint64_t key, uint32_t table, uint64_t hash) {
+void Index::erase(Entry* entry) {
   const IndexView index = view();
-  Entry* const shard = index.shard(hash);
+  const uint64_t number = static_cast<uint64_t>(entry - entries()) / capacity_;
+  Entry* const shard = entries() + number * capacity_;
   const auto after = [this](uint64_t i) { return i + 1 == capacity_ ? 0 : i + 1; };
-  uint64_t hole = index.home(hash);
-  while (!(shard[hole].key == key && shard[hole].table() == table)) {
-    if (shard[hole].is_empty()) return kNoSlot;
-    hole = after(hole);
-  }
-  const uint32_t slot = shard[hole].slot();
+  uint64_t hole = static_cast<uint64_t>(entry - shard);
   // Close the gap: an entry moves back into the hole unless its home lies cyclically within (hole, entry].
   for (uint64_t i = after(hole); !shard[i].is_empty(); i = after(i)) {
     const uint64_t home = index.home(index.hash(shard[i].key, shard[i].table()));
@@ -61,13 +57,15 @@ uint32_t Index::erase(uint64_t key, uint32_t table, uint64_t hash) {
     hole = i;
   }
   shard[hole] = Entry{0, Entry::kEmpty};
-  --counts_[shard_of(hash)].rows;
-  return slot;
+  --counts_[number].entries;
 }
 
-bool Index::grow(ThreadPool& pool) {
-  // Small indexes double; large ones grow by 1.3, to keep the memory per row low.
-  const uint64_t capacity = capacity_ < 1024 ? capacity_ * 2 : capacity_ + capacity_ * 3 / 10;
+bool Index::grow(ThreadPool& pool, const Growth& growth) {
+  // Small indexes double; large ones grow by less, to keep the memory per row low. The last step leads to a load of
+  // 0.74, so that shards a little fuller than the average do not call for another one.
+  uint64_t capacity = capacity_ < 1024 ? capacity_ * 2 : capacity_ + capacity_ * growth.percent / 100;
+  const uint64_t enough = growth.most_entries / kNumShards / 74 * 100 + 100;
+  if (capacity_ >= 1024 && capacity_ < enough) capacity = std::min(capacity, enough);
   Region region;
   if (!allocate(capacity, &region)) return false;
   const IndexView old = view();
@@ -104,14 +102,14 @@ uint64_t Index::longest_probe() const {
 bool Index::is_consistent() const {
   for (uint32_t shard = 0; shard < kNumShards; ++shard) {
     const Entry* const from = entries() + shard * capacity_;
-    uint64_t rows = 0;
+    uint64_t entries = 0;
     for (uint64_t i = 0; i < capacity_; ++i) {
       if (from[i].is_empty()) continue;
-      ++rows;
+      ++entries;
       const uint64_t hash = this->hash(from[i].key, from[i].table());
-      if (shard_of(hash) != shard || find(from[i].key, from[i].table(), hash) != from[i].slot()) return false;
+      if (shard_of(hash) != shard || find(from[i].key, from[i].table(), hash) != from + i) return false;
     }
-    if (rows != counts_[shard].rows) return false;
+    if (entries != counts_[shard].entries) return false;
   }
   return true;
 }

@@ -1,4 +1,4 @@
-// (table, key) -> slot: open addressing over 16-byte entries, in shards that threads own one at a time.
+// (table, key) -> slot or count: open addressing over 16-byte entries, in shards that threads own one at a time.
 //
 // A key's hash picks the shard (top bits) and the home position in it (the rest, scaled to the capacity, so that the
 // capacity need not be a power of two). Linear probing, wrapping within the shard; deletion shifts entries back, so there
@@ -21,12 +21,16 @@ constexpr uint32_t kNumShards = 1u << kShardBits;
 constexpr uint32_t kNoSlot = ~0u;
 constexpr uint32_t kMaxTables = (1u << 16) - 1;
 
+// An entry names a key's row, or counts a key that has none yet (a candidate).
 struct Entry {
   uint64_t key;
-  uint64_t meta;  // table << 48 | slot; kEmpty: no row
+  uint64_t meta;  // table << 48 | count << 32 | slot; kEmpty: free
 
   static constexpr uint64_t kEmpty = ~uint64_t{0};
   static uint64_t pack(uint32_t table, uint32_t slot) { return uint64_t{table} << 48 | slot; }
+  static uint64_t pack_candidate(uint32_t table, uint32_t count) { return uint64_t{table} << 48 | uint64_t{count} << 32 | kNoSlot; }
+  bool is_candidate() const { return slot() == kNoSlot && meta != kEmpty; }
+  uint32_t count() const { return static_cast<uint32_t>(meta >> 32) & 0xFFFF; }
   [[gnu::always_inline]] uint32_t slot() const { return static_cast<uint32_t>(meta); }
   [[gnu::always_inline]] uint32_t table() const { return static_cast<uint32_t>(meta >> 48); }
   [[gnu::always_inline]] bool is_empty() const { return meta == kEmpty; }
@@ -49,6 +53,11 @@ struct IndexView {
   }
 };
 
+struct Growth {
+  uint32_t percent;       // of the capacity, that a large index gains
+  uint64_t most_entries;  // the index will never hold more
+};
+
 class Index {
  public:
   // False: no memory.
@@ -59,23 +68,22 @@ class Index {
   uint64_t capacity() const { return capacity_; }
   size_t memory_bytes() const { return region_.committed(); }
 
-  // Rows of a shard that it may hold before all shards must grow.
-  uint64_t limit() const { return capacity_ * kMaxLoadPercent / 100; }
-  uint64_t count(uint32_t shard) const { return counts_[shard].rows; }
+  // Whether a shard takes no other entry before all shards have grown.
+  bool is_full(uint32_t shard) const { return counts_[shard].entries >= capacity_ * kMaxLoadPercent / 100; }
 
   static uint32_t shard_of(uint64_t hash) { return static_cast<uint32_t>(hash >> (64 - kShardBits)); }
 
-  // The slot of (key, table), or kNoSlot.
-  uint32_t find(uint64_t key, uint32_t table, uint64_t hash) const;
+  // The entry of (key, table), or null.
+  Entry* find(uint64_t key, uint32_t table, uint64_t hash) const;
 
-  // Adds (key, table), which must be absent; the shard must be below limit(). The caller owns the shard.
-  void insert(uint64_t key, uint32_t table, uint64_t hash, uint32_t slot);
+  // Adds (key, table), which must be absent; the shard must not be full. The caller owns the shard.
+  void insert(uint64_t key, uint64_t meta, uint64_t hash);
 
-  // Removes (key, table) and returns its slot, or kNoSlot. The caller owns the shard.
-  uint32_t erase(uint64_t key, uint32_t table, uint64_t hash);
+  // Removes an entry that find returned; entries after it may move. The caller owns the shard.
+  void erase(Entry* entry);
 
   // Moves all entries to a larger capacity. False: no memory, nothing changed.
-  bool grow(ThreadPool& pool);
+  bool grow(ThreadPool& pool, const Growth& growth);
 
   // Entries that the unluckiest find reads.
   uint64_t longest_probe() const;
@@ -84,12 +92,12 @@ class Index {
   bool is_consistent() const;
 
  private:
-  // Load stays in [0.59, 0.77]: 21 to 27 bytes of index a row.
+  // Growing by 1.3, load stays in [0.59, 0.77]: 21 to 27 bytes of index a row.
   static constexpr uint64_t kMaxLoadPercent = 77;
   static constexpr uint64_t kInitialCapacity = 64;
 
   struct alignas(64) Count {
-    uint64_t rows = 0;
+    uint64_t entries = 0;
   };
 
   Entry* entries() const { return reinterpret_cast<Entry*>(region_.data()); }

@@ -236,7 +236,7 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
   const auto prefetch_target = [&](uint32_t u) __attribute__((always_inline)) {
     const uint32_t slot = scratch.unique_slot[u];
     prefetch_floats<1, 3>(rows.value(slot), shape.dim());
-    prefetch_floats<1, 3>(rows.state(slot), rows.state_dim);
+    prefetch_floats<1, 3>(rows.state(slot), rows.state_dim + rows.usage_dim);
   };
   for (int64_t k = 0; k < count && k < kGradAhead; ++k) prefetch_grad(k);
   for (uint32_t u = 0; u < unique && u < kRowAhead; ++u) prefetch_target(u);

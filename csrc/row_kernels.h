@@ -43,9 +43,11 @@ struct Rows {
   float* states;
   uint32_t dim;
   uint32_t state_dim;
+  uint32_t usage_dim;  // marks of use behind the state: time of the last use, number of uses
 
   [[gnu::always_inline]] float* value(uint32_t slot) const { return values + size_t{dim} * slot; }
-  [[gnu::always_inline]] float* state(uint32_t slot) const { return states + size_t{state_dim} * slot; }
+  [[gnu::always_inline]] float* state(uint32_t slot) const { return states + size_t{state_dim + usage_dim} * slot; }
+  uint32_t* usage(uint32_t slot) const { return reinterpret_cast<uint32_t*>(state(slot) + state_dim); }
 };
 
 enum class Pooling : uint8_t { kSum = 0, kMean = 1, kSqrtN = 2, kSequence = 3 };

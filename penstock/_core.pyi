@@ -14,6 +14,7 @@ class Status(enum.Enum):
     BAD_OFFSETS = 4
     BAD_WEIGHTS = 5
     BAG_TOO_LONG = 6
+    OVER_BUDGET = 8
 
 class BufferPool:
     def take_rows(self, rows: int, columns: int) -> NDArray[np.float32] | None: ...
@@ -36,13 +37,20 @@ class Lookup:
     @property
     def num_missing(self) -> int: ...
 
+class RetentionPolicy:
+    """Rules of one table; the arguments are those of `retention.policy_of`."""
+
+    def __init__(self, **rules: float) -> None: ...
+
 class HostStore:
     def __init__(
         self,
+        *,
         dim: int,
         state_dim: int,
+        usage_dim: int,
         optimizer: int,
-        initializers: Sequence[tuple[int, float, float, int]],
+        tables: Sequence[tuple[int, float, float, int, RetentionPolicy]],
         num_threads: int,
         max_bytes: int,
     ) -> None: ...
@@ -89,6 +97,7 @@ class HostStore:
         keys: NDArray[np.int64],
         values: NDArray[np.float32],
         state: NDArray[np.float32],
+        usage: NDArray[np.int64] | None,
     ) -> tuple[Status, int]: ...
     def erase(self, table: int, keys: NDArray[np.int64]) -> int: ...
     def export_batch(
@@ -99,7 +108,35 @@ class HostStore:
         keys: NDArray[np.int64],
         values: NDArray[np.float32],
         state: NDArray[np.float32],
+        usage: NDArray[np.int64],
     ) -> tuple[Status, int, int]: ...
+    def advance(self, step: int, seconds: int) -> None: ...
+    def num_candidates(self, table: int) -> int: ...
+    def export_candidates(
+        self,
+        table: int,
+        cursor: int,
+        version: int,
+        keys: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> tuple[Status, int, int]: ...
+    def import_candidates(
+        self, table: int, keys: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> Status: ...
+    def retention(
+        self,
+        table: int,
+        value: NDArray[np.float32],
+        state: NDArray[np.float32],
+        numbers: NDArray[np.int64],
+    ) -> None: ...
+    def set_retention(
+        self,
+        table: int,
+        value: NDArray[np.float32],
+        state: NDArray[np.float32],
+        numbers: NDArray[np.int64],
+    ) -> None: ...
     def num_rows(self, table: int) -> int: ...
     def longest_probe(self) -> int: ...
     def check_invariants(self) -> str: ...

@@ -276,6 +276,12 @@ class Run:
             "checkpoint": str(self.checkpoints.latest()),
         }
 
-    def _tables(self) -> dict[str, dict[str, int]]:
-        stats = self.state.collection.table_stats()
-        return {table.name: {"rows": table.rows, "bytes": table.bytes} for table in stats}
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        return {
+            table.name: {
+                "rows": table.rows,
+                "bytes": table.bytes,
+                **(table.retention._asdict() if table.retention else {}),
+            }
+            for table in self.state.collection.table_stats()
+        }

@@ -74,13 +74,8 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[s
         if found is None and not is_tag:
             return set()
         node = found or node
-    return _fields_of(schema, node)
-
-
-def _fields_of(schema: _Node, node: _Node) -> set[str]:
-    """Of an object, or of the objects that a union has, within other unions too."""
-    of_members = (_fields_of(schema, member) for member in _members(schema, node))
-    return {*node.get("properties", {})}.union(*of_members)
+    reached = [node, *_members(schema, node)]
+    return {name for one in reached for name in one.get("properties", {})}
 
 
 def _below(schema: _Node, node: _Node, part: int | str) -> _Node | None:
@@ -96,10 +91,11 @@ def _below(schema: _Node, node: _Node, part: int | str) -> _Node | None:
 
 
 def _members(schema: _Node, node: _Node) -> list[_Node]:
-    """Of a union, and of the unions among them."""
-    given = (*node.get("anyOf", ()), *node.get("oneOf", ()))
-    members = [_resolved(schema, member) for member in given]
-    return [*members, *(inner for member in members for inner in _members(schema, member))]
+    """Of a union, and of the unions in it."""
+    direct = [
+        _resolved(schema, member) for member in (*node.get("anyOf", ()), *node.get("oneOf", ()))
+    ]
+    return [*direct, *(one for member in direct for one in _members(schema, member))]
 
 
 def _resolved(schema: _Node, node: _Node) -> _Node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, ValidationError, model_validator
 
 from penstock.config.base import (
     Config,
@@ -19,7 +19,9 @@ from penstock.config.data import CrossedFeature, DataConfig, FeatureColumns
 from penstock.config.explain import explain
 from penstock.config.models import CustomModel, DLRMConfig, Model, MultiTask, TwoTowerConfig
 from penstock.config.tables import (
+    Admission,
     EmbeddingDim,
+    Eviction,
     Initializer,
     Optimizer,
     RowWiseAdagrad,
@@ -131,6 +133,10 @@ class TableDefaults(Config):
     dim: EmbeddingDim = 16
     optimizer: Optimizer = Field(default_factory=RowWiseAdagrad)
     initializer: Initializer = Field(default_factory=Uniform)
+    admission: Admission | None = None
+    max_bytes: ByteSize | None = None
+    """Of each table."""
+    eviction: Eviction | None = None
 
 
 class Job(Config):

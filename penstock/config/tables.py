@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
-from penstock.config.base import Config, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+from penstock.config.base import (
+    Config,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+)
 
 
 class Schedule(Config):
@@ -173,6 +180,61 @@ Initializer = Annotated[Uniform | Normal | Constant, Field(discriminator="kind")
 EmbeddingDim = Annotated[int, Field(ge=1, le=4096)]
 
 
+class AdmitAtRandom(Config):
+    """A new key gets a row with this probability at each step in which it occurs.
+
+    The draw is a pure function of (seed, table, key, step).
+    """
+
+    kind: Literal["probability"] = "probability"
+    probability: Fraction
+
+
+class AdmitFrequent(Config):
+    """A new key gets a row once it has occurred so often in training, this batch included.
+
+    Counts are exact; a key that is counted takes 24 bytes.
+    """
+
+    kind: Literal["min_count"] = "min_count"
+    min_count: Annotated[int, Field(ge=2, le=65_535)]
+    half_life_steps: PositiveInt | None = None
+    """Counts are halved every so many steps, and keys whose count becomes 0 are forgotten; null:
+    only when they fill the eighth of `max_bytes` that is theirs.
+    """
+
+
+Admission = Annotated[AdmitAtRandom | AdmitFrequent, Field(discriminator="kind")]
+
+
+class Eviction(Config):
+    """Which rows leave a table. A row is used when a training step updates it.
+
+    When new rows find no room in `max_bytes`, those that come first in `order` leave: as many as
+    needed, and a 32nd of the table more. Rows of the batch at hand stay. Ties go by a hash of the
+    key.
+    """
+
+    order: Literal["lru", "lfu"] = "lru"
+    """lru: the row that was not used for longest; lfu: the least often used one, of equals the one
+    not used for longest.
+    """
+    unit: Literal["steps", "seconds"] = "steps"
+    """Of `ttl` and `half_life`. Seconds are those of the rows' event time where the job names its
+    column, else of the clock.
+    """
+    ttl: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Rows not used for longer than this leave, within a 16th of it; null: never."""
+    half_life: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """lfu: numbers of uses are halved every so often; null: never."""
+
+    @model_validator(mode="after")
+    def _half_life_is_of_lfu(self) -> Eviction:
+        if self.half_life is not None and self.order != "lfu":
+            raise ValueError("half_life ages the numbers of uses: set order to lfu, or remove it")
+        return self
+
+
 class TableConfig(Config):
     """One embedding table: rows by 64-bit key, unbounded. Many features may share it."""
 
@@ -182,6 +244,24 @@ class TableConfig(Config):
     optimizer: Optimizer = Field(default_factory=RowWiseAdagrad)
     initializer: Initializer = Field(default_factory=Uniform)
     """First value of a row: a pure function of (seed, table, key, column)."""
+    admission: Admission | None = None
+    """Which new keys get a row; null: all. Those refused read the table's default row, which is
+    trained on their behalf.
+    """
+    max_bytes: ByteSize | None = None
+    """Most bytes of the table: row values, optimizer state, marks of use, and 24 bytes of index a
+    key. `2GiB` is 2^31. Without `eviction`, new keys are refused once it is full. null: unbounded.
+    """
+    eviction: Eviction | None = None
+
+    @model_validator(mode="after")
+    def _eviction_has_a_reason(self) -> TableConfig:
+        if self.eviction is not None and self.max_bytes is None:
+            if self.eviction.ttl is None:
+                raise ValueError("eviction needs `max_bytes` or a `ttl`; else no row ever leaves")
+            if self.eviction.order == "lfu":
+                raise ValueError("order lfu says which rows leave a full table: set `max_bytes`")
+        return self
 
 
 Pooling = Literal["sum", "mean", "sqrt_n", "sequence"]

@@ -304,14 +304,8 @@ def _check_tables_are_there(job: Job, tables: list[str]) -> None:
 
 
 def _implied_table(job: Job, name: str) -> TableConfig:
-    defaults = job.table_defaults
     try:
-        return TableConfig(
-            name=name,
-            dim=defaults.dim,
-            optimizer=defaults.optimizer,
-            initializer=defaults.initializer,
-        )
+        return TableConfig(name=name, **dict(job.table_defaults))
     except ConfigError as error:
         raise ConfigError(
             f"column {name!r} gives its table a name that is not allowed ({error}); name a table "

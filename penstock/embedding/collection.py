@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.host_store import HostStore
+from penstock.embedding.retention import ENTRY_BYTES, Clock, RetentionState, retains
 from penstock.embedding.store import (
     CURSOR_START,
+    Candidates,
     PooledFeature,
     PooledGradient,
     PoolingPlan,
@@ -46,9 +49,30 @@ class TableStats(NamedTuple):
     name: str
     rows: int
     bytes: int
-    """Values and optimizer state."""
+    """Values, optimizer state and marks of use."""
     memory_bytes: int
     """With this table's share of the index and of free slots."""
+    retention: RetentionStats | None = None
+    """Of a table with admission, eviction or a budget."""
+
+
+class RetentionStats(NamedTuple):
+    """What a table's rules have done since the beginning."""
+
+    admitted: int
+    """Rows that training made."""
+    refused: int
+    """Keys read as the default row in training, each time."""
+    evicted: int
+    """Rows."""
+    evicted_age: float
+    """Mean time that evicted rows had not been used for, in the unit of the eviction; 0: none."""
+    dropped: int
+    """Gradients of rows that left between look-up and update."""
+    candidates: int
+    """Keys that are counted but have no row yet."""
+    budget_used: float | None
+    """Share of `max_bytes`; None: there is none."""
 
 
 class _Group(NamedTuple):
@@ -67,8 +91,9 @@ class _Pending(NamedTuple):
 class EmbeddingCollection(nn.Module):
     """Pooled embeddings of every feature of a batch, and the optimizer step of their tables.
 
-    In training mode a new key gets a row. In evaluation mode, or under `torch.no_grad`, a missing
-    key reads as its initial value and no row is made; `num_missing` counts them.
+    In training mode a new key gets a row, if its table admits it. In evaluation mode, or under
+    `torch.no_grad`, a missing key reads as its initial value, or the default row of a table that
+    refuses keys, and no row is made; `num_missing` counts them.
 
     The tables are no torch parameters: `state_dict` does not hold them (see `export_table`), and
     torch's optimizers do not see them. `apply_gradients` takes the place of `optimizer.step()`.
@@ -116,6 +141,10 @@ class EmbeddingCollection(nn.Module):
         )
         self.step = 0
         """Updates applied so far; schedules and Adam's bias correction count by it."""
+        self.time_s: int | None = None
+        """Seconds since 1970 UTC by which rows age, where their table's eviction has that unit: the
+        caller's choice, for instance the event time of the batch. None: the clock's.
+        """
         self.num_missing = 0
         """Keys read without a row, in evaluation, since the beginning."""
         self._names = tuple(feature.name for feature in features)
@@ -163,6 +192,7 @@ class EmbeddingCollection(nn.Module):
         """
         self._check(sparse)
         if self.training and torch.is_grad_enabled():
+            self._advance()
             out: Tensor = _PooledLookup.apply(self._anchor, self, sparse)  # type: ignore[no-untyped-call]
             return out
         out, lookups = self._lookup(sparse, insert=False)
@@ -214,6 +244,31 @@ class EmbeddingCollection(nn.Module):
                 return
             yield rows
 
+    def export_candidates(self, table: str, batch_keys: int = 1 << 20) -> Iterator[Candidates]:
+        """Copies the counted keys of a table, as `export_table` does its rows."""
+        store, number = self._find_table(table)
+        cursor = CURSOR_START
+        while True:
+            candidates, cursor = store.export_candidates(number, cursor, batch_keys)
+            if not len(candidates.keys):
+                return
+            yield candidates
+
+    def import_candidates(self, table: str, candidates: Candidates) -> None:
+        """Sets the counts of keys of a table with `min_count`."""
+        store, number = self._find_table(table)
+        store.import_candidates(number, candidates)
+
+    def retention_state(self, table: str) -> RetentionState:
+        """Default row, counters and clock of a table."""
+        store, number = self._find_table(table)
+        return store.retention_state(number)
+
+    def set_retention_state(self, table: str, state: RetentionState) -> None:
+        """Inverse of `retention_state`; before rows are imported."""
+        store, number = self._find_table(table)
+        store.set_retention_state(number, state)
+
     def import_rows(self, table: str, rows: TableRows) -> int:
         """Writes rows into a table; returns how many keys were new. Equal keys: the last stays."""
         store, number = self._find_table(table)
@@ -224,13 +279,16 @@ class EmbeddingCollection(nn.Module):
         stats = {}
         for store, _ in self._groups:
             memory = store.memory()
-            row_bytes = 4 * (store.layout.dim + store.layout.state_dim)
             for number, table in enumerate(store.tables):
                 rows = store.num_rows(number)
                 share = rows / memory.rows if memory.rows else 0.0
                 used = memory.row_bytes + memory.index_bytes
                 stats[table.name] = TableStats(
-                    table.name, rows, rows * row_bytes, round(share * used)
+                    table.name,
+                    rows,
+                    rows * store.layout.row_bytes,
+                    round(share * used),
+                    _retention_stats(store, number) if retains(table) else None,
                 )
         return [stats[table.name] for table in self.tables]
 
@@ -238,6 +296,11 @@ class EmbeddingCollection(nn.Module):
         """Raises AssertionError if a store is inconsistent. Reads everything: for tests."""
         for store, _ in self._groups:
             store.check_invariants()
+
+    def _advance(self) -> None:
+        seconds = int(time.time()) if self.time_s is None else self.time_s
+        for store, _ in self._groups:
+            store.advance(Clock(self.step, seconds))
 
     def _lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
         rows = self._outputs.take_rows(sparse.batch_size, self._width)
@@ -293,6 +356,22 @@ class _PooledLookup(torch.autograd.Function):
         grad = grads[0].to(torch.float32).contiguous()
         ctx.collection._pending.append(_Pending(ctx.lookups, ctx.sparse, grad))
         return None, None, None
+
+
+def _retention_stats(store: HostStore, number: int) -> RetentionStats:
+    table, numbers = store.tables[number], store.retention_state(number).numbers
+    candidates = store.num_candidates(number)
+    used = store.num_rows(number) * (store.layout.row_bytes + ENTRY_BYTES)
+    used += candidates * ENTRY_BYTES
+    return RetentionStats(
+        admitted=numbers["admitted"],
+        refused=numbers["refused"],
+        evicted=numbers["evicted"],
+        evicted_age=numbers["evicted_age"] / max(1, numbers["evicted"]),
+        dropped=numbers["dropped"],
+        candidates=candidates,
+        budget_used=None if table.max_bytes is None else used / table.max_bytes,
+    )
 
 
 def available_cores() -> int:

@@ -14,7 +14,18 @@ from torch import Tensor
 from penstock import _core
 from penstock.config import TableConfig
 from penstock.embedding import initializer, optimizer
+from penstock.embedding.retention import (
+    MAX_COUNT,
+    NUMBERS,
+    Clock,
+    RetentionState,
+    default_of,
+    limits_of,
+    over_budget,
+    policy_of,
+)
 from penstock.embedding.store import (
+    Candidates,
     Cursor,
     FindResult,
     PooledGradient,
@@ -65,18 +76,21 @@ class HostStore:
         self.tables = tuple(tables)
         self._hypers = optimizer.Hypers(tables)
         self._deterministic = deterministic
+        self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
         self._core = _core.HostStore(
             dim=self.layout.dim,
             state_dim=self.layout.state_dim,
+            usage_dim=self.layout.usage_dim,
             optimizer=optimizer.rule_of(tables[0].optimizer).code,
-            initializers=[
+            tables=[
                 (
                     initializer.KINDS[type(table.initializer)],
                     initializer.scale_of(table.initializer),
                     optimizer.initial_state(table.optimizer),
                     initializer.table_seed(seed, table.name),
+                    _core.RetentionPolicy(**policy_of(table, seed, limits)),
                 )
-                for table in tables
+                for table, limits in zip(tables, self._limits, strict=True)
             ],
             num_threads=num_threads,
             max_bytes=max_bytes,
@@ -116,10 +130,14 @@ class HostStore:
         keys = _checked(rows.keys, torch.int64, (None,), "keys")
         values = _checked(rows.values, torch.float32, (len(keys), self.layout.dim), "values")
         state = _checked(rows.state, torch.float32, (len(keys), self.layout.state_dim), "state")
+        usage = None
+        if rows.usage is not None:
+            shape = (len(keys), self.layout.usage_dim)
+            usage = _checked(rows.usage, torch.int64, shape, "usage").flatten().numpy()
         status, inserted = self._core.insert_or_assign(
-            table, keys.numpy(), values.numpy(), state.numpy()
+            table, keys.numpy(), values.numpy(), state.numpy(), usage
         )
-        self._raise_for(status)
+        self._raise_for(status, table)
         return int(inserted)
 
     def erase(self, table: int, keys: Tensor) -> int:
@@ -134,14 +152,17 @@ class HostStore:
         keys = np.empty(max_rows, dtype=np.int64)
         values = np.empty((max_rows, self.layout.dim), dtype=np.float32)
         state = np.empty((max_rows, self.layout.state_dim), dtype=np.float32)
+        usage = np.empty(max_rows * self.layout.usage_dim, dtype=np.int64)
         status, count, position = self._core.export_batch(
-            table, cursor.position, version, keys, values, state
+            table, cursor.position, version, keys, values, state, usage
         )
         self._raise_for(status)
+        words = self.layout.usage_dim
         rows = TableRows(
             torch.from_numpy(keys[:count]),
             torch.from_numpy(values[:count]),
             torch.from_numpy(state[:count]),
+            torch.from_numpy(usage.reshape(-1, words)[:count]) if words else None,
         )
         return rows, Cursor(position, version)
 
@@ -149,6 +170,58 @@ class HostStore:
         """See `Store.num_rows`."""
         self._check_table(table)
         return int(self._core.num_rows(table))
+
+    def advance(self, clock: Clock) -> None:
+        """See `Store.advance`."""
+        self._core.advance(clock.step, clock.seconds)
+
+    def num_candidates(self, table: int) -> int:
+        """See `Store.num_candidates`."""
+        self._check_table(table)
+        return int(self._core.num_candidates(table))
+
+    def export_candidates(
+        self, table: int, cursor: Cursor, max_keys: int
+    ) -> tuple[Candidates, Cursor]:
+        """See `Store.export_candidates`."""
+        self._check_table(table)
+        version = self._core.content_version if cursor.version is None else cursor.version
+        keys, counts = np.empty((2, max_keys), dtype=np.int64)
+        status, exported, position = self._core.export_candidates(
+            table, cursor.position, version, keys, counts
+        )
+        self._raise_for(status)
+        part = Candidates(torch.from_numpy(keys[:exported]), torch.from_numpy(counts[:exported]))
+        return part, Cursor(position, version)
+
+    def import_candidates(self, table: int, candidates: Candidates) -> None:
+        """See `Store.import_candidates`."""
+        self._check_table(table)
+        keys = _checked(candidates.keys, torch.int64, (None,), "keys")
+        counts = _checked(candidates.counts, torch.int64, (len(keys),), "counts")
+        if bool(((counts < 1) | (counts > MAX_COUNT)).any()):
+            raise ConfigError(f"counts of keys must lie in 1 to {MAX_COUNT}")
+        self._raise_for(self._core.import_candidates(table, keys.numpy(), counts.numpy()), table)
+
+    def retention_state(self, table: int) -> RetentionState:
+        """See `Store.retention_state`."""
+        self._check_table(table)
+        value = np.full(self.layout.dim, default_of(self.tables[table]), dtype=np.float32)
+        initial = optimizer.initial_state(self.tables[table].optimizer)
+        state = np.full(self.layout.state_dim, initial, dtype=np.float32)
+        numbers = np.empty(len(NUMBERS), dtype=np.int64)
+        self._core.retention(table, value, state, numbers)
+        named = dict(zip(NUMBERS, numbers.tolist(), strict=True))
+        return RetentionState(torch.from_numpy(value), torch.from_numpy(state), named)
+
+    def set_retention_state(self, table: int, state: RetentionState) -> None:
+        """See `Store.set_retention_state`."""
+        self._check_table(table)
+        dims = (self.layout.dim,), (self.layout.state_dim,)
+        value = _checked(state.default_value, torch.float32, dims[0], "default_value")
+        default = _checked(state.default_state, torch.float32, dims[1], "default_state")
+        numbers = np.array([state.numbers[name] for name in NUMBERS], dtype=np.int64)
+        self._core.set_retention(table, value.numpy(), default.numpy(), numbers)
 
     def pooled_lookup(
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
@@ -216,9 +289,11 @@ class HostStore:
         if not 0 <= table < len(self.tables):
             raise ConfigError(f"table number {table} of a store with {len(self.tables)} tables")
 
-    def _raise_for(self, status: _core.Status) -> None:
+    def _raise_for(self, status: _core.Status, table: int = 0) -> None:
         if status == _core.Status.OK:
             return
+        if status == _core.Status.OVER_BUDGET:
+            raise CapacityError(over_budget(self.tables[table], self._limits[table]))
         rows = self.memory().rows
         names = ", ".join(table.name for table in self.tables[:4])
         more = ", ..." if len(self.tables) > 4 else ""

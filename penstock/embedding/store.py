@@ -1,9 +1,11 @@
 """The contract of a store: rows by (table, key) on one device, for tables of one row layout.
 
 A row is a value of `dim` floats and its optimizer state. `HostStore` (C++) and `DictStore` (plain
-Python, the oracle of the tests)
-satisfy it; one test suite runs on both. Tables are numbered in the order in which the store was
-given them.
+Python, the oracle of the tests) satisfy it; one test suite runs on both. Tables are numbered in the
+order in which the store was given them.
+
+A table may have rules of admission, eviction and budget (`retention.py`). Then a new key may be
+refused, and rows leave. Keys without a row of a table that refuses read its default row.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from penstock.config import Optimizer, Pooling, TableConfig
 from penstock.embedding.optimizer import rule_of
+from penstock.embedding.retention import Clock, RetentionState, usage_dim
 from penstock.errors import ConfigError
 from penstock.types import KeyedJagged
 
@@ -27,11 +30,19 @@ class RowLayout(NamedTuple):
     dim: int
     optimizer: type[Optimizer]
     state_dim: int
+    usage_dim: int
+    """Marks of use, 32-bit words; see `retention.usage_dim`."""
 
     @classmethod
     def of(cls, table: TableConfig) -> RowLayout:
         """Layout of a table's rows."""
-        return cls(table.dim, type(table.optimizer), rule_of(table.optimizer).state_dim(table.dim))
+        state_dim = rule_of(table.optimizer).state_dim(table.dim)
+        return cls(table.dim, type(table.optimizer), state_dim, usage_dim(table))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of value, state and marks of use of one row."""
+        return 4 * (self.dim + self.state_dim + self.usage_dim)
 
 
 class TableRows(NamedTuple):
@@ -43,15 +54,28 @@ class TableRows(NamedTuple):
     """[n, D] float32."""
     state: Tensor
     """[n, S] float32 optimizer state; S may be 0."""
+    usage: Tensor | None = None
+    """[n, 1 or 2] int64 in tables with eviction: time of the last use, in the eviction's unit; for
+    lfu also the number of uses, as aged then. None, given: used now, never before.
+    """
+
+
+class Candidates(NamedTuple):
+    """Keys that are counted but have no row yet."""
+
+    keys: Tensor
+    """[n] int64."""
+    counts: Tensor
+    """[n] int64, 1 to 65535."""
 
 
 class FindResult(NamedTuple):
     """What `find` and `find_or_insert` return; copies, valid for ever."""
 
     values: Tensor
-    """[n, D] float32; the initial value where the key was absent."""
+    """[n, D] float32; where the key was absent, its initial value or the default row's."""
     state: Tensor
-    """[n, S] float32; the initial state where the key was absent."""
+    """[n, S] float32; where the key was absent, the initial state or the default row's."""
     found: Tensor
     """[n] bool: the key had a row before the call."""
 
@@ -62,7 +86,7 @@ class StoreMemory(NamedTuple):
     rows: int
     free_slots: int
     slot_capacity: int
-    """rows + free_slots == slot_capacity, always."""
+    """rows + free_slots == slot_capacity, always; default rows aside."""
     index_bytes: int
     row_bytes: int
     """Memory of the rows: that of `slot_capacity` of them."""
@@ -116,7 +140,7 @@ class Store(Protocol):
         """
 
     def find_or_insert(self, table: int, keys: Tensor) -> FindResult:
-        """Reads rows; an absent key gets one, with initial value and state.
+        """Reads rows; an absent key gets one, with initial value and state, if it is admitted.
 
         Raises:
           CapacityError: the store cannot hold another row; rows inserted so far stay.
@@ -125,8 +149,11 @@ class Store(Protocol):
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """Writes rows and returns how many keys were new; of equal keys the last one stays.
 
+        Every key is admitted; in a full table other rows are evicted for it.
+
         Raises:
-          CapacityError: as `find_or_insert`.
+          CapacityError: as `find_or_insert`; or the table's budget holds fewer rows (those that
+            fit are written).
         """
 
     def erase(self, table: int, keys: Tensor) -> int:
@@ -144,6 +171,26 @@ class Store(Protocol):
     def num_rows(self, table: int) -> int:
         """Rows of a table."""
 
+    def advance(self, clock: Clock) -> None:
+        """Moves the time on (never back). Rows beyond their `ttl` leave, counts are halved."""
+
+    def num_candidates(self, table: int) -> int:
+        """Keys of a table that are counted but have no row."""
+
+    def export_candidates(
+        self, table: int, cursor: Cursor, max_keys: int
+    ) -> tuple[Candidates, Cursor]:
+        """As `export_batch`, for counted keys."""
+
+    def import_candidates(self, table: int, candidates: Candidates) -> None:
+        """Sets the counts of keys; those that have a row are passed over."""
+
+    def retention_state(self, table: int) -> RetentionState:
+        """What else the table remembers: its default row and counters."""
+
+    def set_retention_state(self, table: int, state: RetentionState) -> None:
+        """Inverse of `retention_state`; also sets the time, without evicting."""
+
     def pooled_lookup(
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
     ) -> object:
@@ -152,8 +199,9 @@ class Store(Protocol):
         Args:
           plan: features, tables, columns.
           batch: the packed keys, with or without weights.
-          insert: absent keys get rows; else they read as initial values and are counted
-            (`num_missing` of the result).
+          insert: absent keys get rows, where admitted; those refused are counted (`refused` in
+            the table's `retention_state`). Without it absent keys are counted in `num_missing` of
+            the result.
           out: columns of other stores' features are left alone.
 
         Returns:
@@ -171,9 +219,10 @@ class Store(Protocol):
         """One optimizer step for each row touched, on the sum of its gradients; returns the rows.
 
         Sums run in the order of (look-up, feature, sample, key), so the bits of the result do not
-        depend on the number of threads. A row erased since the look-up begins anew. A key's
-        gradient is that of its vector times the factor that the look-up gave it: a key of weight 0
-        is touched like any other. The weights themselves get no gradient.
+        depend on the number of threads. A key's gradient is that of its vector times the factor
+        that the look-up gave it: a key of weight 0 is touched like any other. The weights
+        themselves get no gradient. Keys refused in the look-up update the default row. A row erased
+        since the look-up begins anew; in a table with rules, its gradient is dropped and counted.
         """
 
     def memory(self) -> StoreMemory:

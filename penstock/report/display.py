@@ -149,12 +149,28 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def tables_table(tables: Mapping[str, Mapping[str, int]]) -> Table:
-    """Rows and bytes of each embedding table."""
-    shown = Table("table", "rows", "bytes")
-    shown.columns[1].justify = shown.columns[2].justify = "right"
+def tables_table(tables: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Rows and bytes of each embedding table, and what its rules of retention did."""
+    names = ["table", "rows", "bytes"]
+    has_rules = any("evicted" in item for item in tables.values())
+    if has_rules:
+        names += ["of budget", "admitted", "refused", "evicted", "unused for", "counted"]
+    shown = Table(*names)
+    for column in shown.columns[1:]:
+        column.justify = "right"
     for name, item in tables.items():
-        shown.add_row(name, f"{item['rows']:,}", size_text(item["bytes"]))
+        cells = [name, f"{item['rows']:,}", size_text(item["bytes"])]
+        if has_rules and "evicted" in item:
+            used, age = item["budget_used"], item["evicted_age"]
+            cells += [
+                "-" if used is None else f"{used:.1%}",
+                f"{item['admitted']:,}",
+                f"{item['refused']:,}",
+                f"{item['evicted']:,}",
+                f"{age:,.1f}" if item["evicted"] else "-",
+                f"{item['candidates']:,}",
+            ]
+        shown.add_row(*cells)
     return shown
 
 

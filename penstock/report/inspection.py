@@ -6,15 +6,19 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
+from penstock.embedding.retention import RetentionState
 from penstock.report.display import size_text, tables_table
 from penstock.report.folder import RunFolder
 from penstock.report.plots import MISSING, can_draw, draw_run
 from penstock.report.record import RunRecord, is_metric
 from penstock.report.terminal_curves import curve_tables
-from penstock.training.checkpoint_files import Manifest, verify
+from penstock.training.checkpoint_files import Manifest, read_tensors, verify
 from penstock.training.trained import locate_checkpoint
 
 
@@ -36,10 +40,12 @@ def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
     yield tables_table({
         table.name: {
             "rows": table.rows,
-            "bytes": 4 * table.rows * (table.dim + table.state_dim),
+            "bytes": 4 * table.rows * (table.dim + table.state_dim + table.usage_dim),
         }
         for table in manifest.tables
     })
+    if any(table.retention for table in manifest.tables):
+        yield _retention(checkpoint, manifest)
     yield _files(manifest)
     summary = RunFolder(path).summary_file
     if summary.is_file():
@@ -78,6 +84,32 @@ def _overview(manifest: Manifest) -> Table:
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     shown.add_row("versions", versions)
     return shown
+
+
+def _retention(checkpoint: Path, manifest: Manifest) -> Table:
+    """What tables with rules admitted, refused and evicted, and how long rows have been unused."""
+    names = ("admitted", "refused", "evicted", "dropped")
+    title = "admission and eviction"
+    shown = Table("table", *names, "unused: median", "90 %", "longest", title=title)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for table in manifest.tables:
+        if table.retention is None:
+            continue
+        numbers = RetentionState.from_tensors(read_tensors(checkpoint / table.retention)).numbers
+        ages = ["-"] * 3
+        if table.usage_dim and table.rows:
+            last_use = [_read(checkpoint / shard, "usage")[:, 0] for shard in table.shards]
+            unused = numbers["now"] - np.concatenate(last_use)
+            ages = [f"{age:,.0f}" for age in np.quantile(unused, (0.5, 0.9, 1.0))]
+        shown.add_row(table.name, *(f"{numbers[name]:,}" for name in names), *ages)
+    return shown
+
+
+def _read(path: Path, name: str) -> NDArray[np.int64]:
+    with safetensors.safe_open(path, framework="np") as file:
+        array: NDArray[np.int64] = file.get_tensor(name)
+        return array
 
 
 def _files(manifest: Manifest) -> Table:

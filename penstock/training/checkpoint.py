@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,15 +25,13 @@ from torch import Tensor, nn
 
 import penstock
 from penstock.config import Job
-from penstock.embedding import EmbeddingCollection, TableRows
-from penstock.embedding.store import RowLayout
+from penstock.embedding import EmbeddingCollection
 from penstock.errors import CheckpointError
 from penstock.training.checkpoint_files import (
     MANIFEST,
     SEAL,
     FileRecord,
     Manifest,
-    TableRecord,
     is_complete,
     read_manifest,
     read_tensors,
@@ -51,6 +49,7 @@ from penstock.training.checkpoint_state import (
     random_state,
     set_random_state,
 )
+from penstock.training.checkpoint_tables import import_tables, write_tables
 from penstock.training.job_difference import (
     describe,
     differences,
@@ -77,10 +76,6 @@ _RANDOM = "random.json"
 _NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 _UNFINISHED = re.compile(r"step-\d{9,}\.tmp-(\d+)")
 _REPLACED = ".replaced"
-
-SHARD_BYTES = 1 << 27
-"""Rows of a table are cut into files of at most this size; writing takes about twice as much
-memory."""
 
 _log = logging.getLogger(__name__)
 
@@ -214,7 +209,7 @@ class Checkpoints:
         random = (path / _RANDOM).read_bytes()
         metrics = read_tensors(path / _METRICS) if _METRICS in manifest.files else None
 
-        _import_tables(path, manifest, state.collection)
+        import_tables(path, manifest, state.collection)
         state.model.load_state_dict(dense)
         if state.optimizer is not None and manifest.optimizer is not None:
             tensors = read_tensors(path / _OPTIMIZER)
@@ -258,7 +253,7 @@ class Checkpoints:
 
     def _write(self, directory: Path, state: TrainState) -> None:
         files: dict[str, FileRecord] = {}
-        tables = tuple(_write_tables(directory, state.collection, files))
+        tables = tuple(write_tables(directory, state.collection, files))
         files[_DENSE] = write_tensors(directory / _DENSE, state.model.state_dict())
         optimizer = None
         if state.optimizer is not None:
@@ -356,7 +351,7 @@ def load_tables_and_model(
     if lines:
         raise CheckpointError(f"checkpoint {path} has other tables or features:\n{describe(lines)}")
     dense = _load_dense(path, collection, model)
-    _import_tables(path, manifest, collection)
+    import_tables(path, manifest, collection)
     model.load_state_dict(dense)
     return manifest
 
@@ -398,33 +393,6 @@ def _needed_bytes(state: TrainState) -> int:
         tensors = [*tensors, *optimizer_state(state.optimizer, state.model)[1].values()]
     rows = sum(8 * table.rows + table.bytes for table in state.collection.table_stats())
     return rows + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _write_tables(
-    directory: Path, collection: EmbeddingCollection, files: dict[str, FileRecord]
-) -> Iterator[TableRecord]:
-    for number, table in enumerate(collection.tables):
-        layout = RowLayout.of(table)
-        row_bytes = 8 + 4 * (layout.dim + layout.state_dim)
-        shards: list[str] = []
-        num_rows = 0
-        for rows in collection.export_table(table.name, max(1, SHARD_BYTES // row_bytes)):
-            # The number keeps names apart that differ in case alone, or are cut off here.
-            shard = f"table-{number:04d}-{table.name[:100]}-{len(shards):05d}.safetensors"
-            files[shard] = write_tensors(directory / shard, rows._asdict())
-            shards.append(shard)
-            num_rows += rows.keys.numel()
-        yield TableRecord(table.name, layout.dim, layout.state_dim, num_rows, tuple(shards))
-
-
-def _import_tables(path: Path, manifest: Manifest, collection: EmbeddingCollection) -> None:
-    for table in manifest.tables:
-        for shard in table.shards:
-            # Memory-mapped: no more of a shard is in memory than what is being copied.
-            with safetensors.safe_open(path / shard, framework="pt") as file:
-                parts = {name: file.get_tensor(name) for name in TableRows._fields}
-                collection.import_rows(table.name, TableRows(**parts))
-    collection.step = manifest.collection_step
 
 
 def _load_dense(path: Path, collection: EmbeddingCollection, model: nn.Module) -> dict[str, Tensor]:

@@ -50,6 +50,12 @@ class TableRecord:
     rows: int
     shards: tuple[str, ...]
     """Names of its files, in order."""
+    usage_dim: int = 0
+    """Columns of marks of use."""
+    retention: str | None = None
+    """File of default row and counters, where the table has admission, eviction or a budget."""
+    counts: tuple[str, ...] = ()
+    """Files of counted keys without a row, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,12 @@ class Manifest:
         known = {field.name: content[field.name] for field in fields(cls)}
         known["position"] = Position.from_dict(known["position"])
         known["tables"] = tuple(
-            TableRecord(**{**table, "shards": tuple(table["shards"])}) for table in known["tables"]
+            TableRecord(**{
+                **table,
+                "shards": tuple(table["shards"]),
+                "counts": tuple(table.get("counts", ())),
+            })
+            for table in known["tables"]
         )
         known["files"] = {name: FileRecord(**record) for name, record in known["files"].items()}
         return cls(**known)

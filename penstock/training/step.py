@@ -96,6 +96,8 @@ def train_step(
       NonFiniteError: the loss or a gradient is not finite. Nothing was updated.
     """
     with clock.measure("embedding"):
+        if batch.event_time is not None:
+            collection.time_s = int(batch.event_time.max()) // 1000
         pooled = look_up(collection, batch)
     with clock.measure("dense"):
         leaf = pooled.detach().requires_grad_()

@@ -37,6 +37,22 @@ def test_inspect_draws_the_curves_of_a_run(penstock, finished):
     assert "training curves" not in shown
 
 
+def test_inspect_shows_admission_and_eviction(penstock, finished):
+    defaults = "table_defaults={dim: 8, max_bytes: 6KiB, eviction: {order: lru}}"
+    run = finished("run", defaults)
+    code, shown, errors = penstock("inspect", run, "--no-plots")
+    assert (code, errors) == (0, "")
+    assert "admission and eviction" in shown
+    # 6 KiB hold 96 rows of 8 columns, an accumulator, a mark of use and 24 bytes of index.
+    for table in ("c0", "c3"):
+        cells = next(line for line in shown.split("admission and")[1].splitlines() if table in line)
+        admitted, refused, evicted, dropped, *ages = cells.replace("│", " ").split()[1:]
+        assert int(admitted.replace(",", "")) - int(evicted.replace(",", "")) <= 96
+        assert int(evicted.replace(",", "")) > 96
+        assert (refused, dropped) == ("0", "0")
+        assert int(ages[0]) <= int(ages[1]) <= int(ages[2]) <= 36
+
+
 def test_a_drawn_run_can_be_resumed(penstock, finished, small_yaml):
     run = finished("run", "training.max_steps=12")
     penstock("inspect", run)

@@ -13,7 +13,7 @@ from run_contents import contents, differences
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from penstock import run as story
-from penstock.config import parse_job
+from penstock.config import AdmitFrequent, Eviction, parse_job
 from penstock.errors import CheckpointError, ConfigError
 from penstock.training.interruption import interruption
 
@@ -44,6 +44,35 @@ def test_after_a_crash(small_job, tmp_path, quiet, whole, monkeypatch, step):
     events.Reload()
     steps = [event.step for event in events.Scalars("train/log_loss")]
     assert sorted(steps) == [7, 14, 21, 28, 35, 36]
+
+
+def test_after_a_crash_with_admission_and_eviction(small_job, tmp_path, quiet, monkeypatch):
+    """Counts, marks of use, default rows and clocks are part of a checkpoint."""
+    defaults = small_job.table_defaults.model_copy(
+        update={
+            "admission": AdmitFrequent(min_count=2, half_life_steps=8),
+            "max_bytes": 200 * (24 + 4 * 26),
+            "eviction": Eviction(order="lfu", half_life=10, ttl=20),
+        }
+    )
+    job = small_job.model_copy(update={"table_defaults": defaults})
+    story.train(job, tmp_path / "whole", console=quiet)
+    real = story.train_step
+
+    def crash(*arguments):
+        if arguments[5] == 20:
+            raise RuntimeError("the power went")
+        return real(*arguments)
+
+    monkeypatch.setattr(story, "train_step", crash)
+    with pytest.raises(RuntimeError, match="the power went"):
+        story.train(job, tmp_path / "run", console=quiet)
+    monkeypatch.setattr(story, "train_step", real)
+    summary = story.train(job, tmp_path / "run", resume=True, console=quiet)
+    assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+    tables = summary["tables"].values()
+    assert all(table["evicted"] and table["refused"] and table["admitted"] for table in tables)
+    assert all(table["budget_used"] <= 1 for table in tables)
 
 
 SIGNALLED = """

@@ -1,0 +1,359 @@
+"""Admission, eviction and budgets, in every store."""
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.config import (
+    SGD,
+    Adagrad,
+    AdmitAtRandom,
+    AdmitFrequent,
+    Constant,
+    Eviction,
+    TableConfig,
+)
+from penstock.embedding import retention
+from penstock.embedding.dict_store import DictStore
+from penstock.embedding.host_store import HostStore
+from penstock.embedding.retention import Clock
+from penstock.embedding.store import (
+    CURSOR_START,
+    PooledFeature,
+    PooledGradient,
+    PoolingPlan,
+    TableRows,
+)
+from penstock.errors import CapacityError, ConfigError
+from penstock.types import Jagged, KeyedJagged
+
+STORES = {
+    "dict": DictStore,
+    "host-1": lambda tables, **options: HostStore(tables, num_threads=1, **options),
+    "host-3": lambda tables, **options: HostStore(tables, num_threads=3, **options),
+}
+PLAN = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 1)
+
+
+@pytest.fixture(params=STORES)
+def open_store(request):
+    return STORES[request.param]
+
+
+def table(rows=None, optimizer=None, **fields):
+    """One column, SGD; `rows`: the most it holds, by its budget."""
+    rule = optimizer or SGD(learning_rate=1.0)
+    initial = fields.pop("initializer", Constant(value=1.0))
+    free = TableConfig(name="t", dim=1, optimizer=rule, initializer=initial)
+    if rows is not None:
+        words = retention.usage_dim(free.model_copy(update=fields))
+        fields["max_bytes"] = rows * (4 + 4 * words + retention.ENTRY_BYTES)
+    return TableConfig(name="t", dim=1, optimizer=rule, initializer=initial, **fields)
+
+
+def look_up(store, keys, *, insert=True):
+    batch = KeyedJagged.pack({"f": Jagged.from_dense(torch.tensor(keys))})
+    out = torch.empty(len(keys), 1)
+    lookup = store.pooled_lookup(PLAN, batch, insert=insert, out=out)
+    return out[:, 0].tolist(), lookup, batch
+
+
+def train(store, keys, step, grad=0.25):
+    store.advance(Clock(step, 1_700_000_000 + step))
+    read, lookup, batch = look_up(store, keys)
+    gradient = torch.full((len(keys), 1), grad)
+    store.apply_gradients(PLAN, [PooledGradient(lookup, batch, gradient)], step)
+    store.check_invariants()
+    return read
+
+
+def held(store):
+    rows, _ = store.export_batch(0, CURSOR_START, 1000)
+    return set(rows.keys.tolist())
+
+
+def numbers(store):
+    return store.retention_state(0).numbers
+
+
+def test_a_refused_key_reads_and_trains_the_default_row(open_store):
+    store = open_store([table(admission=AdmitFrequent(min_count=3))])
+    assert train(store, [7, 8], 0) == [1.0, 1.0]
+    assert held(store) == set()
+    # Both keys' gradients went to the default row: 1 - 2 * 0.25.
+    assert store.retention_state(0).default_value.tolist() == [0.5]
+    assert look_up(store, [99], insert=False)[0] == [0.5]
+    assert store.find(0, torch.tensor([7])).values.tolist() == [[0.5]]
+    assert numbers(store)["refused"] == 2
+    # Three times with those before: a row of its own, with its initial value, at once.
+    assert train(store, [7, 7, 9], 1) == [1.0, 1.0, 0.5]
+    assert held(store) == {7}
+    assert numbers(store)["admitted"] == 1
+    assert store.num_candidates(0) == 2  # 8 and 9
+
+
+def test_the_default_row_has_an_optimizer_state(open_store):
+    rule = Adagrad(learning_rate=1.0, initial_accumulator=0.5)
+    store = open_store([table(optimizer=rule, admission=AdmitFrequent(min_count=9))])
+    train(store, [1], 0, grad=1.0)
+    state = store.retention_state(0)
+    assert state.default_state.tolist() == [1.5]
+    # fp32 against its own formula
+    torch.testing.assert_close(state.default_value, torch.tensor([1 - 1 / 1.5**0.5]))
+
+
+def test_probability_admits_its_share_whatever_the_key_and_tries_again(open_store):
+    store = open_store([table(admission=AdmitAtRandom(probability=0.3))])
+    n = 3_000 if open_store is DictStore else 200_000
+    keys = torch.arange(n) * 0x9E3779B97F4A7C
+    store.advance(Clock(5))
+    store.find_or_insert(0, keys)
+    first = store.num_rows(0)
+    sigma = (0.3 * 0.7 / n) ** 0.5
+    assert abs(first / n - 0.3) < 3 * sigma
+    # The draw of a step is made: again in the same step changes nothing; in the next one it does.
+    store.find_or_insert(0, keys)
+    assert store.num_rows(0) == first
+    store.advance(Clock(6))
+    store.find_or_insert(0, keys)
+    sigma = (0.51 * 0.49 / n) ** 0.5
+    assert abs(store.num_rows(0) / n - 0.51) < 3 * sigma
+
+
+def test_counts_are_halved_and_forgotten(open_store):
+    store = open_store([table(admission=AdmitFrequent(min_count=4, half_life_steps=10))])
+    train(store, [1, 1, 1, 2], 0)
+    train(store, [3], 10)  # 1: three becomes one; 2: one becomes none
+    assert store.num_candidates(0) == 2
+    train(store, [1, 1], 11)
+    assert held(store) == set()
+    train(store, [1], 12)
+    assert held(store) == {1}
+
+
+def test_lru_evicts_exactly_the_rows_not_used_for_longest(open_store):
+    store = open_store([table(rows=100, eviction=Eviction())])
+    for step in range(10):
+        train(store, list(range(10 * step, 10 * step + 10)), step)
+    train(store, list(range(5)), 10)  # 0 to 4 are used again
+    assert store.num_rows(0) == 100
+    train(store, [1000, 1001], 11)
+    # Two are needed, a 32nd of 100 more leaves: 5 of those last used at step 0 or, then, step 1.
+    gone = set(range(100)) - held(store)
+    assert gone == {5, 6, 7, 8, 9}
+    assert numbers(store)["evicted"] == 5
+    assert numbers(store)["evicted_age"] == 5 * 11
+
+
+def test_an_evicted_key_begins_anew(open_store):
+    store = open_store([table(rows=1, eviction=Eviction())])
+    assert train(store, [1], 0) == [1.0]
+    assert train(store, [1], 1) == [0.75]
+    assert train(store, [2], 2) == [1.0]
+    assert held(store) == {2}
+    assert train(store, [1], 3) == [1.0]
+
+
+def test_lfu_evicts_the_least_used_and_ages(open_store):
+    store = open_store([table(rows=3, eviction=Eviction(order="lfu", half_life=100))])
+    for step in range(8):
+        train(store, [1, 2] if step < 3 else [1], step)
+    train(store, [3], 9)
+    train(store, [4], 10)
+    assert held(store) == {1, 2, 4}  # 3: used once; 2: three times
+    # After three half-lives the eight uses of 1 count as one, and 5, used twice since, stays.
+    train(store, [5], 301)
+    train(store, [5], 302)
+    train(store, [6], 303)
+    assert 5 in held(store)
+    assert 1 in held(store)  # 8 >> 3 == 1 is more than the 3 >> 3 of key 2 and than none
+
+
+def test_rows_of_the_batch_at_hand_stay(open_store):
+    store = open_store([table(rows=4, eviction=Eviction())])
+    train(store, [1, 2, 3, 4], 0)
+    train(store, [2, 3], 1)
+    # 1 and 4 are the oldest, but 1 is in the batch.
+    train(store, [1, 9], 2)
+    assert held(store) == {1, 2, 3, 9}
+    assert numbers(store)["evicted"] == 1
+
+
+def test_more_new_keys_than_the_table_holds(open_store):
+    store = open_store([table(rows=8, eviction=Eviction())])
+    read = train(store, list(range(50)), 0)
+    assert store.num_rows(0) == 8
+    assert numbers(store)["refused"] == 42
+    # Which ones come in is a matter of their hash, not of their order.
+    other = open_store([table(rows=8, eviction=Eviction())])
+    train(other, list(range(50))[::-1], 0)
+    assert held(other) == held(store)
+    assert read == [1.0] * 50
+
+
+def test_without_eviction_a_full_table_refuses(open_store):
+    store = open_store([table(rows=5)])
+    train(store, [1, 2, 3, 4, 5], 0)
+    train(store, [6, 6, 1], 1)
+    assert held(store) == {1, 2, 3, 4, 5}
+    assert numbers(store)["refused"] == 2
+    rows = TableRows(torch.tensor([1, 77]), torch.ones(2, 1) * 9, torch.zeros(2, 0))
+    with pytest.raises(
+        CapacityError,
+        match=r"table 't' holds 5 rows, all that its max_bytes of 140 takes; raise max_bytes",
+    ):
+        store.insert_or_assign(0, rows)
+    assert store.find(0, torch.tensor([1])).values.item() == 9
+    assert 77 not in held(store)
+
+
+def test_ttl_in_steps(open_store):
+    store = open_store([table(eviction=Eviction(ttl=32))])
+    train(store, [1, 2], 0)
+    train(store, [2], 20)
+    train(store, [3], 32)
+    assert held(store) == {1, 2, 3}
+    # Looked through every second step, a 16th of the ttl.
+    train(store, [3], 33)
+    assert held(store) == {1, 2, 3}
+    train(store, [3], 34)
+    assert held(store) == {2, 3}
+    train(store, [3], 54)
+    assert held(store) == {3}
+    assert numbers(store)["evicted"] == 2
+
+
+def test_ttl_in_seconds(open_store):
+    store = open_store([table(eviction=Eviction(ttl=3600, unit="seconds"))])
+    for step, seconds in enumerate([0, 1800, 3700, 9000]):
+        store.advance(Clock(step, 1_700_000_000 + seconds))
+        store.find_or_insert(0, torch.tensor([step]))
+        assert step in held(store)
+    assert held(store) == {3}
+
+
+def test_time_never_goes_back(open_store):
+    store = open_store([table(eviction=Eviction(ttl=1000, unit="seconds"))])
+    store.advance(Clock(0, 1_700_009_000))
+    store.find_or_insert(0, torch.tensor([1]))
+    store.advance(Clock(1, 1_700_000_000))  # a batch of late events
+    store.find_or_insert(0, torch.tensor([2]))
+    assert numbers(store)["now"] == 1_700_009_000
+    store.advance(Clock(2, 1_700_009_900))
+    assert held(store) == {1, 2}
+
+
+def test_candidates_stay_within_their_share_of_the_budget(open_store):
+    rule = table(admission=AdmitFrequent(min_count=2), max_bytes=100 * 28)
+    limits = retention.limits_of(rule, 4)
+    assert limits.max_candidates == 100 * 28 // 8 // 24
+    store = open_store([rule])
+    rng = np.random.default_rng(0)
+    for step in range(20):
+        train(store, rng.integers(0, 500, 30).tolist(), step)
+        assert store.num_candidates(0) <= limits.max_candidates
+        assert store.num_rows(0) <= limits.max_rows
+    # Counts were halved to make room, so that rows still come in.
+    assert store.num_rows(0) > 5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rows": 300, "eviction": Eviction(order="lfu", half_life=6, ttl=100)},
+        {"rows": 300, "eviction": Eviction()},
+        {"admission": AdmitFrequent(min_count=3, half_life_steps=9), "eviction": Eviction(ttl=15)},
+    ],
+    ids=["lfu", "lru", "count"],
+)
+def test_the_same_bits_for_any_threads_and_order_of_samples(fields):
+    """Deterministic mode holds with evictions."""
+    results = []
+    for threads in (1, 2, 4):
+        rng = np.random.default_rng(1)
+        shuffle = np.random.default_rng(threads)
+        store = HostStore(
+            [table(optimizer=Adagrad(), **fields)], num_threads=threads, deterministic=True
+        )
+        for step in range(200):
+            keys = (rng.zipf(1.2, 64) % 1000).astype(np.int64)
+            grad = rng.standard_normal((64, 1)).astype(np.float32)
+            if threads > 1:
+                order = shuffle.permutation(64)
+                keys, grad = keys[order], np.ascontiguousarray(grad[order])
+            store.advance(Clock(step))
+            _, lookup, batch = look_up(store, keys.tolist())
+            part = PooledGradient(lookup, batch, torch.from_numpy(grad))
+            store.apply_gradients(PLAN, [part], step)
+        rows, _ = store.export_batch(0, CURSOR_START, 10_000)
+        order = rows.keys.argsort()
+        results.append([column[order] for column in rows] + [numbers(store)])
+    assert len(results[0][0]) > 50
+    assert results[0][-1]["evicted"] > 50
+    for other in results[1:]:
+        assert other[-1] == results[0][-1]
+        assert all(torch.equal(a, b) for a, b in zip(results[0][:4], other[:4], strict=True))
+
+
+def test_what_is_exported_goes_on_where_it_was(open_store):
+    """Rows, marks of use, counts, default row and counters into a new store: the same future."""
+    rule = table(
+        rows=60,
+        admission=AdmitFrequent(min_count=2, half_life_steps=7),
+        eviction=Eviction(order="lfu", half_life=9, ttl=50),
+    )
+    rng = np.random.default_rng(3)
+    store = open_store([rule])
+    steps = [(rng.zipf(1.3, 30) % 200).tolist() for _ in range(80)]
+    for step in range(40):
+        train(store, steps[step], step)
+    copy = open_store([rule])
+    copy.set_retention_state(0, store.retention_state(0))
+    candidates, _ = store.export_candidates(0, CURSOR_START, 1000)
+    rows, _ = store.export_batch(0, CURSOR_START, 1000)
+    copy.insert_or_assign(0, rows)
+    copy.import_candidates(0, candidates)
+    assert len(candidates.keys)
+    for step in range(40, 80):
+        assert train(store, steps[step], step) == train(copy, steps[step], step)
+        assert held(store) == held(copy)
+        assert numbers(store) == numbers(copy)
+
+
+def test_a_budget_below_one_row_is_refused(open_store):
+    with pytest.raises(
+        ConfigError,
+        match=r"table 't': max_bytes 27 holds no row: one takes 28 bytes; raise max_bytes",
+    ):
+        open_store([table(max_bytes=27)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eviction": Eviction()}, "eviction needs `max_bytes` or a `ttl`"),
+        ({"eviction": Eviction(order="lfu", ttl=5)}, "set `max_bytes`"),
+    ],
+)
+def test_rules_that_have_no_effect_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        table(**fields)
+
+
+def test_half_life_without_lfu_is_refused():
+    with pytest.raises(ConfigError, match="set order to lfu, or remove it"):
+        Eviction(half_life=5)
+
+
+def test_an_evicted_row_in_the_middle_drops_its_gradient_alone(open_store):
+    """Persia's parameter server applies the next key's gradient to its neighbour in this case."""
+    store = open_store([table(rows=32, eviction=Eviction())])
+    store.insert_or_assign(0, TableRows(torch.arange(3), torch.ones(3, 1), torch.zeros(3, 0)))
+    store.advance(Clock(1))
+    _, lookup, batch = look_up(store, [0, 1, 2])
+    store.erase(0, torch.tensor([1]))
+    gradient = torch.tensor([[0.5], [0.25], [0.125]])
+    assert store.apply_gradients(PLAN, [PooledGradient(lookup, batch, gradient)], 1) == 2
+    assert store.find(0, torch.tensor([0, 2])).values[:, 0].tolist() == [0.5, 0.875]
+    assert held(store) == {0, 2}
+    assert numbers(store)["dropped"] == 1
