@@ -258,7 +258,7 @@ class NumericColumns(Config):
 class FeatureColumns(Config):
     """Categorical inputs: each matching column becomes a feature of its name.
 
-    List columns become bags of many keys.
+    List columns become bags of many keys, or sequences where `pooling` is that.
     """
 
     columns: tuple[str, ...]
@@ -269,9 +269,15 @@ class FeatureColumns(Config):
     """
     pooling: Pooling = "sum"
     max_keys: PositiveInt | None = None
-    """Of a longer list only this many keys are read; null: all."""
+    """Of a longer list only this many keys are read; null: all. Required for the pooling
+    `sequence`, as the number of its positions.
+    """
     keep: Literal["first", "last"] = "first"
     """Which ones `max_keys` keeps."""
+    weights: str | None = None
+    """A column of numbers, one for each key: of lists as long as the keys', or of one number a row
+    where there is one key a row. Each key's vector is multiplied by its weight; see `pooling`.
+    """
     missing: Literal["empty"] | Int64 = "empty"
     """What a null reads as: an empty bag, or this key."""
     transforms: tuple[Annotated[Hash | Hex | Bucketize, Field(discriminator="kind")], ...] = ()
@@ -286,6 +292,12 @@ class FeatureColumns(Config):
     def _bucketize_is_first(self) -> FeatureColumns:
         if any(isinstance(transform, Bucketize) for transform in self.transforms[1:]):
             raise ValueError("bucketize reads numbers: put it first, and once")
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_have_positions(self) -> FeatureColumns:
+        if self.pooling == "sequence" and self.max_keys is None:
+            raise ValueError("pooling 'sequence' needs max_keys, its number of positions")
         return self
 
 

@@ -23,6 +23,7 @@ from penstock.data.transforms import (
     is_list,
     number_plan,
     one_array,
+    read_key_weights,
     read_keys,
     read_numbers,
     truncate,
@@ -64,7 +65,7 @@ class Decoder:
         times = columns.event_time
         return Rows(
             dense,
-            [Bags(column.values, _offsets(column.lengths)) for column in keys],
+            [Bags(bags.values, _offsets(bags.lengths), bags.weights) for bags in keys],
             self._read_labels(table, place),
             self._read_weights(table, place),
             None
@@ -110,16 +111,24 @@ class Decoder:
         config = feature.config
         column = table.column(feature.name)
         try:
-            keys = read_keys(
-                column, config.transforms, None if config.missing == "empty" else config.missing
-            )
-            return keys if config.max_keys is None else truncate(keys, config.max_keys, config.keep)
+            missing = None if config.missing == "empty" else config.missing
+            keys = read_keys(column, config.transforms, missing)
         except BadValue as bad:
             at = place.locate(_row_of_value(one_array(column), bad.index))
             raise DataError(
                 f"{at}, column {feature.name!r}: {bad.reason}; mend the file or use the transform "
                 "hash"
             ) from None
+        if config.weights is not None:
+            try:
+                weights = read_key_weights(table.column(config.weights), column, missing)
+            except BadValue as bad:
+                raise DataError(
+                    f"{place.locate(bad.index)}, column {config.weights!r}: {bad.reason} in "
+                    f"{feature.name!r}; mend the file"
+                ) from None
+            keys = keys._replace(weights=weights)
+        return keys if config.max_keys is None else truncate(keys, config.max_keys, config.keep)
 
     def _read_labels(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
         """[n], or [n, L] where the job names several labels; NaN where one is missing."""

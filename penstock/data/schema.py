@@ -28,6 +28,7 @@ from penstock.config import (
 )
 from penstock.data.column_checks import is_number, is_one_key, is_text, is_time, key_remedy, nearest
 from penstock.data.negatives import NegativeColumns, negative_columns
+from penstock.data.transforms import is_list
 from penstock.errors import ConfigError, DataError
 
 _GLOB = re.compile(r"[*?\[]")
@@ -100,6 +101,7 @@ class Columns:
                 *(name for name in special if name is not None),
                 *self.numeric_names,
                 *(feature.name for feature in self.features),
+                *(one.config.weights for one in self.features if one.config.weights is not None),
                 *(name for one in self.crosses for name in one.columns),
                 *self.groups,
             ])
@@ -151,6 +153,7 @@ def resolve_columns(
         if not (field.startswith("data.label") and claims.get(name, "").startswith("data.label")):
             _claim(claims, name, field)
     reserved = {*data.label_columns, *claims, *([TEACHER] if synthetic else [])}
+    reserved |= {feature.weights for feature in job.features if feature.weights is not None}
     place = {name: index for index, name in enumerate(dict.fromkeys([*order, *schema.names]))}
     numeric: list[tuple[NumericColumns, list[str]]] = []
     for index, group in enumerate(data.numeric):
@@ -188,6 +191,7 @@ def resolve_columns(
         groups=_group_columns(job, schema, origin) if labels == "required" else (),
     )
     _check_crosses(columns, schema, origin)
+    _check_key_weights(job, columns, schema, origin)
     _check_types(columns, schema, origin, isinstance(data.source, TextSource | JsonLinesSource))
     return replace(columns, negatives=_negative_columns(job, columns, schema, origin))
 
@@ -237,6 +241,26 @@ def _check_crosses(columns: Columns, schema: pa.Schema, origin: str) -> None:
                 )
 
 
+def _check_key_weights(job: Job, columns: Columns, schema: pa.Schema, origin: str) -> None:
+    for index, group in enumerate(job.features):
+        if group.weights is not None and group.weights not in schema.names:
+            raise DataError(
+                f"{origin}: no column {group.weights!r} (features.{index}.weights)"
+                f"{nearest(group.weights, schema.names)}"
+            )
+    for feature in columns.features:
+        name = feature.config.weights
+        if name is None:
+            continue
+        of_weights, of_keys = schema.field(name).type, schema.field(feature.name).type
+        if not is_number(of_weights) or is_list(of_weights) is not is_list(of_keys):
+            wanted = "lists of numbers" if is_list(of_keys) else "one number a row"
+            raise DataError(
+                f"{origin}: column {name!r} is {of_weights}, but the keys {feature.name!r} are "
+                f"{of_keys}; their weights are {wanted}"
+            )
+
+
 def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
     """Types of text columns by name or glob, where the source declares none."""
     data = job.data
@@ -247,6 +271,7 @@ def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
         types[data.event_time] = "int64"
     numbers = [group.columns for group in data.numeric]
     numbers += [group.columns for group in job.features if group.buckets_numbers]
+    numbers += [(group.weights,) for group in job.features if group.weights is not None]
     return types | {pattern: "float64" for patterns in numbers for pattern in patterns}
 
 
