@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from itertools import pairwise
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from penstock.config.base import Config, Fraction, Int64, PositiveInt
 from penstock.config.labels import Label, LabelOrLabels, check_labels
@@ -155,6 +156,12 @@ class TimeSplit(Config):
     by: Literal["time"] = "time"
     at: int | str
     """Milliseconds since 1970 UTC, or ISO 8601 (`2026-01-31T00:00:00Z`)."""
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _moment_of_yaml(cls, at: Any) -> Any:
+        # YAML reads ISO 8601 without quotation marks as a moment.
+        return at.isoformat() if isinstance(at, date) else at
 
 
 class FileSplit(Config):
