@@ -1,6 +1,6 @@
-"""AUC of the recipes beside the same network over nn.EmbeddingBag and torch's optimizers.
+"""Quality of the recipes beside the same network over nn.EmbeddingBag and torch's optimizers.
 
-    python benchmarks/bench_quality.py [--criteo FILE] [--movielens FILE] [--json] [--check]
+    python benchmarks/bench_quality.py [--criteo FILE] [--movielens FILE] [--globo FILE] [--check]
 
 Each recipe of jobs/ runs as `penstock train` does, with seeds 0, 1 and 2 (of initial weights and
 order of the batches), and so do its two twins on the same batches from the same initial weights:
@@ -16,6 +16,8 @@ import io
 import json
 import tempfile
 from collections import deque
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -34,42 +36,60 @@ TWINS = {"sparse_adam": True, "dense_adam": False}
 """By name: whether its gradients are sparse."""
 RECIPES = {
     "criteo": ("criteo", "criteo_deepfm", "criteo_wide_deep"),
-    "movielens": ("movielens",),
+    "movielens": ("movielens", "movielens_shared_bottom", "movielens_mmoe"),
+    "globo": ("globo_din", "globo_hstu", "globo_two_tower"),
 }
 """By the data that they read."""
+_OF_TWO_LABELS = {"liked AUC": ("tasks", "liked", "auc"), "stars RMSE": ("tasks", "stars", "rmse")}
+METRICS = {
+    "movielens_shared_bottom": _OF_TWO_LABELS,
+    "movielens_mmoe": _OF_TWO_LABELS,
+    "globo_two_tower": {"recall@10": ("recall_at_10",), "recall@100": ("recall_at_100",)},
+}
+"""What is compared, by recipe; of others the AUC."""
 LOWEST_AUC = dict.fromkeys(RECIPES["criteo"], 0.715)
 MOST_BELOW_A_TWIN = 0.003
 
 
-def penstock_auc(job: Job) -> float:
-    """AUC in summary.json of a whole run of the product."""
+def measure_penstock(job: Job) -> dict[str, Any]:
+    """summary.json of a whole run of the product."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         train(job, out, console=Console(file=io.StringIO()))
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    return float(summary["auc"])
+        return json.loads((out / "summary.json").read_text(encoding="utf-8"))
 
 
-def run_case(recipe: str, path: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """Trains one recipe with one seed, and its twins."""
+def run_case(recipe: str, path: Path, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
+    """Trains one recipe with one seed, and its twins; a result for each metric."""
     job = load_job(
         JOBS / f"{recipe}.yaml",
         [*overrides, f"data.source.path={path}", f"training.seed={seed}"],
     )
     dataset = Dataset.open(job)
     keys = keys_of(dataset)
-    result: dict[str, Any] = {
-        "case": f"{recipe} seed {seed}",
-        "recipe": recipe,
-        "seed": seed,
-        "penstock": round(penstock_auc(job), 5),
-    }
+    found = {"penstock": measure_penstock(job)}
     for name, sparse in TWINS.items():
         twin = Twin(job, dataset, keys, sparse=sparse)
         deque(twin.train(), maxlen=0)
-        result[name] = round(twin.auc(), 5)
-        result[f"over_{name}"] = round(result["penstock"] - result[name], 5)
-    return result
+        found[name] = twin.measure()
+    results = []
+    for metric, metric_path in METRICS.get(recipe, {"AUC": ("auc",)}).items():
+        values = {name: reduce(getitem, metric_path, one) for name, one in found.items()}
+        sign = -1 if metric.endswith("RMSE") else 1
+        over = {
+            f"over_{name}": round(sign * (values["penstock"] - values[name]), 5) for name in TWINS
+        }
+        rounded = {name: round(value, 5) for name, value in values.items()}
+        case = f"{recipe} seed {seed}" + (f" {metric}" if metric != "AUC" else "")
+        results.append({
+            "case": case,
+            "recipe": recipe,
+            "seed": seed,
+            "metric": metric,
+            **rounded,
+            **over,
+        })
+    return results
 
 
 def misses(results: list[dict[str, Any]]) -> list[str]:
@@ -83,20 +103,20 @@ def misses(results: list[dict[str, Any]]) -> list[str]:
             over = result[f"over_{twin}"]
             if not over >= -MOST_BELOW_A_TWIN:
                 lines.append(
-                    f"{result['case']}: {over:+.4f} AUC over {twin}, goal {-MOST_BELOW_A_TWIN:+}"
+                    f"{result['case']}: {over:+.4f} better than {twin}, goal {-MOST_BELOW_A_TWIN:+}"
                 )
     return lines
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
     machine = hardware()
-    print(f"AUC on the held-out part; {machine['cpu']}, {machine['cores']} cores")
+    print(f"On the held-out part; {machine['cpu']}, {machine['cores']} cores")
     over = "".join(f"  over {twin:>11}" for twin in TWINS)
-    print(f"{'case':<25} {'penstock':>9}" + "".join(f" {twin:>12}" for twin in TWINS) + over)
+    print(f"{'case':<42} {'penstock':>9}" + "".join(f" {twin:>12}" for twin in TWINS) + over)
     for result in results:
         twins = "".join(f" {result[twin]:>12.4f}" for twin in TWINS)
         over = "".join(f" {result[f'over_{twin}']:>+17.4f}" for twin in TWINS)
-        print(f"{result['case']:<25} {result['penstock']:>9.4f}{twins}{over}")
+        print(f"{result['case']:<42} {result['penstock']:>9.4f}{twins}{over}")
 
 
 def main() -> None:
@@ -105,29 +125,35 @@ def main() -> None:
     )
     parser.add_argument("--criteo", type=Path, metavar="FILE", help="Parquet of jobs/criteo*.yaml")
     parser.add_argument(
-        "--movielens", type=Path, metavar="FILE", help="Parquet of jobs/movielens.yaml"
+        "--movielens", type=Path, metavar="FILE", help="Parquet of jobs/movielens*.yaml"
     )
+    parser.add_argument(
+        "--globo", type=Path, metavar="FILE", help="what data history wrote for jobs/globo*.yaml"
+    )
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--json", action="store_true", help="one JSON object a case")
     parser.add_argument("--check", action="store_true", help="exit 1 if a case misses its goal")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
     arguments = parser.parse_args()
-    paths = {name: getattr(arguments, name) for name in ("criteo", "movielens")}
+    paths = {name: getattr(arguments, name) for name in RECIPES}
     cases = [
         (recipe, path, seed)
         for data, path in paths.items()
         if path is not None
         for recipe in RECIPES[data]
+        if not arguments.recipes or recipe in arguments.recipes
         for seed in arguments.seeds
     ]
     if not cases:
-        parser.error("nothing to measure: give --criteo FILE, --movielens FILE or both")
+        parser.error("nothing to measure: give --criteo FILE, --movielens FILE or --globo FILE")
     results = []
     for recipe, path, seed in cases:
-        results.append(run_case(recipe, path, seed, arguments.overrides))
-        if arguments.json:
-            facts = {"commit": commit(), "hardware": hardware(), "versions": versions()}
-            print(json.dumps({**results[-1], **facts}), flush=True)
+        found = run_case(recipe, path, seed, arguments.overrides)
+        results += found
+        facts = {"commit": commit(), "hardware": hardware(), "versions": versions()}
+        for result in found if arguments.json else ():
+            print(json.dumps({**result, **facts}), flush=True)
     if not arguments.json:
         print_table(results)
     if arguments.check:

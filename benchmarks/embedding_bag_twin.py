@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from penstock.config import (
     SGD,
@@ -28,8 +28,9 @@ from penstock.config import (
 )
 from penstock.data.dataset import Dataset
 from penstock.embedding.initializer import initial_values
-from penstock.training.metrics import BinaryMetrics
+from penstock.training.evaluation import Evaluator
 from penstock.training.setup import build
+from penstock.training.step import model_inputs
 from penstock.types import KeyedJagged
 
 Keys = dict[str, NDArray[np.int64]]
@@ -37,7 +38,7 @@ Keys = dict[str, NDArray[np.int64]]
 
 
 class EmbeddingBags(nn.Module):
-    """What `EmbeddingCollection` computes, with one nn.EmbeddingBag a feature."""
+    """What `EmbeddingCollection` computes: an nn.EmbeddingBag, or of a sequence nn.Embedding."""
 
     def __init__(
         self,
@@ -62,18 +63,38 @@ class EmbeddingBags(nn.Module):
         self.bags = nn.ModuleList()
         for feature in self.features:
             weight = self.weights[feature.table]
-            bag = nn.EmbeddingBag(*weight.shape, mode=feature.pooling, sparse=sparse)
+            bag: nn.Embedding | nn.EmbeddingBag
+            if feature.pooling == "sequence":
+                bag = nn.Embedding(*weight.shape, sparse=sparse)
+            else:
+                bag = nn.EmbeddingBag(*weight.shape, mode=feature.pooling, sparse=sparse)
             bag.weight = weight  # Features of one table share it.
             self.bags.append(bag)
 
     def forward(self, sparse: KeyedJagged) -> Tensor:
-        """Pooled vectors of all features, [B, sum of dims] float32."""
-        pooled = []
+        """Vectors of all features, [B, W] float32."""
+        assert sparse.weights is None, "the twin knows no weights of keys"
+        parts = []
         for feature, bag in zip(self.features, self.bags, strict=True):
             column = sparse[feature.name]
             rows = self._row_numbers(feature.table, column.values)
-            pooled.append(bag(rows, column.offsets[:-1]))
-        return torch.cat(pooled, 1)
+            if feature.pooling == "sequence":
+                vectors = bag(rows).split(column.offsets.diff().tolist())
+                padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
+                missing = feature.max_keys - padded.shape[1]
+                parts.append(torch.nn.functional.pad(padded, (0, 0, 0, missing)).flatten(1))
+            else:
+                parts.append(bag(rows, column.offsets[:-1]))
+        return torch.cat(parts, 1)
+
+    def sequence_lengths(self, sparse: KeyedJagged) -> Tensor:
+        """[B, S] keys of each sequence."""
+        lengths = [
+            sparse[feature.name].offsets.diff()
+            for feature in self.features
+            if feature.pooling == "sequence"
+        ]
+        return torch.stack(lengths, 1) if lengths else torch.zeros(sparse.batch_size, 0)
 
     def _row_numbers(self, table: str, values: Tensor) -> Tensor:
         known = self._keys[table]
@@ -98,7 +119,8 @@ class Twin:
         self._job = job
         self._dataset = dataset
         # Penstock's weights, from the same seed; its tables stay empty and unused.
-        self.model = build(job, dataset).state.model
+        state, _, self.objective = build(job, dataset)
+        self.model = state.model
         self.bags = EmbeddingBags(
             dataset.tables, dataset.features, keys, seed=job.training.seed, sparse=sparse
         )
@@ -121,26 +143,20 @@ class Twin:
             "train", batch_size=training.batch_size, seed=training.seed, epochs=training.epochs
         ) as batches:
             for step, batch in enumerate(islice(batches, training.max_steps)):
-                assert batch.weights is None, "the twin knows no sample weights"
-                logits = self.model(batch.dense, self.bags(batch.sparse))
-                loss = binary_cross_entropy_with_logits(logits, batch.labels)
+                inputs = model_inputs(self.bags, batch, self.bags(batch.sparse))
+                loss, _ = self.objective(self.model, inputs, batch)
                 loss.backward()
                 self._update(step)
                 yield loss.item()
 
-    def auc(self) -> float:
-        """AUC on the held-out part; a key that was never trained reads as its initial value."""
-        metrics = BinaryMetrics()
-        self.model.eval()
-        batch_size = self._job.training.evaluation_batch_size
-        with (
-            torch.no_grad(),
-            self._dataset.batches("evaluation", batch_size=batch_size) as batches,
-        ):
-            for batch in batches:
-                metrics.update(self.model(batch.dense, self.bags(batch.sparse)), batch.labels, None)
-        self.model.train()
-        return metrics.compute()["auc"]
+    def measure(self) -> dict[str, Any]:
+        """Metrics of the held-out part; a key never trained reads as its initial value."""
+        training = self._job.training
+        evaluator = Evaluator(self._dataset, self.model, self.objective, self.bags, training)
+        with self._dataset.batches(
+            "evaluation", batch_size=training.evaluation_batch_size, groups=True
+        ) as batches:
+            return evaluator.measure(batches)
 
     def _update(self, step: int) -> None:
         for config, optimizer in self._optimizers:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from penstock.cli_data import inspect_data
+from penstock.cli_data import add_history, inspect_data
 from penstock.errors import ConfigError, PenstockError
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 data_app.command("inspect")(inspect_data)
+data_app.command("history")(add_history)
 
 
 class FileFormat(enum.StrEnum):

@@ -22,7 +22,7 @@ from penstock.data.loader import Loader
 from penstock.report.folder import RunFolder
 from penstock.report.run_report import RunReport
 from penstock.training.checkpoint import Checkpoints
-from penstock.training.evaluation import evaluate_batches, scored
+from penstock.training.evaluation import Evaluator, scored
 from penstock.training.interruption import interruption
 from penstock.training.prediction import write_scores
 from penstock.training.setup import build
@@ -83,7 +83,8 @@ def evaluate(path: Path, data: str | None = None) -> dict[str, Any]:
       data: files to measure on, all rows; None: the job's held-out part.
 
     Returns:
-      Metrics by name, see `evaluate_batches`; `quarantined_rows` where rows were left out.
+      Metrics by name, see `training.evaluation.evaluate_batches`; `quarantined_rows` where rows
+      were left out.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is damaged.
@@ -92,13 +93,7 @@ def evaluate(path: Path, data: str | None = None) -> dict[str, Any]:
     """
     trained = open_trained(path, data)
     with trained.batches() as batches:
-        metrics = evaluate_batches(
-            batches,
-            trained.model,
-            trained.objective,
-            trained.collection,
-            trained.job.training.metrics,
-        )
+        metrics = trained.evaluator.measure(batches)
     if trained.dataset.quarantined_rows:
         metrics["quarantined_rows"] = trained.dataset.quarantined_rows
     return metrics
@@ -160,6 +155,9 @@ class Run:
         self.folder = folder
         self.report = report
         self.state, self.trainer, self.objective = build(job, dataset)
+        self.evaluator = Evaluator(
+            dataset, self.state.model, self.objective, self.state.collection, job.training
+        )
         self.window = self.state.metrics = self.objective.metrics()
         """Of the steps since the last log; part of a checkpoint."""
         self.checkpoints = Checkpoints(
@@ -254,13 +252,7 @@ class Run:
             self.clock.measure("evaluation"),
             self.dataset.batches("evaluation", batch_size=batch_size, groups=True) as batches,
         ):
-            metrics = evaluate_batches(
-                batches,
-                self.state.model,
-                self.objective,
-                self.state.collection,
-                self.job.training.metrics,
-            )
+            metrics = self.evaluator.measure(batches)
         self.report.evaluation(self.state.step, metrics)
 
     def save(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from itertools import pairwise
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from penstock.config.base import Config, Fraction, Int64, PositiveInt, Threads
 from penstock.config.labels import Label, LabelOrLabels, check_labels
@@ -156,6 +157,12 @@ class TimeSplit(Config):
     at: int | str
     """Milliseconds since 1970 UTC, or ISO 8601 (`2026-01-31T00:00:00Z`)."""
 
+    @field_validator("at", mode="before")
+    @classmethod
+    def _moment_of_yaml(cls, at: Any) -> Any:
+        # YAML reads ISO 8601 without quotation marks as a moment.
+        return at.isoformat() if isinstance(at, date) else at
+
 
 class FileSplit(Config):
     """Files whose path matches the glob `evaluation` are held out."""
@@ -258,7 +265,7 @@ class NumericColumns(Config):
 class FeatureColumns(Config):
     """Categorical inputs: each matching column becomes a feature of its name.
 
-    List columns become bags of many keys.
+    List columns become bags of many keys, or sequences where `pooling` is that.
     """
 
     columns: tuple[str, ...]
@@ -269,9 +276,15 @@ class FeatureColumns(Config):
     """
     pooling: Pooling = "sum"
     max_keys: PositiveInt | None = None
-    """Of a longer list only this many keys are read; null: all."""
+    """Of a longer list only this many keys are read; null: all. Required for the pooling
+    `sequence`, as the number of its positions.
+    """
     keep: Literal["first", "last"] = "first"
     """Which ones `max_keys` keeps."""
+    weights: str | None = None
+    """A column of numbers, one for each key: of lists as long as the keys', or of one number a row
+    where there is one key a row. Each key's vector is multiplied by its weight; see `pooling`.
+    """
     missing: Literal["empty"] | Int64 = "empty"
     """What a null reads as: an empty bag, or this key."""
     transforms: tuple[Annotated[Hash | Hex | Bucketize, Field(discriminator="kind")], ...] = ()
@@ -286,6 +299,12 @@ class FeatureColumns(Config):
     def _bucketize_is_first(self) -> FeatureColumns:
         if any(isinstance(transform, Bucketize) for transform in self.transforms[1:]):
             raise ValueError("bucketize reads numbers: put it first, and once")
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_have_positions(self) -> FeatureColumns:
+        if self.pooling == "sequence" and self.max_keys is None:
+            raise ValueError("pooling 'sequence' needs max_keys, its number of positions")
         return self
 
 
@@ -353,8 +372,8 @@ class DataConfig(Config):
     split: Split | None = None
     """Part of `source` that is held out."""
     label: LabelOrLabels | None = None
-    """One label, or a list of them for models that predict several; required unless `negatives`
-    says that all rows are positives.
+    """One label, or a list of them for models that predict several; required unless all rows are
+    positives: with `negatives`, or for the model two_tower.
     """
     negatives: Negatives | None = None
     """For logs of positives alone, in place of `label`."""
@@ -390,11 +409,6 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _labels_from_one_place(self) -> DataConfig:
-        if self.label is None and self.negatives is None:
-            raise ValueError(
-                "give `label`, the column of what to predict, or, if every row is a positive, "
-                "`negatives`"
-            )
         if self.label is not None and self.negatives is not None:
             raise ValueError(
                 "`negatives` takes every row as a positive, so there is no `label`; remove one of "

@@ -18,7 +18,7 @@ from penstock.config.base import (
 )
 from penstock.config.data import CrossedFeature, DataConfig, FeatureColumns
 from penstock.config.explain import explain
-from penstock.config.models import CustomModel, DLRMConfig, Model, MultiTask
+from penstock.config.models import CustomModel, DLRMConfig, Model, MultiTask, TwoTowerConfig
 from penstock.config.tables import (
     Admission,
     EmbeddingDim,
@@ -83,6 +83,10 @@ class MetricsConfig(Config):
     over its values of the AUC among the rows of one value, weighted by their number (GAUC).
     """
     slices: tuple[SliceConfig, ...] = ()
+    recall_at: tuple[PositiveInt, ...] = ()
+    """Of the model two_tower: for each k, the share of the held-out positives whose item is among
+    the k best of all items of the data, training part and held-out part.
+    """
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -149,6 +153,32 @@ class Job(Config):
     table_defaults: TableDefaults = TableDefaults()
     model: Model = Field(default_factory=DLRMConfig)
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _labels_come_from_somewhere(self) -> Job:
+        is_in_batch = isinstance(self.model, TwoTowerConfig)
+        if self.data.label is None and self.data.negatives is None and not is_in_batch:
+            raise ValueError(
+                "data: give `label`, the column of what to predict, or, if every row is a "
+                "positive, `negatives`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _two_towers_learn_from_positives(self) -> Job:
+        is_two_tower = isinstance(self.model, TwoTowerConfig)
+        for label in self.data.labels if is_two_tower else ():
+            if label.task != "binary" or label.missing != "fail":
+                raise ValueError(
+                    f"model two_tower learns from a binary label that no row lacks, and "
+                    f"{label.title!r} is none; use at_least, or leave data.label out if every row "
+                    "is a positive"
+                )
+        if self.training.metrics.recall_at and not is_two_tower:
+            raise ValueError(
+                "training.metrics.recall_at: only the model two_tower ranks all items; remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _task_weights_are_of_labels(self) -> Job:

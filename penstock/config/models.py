@@ -97,6 +97,70 @@ class MMoEConfig(MultiTask):
     """Hidden widths of each tower; its output is one number."""
 
 
+class DINConfig(Config):
+    """DIN, deep interest network (arXiv:1706.06978).
+
+    A small MLP compares the candidate with each key of a sequence, what the user has had before,
+    and so weighs their sum; a deep MLP reads it beside all other inputs.
+    """
+
+    kind: Literal["din"] = "din"
+    candidate: str
+    """The feature whose vector is compared, for instance the item; one key a row."""
+    sequence: str
+    """A feature of pooling `sequence`, of the candidate's table."""
+    attention: tuple[PositiveInt, ...] = (32,)
+    """Hidden widths of the MLP that weighs a key."""
+    activation: Literal["dice", "prelu"] = "dice"
+    deep: tuple[PositiveInt, ...] = (200, 80)
+    """Hidden widths of the deep MLP; its output is one logit."""
+
+
+class HSTUConfig(Config):
+    """HSTU, hierarchical sequential transducer (arXiv:2402.17152).
+
+    Layers of attention without softmax over a sequence, with the candidate as its last position; a
+    deep MLP reads what comes out there beside all other inputs.
+    """
+
+    kind: Literal["hstu"] = "hstu"
+    candidate: str
+    """The feature that is the last position, for instance the item; one key a row."""
+    sequence: str
+    """A feature of pooling `sequence`, oldest key first, of the candidate's table."""
+    layers: PositiveInt = 2
+    heads: PositiveInt = 1
+    """Must divide the embedding dim."""
+    deep: tuple[PositiveInt, ...] = (64,)
+    """Hidden widths of the deep MLP; its output is one logit."""
+
+
+class TwoTowerConfig(Config):
+    """Two towers, for retrieval: one MLP of the user, one of the item, and their similarity.
+
+    Learns by a softmax over the items of the batch, corrected for how often each item comes
+    (doi:10.1145/3298689.3346996): for each row of label 1, its item against those of the other
+    rows. Of a log of positives alone, give neither `label` nor `negatives`.
+    """
+
+    kind: Literal["two_tower"] = "two_tower"
+    items: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names or globs of the item's features; all others, and numbers, are the user's."""
+    user: tuple[PositiveInt, ...] = (64,)
+    """Hidden widths of the user's tower."""
+    item: tuple[PositiveInt, ...] = (64,)
+    """Hidden widths of the item's tower."""
+    dim: PositiveInt = 32
+    """Width of the vectors that are compared."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    temperature: PositiveFloat = 0.1
+    """Similarities are divided by it."""
+    frequency_memory: PositiveInt = 1000
+    """Steps after which a count of an item has faded to 1/e."""
+    frequency_buckets: PositiveInt = 1 << 18
+    """Counters of items, twice; 8 bytes each. More than there are items, for exact counts."""
+
+
 class CustomModel(Config):
     """A module of the user's.
 
@@ -123,6 +187,9 @@ Model = Annotated[
     | WideDeepConfig
     | SharedBottomConfig
     | MMoEConfig
+    | DINConfig
+    | HSTUConfig
+    | TwoTowerConfig
     | CustomModel,
     Field(discriminator="kind"),
 ]

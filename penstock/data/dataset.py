@@ -90,11 +90,12 @@ class Dataset:
         """
         data = job.data
         kept = Quarantine(quarantine)
-        source = open_source(data.source, default_text_types(job), kept)
+        text_types = default_text_types(job)
+        source = open_source(data.source, text_types, kept)
         columns = resolve_columns(job, source.schema, source.paths[0], labels, order)
         train, held_out = divide(source, data.split, data.event_time, data.event_time_unit)
         if data.evaluation_source is not None:
-            other = open_source(data.evaluation_source, default_text_types(job), kept)
+            other = open_source(data.evaluation_source, text_types, kept)
             other_columns = resolve_columns(job, other.schema, other.paths[0], labels, order)
             _check_equal(columns, other_columns, other.paths[0])
             held_out, _ = divide(other, None, data.event_time)
@@ -102,6 +103,11 @@ class Dataset:
         if held_out is not None:
             parts["evaluation"] = held_out
         return cls(job, columns, parts, kept)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Parts that there are."""
+        return tuple(self._parts)
 
     @property
     def has_evaluation(self) -> bool:

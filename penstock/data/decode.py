@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.config import FailOnMissing, Label, TimeUnit
+from penstock.data.column_checks import is_text
 from penstock.data.negatives import item_rows
-from penstock.data.schema import Columns, FeatureColumn, NumericGroup, is_text
+from penstock.data.schema import Columns, FeatureColumn, NumericGroup
 from penstock.data.source import Chunk, Place
 from penstock.data.transforms import (
     BadValue,
@@ -22,6 +23,7 @@ from penstock.data.transforms import (
     is_list,
     number_plan,
     one_array,
+    read_key_weights,
     read_keys,
     read_numbers,
     truncate,
@@ -65,7 +67,7 @@ class Decoder:
         times = columns.event_time
         return Rows(
             dense,
-            [Bags(column.values, _offsets(column.lengths)) for column in keys],
+            [Bags(bags.values, _offsets(bags.lengths), bags.weights) for bags in keys],
             self._read_labels(table, place),
             self._read_weights(table, place),
             None
@@ -111,26 +113,35 @@ class Decoder:
         config = feature.config
         column = table.column(feature.name)
         try:
-            keys = read_keys(
-                column, config.transforms, None if config.missing == "empty" else config.missing
-            )
-            return keys if config.max_keys is None else truncate(keys, config.max_keys, config.keep)
+            missing = None if config.missing == "empty" else config.missing
+            keys = read_keys(column, config.transforms, missing)
         except BadValue as bad:
             at = place.locate(_row_of_value(one_array(column), bad.index))
             raise DataError(
                 f"{at}, column {feature.name!r}: {bad.reason}; mend the file or use the transform "
                 "hash"
             ) from None
+        if config.weights is not None:
+            try:
+                weights = read_key_weights(table.column(config.weights), column, missing)
+            except BadValue as bad:
+                raise DataError(
+                    f"{place.locate(bad.index)}, column {config.weights!r}: {bad.reason} in "
+                    f"{feature.name!r}; mend the file"
+                ) from None
+            keys = keys._replace(weights=weights)
+        return keys if config.max_keys is None else truncate(keys, config.max_keys, config.keep)
 
     def _read_labels(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
         """[n], or [n, L] where the job names several labels; NaN where one is missing."""
         labels = self._columns.labels
-        if len(labels) == 1:
-            return _read_label(labels[0], table, place)
-        read = np.empty((table.num_rows, len(labels)), dtype=np.float32)
+        read = np.full(
+            (table.num_rows, len(labels)), self._columns.without_column, dtype=np.float32
+        )
         for position, label in enumerate(labels):
-            read[:, position] = _read_label(label, table, place)
-        return read
+            if label is not None:
+                read[:, position] = _read_label(label, table, place)
+        return read[:, 0] if len(labels) == 1 else read
 
     def _read_weights(self, table: pa.Table, place: Place) -> NDArray[np.float32] | None:
         name = self._columns.weight
@@ -148,9 +159,7 @@ class Decoder:
         return weights
 
 
-def _read_label(label: Label | None, table: pa.Table, place: Place) -> NDArray[np.float32]:
-    if label is None:
-        return np.full(table.num_rows, np.nan, dtype=np.float32)
+def _read_label(label: Label, table: pa.Table, place: Place) -> NDArray[np.float32]:
     given = _read_numbers(table, label.column, place)
     with np.errstate(over="ignore"):  # what is too large is found below
         read = given.astype(np.float32)

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from penstock.config import CrossedFeature
+from penstock.config import CrossedFeature, Negatives
+from penstock.data.column_checks import is_one_key, nearest
 from penstock.data.transforms import CrossPart, cross, cross_part, cross_parts
-from penstock.errors import DataError
+from penstock.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,69 @@ class NegativeColumns:
     def samples_per_row(self) -> int:
         """The row itself and its negatives."""
         return 1 + self.per_positive
+
+
+def negative_columns(
+    config: Negatives,
+    numeric: Sequence[str],
+    features: Sequence[str],
+    crosses: Sequence[CrossedFeature],
+    schema: pa.Schema,
+    origin: str,
+) -> NegativeColumns:
+    """Finds which inputs are the item's.
+
+    Args:
+      config: what is wanted.
+      numeric: columns of `Batch.dense`, in order.
+      features: columns that are features, in order.
+      crosses: the features after them.
+      schema: of the source.
+      origin: names the source in errors.
+
+    Raises:
+      ConfigError: a column is no input, or all inputs are the item's.
+      DataError: a column is missing, or the first one cannot name the item.
+    """
+    inputs = {*numeric, *features, *(name for one in crosses for name in one.columns)}
+    for name in config.columns:
+        if name not in schema.names:
+            raise DataError(
+                f"{origin}: no column {name!r} (data.negatives){nearest(name, schema.names)}"
+            )
+        if name not in inputs:
+            raise ConfigError(
+                f"data.negatives.columns: {name!r} is no input of the model, so it makes no "
+                "difference of which row it is; list it under `features` or data.numeric, or "
+                "remove it"
+            )
+    item = config.columns[0]
+    kind = schema.field(item).type
+    if not is_one_key(kind):
+        raise DataError(
+            f"{origin}: column {item!r} is {kind}; the first of data.negatives.columns names the "
+            "item, by an integer or text a row; put another one first"
+        )
+    of_cross = [tuple(name in config.columns for name in one.columns) for one in crosses]
+    of_features = [name in config.columns for name in features]
+    of_numeric = [name in config.columns for name in numeric]
+    if all([*of_features, *of_numeric, *map(all, of_cross)]):
+        raise ConfigError(
+            "data.negatives.columns: these are all inputs, so that a negative would be another "
+            "row's positive; leave out what belongs to the user or the moment"
+        )
+    return NegativeColumns(
+        per_positive=config.per_positive,
+        candidates=config.candidates,
+        item=item,
+        numeric=tuple(place for place, whether in enumerate(of_numeric) if whether),
+        features=(*of_features, *map(all, of_cross)),
+        mixed=tuple(
+            MixedCross(one, len(features) + place, which)
+            for place, (one, which) in enumerate(zip(crosses, of_cross, strict=True))
+            if any(which) and not all(which)
+        ),
+    )
 
 
 class ItemRows(NamedTuple):

@@ -5,7 +5,7 @@ Pure: works on the names and types of a source, reads no row.
 
 from __future__ import annotations
 
-import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,18 +18,16 @@ from penstock.config import (
     CrossedFeature,
     FeatureColumns,
     FeatureConfig,
-    Hash,
-    Hex,
     Job,
     JsonLinesSource,
     Label,
-    Negatives,
     NumericColumns,
     TableConfig,
     TextSource,
     TimeUnit,
 )
-from penstock.data.negatives import MixedCross, NegativeColumns
+from penstock.data.column_checks import is_number, is_one_key, is_text, is_time, key_remedy, nearest
+from penstock.data.negatives import NegativeColumns, negative_columns
 from penstock.data.transforms import is_list
 from penstock.errors import ConfigError, DataError
 
@@ -61,9 +59,9 @@ class Columns:
     """What is read of a source, and as what."""
 
     labels: tuple[Label | None, ...]
-    """In the order of `Batch.labels`. None: the source has no column of it (in prediction, or where
-    all rows are positives).
-    """
+    """In the order of `Batch.labels`. None: it has no column, and reads as `without_column`."""
+    without_column: float
+    """1 where every row is a positive; NaN in prediction."""
     weight: str | None
     event_time: str | None
     teacher: str | None
@@ -103,6 +101,7 @@ class Columns:
                 *(name for name in special if name is not None),
                 *self.numeric_names,
                 *(feature.name for feature in self.features),
+                *(one.config.weights for one in self.features if one.config.weights is not None),
                 *(name for one in self.crosses for name in one.columns),
                 *self.groups,
             ])
@@ -149,11 +148,12 @@ def resolve_columns(
     claims: dict[str, str] = {}
     for field, name in _special_columns(job, found_labels).items():
         if name not in schema.names:
-            raise DataError(f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}")
+            raise DataError(f"{origin}: no column {name!r} ({field}){nearest(name, schema.names)}")
         # Several labels may be made of one column.
         if not (field.startswith("data.label") and claims.get(name, "").startswith("data.label")):
             _claim(claims, name, field)
     reserved = {*data.label_columns, *claims, *([TEACHER] if synthetic else [])}
+    reserved |= {feature.weights for feature in job.features if feature.weights is not None}
     place = {name: index for index, name in enumerate(dict.fromkeys([*order, *schema.names]))}
     numeric: list[tuple[NumericColumns, list[str]]] = []
     for index, group in enumerate(data.numeric):
@@ -176,6 +176,7 @@ def resolve_columns(
     dense = sorted((name for _, names in numeric for name in names), key=place.__getitem__)
     columns = Columns(
         labels=found_labels,
+        without_column=math.nan if is_optional else 1.0,
         weight=data.weight,
         event_time=data.event_time,
         # Of a row with another item the teacher's probability is not known.
@@ -190,54 +191,19 @@ def resolve_columns(
         groups=_group_columns(job, schema, origin) if labels == "required" else (),
     )
     _check_crosses(columns, schema, origin)
+    _check_key_weights(job, columns, schema, origin)
     _check_types(columns, schema, origin, isinstance(data.source, TextSource | JsonLinesSource))
-    return replace(columns, negatives=_negative_columns(data.negatives, columns, schema, origin))
+    return replace(columns, negatives=_negative_columns(job, columns, schema, origin))
 
 
 def _negative_columns(
-    config: Negatives | None, columns: Columns, schema: pa.Schema, origin: str
+    job: Job, columns: Columns, schema: pa.Schema, origin: str
 ) -> NegativeColumns | None:
-    if config is None:
+    if job.data.negatives is None:
         return None
-    crossed = [name for one in columns.crosses for name in one.columns]
-    inputs = {*columns.numeric_names, *(one.name for one in columns.features), *crossed}
-    for name in config.columns:
-        if name not in schema.names:
-            raise DataError(
-                f"{origin}: no column {name!r} (data.negatives){_nearest(name, schema.names)}"
-            )
-        if name not in inputs:
-            raise ConfigError(
-                f"data.negatives.columns: {name!r} is no input of the model, so it makes no "
-                "difference of which row it is; list it under `features` or data.numeric, or "
-                "remove it"
-            )
-    kind = schema.field(config.columns[0]).type
-    if not _is_one_key(kind):
-        raise DataError(
-            f"{origin}: column {config.columns[0]!r} is {kind}; the first of "
-            "data.negatives.columns names the item, by an integer or text a row; put another one "
-            "first"
-        )
-    of_cross = [tuple(name in config.columns for name in one.columns) for one in columns.crosses]
-    of_item = [one.name in config.columns for one in columns.features]
-    numeric = [name in config.columns for name in columns.numeric_names]
-    if all([*of_item, *numeric, *map(all, of_cross)]):
-        raise ConfigError(
-            "data.negatives.columns: these are all inputs, so that a negative would be another "
-            "row's positive; leave out what belongs to the user or the moment"
-        )
-    return NegativeColumns(
-        per_positive=config.per_positive,
-        candidates=config.candidates,
-        item=config.columns[0],
-        numeric=tuple(place for place, whether in enumerate(numeric) if whether),
-        features=(*of_item, *map(all, of_cross)),
-        mixed=tuple(
-            MixedCross(one, len(of_item) + place, which)
-            for place, (one, which) in enumerate(zip(columns.crosses, of_cross, strict=True))
-            if any(which) and not all(which)
-        ),
+    features = [feature.name for feature in columns.features]
+    return negative_columns(
+        job.data.negatives, columns.numeric_names, features, columns.crosses, schema, origin
     )
 
 
@@ -265,21 +231,34 @@ def _check_crosses(columns: Columns, schema: pa.Schema, origin: str) -> None:
                 raise ConfigError(f"{field}.columns: {name!r} is the label; leave it out")
             if name not in schema.names:
                 raise DataError(
-                    f"{origin}: no column {name!r} ({field}){_nearest(name, schema.names)}"
+                    f"{origin}: no column {name!r} ({field}){nearest(name, schema.names)}"
                 )
             kind = schema.field(name).type
-            if not _is_one_key(kind):
+            if not is_one_key(kind):
                 raise DataError(
                     f"{origin}: column {name!r} is {kind}; crossed columns hold one integer or "
                     "text a row; leave it out of the cross"
                 )
 
 
-def _is_one_key(kind: pa.DataType) -> bool:
-    """Whether values are single integers or texts."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
-    return bool(whole or is_text(kind) or pa.types.is_null(kind))
+def _check_key_weights(job: Job, columns: Columns, schema: pa.Schema, origin: str) -> None:
+    for index, group in enumerate(job.features):
+        if group.weights is not None and group.weights not in schema.names:
+            raise DataError(
+                f"{origin}: no column {group.weights!r} (features.{index}.weights)"
+                f"{nearest(group.weights, schema.names)}"
+            )
+    for feature in columns.features:
+        name = feature.config.weights
+        if name is None:
+            continue
+        of_weights, of_keys = schema.field(name).type, schema.field(feature.name).type
+        if not is_number(of_weights) or is_list(of_weights) is not is_list(of_keys):
+            wanted = "lists of numbers" if is_list(of_keys) else "one number a row"
+            raise DataError(
+                f"{origin}: column {name!r} is {of_weights}, but the keys {feature.name!r} are "
+                f"{of_keys}; their weights are {wanted}"
+            )
 
 
 def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
@@ -292,6 +271,7 @@ def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
         types[data.event_time] = "int64"
     numbers = [group.columns for group in data.numeric]
     numbers += [group.columns for group in job.features if group.buckets_numbers]
+    numbers += [(group.weights,) for group in job.features if group.weights is not None]
     return types | {pattern: "float64" for patterns in numbers for pattern in patterns}
 
 
@@ -344,7 +324,7 @@ def _check_tables_are_there(job: Job, tables: list[str]) -> None:
     for field, table in named:
         if table is not None and table not in tables:
             raise ConfigError(
-                f"{field}.table: no table {table!r} under `tables`{_nearest(table, tables)}"
+                f"{field}.table: no table {table!r} under `tables`{nearest(table, tables)}"
             )
 
 
@@ -369,11 +349,11 @@ def _match(
             continue
         matches = {name for name in names if fnmatchcase(name, pattern)} - reserved
         if not matches and not _GLOB.search(pattern):
-            raise DataError(f"{origin}: no column {pattern!r} ({field}){_nearest(pattern, names)}")
+            raise DataError(f"{origin}: no column {pattern!r} ({field}){nearest(pattern, names)}")
         if not matches:
             raise ConfigError(
                 f"{field}.columns: {pattern!r} matches no column of {origin}"
-                f"{_nearest(_GLOB.split(pattern)[0], names)}"
+                f"{nearest(_GLOB.split(pattern)[0], names)}"
             )
         found |= matches
     return [name for name in names if name in found]
@@ -387,30 +367,22 @@ def _claim(claims: dict[str, str], name: str, field: str) -> None:
     claims[name] = field
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    if near:
-        return f"; did you mean {' or '.join(repr(one) for one in near)}?"
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"; there are {shown}" if names else "; there are none"
-
-
 def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -> None:
     def wrong(name: str, remedy: str) -> DataError:
         return DataError(f"{origin}: column {name!r} is {schema.field(name).type}; {remedy}")
 
     for number in (*columns.label_names, columns.weight):
-        if number is not None and not _is_number(schema.field(number).type):
+        if number is not None and not is_number(schema.field(number).type):
             raise wrong(number, "labels and weights are numbers; convert it")
     for name in columns.numeric_names:
-        if not _is_number(schema.field(name).type):
+        if not is_number(schema.field(name).type):
             raise wrong(
                 name, "numeric columns are numbers; list it under `features` (transform hash)"
             )
-    if columns.event_time is not None and not _is_time(schema.field(columns.event_time).type):
+    if columns.event_time is not None and not is_time(schema.field(columns.event_time).type):
         raise wrong(columns.event_time, "event times are timestamps, dates or integers (ms)")
     for feature in columns.features:
-        remedy = _key_remedy(schema.field(feature.name).type, feature, text)
+        remedy = key_remedy(feature.name, schema.field(feature.name).type, feature.config, text)
         if remedy is not None:
             raise wrong(feature.name, remedy)
 
@@ -421,7 +393,7 @@ def _group_columns(job: Job, schema: pa.Schema, origin: str) -> tuple[str, ...]:
     for name in names:
         if name not in schema.names:
             raise DataError(
-                f"{origin}: no column {name!r} (training.metrics){_nearest(name, schema.names)}"
+                f"{origin}: no column {name!r} (training.metrics){nearest(name, schema.names)}"
             )
         kind = schema.field(name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -431,64 +403,3 @@ def _group_columns(job: Job, schema: pa.Schema, origin: str) -> tuple[str, ...]:
                 "or strings; name another column"
             )
     return names
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    if is_list(kind):
-        kind = kind.value_type
-    return bool(
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_decimal(kind)
-        or pa.types.is_null(kind)
-    )
-
-
-def _is_time(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_integer(kind)
-        or pa.types.is_timestamp(kind)
-        or pa.types.is_date(kind)
-        or is_text(kind)
-    )
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether values are strings or bytes."""
-    return bool(
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-    )
-
-
-def _key_remedy(kind: pa.DataType, feature: FeatureColumn, text: bool) -> str | None:
-    """What to do about a feature's type; None if it is fine."""
-    if is_list(kind):
-        kind = kind.value_type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_null(kind):
-        return None
-    if feature.config.buckets_numbers:
-        return None if _is_number(kind) else "the transform bucketize reads numbers; remove it"
-    as_text = is_text(kind)
-    if not as_text and not pa.types.is_integer(kind) and not pa.types.is_boolean(kind):
-        if pa.types.is_floating(kind):
-            return (
-                "keys are integers or strings: cast it to int64 (nullable) where it is written, or "
-                "list it under `data.numeric`"
-            )
-        return "keys are integers, strings or lists of these; convert it"
-    for transform in feature.config.transforms:
-        if isinstance(transform, Hex) and not as_text:
-            return "the transform hex reads text; remove it, or put it first"
-        as_text = as_text and not isinstance(transform, Hash | Hex)
-    if as_text:
-        declare = f", or declare data.source.types: {{{feature.name}: int64}}" if text else ""
-        return f"keys are 64-bit integers: add the transform hash (or hex){declare}"
-    return None

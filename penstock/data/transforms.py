@@ -40,6 +40,8 @@ class Keys(NamedTuple):
     """[N]"""
     lengths: NDArray[np.int64] | None
     """[n]; None: one key a row."""
+    weights: NDArray[np.float32] | None = None
+    """[N]; None: each is 1."""
 
 
 def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
@@ -163,7 +165,70 @@ def truncate(keys: Keys, max_keys: int, keep: Literal["first", "last"]) -> Keys:
     first = ends - (keys.lengths if keep == "first" else kept)
     # Key i of a bag is `first[bag] + i`; `done` counts the keys kept of the bags before.
     done = np.cumsum(kept) - kept
-    return Keys(keys.values[np.repeat(first - done, kept) + np.arange(kept.sum())], kept)
+    places = np.repeat(first - done, kept) + np.arange(kept.sum())
+    weights = None if keys.weights is None else keys.weights[places]
+    return Keys(keys.values[places], kept, weights)
+
+
+def read_key_weights(
+    column: pa.ChunkedArray | pa.Array, keys: pa.ChunkedArray | pa.Array, missing: int | None
+) -> NDArray[np.float32]:
+    """Reads the weights of the keys that `read_keys` gives.
+
+    Args:
+      column: numbers, or lists of as many numbers as there are keys; a null list is an empty one.
+      keys: the column of the keys, of lists where `column` is.
+      missing: as given to `read_keys`. A null that is left out takes its weight along; a null list
+        that reads as this key has the weight 1.
+
+    Returns:
+      [N] finite
+
+    Raises:
+      BadValue: `index` is the row.
+    """
+    given, weights = one_array(keys), one_array(column)
+    rows = np.arange(len(given))
+    absent = np.zeros(len(given), dtype=bool)
+    if is_list(given.type):
+        counts, lengths = _list_lengths(given), _list_lengths(weights)
+        wrong = counts != lengths
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise BadValue(row, f"{lengths[row]} weights for {counts[row]} keys")
+        absent = given.is_null().to_numpy(zero_copy_only=False)
+        given, weights, rows = given.flatten(), weights.flatten(), np.repeat(rows, counts)
+    numbers = weights.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):  # what is too large is found below
+        found: NDArray[np.float32] = numbers.astype(np.float32)
+    kept = np.ones(len(found), dtype=bool) if missing is not None else _has_key(given)
+    bad = kept & ~np.isfinite(found)
+    if bad.any():
+        place = int(bad.argmax())
+        shown = "missing" if np.isnan(numbers[place]) else f"{numbers[place]:g}, not finite"
+        raise BadValue(int(rows[place]), f"the weight of a key is {shown}")
+    found = found[kept]
+    if missing is None or not absent.any():
+        return found
+    starts = np.searchsorted(rows, np.flatnonzero(absent))
+    return np.insert(found, starts, np.float32(1))
+
+
+def _list_lengths(array: pa.Array) -> NDArray[np.int64]:
+    """[n] values of each list; 0 where it is null."""
+    lengths = pc.list_value_length(array)
+    if lengths.null_count:
+        lengths = lengths.fill_null(0)
+    found: NDArray[np.int64] = lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+    return found
+
+
+def _has_key(array: pa.Array) -> NDArray[np.bool_]:
+    """[n] whether `read_keys` finds a value there."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    is_null: NDArray[np.bool_] = array.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+    return ~is_null
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -190,10 +255,7 @@ def _read_dictionary(
 
 
 def _read_lists(array: pa.Array, transforms: Sequence[KeyTransform], missing: int | None) -> Keys:
-    lengths = pc.list_value_length(array)
-    if lengths.null_count:
-        lengths = lengths.fill_null(0)
-    counts = lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+    counts = _list_lengths(array)
     # flatten() skips null lists and honours slices.
     inner = read_keys(array.flatten(), transforms, missing)
     if inner.lengths is not None:

@@ -9,7 +9,8 @@ job with sequences takes a third argument, lengths [B, S] int64: the keys of eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -17,23 +18,52 @@ from penstock.config import (
     CustomModel,
     DCNConfig,
     DeepFMConfig,
+    DINConfig,
     DLRMConfig,
+    HSTUConfig,
     MMoEConfig,
     Model,
     SharedBottomConfig,
+    TwoTowerConfig,
     WideDeepConfig,
 )
+from penstock.config.base import Config
 from penstock.errors import ConfigError
 from penstock.models.custom import build_custom
 from penstock.models.dcn import DCN
 from penstock.models.deepfm import DeepFM
+from penstock.models.din import DIN
 from penstock.models.dlrm import DLRM
+from penstock.models.hstu import HSTU
 from penstock.models.mmoe import MMoE
 from penstock.models.shared_bottom import SharedBottom
+from penstock.models.two_tower import TwoTower
 from penstock.models.wide_deep import WideDeep
 from penstock.types import FeatureShape
 
-__all__ = ["DCN", "DLRM", "DeepFM", "MMoE", "SharedBottom", "WideDeep", "build_model"]
+__all__ = [
+    "DCN",
+    "DIN",
+    "DLRM",
+    "DeepFM",
+    "HSTU",
+    "MMoE",
+    "SharedBottom",
+    "TwoTower",
+    "WideDeep",
+    "build_model",
+]
+
+
+_OF_ONE_LABEL: Mapping[type[Config], Callable[[Any, int, Sequence[FeatureShape]], nn.Module]] = {
+    DLRMConfig: DLRM,
+    DCNConfig: DCN,
+    DeepFMConfig: DeepFM,
+    WideDeepConfig: WideDeep,
+    DINConfig: DIN,
+    HSTUConfig: HSTU,
+    TwoTowerConfig: TwoTower,
+}
 
 
 def build_model(
@@ -72,12 +102,4 @@ def build_model(
             f"model {config.kind} predicts one label, but data.label names {num_tasks}; use model "
             "kind shared_bottom or mmoe"
         )
-    match config:
-        case DLRMConfig():
-            return DLRM(config, num_numeric, features)
-        case DCNConfig():
-            return DCN(config, num_numeric, features)
-        case DeepFMConfig():
-            return DeepFM(config, num_numeric, features)
-        case WideDeepConfig():
-            return WideDeep(config, num_numeric, features)
+    return _OF_ONE_LABEL[type(config)](config, num_numeric, features)

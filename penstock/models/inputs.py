@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
+from torch import Tensor, nn
+
 from penstock.errors import ConfigError
 from penstock.types import FeatureShape
 
@@ -36,3 +39,72 @@ def columns_of(features: Sequence[FeatureShape]) -> dict[str, slice]:
         feature.name: slice(end - feature.width, end)
         for feature, end in zip(features, ends, strict=True)
     }
+
+
+class CandidateAndSequence(nn.Module):
+    """Takes the inputs of a model of one candidate and one sequence apart.
+
+    Raises:
+      ConfigError: there is no such candidate or sequence, their dims differ, or there is another
+        sequence.
+    """
+
+    def __init__(
+        self, kind: str, features: Sequence[FeatureShape], candidate: str, sequence: str
+    ) -> None:
+        super().__init__()
+        by_name = {feature.name: feature for feature in features}
+        for field, name in (("candidate", candidate), ("sequence", sequence)):
+            if name not in by_name:
+                raise ConfigError(
+                    f"model.{field}: no feature {name!r}; there are {', '.join(by_name)}"
+                )
+        if by_name[candidate].length is not None:
+            raise ConfigError(
+                f"model.candidate: {candidate!r} is a sequence; name a feature of one vector"
+            )
+        if by_name[sequence].length is None:
+            raise ConfigError(
+                f"model.sequence: {sequence!r} has one vector; give it pooling sequence and "
+                "max_keys"
+            )
+        for feature in features:
+            if feature.length is not None and feature.name != sequence:
+                raise ConfigError(
+                    f"model {kind} reads one sequence, {sequence!r}, but {feature.name!r} is "
+                    "another; give it another pooling"
+                )
+        if by_name[candidate].dim != by_name[sequence].dim:
+            raise ConfigError(
+                f"model {kind} compares {candidate!r} with {sequence!r}, but their dims are "
+                f"{by_name[candidate].dim} and {by_name[sequence].dim}; let them share a table"
+            )
+        self.dim = by_name[sequence].dim
+        """D"""
+        self.length = by_name[sequence].length or 0
+        """L, the most keys of the sequence."""
+        columns = columns_of(features)
+        self.candidate, self.sequence = columns[candidate], columns[sequence]
+        is_other = torch.ones(sum(feature.width for feature in features), dtype=torch.bool)
+        is_other[self.candidate] = is_other[self.sequence] = False
+        # Not persistent: it follows from the features.
+        self.others: Tensor
+        self.register_buffer("others", is_other.nonzero().squeeze(1), persistent=False)
+
+    def forward(self, embeddings: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Takes them apart.
+
+        Args:
+          embeddings: [B, W].
+          lengths: [B, 1] keys of the sequence.
+
+        Returns:
+          candidate [B, D]; sequence [B, L, D], zeros beyond its keys whatever was there; where the
+          keys are, [B, L] bool; the columns of the other features, [B, W - D - L * D].
+        """
+        places = torch.arange(self.length, device=lengths.device)
+        is_key = places < lengths
+        sequence = embeddings[:, self.sequence].view(len(embeddings), self.length, self.dim)
+        sequence = torch.where(is_key.unsqueeze(2), sequence, 0.0)
+        others = embeddings.index_select(1, self.others)
+        return embeddings[:, self.candidate], sequence, is_key, others

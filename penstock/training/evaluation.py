@@ -5,22 +5,87 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from penstock.config import MetricsConfig
+from penstock.config import MetricsConfig, TrainingConfig
+from penstock.data.dataset import Dataset
 from penstock.embedding.collection import EmbeddingCollection
+from penstock.models import TwoTower
 from penstock.training.grouped_metrics import SLICE_BINS, GroupedAUC, SliceMetrics
+from penstock.training.items import Catalogue
 from penstock.training.metrics import MAX_BINS, BinaryMetrics, logits_of_probabilities
 from penstock.training.objective import Objective
+from penstock.training.recall import Recall
 from penstock.training.step import look_up, model_inputs
-from penstock.training.tasks import Task, combined, output_of_task
+from penstock.training.tasks import BinaryTask, Task, combined, output_of_task
 from penstock.types import Batch
 
 CALIBRATION_BUCKETS = 20
+
+
+class Evaluator:
+    """Measures a model on batches with labels.
+
+    Args:
+      dataset: whose items are the candidates of recall, where that is wanted.
+      model: see `training.step.model_inputs`.
+      objective: whose tasks are measured.
+      collection: the embedding tables.
+      config: `metrics` and `evaluation_batch_size` are read.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        model: nn.Module,
+        objective: Objective,
+        collection: EmbeddingCollection,
+        config: TrainingConfig,
+    ) -> None:
+        self._dataset = dataset
+        self._model = model
+        self._objective = objective
+        self._collection = collection
+        self._config = config
+
+    def measure(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Measures the model as it is, see `evaluate_batches`; recall too, where it is wanted."""
+        with evaluation_mode(self._model, self._collection):
+            recall = self._recall()
+            return evaluate_batches(
+                batches,
+                self._model,
+                self._objective,
+                self._collection,
+                self._config.metrics,
+                recall,
+            )
+
+    def _recall(self) -> Recall | None:
+        at = self._config.metrics.recall_at
+        if not at:
+            return None
+        assert isinstance(self._model, TwoTower)
+        return Recall(self._catalogue, at, self._model, self._collection)
+
+    @cached_property
+    def _catalogue(self) -> Catalogue:
+        """Items do not change, so the parts are read once."""
+        assert isinstance(self._model, TwoTower)
+        names = tuple(feature.name for feature in self._collection.features)
+        made = Catalogue(names, self._model.item_features)
+        for part in self._dataset.parts:
+            with self._dataset.batches(
+                part, batch_size=self._config.evaluation_batch_size, shuffle=False
+            ) as batches:
+                for batch in batches:
+                    made.add(batch.sparse)
+        return made
 
 
 def evaluate_batches(
@@ -29,6 +94,7 @@ def evaluate_batches(
     objective: Objective,
     collection: EmbeddingCollection,
     wanted: MetricsConfig,
+    recall: Recall | None = None,
 ) -> dict[str, Any]:
     """Measures the model on batches with labels.
 
@@ -38,6 +104,7 @@ def evaluate_batches(
       objective: whose tasks are measured.
       collection: the embedding tables.
       wanted: metrics besides the usual ones.
+      recall: gets the batches too.
 
     Returns:
       Of one task, what its metrics compute (`BinaryMetrics`, `RegressionMetrics`), and where
@@ -47,13 +114,15 @@ def evaluate_batches(
 
       Where one binary task is learnt and the batches know their teacher, also `teacher_auc`, the
       AUC of the true probabilities on the same samples, and `share_of_teacher`,
-      (auc - 0.5) / (teacher_auc - 0.5).
+      (auc - 0.5) / (teacher_auc - 0.5). What `Recall.compute` returns, where it is given.
     """
     of_tasks = [_TaskEvaluation(task, wanted) for task in objective.tasks]
     teacher = BinaryMetrics(None if wanted.exact_auc else MAX_BINS)
-    for batch, outputs in scored(batches, model, collection):
+    for batch, inputs, outputs in scored(batches, model, collection):
         for number, one in enumerate(of_tasks):
             one.update(batch, output_of_task(outputs, number), output_of_task(batch.labels, number))
+        if recall is not None:
+            recall.update(batch, inputs)
         if batch.teacher is not None and len(of_tasks) == 1:
             best = logits_of_probabilities(batch.teacher)
             teacher.update(best, batch.labels, batch.weights)
@@ -61,8 +130,9 @@ def evaluate_batches(
     if len(found) > 1:
         return combined(objective.tasks, found)
     (result,) = found
+    result |= {} if recall is None else recall.compute()
     best_reachable = teacher.compute()
-    if best_reachable["samples"]:
+    if best_reachable["samples"] and "auc" in result:
         result["teacher_auc"] = best_reachable["auc"]
         result["share_of_teacher"] = share_of_the_way(result["auc"], best_reachable["auc"])
     return result
@@ -75,7 +145,7 @@ class _TaskEvaluation:
         bins = None if wanted.exact_auc else MAX_BINS
         self._task = task
         self._metrics = task.metrics(bins)
-        columns = wanted.grouped_auc if isinstance(self._metrics, BinaryMetrics) else ()
+        columns = wanted.grouped_auc if isinstance(task, BinaryTask) else ()
         self._grouped = {column: GroupedAUC() for column in columns}
         slice_bins = None if wanted.exact_auc else SLICE_BINS
         self._slices = {
@@ -110,24 +180,35 @@ def share_of_the_way(auc: float, best: float) -> float:
     return (auc - 0.5) / (best - 0.5) if best > 0.5 else math.nan
 
 
+class Scored(NamedTuple):
+    """A batch and what a model made of it."""
+
+    batch: Batch
+    inputs: tuple[Tensor, ...]
+    """See `model_inputs`."""
+    outputs: Tensor
+    """[B] or [B, L] float32."""
+
+
 def scored(
     batches: Iterable[Batch], model: nn.Module, collection: EmbeddingCollection
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Yields each batch with the outputs [B] or [B, L] float32 of the model.
+) -> Iterator[Scored]:
+    """Yields each batch with the inputs and outputs of the model.
 
     Effects: model and collection are in evaluation mode while the iterator is alive, and then as
     before.
     """
-    with _evaluation_mode(model, collection):
+    with evaluation_mode(model, collection):
         for batch in batches:
             with torch.no_grad():
                 inputs = model_inputs(collection, batch, look_up(collection, batch))
                 outputs = model(*inputs)
-            yield batch, outputs
+            yield Scored(batch, inputs, outputs)
 
 
 @contextmanager
-def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Puts modules into evaluation mode, and then back."""
     before = [module.training for module in modules]
     for module in modules:
         module.eval()

@@ -58,7 +58,7 @@ class GroupedAUC:
           weights: [B] >= 0; None: 1 each.
         """
         is_text = not pa.types.is_integer(groups.type)
-        keys, lengths = read_keys(groups, [Hash()] if is_text else [], None)
+        keys, lengths, _ = read_keys(groups, [Hash()] if is_text else [], None)
         weight = np.ones(len(groups), np.float32) if weights is None else weights.numpy()
         self._weight += float(weight.sum(dtype=np.float64))
         label = labels.numpy()

@@ -46,6 +46,7 @@ MAY_CHANGE = (
 )
 """Globs of fields that a resumed run may change."""
 
+_CLASSES = {"feature": FeatureConfig, "table": TableConfig}
 _MOST_LINES = 20
 _ABSENT = object()
 
@@ -93,7 +94,7 @@ def resolved_differences(saved: Mapping[str, Any], resolved: Mapping[str, Any]) 
     if saved["numeric"] != resolved["numeric"]:
         lines.append(_line("numeric columns", saved["numeric"], resolved["numeric"]))
     for kind in ("feature", "table"):
-        before = {item["name"]: item for item in saved[f"{kind}s"]}
+        before = {item["name"]: _renewed(kind, item) for item in saved[f"{kind}s"]}
         after = {item["name"]: item for item in resolved[f"{kind}s"]}
         lines += [f"{kind} {name}: only in the checkpoint" for name in before if name not in after]
         lines += [f"{kind} {name}: only in the job" for name in after if name not in before]
@@ -106,6 +107,15 @@ def resolved_differences(saved: Mapping[str, Any], resolved: Mapping[str, Any]) 
         if kind == "feature" and common != order:
             lines.append(_line("order of the features", common, order))
     return lines
+
+
+def _renewed(kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fields of a feature or table as the current classes have them, younger ones with defaults."""
+    try:
+        renewed: dict[str, Any] = _CLASSES[kind](**fields).model_dump(mode="json")
+    except ConfigError:
+        return fields
+    return renewed
 
 
 def describe(lines: Sequence[str]) -> str:

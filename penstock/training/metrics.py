@@ -126,6 +126,31 @@ class BinaryMetrics:
         self._histogram.load_state_dict(state)
 
 
+class RankingMetrics:
+    """AUC of scores that are no logits: where labels are of one class, only their number."""
+
+    def __init__(self, max_bins: int | None = MAX_BINS) -> None:
+        self._binary = BinaryMetrics(max_bins)
+
+    def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+        """Adds samples; see `BinaryMetrics.update`."""
+        self._binary.update(scores, labels, weights)
+
+    def compute(self) -> dict[str, float]:
+        """The AUC if there is one; samples and positives."""
+        found = self._binary.compute()
+        auc = {} if math.isnan(found["auc"]) else {"auc": found["auc"]}
+        return {**auc, "samples": found["samples"], "positives": found["positives"]}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as tensors."""
+        return self._binary.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        self._binary.load_state_dict(state)
+
+
 def auc_of_scores(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """Exact AUC of any scores, equal ones half; NaN with labels of one class or no sample.
 

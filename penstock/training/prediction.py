@@ -9,16 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from penstock.errors import ConfigError, DataError
+from penstock.training.evaluation import Scored
 from penstock.training.objective import Objective
 from penstock.training.tasks import output_of_task
-from penstock.types import Batch
 
 
 def write_scores(
-    scored: Iterable[tuple[Batch, Tensor]],
+    scored: Iterable[Scored],
     objective: Objective,
     labels: Collection[str],
     out: Path,
@@ -28,7 +27,7 @@ def write_scores(
     Of a job of several labels: score_NAME and label_NAME of each. A missing label is null.
 
     Args:
-      scored: batches in order of reading, each with the outputs of the model.
+      scored: batches in order of reading, each with what the model made of it.
       objective: what the outputs mean.
       labels: names of the labels that the data has.
       out: Parquet file; it appears under its name when it is complete, over an older one.
@@ -71,10 +70,10 @@ def _write(tables: Iterable[pa.Table], path: Path) -> int:
 
 
 def _tables(
-    scored: Iterable[tuple[Batch, Tensor]], objective: Objective, labels: Collection[str]
+    scored: Iterable[Scored], objective: Objective, labels: Collection[str]
 ) -> Iterator[pa.Table]:
     row = 0
-    for batch, outputs in scored:
+    for batch, _, outputs in scored:
         columns = {"row": torch.arange(row, row + batch.batch_size).numpy()}
         scores = objective.scores(outputs)
         for number, (name, score) in enumerate(scores.items()):

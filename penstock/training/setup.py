@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from penstock.config import CustomModel, Job, Model, MultiTask
+from penstock.config import CustomModel, Job, Label, Model, MultiTask, TwoTowerConfig
 from penstock.data.dataset import Dataset
 from penstock.embedding.collection import EmbeddingCollection, available_cores
 from penstock.errors import CapacityError
 from penstock.models import build_model
 from penstock.training.checkpoint import TrainState
 from penstock.training.dense import DenseTrainer
+from penstock.training.in_batch_softmax import InBatchSoftmax
 from penstock.training.objective import Objective, SumOfTasks
 from penstock.training.tasks import tasks_of
 from penstock.types import Position
@@ -63,11 +64,14 @@ def build(job: Job, dataset: Dataset) -> Untrained:
         ) from None
     trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
     state = TrainState(0, Position(), collection, model, trainer.optimizer)
-    return Untrained(state, trainer, SumOfTasks(tasks_of(labels, _task_weights(job.model))))
+    return Untrained(state, trainer, _objective(job.model, labels))
 
 
-def _task_weights(model: Model) -> Mapping[str, float]:
-    return model.task_weights if isinstance(model, MultiTask | CustomModel) else {}
+def _objective(model: Model, labels: Sequence[Label]) -> Objective:
+    if isinstance(model, TwoTowerConfig):
+        return InBatchSoftmax(labels[0])
+    weights = model.task_weights if isinstance(model, MultiTask | CustomModel) else {}
+    return SumOfTasks(tasks_of(labels, weights))
 
 
 def _seed_generators(seed: int) -> None:

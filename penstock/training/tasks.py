@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from penstock.config import Label
-from penstock.training.metrics import MAX_BINS, BinaryMetrics
+from penstock.training.metrics import MAX_BINS, BinaryMetrics, RankingMetrics
 from penstock.training.regression_metrics import RegressionMetrics
 from penstock.types import Batch
 
@@ -99,19 +99,23 @@ class Task(ABC):
 
 
 class BinaryTask(Task):
-    """0 or 1, learnt by cross-entropy; the output is a logit."""
+    """0 or 1; the output is a logit, learnt by cross-entropy, or a score of another objective."""
+
+    def __init__(self, label: Label, weight: float = 1.0, *, gives_logits: bool = True) -> None:
+        super().__init__(label, weight)
+        self._gives_logits = gives_logits
 
     def metrics(self, max_bins: int | None = MAX_BINS) -> SampleMetrics:
-        """Log loss, AUC and calibration."""
-        return BinaryMetrics(max_bins)
+        """AUC; of logits also log loss and calibration."""
+        return BinaryMetrics(max_bins) if self._gives_logits else RankingMetrics(max_bins)
 
     def metric_scores(self, outputs: Tensor) -> Tensor:
-        """The logits."""
+        """The outputs."""
         return outputs
 
     def prediction(self, outputs: Tensor) -> Tensor:
-        """Probabilities."""
-        return torch.sigmoid(outputs)
+        """Probabilities of logits, and scores as they are."""
+        return torch.sigmoid(outputs) if self._gives_logits else outputs
 
     def loss_of(self, metrics: Mapping[str, float]) -> float:
         """Log loss."""

@@ -31,6 +31,7 @@ from penstock.training.checkpoint import (
     read_manifest,
 )
 from penstock.training.checkpoint_files import MANIFEST
+from penstock.training.evaluation import Evaluator
 from penstock.training.objective import Objective
 from penstock.training.setup import build
 
@@ -47,6 +48,13 @@ class Trained:
     objective: Objective
     dataset: Dataset
     part: Part
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Measures it."""
+        return Evaluator(
+            self.dataset, self.model, self.objective, self.collection, self.job.training
+        )
 
     def batches(self) -> Loader:
         """The rows to score, in order of reading, once."""

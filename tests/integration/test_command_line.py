@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 COMMANDS = (
@@ -15,6 +17,7 @@ COMMANDS = (
     ["schema"],
     ["data", "inspect"],
     ["data", "synth"],
+    ["data", "history"],
 )
 
 
@@ -103,3 +106,18 @@ def test_data_synth_writes_every_format(penstock, tmp_path):
     assert header.split("\t")[0] == "click"
     code, _, errors = penstock("data", "synth", "--out", tmp_path / "a.orc", "--rows", 50)
     assert code == 2 and ".orc" in errors
+
+
+def test_data_history_adds_what_was_before(penstock, tmp_path):
+    log, out = tmp_path / "log.parquet", tmp_path / "new" / "seq.parquet"
+    pq.write_table(pa.table({"u": [1, 2, 1, 1], "i": [5, 6, 7, 8], "t": [0, 1, 2, 3]}), log)
+    call = ("data", "history", log, "--by", "u", "--of", "i", "--order", "t", "--out", out)
+    assert penstock(*call) == (0, f"4 rows: {out}\n", "")
+    assert pq.read_table(out)["i_history"].to_pylist() == [[], [], [5], [5, 7]]
+    code, _, errors = penstock(*call)
+    assert (code, errors.splitlines()[0]) == (
+        2,
+        f"error: {out}: exists already; name another file, or overwrite it with --force",
+    )
+    assert penstock(*call, "--last", 1, "--force")[0] == 0
+    assert pq.read_table(out)["i_history"].to_pylist() == [[], [], [5], [7]]
