@@ -78,6 +78,7 @@ from penstock.config.tables import (
     Schedule,
     TableConfig,
     Uniform,
+    ValueType,
 )
 
 __all__ = [
@@ -145,6 +146,7 @@ __all__ = [
     "TimeUnit",
     "TrainingConfig",
     "Uniform",
+    "ValueType",
     "WideDeepConfig",
     "format_of_path",
     "parse_job",
