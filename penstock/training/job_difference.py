@@ -93,7 +93,7 @@ def resolved_differences(saved: Mapping[str, Any], resolved: Mapping[str, Any]) 
     if saved["numeric"] != resolved["numeric"]:
         lines.append(_line("numeric columns", saved["numeric"], resolved["numeric"]))
     for kind in ("feature", "table"):
-        before = {item["name"]: item for item in saved[f"{kind}s"]}
+        before = {item["name"]: _with_defaults(kind, item) for item in saved[f"{kind}s"]}
         after = {item["name"]: item for item in resolved[f"{kind}s"]}
         lines += [f"{kind} {name}: only in the checkpoint" for name in before if name not in after]
         lines += [f"{kind} {name}: only in the job" for name in after if name not in before]
@@ -106,6 +106,14 @@ def resolved_differences(saved: Mapping[str, Any], resolved: Mapping[str, Any]) 
         if kind == "feature" and common != order:
             lines.append(_line("order of the features", common, order))
     return lines
+
+
+def _with_defaults(kind: str, item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A feature or table of a checkpoint; a field younger than the checkpoint has its default."""
+    try:
+        return (FeatureConfig if kind == "feature" else TableConfig)(**item).model_dump(mode="json")
+    except ConfigError:
+        return item
 
 
 def describe(lines: Sequence[str]) -> str:

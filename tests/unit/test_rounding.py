@@ -113,8 +113,14 @@ def test_the_largest_half_is_left_for_infinity_in_the_mean():
 
 
 def test_the_bits_are_for_ever():
-    assert mix32(np.array([0, 1, 2**32 - 1], dtype=np.uint32)).tolist() == [0, 0x6CC4B5C1, 0]
-    assert column_keys(0, 3).tolist() == []
+    assert mix32(np.array([0, 1, 2**32 - 1], dtype=np.uint32)).tolist() == [
+        0,
+        1753845952,
+        1734902346,
+    ]
+    assert column_keys(0, 3).tolist() == [905834791, 1347370148, 2989660012]
+    assert column_keys(2**40, 1).tolist() == [3688561286]
     values = np.array([[0.1, -0.3, 1e-6], [0.1, 3.14159, 1e4]], dtype=np.float32)
-    assert round_update(values, "bfloat16", 7).view(torch.int16).tolist() == []
-    assert round_update(values, "float16", 7).view(torch.int16).tolist() == []
+    got = {dtype: round_update(values, dtype, 7).view(torch.int16).tolist() for dtype in NARROW}
+    assert got["bfloat16"] == [[15821, -16742, 13702], [15821, 16457, 17948]]
+    assert got["float16"] == [[11878, -19251, 17], [11878, 16968, 28898]]
