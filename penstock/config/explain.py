@@ -91,9 +91,11 @@ def _below(schema: _Node, node: _Node, part: int | str) -> _Node | None:
 
 
 def _members(schema: _Node, node: _Node) -> list[_Node]:
-    """Of a union."""
-    members = (*node.get("anyOf", ()), *node.get("oneOf", ()))
-    return [_resolved(schema, member) for member in members]
+    """Of a union, and of the unions in it."""
+    direct = [
+        _resolved(schema, member) for member in (*node.get("anyOf", ()), *node.get("oneOf", ()))
+    ]
+    return [*direct, *(one for member in direct for one in _members(schema, member))]
 
 
 def _resolved(schema: _Node, node: _Node) -> _Node:

@@ -124,9 +124,8 @@ def test_a_label_is_named_by_its_line_among_malformed_rows(tmp_path):
     path = tmp_path / "x.tsv"
     path.write_bytes(rows(50, [(3, "bad"), (4, "bad"), (20, "7\t1\tx"), (30, "bad")]))
     assert error_of(text_job(path, on_malformed_row="quarantine")) == (
-        f"{path}:21, column 'label': label 7 is not 0 or 1; set data.label.at_least to make "
-        "labels of "
-        "numbers"
+        f"{path}:21, column 'label': label 7 is not 0 or 1; set at_least of the label "
+        "to make labels of numbers, or task regression to learn the number"
     )
 
 
