@@ -272,12 +272,12 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
     const uint32_t slot = scratch.unique_slot[u];
     if (hyper.clip_norm > 0.0f) clip(shape, grad, hyper.clip_norm);
     float* value = static_cast<float*>(rows.value(slot));
-    if (is_narrow) {
+    if (is_narrow) [[unlikely]] {
       widen_row(shape, rows.type, static_cast<const uint16_t*>(rows.value(slot)), widened);
       value = widened;
     }
     Optimizer::step(shape, value, rows.state(slot), grad, hyper);
-    if (is_narrow) round_row(shape, rows.type, widened, keys, static_cast<uint16_t*>(rows.value(slot)));
+    if (is_narrow) [[unlikely]] round_row(shape, rows.type, widened, keys, static_cast<uint16_t*>(rows.value(slot)));
   }
   return unique;
 }
