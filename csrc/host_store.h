@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -152,6 +153,8 @@ class HostStore {
     int64_t admitted = 0;
     int64_t refused = 0;
     int64_t candidates = 0;  // change of their number
+    int64_t evicted = 0;
+    int64_t evicted_age = 0;
   };
   // Who comes in where there is not room for all: those whose precedence is below.
   struct Thresholds {
@@ -187,7 +190,6 @@ class HostStore {
     std::vector<uint32_t> unique_of, unique_slot, begin, order;
     int64_t rows = 0;
     std::vector<Tally> tally;  // by table
-    std::vector<Leaver> leavers;
     std::vector<uint32_t> freed;
   };
 
@@ -224,14 +226,16 @@ class HostStore {
   void clear_tallies();
   std::vector<Tally> total_tally() const;
   void evict_lowest(uint32_t table, uint64_t count, const std::vector<SlotSpan>& in_use);
-  void collect_leavers(const std::function<bool(uint32_t table)>& is_due,
-                       const std::function<bool(uint32_t table, uint32_t slot, uint64_t rank)>& leaves);
-  void evict(const std::vector<Leaver>& leavers);
+  template <typename Leaves>
+  void collect_leavers(uint32_t shard, const std::vector<uint8_t>& tables, const Leaves& leaves, std::vector<Leaver>* leavers);
+  void erase_rows(uint32_t shard, const std::vector<Leaver>& leavers, std::vector<uint32_t>* freed);
+  void count_evicted(const std::vector<Leaver>& leavers, std::vector<Tally>& tally) const;
+  void end_eviction();
   void evict_expired(const std::vector<uint8_t>& tables);
   void halve_counts(const std::vector<uint8_t>& halvings);
   uint64_t rank_of(uint32_t table, uint32_t slot) const;
   void mark_used(const uint32_t* slots, int64_t count, uint32_t table);
-  int64_t erase_keys(int64_t count, const std::function<std::pair<uint64_t, uint32_t>(int64_t)>& key_of);
+  int64_t release_slots();
 
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
   void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
@@ -273,7 +277,7 @@ class HostStore {
   std::mutex arena_growth_;
   uint64_t slots_handed_out_ = 0;
   uint64_t num_defaults_ = 0;  // slots of default rows, the first ones
-  std::vector<uint32_t> free_slots_;  // of no shard
+  std::deque<uint32_t> free_slots_;  // of no shard
   uint64_t content_version_ = 1;
   uint64_t erase_version_ = 1;
   std::vector<ShardSlots> shards_;

@@ -106,35 +106,34 @@ Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t 
 
 int64_t HostStore::erase(uint32_t table, const int64_t* keys, int64_t count) {
   const std::lock_guard<std::mutex> guard(call_);
-  return erase_keys(count, [&](int64_t i) { return std::make_pair(static_cast<uint64_t>(keys[i]), table); });
-}
-
-int64_t HostStore::erase_keys(int64_t count, const std::function<std::pair<uint64_t, uint32_t>(int64_t)>& key_of) {
-  ++erase_version_;
-  ++content_version_;
-  std::atomic<int64_t> erased{0};
   // A thread owns the shards of its residue.
   const uint32_t owners = static_cast<uint32_t>(num_threads());
   pool_.run(owners, [&](int64_t owner, int) {
-    std::vector<uint32_t>& freed = scratch_[owner].freed;
     for (int64_t i = 0; i < count; ++i) {
-      const auto [key, table] = key_of(i);
-      const uint64_t hash = index_.hash(key, table);
+      const uint64_t key = static_cast<uint64_t>(keys[i]), hash = index_.hash(key, table);
       const uint32_t shard = Index::shard_of(hash);
       if (shard % owners != static_cast<uint32_t>(owner)) continue;
       Entry* const entry = index_.find(key, table, hash);
       if (entry == nullptr || entry->is_candidate()) continue;
-      freed.push_back(entry->slot());
+      scratch_[owner].freed.push_back(entry->slot());
       index_.erase(entry);
       --shards_[shard].rows_of_table[table];
     }
-    erased += static_cast<int64_t>(freed.size());
   });
+  return release_slots();
+}
+
+// Hands the slots that the threads have freed to whoever needs one next.
+int64_t HostStore::release_slots() {
+  ++erase_version_;
+  ++content_version_;
+  int64_t released = 0;
   for (ThreadScratch& scratch : scratch_) {
     free_slots_.insert(free_slots_.end(), scratch.freed.begin(), scratch.freed.end());
+    released += static_cast<int64_t>(scratch.freed.size());
     scratch.freed.clear();
   }
-  return erased;
+  return released;
 }
 
 Status HostStore::export_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from penstock.cli_data import inspect_data
 from penstock.errors import ConfigError, PenstockError
 
 app = typer.Typer(
@@ -33,8 +34,11 @@ app = typer.Typer(
         "    penstock evaluate runs/first\n"
     ),
 )
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Make data.")
+data_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Look at data; make data."
+)
 app.add_typer(data_app, name="data")
+data_app.command("inspect")(inspect_data)
 
 
 class FileFormat(enum.StrEnum):
@@ -176,10 +180,11 @@ def inspect(
     """Shows what a run or checkpoint holds, verifies its checksums, and draws its curves.
 
     Of a run folder: the curves of loss, normalized entropy and AUC; predicted against observed
-    rate on the held-out part; rows of each table over the samples. Small in the terminal, and as
-    training.png, calibration.png and tables.png in RUN/plots, which needs matplotlib
-    (`pip install 'penstock[plots]'`). Works while the run is still training, too, once it has a
-    checkpoint.
+    rate on the held-out part; rows of each table over the samples; and how the accesses of each
+    table are spread over its keys, counted on up to 262,144 rows of the job's data, if that is
+    still there. Small in the terminal, and as training.png, calibration.png, tables.png and
+    skew.png in RUN/plots, which needs matplotlib (`pip install 'penstock[plots]'`). Works while
+    the run is still training, too, once it has a checkpoint.
 
     **Examples**
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from penstock.config.base import Config, Fraction, Int64, PositiveInt
+from penstock.config.base import Config, Fraction, Int64, PositiveInt, Threads
 from penstock.config.labels import Label, LabelOrLabels, check_labels
 from penstock.config.tables import Pooling
 
@@ -109,9 +109,9 @@ class SyntheticSource(Config):
     """
 
     format: Literal["synthetic"] = "synthetic"
-    rows: PositiveInt = 400_000
-    num_categorical: PositiveInt = 8
-    num_numeric: Annotated[int, Field(ge=0)] = 4
+    rows: Annotated[int, Field(gt=0, le=10**11)] = 400_000
+    num_categorical: Annotated[int, Field(gt=0, le=10_000)] = 8
+    num_numeric: Annotated[int, Field(ge=0, le=10_000)] = 4
     keys_per_feature: PositiveInt = 100_000
     exponent: Annotated[float, Field(gt=0, le=4)] = 1.2
     """Power-law exponent of the keys: the r-th most frequent key has weight r ** -exponent."""
@@ -336,7 +336,7 @@ class Negatives(Config):
 class Shuffle(Config):
     """Rows are shuffled within windows: a pure function of (seed, epoch, window)."""
 
-    window_rows: Annotated[int, Field(ge=0)] = 65_536
+    window_rows: Annotated[int, Field(ge=0, le=2**63 - 1)] = 65_536
     """0: no shuffling. `negatives` are drawn among the rows of a window (0: among 8,192)."""
 
 
@@ -369,7 +369,7 @@ class DataConfig(Config):
     shuffle: Shuffle = Shuffle()
     prefetch_batches: PositiveInt = 8
     """Batches assembled ahead of training; bounds the reader's memory."""
-    reader_threads: PositiveInt = 2
+    reader_threads: Threads = 2
 
     @property
     def labels(self) -> tuple[Label, ...]:

@@ -23,7 +23,7 @@ class Schedule(Config):
     Linear warm-up from 0, then decay to `end_factor`.
     """
 
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Step s of the warm-up uses (s + 1) / warmup_steps of the rate."""
     decay: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     decay_steps: PositiveInt | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -90,11 +90,11 @@ class Dataset:
         """
         data = job.data
         kept = Quarantine(quarantine)
-        source = _open_source(data.source, job, kept)
+        source = open_source(data.source, default_text_types(job), kept)
         columns = resolve_columns(job, source.schema, source.paths[0], labels, order)
         train, held_out = divide(source, data.split, data.event_time, data.event_time_unit)
         if data.evaluation_source is not None:
-            other = _open_source(data.evaluation_source, job, kept)
+            other = open_source(data.evaluation_source, default_text_types(job), kept)
             other_columns = resolve_columns(job, other.schema, other.paths[0], labels, order)
             _check_equal(columns, other_columns, other.paths[0])
             held_out, _ = divide(other, None, data.event_time)
@@ -186,13 +186,29 @@ class Dataset:
         return self._parts[part]
 
 
-def _open_source(config: SourceConfig, job: Job, quarantine: Quarantine) -> Source:
+def open_source(
+    config: SourceConfig,
+    text_types: Mapping[str, Literal["int64", "float64"]],
+    quarantine: Quarantine,
+) -> Source:
+    """Opens the files that a job, or nobody yet, reads.
+
+    Args:
+      config: which files.
+      text_types: types of columns of text and JSON lines by name or glob, where `config` declares
+        none.
+      quarantine: takes malformed rows where `config` says so.
+
+    Raises:
+      ConfigError: columns or types of `config` do not fit together.
+      DataError: files are missing or not what `config` says.
+    """
     if isinstance(config, ParquetSource):
         return ParquetFiles(config)
     if isinstance(config, TextSource):
-        return open_text(config, default_text_types(job), quarantine)
+        return open_text(config, text_types, quarantine)
     if isinstance(config, JsonLinesSource):
-        return open_json_lines(config, default_text_types(job), quarantine)
+        return open_json_lines(config, text_types, quarantine)
     if isinstance(config, OrcSource):
         return GroupedFiles(config, OrcFormat())
     if isinstance(config, ArrowSource):

@@ -13,6 +13,7 @@ COMMANDS = (
     ["inspect"],
     ["compare"],
     ["schema"],
+    ["data", "inspect"],
     ["data", "synth"],
 )
 
