@@ -427,7 +427,7 @@ Status HostStore::import_candidates(uint32_t table, const int64_t* keys, const i
 RetentionNumbers HostStore::retention(uint32_t table, float* value, float* state) const {
   const std::lock_guard<std::mutex> guard(call_);
   if (default_slots_[table] != kNoSlot) {
-    std::copy_n(rows().value(default_slots_[table]), dim_, value);
+    widen_values(type_, rows().value(default_slots_[table]), dim_, value);
     std::copy_n(rows().state(default_slots_[table]), state_dim_, state);
   }
   return retention_[table];
@@ -438,7 +438,7 @@ void HostStore::set_retention(uint32_t table, const RetentionNumbers& numbers, c
   retention_[table] = numbers;
   step_ = std::max(step_, static_cast<uint64_t>(numbers.step));
   if (default_slots_[table] == kNoSlot) return;
-  std::copy_n(value, dim_, rows().value(default_slots_[table]));
+  store_values(type_, value, dim_, rows().value(default_slots_[table]));
   std::copy_n(state, state_dim_, rows().state(default_slots_[table]));
 }
 

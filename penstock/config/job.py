@@ -29,6 +29,7 @@ from penstock.config.tables import (
     Schedule,
     TableConfig,
     Uniform,
+    ValueType,
 )
 from penstock.errors import ConfigError
 
@@ -132,6 +133,7 @@ class TableDefaults(Config):
     """Configuration of the tables that features imply."""
 
     dim: EmbeddingDim = 16
+    dtype: ValueType = "float32"
     optimizer: Optimizer = Field(default_factory=RowWiseAdagrad)
     initializer: Initializer = Field(default_factory=Uniform)
     admission: Admission | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from penstock.config.base import Config, PositiveFloat, Repeats, Width
+from penstock.config.base import Config, PositiveFloat, PositiveInt, Repeats, Width
 
 
 class DLRMConfig(Config):
@@ -109,10 +109,10 @@ class DINConfig(Config):
     """The feature whose vector is compared, for instance the item; one key a row."""
     sequence: str
     """A feature of pooling `sequence`, of the candidate's table."""
-    attention: tuple[PositiveInt, ...] = (32,)
+    attention: tuple[Width, ...] = (32,)
     """Hidden widths of the MLP that weighs a key."""
     activation: Literal["dice", "prelu"] = "dice"
-    deep: tuple[PositiveInt, ...] = (200, 80)
+    deep: tuple[Width, ...] = (200, 80)
     """Hidden widths of the deep MLP; its output is one logit."""
 
 
@@ -128,10 +128,10 @@ class HSTUConfig(Config):
     """The feature that is the last position, for instance the item; one key a row."""
     sequence: str
     """A feature of pooling `sequence`, oldest key first, of the candidate's table."""
-    layers: PositiveInt = 2
-    heads: PositiveInt = 1
+    layers: Repeats = 2
+    heads: Repeats = 1
     """Must divide the embedding dim."""
-    deep: tuple[PositiveInt, ...] = (64,)
+    deep: tuple[Width, ...] = (64,)
     """Hidden widths of the deep MLP; its output is one logit."""
 
 
@@ -146,11 +146,11 @@ class TwoTowerConfig(Config):
     kind: Literal["two_tower"] = "two_tower"
     items: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names or globs of the item's features; all others, and numbers, are the user's."""
-    user: tuple[PositiveInt, ...] = (64,)
+    user: tuple[Width, ...] = (64,)
     """Hidden widths of the user's tower."""
-    item: tuple[PositiveInt, ...] = (64,)
+    item: tuple[Width, ...] = (64,)
     """Hidden widths of the item's tower."""
-    dim: PositiveInt = 32
+    dim: Width = 32
     """Width of the vectors that are compared."""
     similarity: Literal["cosine", "dot"] = "cosine"
     temperature: PositiveFloat = 0.1

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock.config import Hash
-from penstock.data.schema import is_text
+from penstock.data.column_checks import is_text
 from penstock.data.sketches import Quantiles, ValueCounts, ValueSummary, affordable_values
 from penstock.data.source import Chunk, Source, Split
 from penstock.data.text_kinds import TextKinds

@@ -44,7 +44,7 @@ def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
     yield tables_table({
         table.name: {
             "rows": table.rows,
-            "bytes": 4 * table.rows * (table.dim + table.state_dim + table.usage_dim),
+            "bytes": table.rows * table.row_bytes,
         }
         for table in manifest.tables
     })

@@ -43,7 +43,7 @@ def open_table(rows: int, dim: int, ttl: int) -> TableConfig:
 
 
 def keys_of(step: int, rows: int, rng: np.random.Generator) -> torch.Tensor:
-    """Keys of a window of 1.2 * rows that moves by an eighth of a batch a step; recent ones more."""
+    """Keys of a window of 1.2 * rows that moves by an eighth of a batch a step; most are recent."""
     newest = int(1.2 * rows) + step * (BATCH // 8)
     back = (rng.random(BATCH) ** 2 * 1.2 * rows).astype(np.int64)
     with np.errstate(over="ignore"):
