@@ -24,7 +24,6 @@ SHARD_BYTES = 1 << 27
 memory."""
 
 
-
 def write_tables(
     directory: Path, collection: EmbeddingCollection, files: dict[str, FileRecord]
 ) -> Iterator[TableRecord]:
