@@ -5,12 +5,16 @@ The twin is that of benchmarks/bench_quality.py, which measures whole recipes.
 
 import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.embedding_bag_twin import Twin, keys_of
 from penstock.config import parse_job
 from penstock.data.dataset import Dataset
-from penstock.run import train
+from penstock.data.history import HistoryColumns, write_history
+from penstock.run import evaluate, train
 
 STEPS = 50
 OPTIMIZERS = {
@@ -34,11 +38,11 @@ def small_job_with(fields, optimizer):
     return parse_job(fields)
 
 
-def losses_of_a_run(job, out, quiet):
+def losses_of_a_run(job, out, quiet, name="log_loss"):
     train(job, out, console=quiet)
     text = (out / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
-    return [line["log_loss"] for line in lines if line["kind"] == "train"]
+    return [line[name] for line in lines if line["kind"] == "train"]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -62,6 +66,102 @@ def test_the_twin_with_another_rate_loses_differently(small_fields, tmp_path, qu
     dataset = Dataset.open(other)
     expected = list(Twin(other, dataset, keys_of(dataset), sparse=True).train())
     assert losses != pytest.approx(expected, rel=1e-4)
+
+
+SESSIONS = 1500
+
+
+@pytest.fixture
+def reading(small_fields, tmp_path):
+    """A log of positives: users who go on reading what they have read, with their histories."""
+    random = np.random.default_rng(3)
+    taste = random.integers(0, 6, 60)
+    user = random.integers(0, 60, SESSIONS)
+    # Of their own kind, or any; the head of each kind is popular.
+    kind = np.where(random.random(SESSIONS) < 0.8, taste[user], random.integers(0, 6, SESSIONS))
+    item = kind * 10 + np.minimum(random.geometric(0.3, SESSIONS) - 1, 9)
+    columns = {"user": user, "item": item, "kind": kind, "time": np.arange(SESSIONS)}
+    log, history = tmp_path / "log.parquet", tmp_path / "history.parquet"
+    pq.write_table(pa.table(columns), log)
+    write_history([str(log)], HistoryColumns("user", ("item",), "time", 6), history)
+    small_fields["data"] |= {
+        "source": {"format": "parquet", "path": str(history)},
+        "negatives": {"per_positive": 2, "columns": ["item", "kind"]},
+        "numeric": [],
+    }
+    del small_fields["data"]["label"]
+    small_fields["features"] = [
+        {"columns": ["item"], "table": "items"},
+        {"columns": ["item_history"], "table": "items", "pooling": "sequence", "max_keys": 6},
+        {"columns": ["kind"]},
+    ]
+    small_fields["tables"] = [
+        {"name": "items", "dim": 8, "optimizer": OPTIMIZERS["adam"]},
+    ]
+    return small_fields
+
+
+NAMED = {"candidate": "item", "sequence": "item_history"}
+READERS = {
+    "din": {**NAMED, "attention": [8], "deep": [16]},
+    "hstu": {**NAMED, "layers": 2, "heads": 2, "deep": [16]},
+}
+
+
+# HSTU normalizes the small sums of its attention, and with them their rounding: what differs by
+# 1e-8 at first is ten times as much every few steps.
+@pytest.mark.parametrize(("kind", "steps"), [("din", STEPS), ("hstu", 15)])
+def test_models_of_sequences_lose_what_their_twins_do(reading, kind, steps, tmp_path, quiet):
+    reading["model"] = {"kind": kind, **READERS[kind]}
+    job = small_job_with(reading, OPTIMIZERS["adam"])
+    job = job.model_copy(update={"training": job.training.model_copy(update={"max_steps": steps})})
+    losses = losses_of_a_run(job, tmp_path / "run", quiet)
+    dataset = Dataset.open(job)
+    twin = Twin(job, dataset, keys_of(dataset), sparse=True)
+    expected = list(twin.train())
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert len(losses) == steps and sum(losses[-5:]) < sum(losses[:5])
+    found = evaluate(tmp_path / "run")
+    assert found["auc"] == pytest.approx(twin.measure()["auc"], abs=0.003)
+    assert found["auc"] > 0.6 or kind == "hstu"
+
+
+def test_two_towers_lose_and_recall_what_their_twin_does(reading, tmp_path, quiet):
+    del reading["data"]["negatives"]
+    reading["features"][1] |= {"pooling": "mean"}
+    reading["model"] = {"kind": "two_tower", "items": ["item", "kind"], "user": [16], "dim": 8}
+    reading["training"]["metrics"] = {"recall_at": [1, 10]}
+    job = small_job_with(reading, OPTIMIZERS["adam"])
+    losses = losses_of_a_run(job, tmp_path / "run", quiet, "loss")
+    dataset = Dataset.open(job)
+    twin = Twin(job, dataset, keys_of(dataset), sparse=True)
+    expected = list(twin.train())
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert sum(losses[-5:]) < sum(losses[:5])
+    found, of_twin = evaluate(tmp_path / "run"), twin.measure()
+    assert found["recall_candidates"] == of_twin["recall_candidates"]
+    for k in (1, 10):
+        assert found[f"recall_at_{k}"] == pytest.approx(of_twin[f"recall_at_{k}"], abs=0.003)
+    # 10 of 60 articles are of the reader's kind, and 8 of 10 clicks.
+    assert found["recall_at_10"] > 0.4
+
+
+@pytest.mark.parametrize("kind", ["shared_bottom", "mmoe"])
+def test_models_of_several_labels_lose_what_their_twins_do(small_fields, kind, tmp_path, quiet):
+    small_fields["data"]["label"] = [
+        {"column": "click"},
+        {"column": "n0", "task": "regression", "scale": 2},
+    ]
+    small_fields["data"]["numeric"] = [{"columns": ["n[1-9]*"]}]
+    small_fields["model"] = {"kind": kind, "task_weights": {"n0": 0.3}}
+    job = small_job_with(small_fields, OPTIMIZERS["adam"])
+    losses = losses_of_a_run(job, tmp_path / "run", quiet, "loss")
+    dataset = Dataset.open(job)
+    twin = Twin(job, dataset, keys_of(dataset), sparse=True)
+    assert losses == pytest.approx(list(twin.train()), rel=1e-4)
+    found, of_twin = evaluate(tmp_path / "run")["tasks"], twin.measure()["tasks"]
+    assert found["click"]["auc"] == pytest.approx(of_twin["click"]["auc"], abs=0.003)
+    assert found["n0"]["rmse"] == pytest.approx(of_twin["n0"]["rmse"], abs=0.003)
 
 
 @pytest.mark.parametrize(
