@@ -1,4 +1,4 @@
-"""A table of 20 M rows under a stream whose keys drift: memory against the budget, time of look-ups.
+"""A table of 20 M rows whose keys drift: memory against the budget, time of look-ups.
 
     python tests/soak/budget.py
 
