@@ -66,6 +66,7 @@ bool Index::grow(ThreadPool& pool, const Growth& growth) {
   uint64_t capacity = capacity_ < 1024 ? capacity_ * 2 : capacity_ + capacity_ * growth.percent / 100;
   const uint64_t enough = growth.most_entries / kNumShards / 74 * 100 + 100;
   if (capacity_ >= 1024 && capacity_ < enough) capacity = std::min(capacity, enough);
+  capacity = (capacity + kLineEntries - 1) / kLineEntries * kLineEntries;
   Region region;
   if (!allocate(capacity, &region)) return false;
   const IndexView old = view();

@@ -28,26 +28,26 @@ int64_t find(const IndexView& index, const Rows& rows, const uint64_t* keys, con
   for (int64_t i = 0; i < ahead; ++i) begin(i);
   int64_t absent = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Entry* entry = home[i % kAhead];
+    const Entry* line = home[i % kAhead];
     if (i + kAhead < count) begin(i + kAhead);
     const uint64_t key = keys[i];
     const uint64_t table = tables[i];
-    uint32_t slot;
-    if (entry->key == key && entry->meta >> 48 == table) {
-      slot = entry->slot();
-    } else {
-      const Entry* const shard = index.shard(index.hash(key, tables[i]));
-      for (;;) {
-        if (entry->is_empty()) {
-          slot = kNoSlot;
-          break;
-        }
-        if (++entry == shard + index.capacity) entry = shard;
-        if (entry->key == key && entry->meta >> 48 == table) {
-          slot = entry->slot();
-          break;
-        }
+    uint32_t slot = kNoSlot;
+    for (const Entry* shard_end = nullptr;;) {
+      // Which entry of a line it is cannot be foreseen, so that is no branch.
+      uint32_t is_match = 0, is_empty = 0;
+      for (uint32_t e = 0; e < kLineEntries; ++e) {
+        is_match |= static_cast<uint32_t>((line[e].key == key) & (line[e].meta >> 48 == table)) << e;
+        is_empty |= line[e].is_empty();
       }
+      if (is_match != 0) [[likely]] {
+        slot = line[__builtin_ctz(is_match)].slot();
+        break;
+      }
+      if (is_empty != 0) break;
+      if (shard_end == nullptr) shard_end = index.shard(index.hash(key, tables[i])) + index.capacity;
+      line += kLineEntries;
+      if (line == shard_end) line = shard_end - index.capacity;
     }
     slots[i] = slot;
     if (slot == kNoSlot) {
