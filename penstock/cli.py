@@ -23,8 +23,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
-        "Trains click, ranking and retrieval models on files of any size, with embedding tables that "
-        "grow with the ids they meet.\n\n"
+        "Trains click, ranking and retrieval models on files of any size, with embedding tables "
+        "that grow with the ids they meet.\n\n"
         "A **job** (YAML, or a Python function) says what is read and what is trained; a "
         "**run folder** keeps what came of it: job.yaml, metrics, checkpoints, summary.json."
         "\n\n**First steps**\n\n"
