@@ -33,6 +33,9 @@ template <typename T>
 using Out = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using InRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// Row values in the type that a store keeps them in: float32, or the bits of a narrow type.
+using InValues = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutValues = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // Owns copies of the arrays that a PoolingPlan points to.
 struct PlanArrays {
@@ -73,6 +76,11 @@ PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, const std
           batch_size == 0 ? 0 : bags / batch_size,
           static_cast<int64_t>(keys.size()),
           weights ? weights->data() : nullptr};
+}
+
+template <typename Values>
+void check_bytes(const Values& values, ValueType type) {
+  if (values.itemsize() != bytes_of(type)) throw std::invalid_argument("values: not of the store's type");
 }
 
 const Hyper* hypers_of(const InRows& hypers) { return reinterpret_cast<const Hyper*>(hypers.data()); }
@@ -366,16 +374,17 @@ void bind_host_store(nb::module_& m) {
   nb::class_<HostStore>(m, "HostStore")
       .def(
           "__init__",
-          [](HostStore* self, uint32_t dim, uint32_t state_dim, uint32_t usage_dim, int optimizer,
+          [](HostStore* self, uint32_t dim, int value_type, uint32_t state_dim, uint32_t usage_dim, int optimizer,
              const std::vector<std::tuple<int, float, float, uint64_t, RetentionPolicy>>& tables, int num_threads,
              uint64_t max_bytes) {
             std::vector<TableRules> rules;
             for (const auto& [kind, scale, state, seed, retention] : tables) {
               rules.push_back({{static_cast<InitializerKind>(kind), scale, state, seed}, retention});
             }
-            new (self) HostStore(dim, state_dim, usage_dim, static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes);
+            new (self) HostStore(dim, static_cast<ValueType>(value_type), state_dim, usage_dim,
+                                 static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes);
           },
-          nb::kw_only(), "dim"_a, "state_dim"_a, "usage_dim"_a, "optimizer"_a, "tables"_a, "num_threads"_a, "max_bytes"_a)
+          nb::kw_only(), "dim"_a, "value_type"_a, "state_dim"_a, "usage_dim"_a, "optimizer"_a, "tables"_a, "num_threads"_a, "max_bytes"_a)
       .def("open", &HostStore::open)
       .def(
           "pooled_lookup",
@@ -391,7 +400,7 @@ void bind_host_store(nb::module_& m) {
           [](HostStore& self, const PlanArrays& plan,
              const std::vector<
                  std::tuple<Lookup*, In<int64_t>, In<int64_t>, std::optional<In<float>>, int64_t, InRows>>& gradients,
-             InRows hypers, bool is_order_free) {
+             InRows hypers, uint64_t step, bool is_order_free) {
             std::vector<LookupGradient> parts;
             for (const auto& [lookup, keys, offsets, weights, batch_size, grad] : gradients) {
               parts.push_back({lookup, packed(keys, offsets, weights, batch_size), grad.data()});
@@ -400,7 +409,7 @@ void bind_host_store(nb::module_& m) {
             Status status;
             {
               const nb::gil_scoped_release release;
-              status = self.apply_gradients(plan.plan(), parts, hypers_of(hypers), is_order_free, &rows);
+              status = self.apply_gradients(plan.plan(), parts, hypers_of(hypers), step, is_order_free, &rows);
             }
             return std::make_tuple(status, rows);
           })
@@ -414,13 +423,15 @@ void bind_host_store(nb::module_& m) {
           })
       .def(
           "insert_or_assign",
-          [](HostStore& self, uint32_t table, In<int64_t> keys, InRows values, InRows state,
+          [](HostStore& self, uint32_t table, In<int64_t> keys, InValues values, InRows state,
              std::optional<In<int64_t>> usage) {
+            const ValueType type = values.itemsize() == bytes_of(ValueType::kFloat32) ? ValueType::kFloat32 : self.type();
+            check_bytes(values, type);
             int64_t inserted = 0;
             Status status;
             {
               const nb::gil_scoped_release release;
-              status = self.insert_or_assign(table, keys.data(), static_cast<int64_t>(keys.size()), values.data(),
+              status = self.insert_or_assign(table, keys.data(), static_cast<int64_t>(keys.size()), type, values.data(),
                                              state.data(), usage ? usage->data() : nullptr, &inserted);
             }
             return std::make_tuple(status, inserted);
@@ -432,8 +443,9 @@ void bind_host_store(nb::module_& m) {
              return self.erase(table, keys.data(), static_cast<int64_t>(keys.size()));
            })
       .def("export_batch",
-           [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, OutRows values,
+           [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, OutValues values,
               OutRows state, Out<int64_t> usage) {
+             check_bytes(values, self.type());
              int64_t rows = 0;
              Status status;
              {

@@ -27,13 +27,15 @@ void ensure_size(std::vector<T>& v, size_t size) {
 
 }  // namespace
 
-HostStore::HostStore(uint32_t dim, uint32_t state_dim, uint32_t usage_dim, OptimizerKind optimizer,
+HostStore::HostStore(uint32_t dim, ValueType type, uint32_t state_dim, uint32_t usage_dim, OptimizerKind optimizer,
                      const std::vector<TableRules>& tables, int num_threads, uint64_t max_bytes)
     : dim_(dim),
+      type_(type),
+      value_bytes_(dim * bytes_of(type)),
       state_dim_(state_dim),
       usage_dim_(usage_dim),
       max_bytes_(max_bytes != 0 ? max_bytes : 2 * uint64_t{physical_memory_bytes()}),
-      kernels_(select_row_kernels(dim, optimizer, &isa_)),
+      kernels_(select_row_kernels(dim, type, optimizer, &isa_)),
       retention_(tables.size()),
       default_slots_(tables.size(), kNoSlot),
       candidates_of_table_(tables.size()),
@@ -55,21 +57,22 @@ HostStore::HostStore(uint32_t dim, uint32_t state_dim, uint32_t usage_dim, Optim
 }
 
 bool HostStore::open() {
-  const uint64_t floats = dim_ + state_dim_ + usage_dim_;
-  const bool is_open = index_.open() && values_.reserve(max_bytes_ / floats * dim_) &&
-                       states_.reserve(max_bytes_ / floats * (state_dim_ + usage_dim_)) && commit_slots(num_defaults_);
+  const uint64_t state_bytes = (state_dim_ + usage_dim_) * sizeof(float), most_rows = max_bytes_ / (value_bytes_ + state_bytes);
+  const bool is_open = index_.open() && values_.reserve(most_rows * value_bytes_) &&
+                       states_.reserve(most_rows * state_bytes) && commit_slots(num_defaults_);
   if (!is_open) return false;
   slots_handed_out_ = num_defaults_;
   for (uint32_t table = 0; table < default_slots_.size(); ++table) {
     if (default_slots_[table] == kNoSlot) continue;
-    std::fill_n(rows().value(default_slots_[table]), dim_, policies_[table].default_value);
+    const std::vector<float> value(dim_, policies_[table].default_value);
+    store_values(type_, value.data(), dim_, rows().value(default_slots_[table]));
     std::fill_n(rows().state(default_slots_[table]), state_dim_, initializers_[table].state);
   }
   return true;
 }
 
 bool HostStore::commit_slots(uint64_t slots) {
-  return values_.commit(slots * dim_ * sizeof(float)) && states_.commit(slots * (state_dim_ + usage_dim_) * sizeof(float));
+  return values_.commit(slots * value_bytes_) && states_.commit(slots * (state_dim_ + usage_dim_) * sizeof(float));
 }
 
 bool HostStore::classify(PackedKeys* batch) {
@@ -122,7 +125,7 @@ static bool sequences_fit(const PoolingPlan& plan, const PackedKeys& batch) {
 std::vector<Tile> HostStore::lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const {
   const int64_t size = batch.batch_size;
   if (plan.num_features == 0) return {};  // tables that no feature of this batch reads
-  const int64_t keys_per_tile = std::clamp<int64_t>(kTileBytes / (int64_t{dim_} * 4), 64, 2048);
+  const int64_t keys_per_tile = std::clamp<int64_t>(kTileBytes / int64_t{value_bytes_}, 64, 2048);
   // Whole cache lines are written feature by feature, so that one table's hot rows stay in the cache; where features
   // share cache lines of the output, all features of a few samples go together.
   const int64_t features = dim_ % 16 == 0 ? 1 : plan.num_features;
@@ -428,7 +431,7 @@ void HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<L
 }
 
 Status HostStore::apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients,
-                                  const Hyper* hypers, bool is_order_free, int64_t* rows_updated) {
+                                  const Hyper* hypers, uint64_t step, bool is_order_free, int64_t* rows_updated) {
   const std::lock_guard<std::mutex> guard(call_);
   for (LookupGradient& gradient : gradients) {
     gradient.batch.is_one_hot = gradient.lookup->is_one_hot;
@@ -450,7 +453,7 @@ Status HostStore::apply_gradients(const PoolingPlan& plan, std::vector<LookupGra
     ensure_size(scratch.begin, count + 1);
     ensure_size(scratch.order, count);
     const int64_t updated = kernels_.update(rows(), scratch.occurrences.data(), static_cast<int64_t>(count),
-                                    hypers[units[unit].table], is_order_free,
+                                    hypers[units[unit].table], step_seed(step), is_order_free,
                                     {scratch.hash_slots.data(), scratch.unique_of.data(), scratch.unique_slot.data(),
                                      scratch.begin.data(), scratch.order.data(), hash_size});
     if (usage_dim_ != 0) mark_used(scratch.unique_slot.data(), updated, units[unit].table);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -64,8 +65,8 @@ struct StoreMemory {
 class HostStore {
  public:
   // Tables are numbered as in `tables`. max_bytes bounds the arenas' address range; 0: twice the machine's memory.
-  HostStore(uint32_t dim, uint32_t state_dim, uint32_t usage_dim, OptimizerKind optimizer, const std::vector<TableRules>& tables,
-            int num_threads, uint64_t max_bytes);
+  HostStore(uint32_t dim, ValueType type, uint32_t state_dim, uint32_t usage_dim, OptimizerKind optimizer,
+            const std::vector<TableRules>& tables, int num_threads, uint64_t max_bytes);
 
   // False: no memory or address space.
   bool open();
@@ -76,25 +77,26 @@ class HostStore {
 
   // One optimizer step on every row that the look-ups touched, on the sum of its gradients; rows: how many. With
   // is_order_free the bits do not depend on the order of the samples either.
+  // Values of two bytes are rounded by the number of the step.
   Status apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients, const Hyper* hypers,
-                         bool is_order_free, int64_t* rows);
+                         uint64_t step, bool is_order_free, int64_t* rows);
 
   // values [n, dim] and state [n, state_dim]; absent keys read as initial or as the default row. found[i]: the row was there
   // before the call.
   Status find(uint32_t table, const int64_t* keys, int64_t count, bool insert, float* values, float* state,
               bool* found);
 
-  // Writes rows, admitting every key; of equal keys the last one stays. inserted: rows that were new. usage
-  // [n, usage_dim]; null: used now, never before.
-  Status insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, const float* values, const float* state,
-                          const int64_t* usage, int64_t* inserted);
+  // Writes rows, admitting every key; of equal keys the last one stays. inserted: rows that were new. The values' type is
+  // the store's, or fp32, which is rounded to nearest. usage [n, usage_dim]; null: used now, never before.
+  Status insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, ValueType type, const void* values,
+                          const float* state, const int64_t* usage, int64_t* inserted);
 
   int64_t erase(uint32_t table, const int64_t* keys, int64_t count);
 
   // Copies up to max_rows rows of a table from *cursor on (0 at first) and moves it; ends when it returns 0 rows.
-  // kStaleCursor: content_version() is not `version` any more.
+  // Values come in the store's type. kStaleCursor: content_version() is not `version` any more.
   Status export_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,
-                      float* values, float* state, int64_t* usage, int64_t* rows);
+                      void* values, float* state, int64_t* usage, int64_t* rows);
 
   // The same for keys that are counted but have no row.
   Status export_candidates(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_keys, int64_t* keys,
@@ -116,6 +118,7 @@ class HostStore {
   StoreMemory memory() const;
   uint64_t longest_probe() const { return index_.longest_probe(); }
   const char* isa() const { return isa_; }
+  ValueType type() const { return type_; }
   int num_threads() const { return pool_.num_threads(); }
 
   // Empty, or what is wrong: every entry reachable, slots used once, rows + free slots = slots handed out.
@@ -150,6 +153,8 @@ class HostStore {
     int64_t admitted = 0;
     int64_t refused = 0;
     int64_t candidates = 0;  // change of their number
+    int64_t evicted = 0;
+    int64_t evicted_age = 0;
   };
   // Who comes in where there is not room for all: those whose precedence is below.
   struct Thresholds {
@@ -185,7 +190,6 @@ class HostStore {
     std::vector<uint32_t> unique_of, unique_slot, begin, order;
     int64_t rows = 0;
     std::vector<Tally> tally;  // by table
-    std::vector<Leaver> leavers;
     std::vector<uint32_t> freed;
   };
 
@@ -222,30 +226,35 @@ class HostStore {
   void clear_tallies();
   std::vector<Tally> total_tally() const;
   void evict_lowest(uint32_t table, uint64_t count, const std::vector<SlotSpan>& in_use);
-  void collect_leavers(const std::function<bool(uint32_t table)>& is_due,
-                       const std::function<bool(uint32_t table, uint32_t slot, uint64_t rank)>& leaves);
-  void evict(const std::vector<Leaver>& leavers);
+  template <typename Leaves>
+  void collect_leavers(uint32_t shard, const std::vector<uint8_t>& tables, const Leaves& leaves, std::vector<Leaver>* leavers);
+  void erase_rows(uint32_t shard, const std::vector<Leaver>& leavers, std::vector<uint32_t>* freed);
+  void count_evicted(const std::vector<Leaver>& leavers, std::vector<Tally>& tally) const;
+  void end_eviction();
   void evict_expired(const std::vector<uint8_t>& tables);
   void halve_counts(const std::vector<uint8_t>& halvings);
   uint64_t rank_of(uint32_t table, uint32_t slot) const;
   void mark_used(const uint32_t* slots, int64_t count, uint32_t table);
-  int64_t erase_keys(int64_t count, const std::function<std::pair<uint64_t, uint32_t>(int64_t)>& key_of);
+  int64_t release_slots();
 
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
   void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
                            std::vector<Occurrence>* occurrences) const;
   bool classify(PackedKeys* batch);
   bool has_finite_weights(const PackedKeys& batch);
-  void copy_rows(const uint32_t* slots, int64_t count, float* values, float* state);
+  // Into values of the given type: the store's, or fp32.
+  void copy_rows(const uint32_t* slots, int64_t count, ValueType type, void* values, float* state);
   Status take_slot(ShardSlots& shard, uint32_t* slot);
   Status refresh(const PoolingPlan& plan, LookupGradient& gradient);
   std::vector<Tile> lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const;
   bool commit_slots(uint64_t slots);
   Rows rows() const {
-    return {reinterpret_cast<float*>(values_.data()), reinterpret_cast<float*>(states_.data()), dim_, state_dim_, usage_dim_};
+    return {values_.data(), reinterpret_cast<float*>(states_.data()), dim_, state_dim_, usage_dim_, type_, value_bytes_};
   }
 
   const uint32_t dim_;
+  const ValueType type_;
+  const uint32_t value_bytes_;
   const uint32_t state_dim_;
   const uint32_t usage_dim_;
   const uint64_t max_bytes_;
@@ -268,7 +277,7 @@ class HostStore {
   std::mutex arena_growth_;
   uint64_t slots_handed_out_ = 0;
   uint64_t num_defaults_ = 0;  // slots of default rows, the first ones
-  std::vector<uint32_t> free_slots_;  // of no shard
+  std::deque<uint32_t> free_slots_;  // of no shard
   uint64_t content_version_ = 1;
   uint64_t erase_version_ = 1;
   std::vector<ShardSlots> shards_;

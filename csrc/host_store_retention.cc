@@ -175,6 +175,8 @@ std::vector<HostStore::Tally> HostStore::total_tally() const {
       totals[table].admitted += scratch.tally[table].admitted;
       totals[table].refused += scratch.tally[table].refused;
       totals[table].candidates += scratch.tally[table].candidates;
+      totals[table].evicted += scratch.tally[table].evicted;
+      totals[table].evicted_age += scratch.tally[table].evicted_age;
     }
   }
   return totals;
@@ -202,36 +204,63 @@ uint64_t HostStore::rank_of(uint32_t table, uint32_t slot) const {
   return uint64_t{policies_[table].aged_uses(marks[1], marks[0], now)} << 32 | marks[0];
 }
 
-// Into the threads' leavers: all rows of tables that are due and that `leaves` holds for.
-void HostStore::collect_leavers(const std::function<bool(uint32_t)>& is_due,
-                                const std::function<bool(uint32_t, uint32_t, uint64_t)>& leaves) {
-  constexpr uint64_t kAhead = 16;
-  for (ThreadScratch& scratch : scratch_) scratch.leavers.clear();
-  std::vector<uint8_t> due(policies_.size());
-  for (uint32_t table = 0; table < due.size(); ++table) due[table] = is_due(table);
+// All rows of a shard, of the tables marked, that `leaves` holds for.
+template <typename Leaves>
+void HostStore::collect_leavers(uint32_t shard, const std::vector<uint8_t>& tables, const Leaves& leaves,
+                                std::vector<Leaver>* leavers) {
+  constexpr uint64_t kAhead = 32;
   const uint64_t capacity = index_.capacity();
-  pool_.run(kNumShards, [&](int64_t shard, int thread) {
-    const Entry* const entries = index_.view().entries + static_cast<uint64_t>(shard) * capacity;
-    const auto has_row = [&](const Entry& entry) {
-      return !entry.is_empty() && entry.slot() != kNoSlot && due[entry.table()] != 0;
-    };
-    for (uint64_t i = 0; i < capacity; ++i) {
-      if (i + kAhead < capacity && has_row(entries[i + kAhead])) __builtin_prefetch(rows().usage(entries[i + kAhead].slot()));
-      if (!has_row(entries[i])) continue;
-      const uint32_t table = entries[i].table(), slot = entries[i].slot();
-      const uint64_t rank = rank_of(table, slot);
-      if (!leaves(table, slot, rank)) continue;
-      const uint32_t age = static_cast<uint32_t>(retention_[table].now) - rows().usage(slot)[0];
-      scratch_[thread].leavers.push_back({rank, entries[i].key, table, age});
+  const Entry* const entries = index_.view().entries + shard * capacity;
+  const auto has_row = [&](const Entry& entry) {
+    return !entry.is_empty() && entry.slot() != kNoSlot && tables[entry.table()] != 0;
+  };
+  for (uint64_t i = 0; i < capacity; ++i) {
+    if (i + kAhead < capacity && has_row(entries[i + kAhead])) __builtin_prefetch(rows().usage(entries[i + kAhead].slot()));
+    if (!has_row(entries[i])) continue;
+    const uint32_t table = entries[i].table(), slot = entries[i].slot();
+    const uint64_t rank = rank_of(table, slot);
+    const uint32_t age = static_cast<uint32_t>(retention_[table].now) - rows().usage(slot)[0];
+    if (leaves(table, slot, rank, age)) leavers->push_back({rank, entries[i].key, table, age});
+  }
+}
+
+// The caller owns the shard, whose rows these are.
+void HostStore::erase_rows(uint32_t shard, const std::vector<Leaver>& leavers, std::vector<uint32_t>* freed) {
+  constexpr size_t kAhead = 8;
+  const IndexView index = index_.view();
+  for (size_t i = 0; i < leavers.size(); ++i) {
+    if (i + kAhead < leavers.size()) {
+      const uint64_t hash = index_.hash(leavers[i + kAhead].key, leavers[i + kAhead].table);
+      __builtin_prefetch(index.shard(hash) + index.home(hash), 1);
     }
-  });
+    Entry* const entry = index_.find(leavers[i].key, leavers[i].table, index_.hash(leavers[i].key, leavers[i].table));
+    freed->push_back(entry->slot());
+    index_.erase(entry);
+    --shards_[shard].rows_of_table[leavers[i].table];
+  }
+}
+
+void HostStore::count_evicted(const std::vector<Leaver>& leavers, std::vector<Tally>& tally) const {
+  for (const Leaver& leaver : leavers) {
+    ++tally[leaver.table].evicted;
+    tally[leaver.table].evicted_age += leaver.age;
+  }
+}
+
+void HostStore::end_eviction() {
+  const std::vector<Tally> totals = total_tally();
+  for (size_t table = 0; table < totals.size(); ++table) {
+    retention_[table].evicted += totals[table].evicted;
+    retention_[table].evicted_age += totals[table].evicted_age;
+  }
+  release_slots();
 }
 
 void HostStore::evict_lowest(uint32_t table, uint64_t count, const std::vector<SlotSpan>& in_use) {
-  std::vector<uint8_t> stays(slots_handed_out_);
+  std::vector<bool> stays(slots_handed_out_);
   for (const SlotSpan& span : in_use) {
     for (int64_t i = 0; i < span.count; ++i) {
-      if (span.slots[i] != kNoSlot) stays[span.slots[i]] = 1;
+      if (span.slots[i] != kNoSlot) stays[span.slots[i]] = true;
     }
   }
   // A sample says about how low the rank of those that leave is; so few rows need comparing.
@@ -249,32 +278,40 @@ void HostStore::evict_lowest(uint32_t table, uint64_t count, const std::vector<S
     std::nth_element(sample.begin(), sample.begin() + static_cast<int64_t>(guess), sample.end());
     highest = sample[guess];
   }
-  std::vector<Leaver> leavers;
+  std::vector<uint8_t> tables(policies_.size());
+  tables[table] = 1;
+  std::vector<std::vector<Leaver>> of_shard(kNumShards);
+  uint64_t found = 0;
   for (;;) {
-    collect_leavers([&](uint32_t t) { return t == table; },
-                    [&](uint32_t, uint32_t slot, uint64_t rank) { return rank <= highest && stays[slot] == 0; });
-    leavers.clear();
-    for (const ThreadScratch& scratch : scratch_) leavers.insert(leavers.end(), scratch.leavers.begin(), scratch.leavers.end());
-    if (leavers.size() >= count || highest == kEveryone) break;
+    const auto leaves = [&](uint32_t, uint32_t slot, uint64_t rank, uint32_t) { return rank <= highest && !stays[slot]; };
+    pool_.run(kNumShards, [&](int64_t shard, int) {
+      of_shard[shard].clear();
+      collect_leavers(static_cast<uint32_t>(shard), tables, leaves, &of_shard[shard]);
+    });
+    found = 0;
+    for (const std::vector<Leaver>& leavers : of_shard) found += leavers.size();
+    if (found >= count || highest == kEveryone) break;
     highest = kEveryone;
   }
-  if (leavers.size() > count) {
-    std::nth_element(leavers.begin(), leavers.begin() + static_cast<int64_t>(count), leavers.end(),
-                     [](const Leaver& a, const Leaver& b) {
-                       return a.rank != b.rank ? a.rank < b.rank : precedence(a.key) < precedence(b.key);
-                     });
-    leavers.resize(count);
+  Leaver last{kEveryone, 0, table, 0};
+  const auto is_before = [](const Leaver& a, const Leaver& b) {
+    return a.rank != b.rank ? a.rank < b.rank : precedence(a.key) < precedence(b.key);
+  };
+  if (found > count) {
+    std::vector<Leaver> all;
+    all.reserve(found);
+    for (const std::vector<Leaver>& leavers : of_shard) all.insert(all.end(), leavers.begin(), leavers.end());
+    std::nth_element(all.begin(), all.begin() + static_cast<int64_t>(count), all.end(), is_before);
+    last = all[count];
   }
-  evict(leavers);
-}
-
-void HostStore::evict(const std::vector<Leaver>& leavers) {
-  if (leavers.empty()) return;
-  for (const Leaver& leaver : leavers) {
-    ++retention_[leaver.table].evicted;
-    retention_[leaver.table].evicted_age += leaver.age;
-  }
-  erase_keys(static_cast<int64_t>(leavers.size()), [&](int64_t i) { return std::make_pair(leavers[i].key, leavers[i].table); });
+  clear_tallies();
+  pool_.run(kNumShards, [&](int64_t shard, int thread) {
+    std::vector<Leaver>& leavers = of_shard[shard];
+    if (found > count) std::erase_if(leavers, [&](const Leaver& leaver) { return !is_before(leaver, last); });
+    count_evicted(leavers, scratch_[thread].tally);
+    erase_rows(static_cast<uint32_t>(shard), leavers, &scratch_[thread].freed);
+  });
+  end_eviction();
 }
 
 // --- time --------------------------------------------------------------------------------------------------------------
@@ -314,14 +351,15 @@ void HostStore::advance(uint64_t step, uint64_t seconds) {
 }
 
 void HostStore::evict_expired(const std::vector<uint8_t>& tables) {
-  collect_leavers([&](uint32_t table) { return tables[table] != 0; },
-                  [&](uint32_t table, uint32_t slot, uint64_t) {
-                    const uint64_t age = static_cast<uint64_t>(retention_[table].now) - rows().usage(slot)[0];
-                    return age > policies_[table].ttl;
-                  });
-  std::vector<Leaver> leavers;
-  for (const ThreadScratch& scratch : scratch_) leavers.insert(leavers.end(), scratch.leavers.begin(), scratch.leavers.end());
-  evict(leavers);
+  clear_tallies();
+  const auto leaves = [this](uint32_t table, uint32_t, uint64_t, uint32_t age) { return age > policies_[table].ttl; };
+  pool_.run(kNumShards, [&](int64_t shard, int thread) {
+    std::vector<Leaver> leavers;
+    collect_leavers(static_cast<uint32_t>(shard), tables, leaves, &leavers);
+    count_evicted(leavers, scratch_[thread].tally);
+    erase_rows(static_cast<uint32_t>(shard), leavers, &scratch_[thread].freed);
+  });
+  end_eviction();
 }
 
 void HostStore::halve_counts(const std::vector<uint8_t>& halvings) {
@@ -389,7 +427,7 @@ Status HostStore::import_candidates(uint32_t table, const int64_t* keys, const i
 RetentionNumbers HostStore::retention(uint32_t table, float* value, float* state) const {
   const std::lock_guard<std::mutex> guard(call_);
   if (default_slots_[table] != kNoSlot) {
-    std::copy_n(rows().value(default_slots_[table]), dim_, value);
+    widen_values(type_, rows().value(default_slots_[table]), dim_, value);
     std::copy_n(rows().state(default_slots_[table]), state_dim_, state);
   }
   return retention_[table];
@@ -400,7 +438,7 @@ void HostStore::set_retention(uint32_t table, const RetentionNumbers& numbers, c
   retention_[table] = numbers;
   step_ = std::max(step_, static_cast<uint64_t>(numbers.step));
   if (default_slots_[table] == kNoSlot) return;
-  std::copy_n(value, dim_, rows().value(default_slots_[table]));
+  store_values(type_, value, dim_, rows().value(default_slots_[table]));
   std::copy_n(state, state_dim_, rows().state(default_slots_[table]));
 }
 

@@ -29,7 +29,8 @@ Status HostStore::locate(uint32_t table, const int64_t* keys, int64_t count, Ins
   return Status::kOk;
 }
 
-void HostStore::copy_rows(const uint32_t* slots, int64_t count, float* values, float* state) {
+void HostStore::copy_rows(const uint32_t* slots, int64_t count, ValueType type, void* values, float* state) {
+  const size_t value_bytes = size_t{dim_} * bytes_of(type);
   pool_.run((count + kChunkKeys - 1) / kChunkKeys, [&](int64_t chunk, int) {
     constexpr int64_t kAhead = 8;
     const Rows all = rows();
@@ -40,7 +41,12 @@ void HostStore::copy_rows(const uint32_t* slots, int64_t count, float* values, f
         __builtin_prefetch(all.state(slots[i + kAhead]));
       }
       if (slots[i] == kNoSlot) continue;
-      std::memcpy(values + i * dim_, all.value(slots[i]), dim_ * sizeof(float));
+      void* const value = static_cast<char*>(values) + i * value_bytes;
+      if (type == type_) {
+        std::memcpy(value, all.value(slots[i]), value_bytes);
+      } else {
+        widen_values(type_, all.value(slots[i]), dim_, static_cast<float*>(value));
+      }
       std::memcpy(state + i * state_dim_, all.state(slots[i]), state_dim_ * sizeof(float));
     }
   });
@@ -57,16 +63,18 @@ Status HostStore::find(uint32_t table, const int64_t* keys, int64_t count, bool 
   for (int64_t i = 0; i < count; ++i) {
     if (slots[i] == kNoSlot) slots[i] = default_slots_[table];
   }
-  copy_rows(slots.data(), count, values, state);
+  copy_rows(slots.data(), count, ValueType::kFloat32, values, state);
+  std::vector<char> initial(value_bytes_);
   for (int64_t i = 0; i < count; ++i) {
     if (slots[i] != kNoSlot) continue;
-    kernels_.initialize(rows(), initializers_[table], static_cast<uint64_t>(keys[i]), values + i * dim_,
+    kernels_.initialize(rows(), initializers_[table], static_cast<uint64_t>(keys[i]), initial.data(),
                         state + i * state_dim_);
+    widen_values(type_, initial.data(), dim_, values + i * dim_);
   }
   return Status::kOk;
 }
 
-Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, const float* values,
+Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, ValueType type, const void* values,
                                    const float* state, const int64_t* usage, int64_t* inserted) {
   const std::lock_guard<std::mutex> guard(call_);
   const uint64_t before = num_rows(table);
@@ -80,7 +88,11 @@ Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t 
   pool_.run(owners, [&](int64_t owner, int) {
     for (int64_t i = 0; i < count; ++i) {
       if (slots[i] % owners != static_cast<uint32_t>(owner) || slots[i] == kNoSlot) continue;
-      std::memcpy(rows().value(slots[i]), values + i * dim_, dim_ * sizeof(float));
+      if (type == type_) {
+        std::memcpy(rows().value(slots[i]), static_cast<const char*>(values) + i * size_t{value_bytes_}, value_bytes_);
+      } else {
+        store_values(type_, static_cast<const float*>(values) + i * dim_, dim_, rows().value(slots[i]));
+      }
       std::memcpy(rows().state(slots[i]), state + i * state_dim_, state_dim_ * sizeof(float));
       uint32_t* const marks = rows().usage(slots[i]);
       for (uint32_t word = 0; word < usage_dim_; ++word) {
@@ -94,39 +106,38 @@ Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t 
 
 int64_t HostStore::erase(uint32_t table, const int64_t* keys, int64_t count) {
   const std::lock_guard<std::mutex> guard(call_);
-  return erase_keys(count, [&](int64_t i) { return std::make_pair(static_cast<uint64_t>(keys[i]), table); });
-}
-
-int64_t HostStore::erase_keys(int64_t count, const std::function<std::pair<uint64_t, uint32_t>(int64_t)>& key_of) {
-  ++erase_version_;
-  ++content_version_;
-  std::atomic<int64_t> erased{0};
   // A thread owns the shards of its residue.
   const uint32_t owners = static_cast<uint32_t>(num_threads());
   pool_.run(owners, [&](int64_t owner, int) {
-    std::vector<uint32_t>& freed = scratch_[owner].freed;
     for (int64_t i = 0; i < count; ++i) {
-      const auto [key, table] = key_of(i);
-      const uint64_t hash = index_.hash(key, table);
+      const uint64_t key = static_cast<uint64_t>(keys[i]), hash = index_.hash(key, table);
       const uint32_t shard = Index::shard_of(hash);
       if (shard % owners != static_cast<uint32_t>(owner)) continue;
       Entry* const entry = index_.find(key, table, hash);
       if (entry == nullptr || entry->is_candidate()) continue;
-      freed.push_back(entry->slot());
+      scratch_[owner].freed.push_back(entry->slot());
       index_.erase(entry);
       --shards_[shard].rows_of_table[table];
     }
-    erased += static_cast<int64_t>(freed.size());
   });
+  return release_slots();
+}
+
+// Hands the slots that the threads have freed to whoever needs one next.
+int64_t HostStore::release_slots() {
+  ++erase_version_;
+  ++content_version_;
+  int64_t released = 0;
   for (ThreadScratch& scratch : scratch_) {
     free_slots_.insert(free_slots_.end(), scratch.freed.begin(), scratch.freed.end());
+    released += static_cast<int64_t>(scratch.freed.size());
     scratch.freed.clear();
   }
-  return erased;
+  return released;
 }
 
 Status HostStore::export_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,
-                               float* values, float* state, int64_t* usage, int64_t* num_rows) {
+                               void* values, float* state, int64_t* usage, int64_t* num_rows) {
   const std::lock_guard<std::mutex> guard(call_);
   if (version != content_version_) return Status::kStaleCursor;
   const Entry* const entries = index_.view().entries;
@@ -140,7 +151,7 @@ Status HostStore::export_batch(uint32_t table, uint64_t* cursor, uint64_t versio
     slots.push_back(entry.slot());
   }
   *num_rows = static_cast<int64_t>(slots.size());
-  copy_rows(slots.data(), *num_rows, values, state);
+  copy_rows(slots.data(), *num_rows, type_, values, state);
   for (int64_t i = 0; i < *num_rows; ++i) {
     for (uint32_t word = 0; word < usage_dim_; ++word) usage[i * usage_dim_ + word] = rows().usage(slots[i])[word];
   }
@@ -155,7 +166,7 @@ uint64_t HostStore::num_rows(uint32_t table) const {
 
 StoreMemory HostStore::memory() const {
   const uint64_t slots = slots_handed_out_ - num_defaults_;
-  const uint64_t row_bytes = (dim_ + state_dim_ + usage_dim_) * sizeof(float);
+  const uint64_t row_bytes = value_bytes_ + (state_dim_ + usage_dim_) * sizeof(float);
   StoreMemory memory{0, free_slots_.size(), slots, index_.memory_bytes(), slots * row_bytes};
   for (const ShardSlots& shard : shards_) {
     for (const uint64_t rows : shard.rows_of_table) memory.rows += rows;

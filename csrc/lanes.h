@@ -110,11 +110,10 @@ inline float horizontal_sum(Lanes x) {
 }
 
 template <int kWrite, int kLocality>
-[[gnu::always_inline]] inline void prefetch_floats(const float* first, size_t count) {
-  const char* const begin = reinterpret_cast<const char*>(first);
-  const size_t bytes = count * sizeof(float);
+[[gnu::always_inline]] inline void prefetch_bytes(const void* first, size_t bytes) {
+  const char* const begin = static_cast<const char*>(first);
   for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(begin + line, kWrite, kLocality);
-  // Floats that do not fill lines may reach into one more.
+  // Bytes that do not fill lines may reach into one more.
   if (bytes % 64 != 0) __builtin_prefetch(begin + bytes - 1, kWrite, kLocality);
 }
 

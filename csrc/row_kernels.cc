@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "lanes.h"
+#include "narrow_lanes.h"
 #include "optimizer_rules.h"
 
 namespace penstock {
@@ -52,17 +53,18 @@ int64_t find(const IndexView& index, const Rows& rows, const uint64_t* keys, con
     if (slot == kNoSlot) {
       ++absent;
     } else {
-      prefetch_floats<0, 2>(rows.value(slot), rows.dim);
+      prefetch_bytes<0, 2>(rows.value(slot), rows.value_bytes);
     }
   }
   return absent;
 }
 
-template <typename S>
-inline void fill_initial(const S& shape, const Initializer& init, uint64_t key, float* value) {
+template <ValueType kType, typename S>
+inline void fill_initial(const S& shape, const Initializer& init, uint64_t key,
+                         typename Stored<kType>::Element* value) {
   const uint64_t seed = row_seed(init, key);
   for (int column = 0; column < shape.dim(); ++column) {
-    value[column] = initial_value(init, seed, static_cast<uint32_t>(column));
+    value[column] = Stored<kType>::of(initial_value(init, seed, static_cast<uint32_t>(column)));
   }
 }
 
@@ -83,25 +85,26 @@ struct Target {
 };
 
 // A bag with weights, or a sequence: bag (f, keys [first, last)). Out of line, so that pool() stays what it is without.
-template <int D>
+template <int D, ValueType kType>
 [[gnu::noinline]] void pool_weighted(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch,
                                      const uint32_t* slots, const Initializer* initializers, int64_t f, int64_t first,
                                      int64_t last, const Target& target) {
   const Shape<D> shape(rows.dim);
-  float initial[kChunks<D> * kLanes];
+  using Element = typename Stored<kType>::Element;
+  Element initial[kChunks<D> * kLanes];
   Lanes sum[kChunks<D>];
   const bool is_sequence = plan.pooling[f] == Pooling::kSequence;
   for (int c = 0; c < num_chunks(shape); ++c) sum[c] = Lanes{};
   for (int64_t n = first; n < last; ++n) {
-    const float* row = initial;
+    const Element* row = initial;
     if (slots[n] != kNoSlot) {
-      row = rows.value(slots[n]);
+      row = static_cast<const Element*>(rows.value(slots[n]));
     } else {
-      fill_initial(shape, initializers[plan.table[f]], static_cast<uint64_t>(batch.keys[n]), initial);
+      fill_initial<kType>(shape, initializers[plan.table[f]], static_cast<uint64_t>(batch.keys[n]), initial);
     }
     const float weight = batch.weights == nullptr ? 1.0f : batch.weights[n];
     for (int c = 0; c < num_chunks(shape); ++c) {
-      const Lanes weighted = weight * load(shape, row, c);
+      const Lanes weighted = weight * Stored<kType>::load(shape, row, c);
       if (is_sequence) {
         target.write(shape, n - first, c, weighted);
       } else {
@@ -119,11 +122,12 @@ template <int D>
   for (int c = 0; c < num_chunks(shape); ++c) target.write(shape, 0, c, scale == 0.0f ? Lanes{} : sum[c] * scale);
 }
 
-template <int D>
+template <int D, ValueType kType>
 void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, const uint32_t* slots,
           const Initializer* initializers, const Tile& tile, bool stream, float* out) {
   const Shape<D> shape(rows.dim);
-  float initial[kChunks<D> * kLanes];
+  using Element = typename Stored<kType>::Element;
+  Element initial[kChunks<D> * kLanes];
   Lanes sum[kChunks<D>];
   for (int64_t b = tile.begin; b < tile.end; ++b) {
     for (int64_t f = tile.first_feature; f < tile.last_feature; ++f) {
@@ -131,18 +135,18 @@ void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, co
       const int64_t first = batch.begin(bag), last = batch.begin(bag + 1);
       const Target target{out + b * plan.stride + plan.column[f], stream};
       if (batch.weights != nullptr || plan.pooling[f] == Pooling::kSequence) {
-        pool_weighted<D>(rows, plan, batch, slots, initializers, f, first, last, target);
+        pool_weighted<D, kType>(rows, plan, batch, slots, initializers, f, first, last, target);
         continue;
       }
       for (int c = 0; c < num_chunks(shape); ++c) sum[c] = Lanes{};
       for (int64_t n = first; n < last; ++n) {
-        const float* row = initial;
+        const Element* row = initial;
         if (slots[n] != kNoSlot) {
-          row = rows.value(slots[n]);
+          row = static_cast<const Element*>(rows.value(slots[n]));
         } else {
-          fill_initial(shape, initializers[plan.table[f]], static_cast<uint64_t>(batch.keys[n]), initial);
+          fill_initial<kType>(shape, initializers[plan.table[f]], static_cast<uint64_t>(batch.keys[n]), initial);
         }
-        for (int c = 0; c < num_chunks(shape); ++c) sum[c] += load(shape, row, c);
+        for (int c = 0; c < num_chunks(shape); ++c) sum[c] += Stored<kType>::load(shape, row, c);
       }
       const float scale = bag_scale(plan.pooling[f], last - first);
       if (scale != 1.0f) {
@@ -224,19 +228,30 @@ template <typename S>
 
 template <int D, typename Optimizer>
 int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
-               bool is_order_free, const UpdateScratch& scratch) {
+               uint32_t step_seed, bool is_order_free, const UpdateScratch& scratch) {
   constexpr int kGradAhead = 12;
   constexpr uint32_t kRowAhead = 16;
   const Shape<D> shape(rows.dim);
+  // A narrow row is updated as fp32, then rounded: the rules know one type.
+  const bool is_narrow = rows.type != ValueType::kFloat32;
+  float widened[kChunks<D> * kLanes];
+  uint32_t keys[kChunks<D> * kLanes];
+  if (is_narrow) {
+    for (int column = 0; column < num_chunks(shape) * kLanes; ++column) keys[column] = column_key(step_seed, column);
+  }
   const uint32_t unique = group_by_slot(occurrences, count, scratch);
   // Inlined by force: the compiler deems a function that only prefetches to be without effect, and drops calls of it.
   const auto prefetch_grad = [&](int64_t k) __attribute__((always_inline)) {
-    prefetch_floats<0, 3>(occurrences[scratch.order[k]].grad, shape.dim());
+    prefetch_bytes<0, 3>(occurrences[scratch.order[k]].grad, shape.dim() * sizeof(float));
   };
   const auto prefetch_target = [&](uint32_t u) __attribute__((always_inline)) {
     const uint32_t slot = scratch.unique_slot[u];
-    prefetch_floats<1, 3>(rows.value(slot), shape.dim());
-    prefetch_floats<1, 3>(rows.state(slot), rows.state_dim + rows.usage_dim);
+    if (is_narrow) {
+      prefetch_bytes<1, 3>(rows.value(slot), shape.dim() * sizeof(uint16_t));
+    } else {
+      prefetch_bytes<1, 3>(rows.value(slot), shape.dim() * sizeof(float));
+    }
+    prefetch_bytes<1, 3>(rows.state(slot), (rows.state_dim + rows.usage_dim) * sizeof(float));
   };
   for (int64_t k = 0; k < count && k < kGradAhead; ++k) prefetch_grad(k);
   for (uint32_t u = 0; u < unique && u < kRowAhead; ++u) prefetch_target(u);
@@ -256,18 +271,35 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
     }
     const uint32_t slot = scratch.unique_slot[u];
     if (hyper.clip_norm > 0.0f) clip(shape, grad, hyper.clip_norm);
-    Optimizer::step(shape, rows.value(slot), rows.state(slot), grad, hyper);
+    float* value = static_cast<float*>(rows.value(slot));
+    if (is_narrow) [[unlikely]] {
+      widen_row(shape, rows.type, static_cast<const uint16_t*>(rows.value(slot)), widened);
+      value = widened;
+    }
+    Optimizer::step(shape, value, rows.state(slot), grad, hyper);
+    if (is_narrow) [[unlikely]] round_row(shape, rows.type, widened, keys, static_cast<uint16_t*>(rows.value(slot)));
   }
   return unique;
 }
 
-void initialize(const Rows& rows, const Initializer& init, uint64_t key, float* value, float* state) {
-  fill_initial(Shape<0>(rows.dim), init, key, value);
+void initialize(const Rows& rows, const Initializer& init, uint64_t key, void* value, float* state) {
+  const Shape<0> shape(rows.dim);
+  switch (rows.type) {
+    case ValueType::kFloat32:
+      fill_initial<ValueType::kFloat32>(shape, init, key, static_cast<float*>(value));
+      break;
+    case ValueType::kBFloat16:
+      fill_initial<ValueType::kBFloat16>(shape, init, key, static_cast<uint16_t*>(value));
+      break;
+    case ValueType::kFloat16:
+      fill_initial<ValueType::kFloat16>(shape, init, key, static_cast<uint16_t*>(value));
+      break;
+  }
   for (uint32_t i = 0; i < rows.state_dim; ++i) state[i] = init.state;
 }
 
 template <int D, typename Optimizer>
-constexpr RowKernels kKernels = {find, pool<D>, update<D, Optimizer>, initialize};
+constexpr RowKernels kKernels = {find, pool<D, ValueType::kFloat32>, update<D, Optimizer>, initialize};
 
 template <int D>
 RowKernels kernels_of(OptimizerKind optimizer) {
@@ -292,22 +324,30 @@ RowKernels kernels_of(OptimizerKind optimizer) {
   return kKernels<D, Lamb>;
 }
 
+template <int D>
+RowKernels kernels_of(ValueType type, OptimizerKind optimizer) {
+  RowKernels kernels = kernels_of<D>(optimizer);
+  if (type == ValueType::kBFloat16) kernels.pool = pool<D, ValueType::kBFloat16>;
+  if (type == ValueType::kFloat16) kernels.pool = pool<D, ValueType::kFloat16>;
+  return kernels;
+}
+
 }  // namespace
 
-RowKernels row_kernels(uint32_t dim, OptimizerKind optimizer) {
+RowKernels row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer) {
   switch (dim) {
     case 8:
-      return kernels_of<8>(optimizer);
+      return kernels_of<8>(type, optimizer);
     case 16:
-      return kernels_of<16>(optimizer);
+      return kernels_of<16>(type, optimizer);
     case 32:
-      return kernels_of<32>(optimizer);
+      return kernels_of<32>(type, optimizer);
     case 64:
-      return kernels_of<64>(optimizer);
+      return kernels_of<64>(type, optimizer);
     case 128:
-      return kernels_of<128>(optimizer);
+      return kernels_of<128>(type, optimizer);
     default:
-      return kernels_of<0>(optimizer);
+      return kernels_of<0>(type, optimizer);
   }
 }
 

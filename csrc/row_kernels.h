@@ -9,6 +9,7 @@
 
 #include "hashing.h"
 #include "index.h"
+#include "narrow.h"
 
 namespace penstock {
 
@@ -39,13 +40,15 @@ struct Hyper {
 
 // Rows by slot, in two arrays: a look-up touches values alone, and a value of 16 floats is one cache line.
 struct Rows {
-  float* values;
+  char* values;
   float* states;
   uint32_t dim;
   uint32_t state_dim;
   uint32_t usage_dim;  // marks of use behind the state: time of the last use, number of uses
+  ValueType type;        // of the values; states are fp32
+  uint32_t value_bytes;  // of a row's values
 
-  [[gnu::always_inline]] float* value(uint32_t slot) const { return values + size_t{dim} * slot; }
+  [[gnu::always_inline]] void* value(uint32_t slot) const { return values + size_t{value_bytes} * slot; }
   [[gnu::always_inline]] float* state(uint32_t slot) const { return states + size_t{state_dim + usage_dim} * slot; }
   uint32_t* usage(uint32_t slot) const { return reinterpret_cast<uint32_t*>(state(slot) + state_dim); }
 };
@@ -134,25 +137,26 @@ struct RowKernels {
                const Initializer* initializers, const Tile& tile, bool stream, float* out);
 
   // Sums the gradients of equal slots, in order, and applies one optimizer step to each row; all are of one table.
-  // Returns the number of rows updated. is_order_free: sums that have the same bits in any order, in fixed point.
+  // Returns the number of rows updated. is_order_free: sums that have the same bits in any order, in fixed point. The step's
+  // seed is that of narrow.h.
   int64_t (*update)(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
-                    bool is_order_free, const UpdateScratch& scratch);
+                    uint32_t step_seed, bool is_order_free, const UpdateScratch& scratch);
 
-  // Writes the first value and state of a row.
-  void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, float* value, float* state);
+  // Writes the first value, as rows store it, and state of a row.
+  void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, void* value, float* state);
 };
 
-// Kernels for the best instruction set of this machine; `isa` is its name. Dim and optimizer are fixed per store.
-RowKernels select_row_kernels(uint32_t dim, OptimizerKind optimizer, const char** isa);
+// Kernels for the best instruction set of this machine; `isa` is its name. Dim, type and optimizer are fixed per store.
+RowKernels select_row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer, const char** isa);
 
 namespace isa_generic {
-RowKernels row_kernels(uint32_t dim, OptimizerKind optimizer);
+RowKernels row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer);
 }
 namespace isa_avx2 {
-RowKernels row_kernels(uint32_t dim, OptimizerKind optimizer);
+RowKernels row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer);
 }
 namespace isa_avx512 {
-RowKernels row_kernels(uint32_t dim, OptimizerKind optimizer);
+RowKernels row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer);
 }
 
 }  // namespace penstock

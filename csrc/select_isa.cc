@@ -2,20 +2,20 @@
 
 namespace penstock {
 
-RowKernels select_row_kernels(uint32_t dim, OptimizerKind optimizer, const char** isa) {
+RowKernels select_row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer, const char** isa) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     *isa = "avx512";
-    return isa_avx512::row_kernels(dim, optimizer);
+    return isa_avx512::row_kernels(dim, type, optimizer);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")) {
     *isa = "avx2";
-    return isa_avx2::row_kernels(dim, optimizer);
+    return isa_avx2::row_kernels(dim, type, optimizer);
   }
 #endif
   *isa = "generic";
-  return isa_generic::row_kernels(dim, optimizer);
+  return isa_generic::row_kernels(dim, type, optimizer);
 }
 
 }  // namespace penstock

@@ -47,6 +47,7 @@ class HostStore:
         self,
         *,
         dim: int,
+        value_type: int,
         state_dim: int,
         usage_dim: int,
         optimizer: int,
@@ -80,6 +81,7 @@ class HostStore:
             ]
         ],
         hypers: NDArray[np.float32],
+        step: int,
         is_order_free: bool,
     ) -> tuple[Status, int]: ...
     def find(
@@ -95,7 +97,7 @@ class HostStore:
         self,
         table: int,
         keys: NDArray[np.int64],
-        values: NDArray[np.float32],
+        values: NDArray[np.float32] | NDArray[np.int16],
         state: NDArray[np.float32],
         usage: NDArray[np.int64] | None,
     ) -> tuple[Status, int]: ...
@@ -106,7 +108,7 @@ class HostStore:
         cursor: int,
         version: int,
         keys: NDArray[np.int64],
-        values: NDArray[np.float32],
+        values: NDArray[np.float32] | NDArray[np.int16],
         state: NDArray[np.float32],
         usage: NDArray[np.int64],
     ) -> tuple[Status, int, int]: ...

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from penstock.cli_data import add_history, inspect_data
 from penstock.errors import ConfigError, PenstockError
 
 app = typer.Typer(
@@ -33,8 +34,12 @@ app = typer.Typer(
         "    penstock evaluate runs/first\n"
     ),
 )
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Make data.")
+data_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Look at data; make data."
+)
 app.add_typer(data_app, name="data")
+data_app.command("inspect")(inspect_data)
+data_app.command("history")(add_history)
 
 
 class FileFormat(enum.StrEnum):
@@ -178,10 +183,11 @@ def inspect(
     """Shows what a run or checkpoint holds, verifies its checksums, and draws its curves.
 
     Of a run folder: the curves of loss, normalized entropy and AUC; predicted against observed
-    rate on the held-out part; rows of each table over the samples. Small in the terminal, and as
-    training.png, calibration.png and tables.png in RUN/plots, which needs matplotlib
-    (`pip install 'penstock[plots]'`). Works while the run is still training, too, once it has a
-    checkpoint.
+    rate on the held-out part; rows of each table over the samples; and how the accesses of each
+    table are spread over its keys, counted on up to 262,144 rows of the job's data, if that is
+    still there. Small in the terminal, and as training.png, calibration.png, tables.png and
+    skew.png in RUN/plots, which needs matplotlib (`pip install 'penstock[plots]'`). Works while
+    the run is still training, too, once it has a checkpoint.
 
     **Examples**
 
@@ -258,44 +264,6 @@ def synthesize(
         keys_per_feature=keys_per_feature,
     )
     write_synthetic(config, out, chosen.value)
-    typer.echo(f"{rows:,} rows: {out}")
-
-
-@data_app.command("history")
-def add_history(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Files, directories or globs.")
-    ],
-    by: Annotated[str, typer.Option(help="Column that says whose history it is (user_id).")],
-    of: Annotated[
-        list[str], typer.Option(help="Column whose values are gathered (item_id); repeatable.")
-    ],
-    order: Annotated[str, typer.Option(help="Column of the time: integers, timestamps or dates.")],
-    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
-    last: Annotated[int, typer.Option(min=1, max=10_000, help="Longest history.")] = 50,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
-) -> None:
-    """Adds to each row of a log what its user did before, as a column of lists.
-
-    Writes all columns and, for each --of, NAME_history: its values in the last rows of the same
-    --by before this one, oldest first; never the row's own. Rows are written in order of time;
-    rows of one time count in the order of the files. A row without a --by value has an empty
-    history and is in no other.
-
-    Memory: the columns named here and about 45 bytes a row; all columns where the rows are not in
-    order of time.
-
-    **Examples**
-
-        penstock data history clicks.parquet --by user --of item --order time --out seq.parquet
-        penstock data history day.orc --by user --of item --of shop --order time --out seq.parquet
-    """
-    from penstock.data.history import HistoryColumns, write_history
-    from penstock.report.display import progress_bar
-
-    columns = HistoryColumns(by=by, of=tuple(of), order=order, last=last)
-    with progress_bar("histories") as progress:
-        rows = write_history(files, columns, out, overwrite=force, progress=progress)
     typer.echo(f"{rows:,} rows: {out}")
 
 

@@ -76,10 +76,17 @@ def parse_yaml(text: str, origin: str) -> Any:
     Raises:
       ConfigError: not YAML, or a key stands twice in one mapping.
     """
-    loader = _JobLoader(text)
+    try:
+        loader = _JobLoader(text)
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(
+            f"{origin}: not valid YAML: {error.reason} (#x{error.character:04x})"
+        ) from None
     loader.name = origin
     try:
         return loader.get_single_data()
+    except RecursionError:
+        raise ConfigError(f"{origin}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{origin}:{mark.line + 1}" if mark is not None else origin
@@ -91,6 +98,20 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 class _JobLoader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
     """Safe YAML that refuses duplicate keys and reads 1e-3 as a number, as YAML 1.2 does."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, KeyError, AttributeError):
+            # PyYAML's scalars are not checked before they are read. An error of what is within a
+            # mapping or list has its own words.
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            shown = repr(node.value)
+            shown = shown if len(shown) <= 41 else f"{shown[:38]}..."
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown} is no {node.tag.rpartition(':')[2]}", node.start_mark
+            ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         first_line: dict[str, int] = {}

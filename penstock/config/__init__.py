@@ -81,6 +81,7 @@ from penstock.config.tables import (
     Schedule,
     TableConfig,
     Uniform,
+    ValueType,
 )
 
 __all__ = [
@@ -151,6 +152,7 @@ __all__ = [
     "TrainingConfig",
     "TwoTowerConfig",
     "Uniform",
+    "ValueType",
     "WideDeepConfig",
     "format_of_path",
     "parse_job",

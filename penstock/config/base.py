@@ -8,7 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from penstock.config.explain import explain
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=2**63 - 1)]
+Threads = Annotated[int, Field(gt=0, le=1024)]
+Width = Annotated[int, Field(gt=0, le=1 << 16)]
+"""Outputs of a layer."""
+Repeats = Annotated[int, Field(gt=0, le=256)]
+"""Of a part of a model."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from itertools import pairwise
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from penstock.config.base import Config, Fraction, Int64, PositiveInt
+from penstock.config.base import Config, Fraction, Int64, PositiveInt, Threads
 from penstock.config.labels import Label, LabelOrLabels, check_labels
 from penstock.config.tables import Pooling
 
@@ -109,9 +110,9 @@ class SyntheticSource(Config):
     """
 
     format: Literal["synthetic"] = "synthetic"
-    rows: PositiveInt = 400_000
-    num_categorical: PositiveInt = 8
-    num_numeric: Annotated[int, Field(ge=0)] = 4
+    rows: Annotated[int, Field(gt=0, le=10**11)] = 400_000
+    num_categorical: Annotated[int, Field(gt=0, le=10_000)] = 8
+    num_numeric: Annotated[int, Field(ge=0, le=10_000)] = 4
     keys_per_feature: PositiveInt = 100_000
     exponent: Annotated[float, Field(gt=0, le=4)] = 1.2
     """Power-law exponent of the keys: the r-th most frequent key has weight r ** -exponent."""
@@ -155,6 +156,12 @@ class TimeSplit(Config):
     by: Literal["time"] = "time"
     at: int | str
     """Milliseconds since 1970 UTC, or ISO 8601 (`2026-01-31T00:00:00Z`)."""
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _moment_of_yaml(cls, at: Any) -> Any:
+        # YAML reads ISO 8601 without quotation marks as a moment.
+        return at.isoformat() if isinstance(at, date) else at
 
 
 class FileSplit(Config):
@@ -348,7 +355,7 @@ class Negatives(Config):
 class Shuffle(Config):
     """Rows are shuffled within windows: a pure function of (seed, epoch, window)."""
 
-    window_rows: Annotated[int, Field(ge=0)] = 65_536
+    window_rows: Annotated[int, Field(ge=0, le=2**63 - 1)] = 65_536
     """0: no shuffling. `negatives` are drawn among the rows of a window (0: among 8,192)."""
 
 
@@ -381,7 +388,7 @@ class DataConfig(Config):
     shuffle: Shuffle = Shuffle()
     prefetch_batches: PositiveInt = 8
     """Batches assembled ahead of training; bounds the reader's memory."""
-    reader_threads: PositiveInt = 2
+    reader_threads: Threads = 2
 
     @property
     def labels(self) -> tuple[Label, ...]:

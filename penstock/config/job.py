@@ -14,6 +14,7 @@ from penstock.config.base import (
     PositiveFloat,
     PositiveInt,
     Probability,
+    Threads,
 )
 from penstock.config.data import CrossedFeature, DataConfig, FeatureColumns
 from penstock.config.explain import explain
@@ -28,6 +29,7 @@ from penstock.config.tables import (
     Schedule,
     TableConfig,
     Uniform,
+    ValueType,
 )
 from penstock.errors import ConfigError
 
@@ -107,7 +109,7 @@ class MetricsConfig(Config):
 class TrainingConfig(Config):
     """How the job is trained."""
 
-    batch_size: PositiveInt = 1024
+    batch_size: Annotated[int, Field(gt=0, le=1 << 24)] = 1024
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     optimizer: DenseOptimizer = DenseOptimizer()
@@ -115,11 +117,11 @@ class TrainingConfig(Config):
     """Largest L2 norm of the dense gradients; null: no clipping."""
     evaluate_every_steps: PositiveInt | None = None
     """null: at the end alone."""
-    evaluation_batch_size: PositiveInt = 8192
+    evaluation_batch_size: Annotated[int, Field(gt=0, le=1 << 24)] = 8192
     metrics: MetricsConfig = MetricsConfig()
     log_every_steps: PositiveInt = 100
     checkpoint: CheckpointConfig = CheckpointConfig()
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """Threads of torch and of the host store, each; null: the cores this process may use."""
     seed: Int64 = 0
     deterministic: bool = False
@@ -131,6 +133,7 @@ class TableDefaults(Config):
     """Configuration of the tables that features imply."""
 
     dim: EmbeddingDim = 16
+    dtype: ValueType = "float32"
     optimizer: Optimizer = Field(default_factory=RowWiseAdagrad)
     initializer: Initializer = Field(default_factory=Uniform)
     admission: Admission | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from penstock.config.base import Config, PositiveFloat, PositiveInt
+from penstock.config.base import Config, PositiveFloat, PositiveInt, Repeats, Width
 
 
 class DLRMConfig(Config):
@@ -17,9 +17,9 @@ class DLRMConfig(Config):
     """
 
     kind: Literal["dlrm"] = "dlrm"
-    bottom: tuple[PositiveInt, ...] = (64, 32)
+    bottom: tuple[Width, ...] = (64, 32)
     """Hidden widths of the bottom MLP; its output has the embedding dim."""
-    top: tuple[PositiveInt, ...] = (128, 64)
+    top: tuple[Width, ...] = (128, 64)
     """Hidden widths of the top MLP; its output is one logit."""
 
 
@@ -27,10 +27,10 @@ class DCNConfig(Config):
     """DCN-v2: cross layers beside a deep MLP (arXiv:2008.13535)."""
 
     kind: Literal["dcn_v2"] = "dcn_v2"
-    cross_layers: PositiveInt = 3
-    low_rank: PositiveInt | None = None
+    cross_layers: Repeats = 3
+    low_rank: Width | None = None
     """Rank of the cross matrices; null: full."""
-    deep: tuple[PositiveInt, ...] = (128, 64)
+    deep: tuple[Width, ...] = (128, 64)
     """Widths of the deep MLP."""
     structure: Literal["parallel", "stacked"] = "parallel"
     """`parallel`: cross layers and deep MLP side by side; `stacked`: the MLP reads the cross
@@ -46,9 +46,9 @@ class DeepFMConfig(Config):
     """
 
     kind: Literal["deepfm"] = "deepfm"
-    deep: tuple[PositiveInt, ...] = (128, 64)
+    deep: tuple[Width, ...] = (128, 64)
     """Hidden widths of the deep MLP; its output is one logit."""
-    numeric_dim: PositiveInt = 8
+    numeric_dim: Width = 8
     """Width of the vectors of numeric columns where there is no feature; else it is D - 1."""
 
 
@@ -60,7 +60,7 @@ class WideDeepConfig(Config):
     """
 
     kind: Literal["wide_deep"] = "wide_deep"
-    deep: tuple[PositiveInt, ...] = (128, 64)
+    deep: tuple[Width, ...] = (128, 64)
     """Hidden widths of the deep MLP; its output is one logit."""
     wide: tuple[str, ...] = ("*",)
     """Names or globs of the features that are wide."""
@@ -77,9 +77,9 @@ class SharedBottomConfig(MultiTask):
     """Shared bottom: one MLP of all inputs, and on it a tower for each label."""
 
     kind: Literal["shared_bottom"] = "shared_bottom"
-    bottom: tuple[PositiveInt, ...] = (128, 64)
+    bottom: tuple[Width, ...] = (128, 64)
     """Widths of the shared MLP."""
-    towers: tuple[PositiveInt, ...] = (32,)
+    towers: tuple[Width, ...] = (32,)
     """Hidden widths of each tower; its output is one number."""
 
 
@@ -90,10 +90,10 @@ class MMoEConfig(MultiTask):
     """
 
     kind: Literal["mmoe"] = "mmoe"
-    experts: PositiveInt = 4
-    expert: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (64, 32)
+    experts: Repeats = 4
+    expert: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 32)
     """Widths of each expert."""
-    towers: tuple[PositiveInt, ...] = (32,)
+    towers: tuple[Width, ...] = (32,)
     """Hidden widths of each tower; its output is one number."""
 
 
@@ -109,10 +109,10 @@ class DINConfig(Config):
     """The feature whose vector is compared, for instance the item; one key a row."""
     sequence: str
     """A feature of pooling `sequence`, of the candidate's table."""
-    attention: tuple[PositiveInt, ...] = (32,)
+    attention: tuple[Width, ...] = (32,)
     """Hidden widths of the MLP that weighs a key."""
     activation: Literal["dice", "prelu"] = "dice"
-    deep: tuple[PositiveInt, ...] = (200, 80)
+    deep: tuple[Width, ...] = (200, 80)
     """Hidden widths of the deep MLP; its output is one logit."""
 
 
@@ -128,10 +128,10 @@ class HSTUConfig(Config):
     """The feature that is the last position, for instance the item; one key a row."""
     sequence: str
     """A feature of pooling `sequence`, oldest key first, of the candidate's table."""
-    layers: PositiveInt = 2
-    heads: PositiveInt = 1
+    layers: Repeats = 2
+    heads: Repeats = 1
     """Must divide the embedding dim."""
-    deep: tuple[PositiveInt, ...] = (64,)
+    deep: tuple[Width, ...] = (64,)
     """Hidden widths of the deep MLP; its output is one logit."""
 
 
@@ -146,11 +146,11 @@ class TwoTowerConfig(Config):
     kind: Literal["two_tower"] = "two_tower"
     items: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names or globs of the item's features; all others, and numbers, are the user's."""
-    user: tuple[PositiveInt, ...] = (64,)
+    user: tuple[Width, ...] = (64,)
     """Hidden widths of the user's tower."""
-    item: tuple[PositiveInt, ...] = (64,)
+    item: tuple[Width, ...] = (64,)
     """Hidden widths of the item's tower."""
-    dim: PositiveInt = 32
+    dim: Width = 32
     """Width of the vectors that are compared."""
     similarity: Literal["cosine", "dot"] = "cosine"
     temperature: PositiveFloat = 0.1

@@ -23,7 +23,7 @@ class Schedule(Config):
     Linear warm-up from 0, then decay to `end_factor`.
     """
 
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Step s of the warm-up uses (s + 1) / warmup_steps of the rate."""
     decay: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     decay_steps: PositiveInt | None = None
@@ -179,6 +179,12 @@ Initializer = Annotated[Uniform | Normal | Constant, Field(discriminator="kind")
 
 EmbeddingDim = Annotated[int, Field(ge=1, le=4096)]
 
+ValueType = Literal["float32", "bfloat16", "float16"]
+"""Of the values of rows; optimizer states are float32. Two bytes halve what values take: an update
+is computed in float32 and rounded stochastically, so that small steps are not lost. float16 is
+finer and ends at 65504, beyond which lies infinity.
+"""
+
 
 class AdmitAtRandom(Config):
     """A new key gets a row with this probability at each step in which it occurs.
@@ -241,6 +247,8 @@ class TableConfig(Config):
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_.\-]+$")]
     dim: EmbeddingDim = 16
     """Columns of the value, without optimizer state."""
+    dtype: ValueType = "float32"
+    """Of the stored values; the vectors that a model sees are float32."""
     optimizer: Optimizer = Field(default_factory=RowWiseAdagrad)
     initializer: Initializer = Field(default_factory=Uniform)
     """First value of a row: a pure function of (seed, table, key, column)."""

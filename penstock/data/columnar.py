@@ -58,6 +58,7 @@ class GroupedFiles:
         self._group_rows: dict[str, tuple[int, ...] | None] = {}
         self._counted: dict[str, int] = {}
         self._splits: list[Split] = []
+        num_groups = 0
         for path in self.paths:
             layout = self._layout(path)
             if path == self.paths[0]:
@@ -67,7 +68,10 @@ class GroupedFiles:
             if layout.group_rows is None:
                 self._splits.append(Split(path, 0, END))
             else:
+                num_groups += len(layout.group_rows)
                 self._splits += group_rows(path, layout.group_rows, SPLIT_ROWS)
+        counted = None not in self._group_rows.values()
+        self.num_groups: int | None = num_groups if counted else None
         if not self._splits:
             raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
 
@@ -131,6 +135,10 @@ def check_schema(path: str, schema: pa.Schema, first_path: str, first: pa.Schema
     Raises:
       DataError: they differ, or a name stands for two columns.
     """
+    try:
+        schema.names  # noqa: B018 (decodes them)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: the name of a column is not UTF-8; is it damaged?") from None
     remedy = "all files of a source have one schema; name the files of one schema"
     twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
     if twice is not None:

@@ -197,15 +197,17 @@ def open_source(
     text_types: Mapping[str, Literal["int64", "float64"]],
     quarantine: Quarantine,
 ) -> Source:
-    """Opens the files of a source.
+    """Opens the files that a job, or nobody yet, reads.
 
     Args:
-      config: which.
-      text_types: types of text columns by name or glob, where `config` declares none.
+      config: which files.
+      text_types: types of columns of text and JSON lines by name or glob, where `config` declares
+        none.
       quarantine: takes malformed rows where `config` says so.
 
     Raises:
-      ConfigError, DataError: files are missing, or not what `config` says.
+      ConfigError: columns or types of `config` do not fit together.
+      DataError: files are missing or not what `config` says.
     """
     if isinstance(config, ParquetSource):
         return ParquetFiles(config)

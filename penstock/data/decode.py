@@ -31,6 +31,8 @@ from penstock.data.transforms import (
 from penstock.data.window import Bags, Rows
 from penstock.errors import DataError
 
+_FARTHEST_S = 9.2e15
+"""Within it, ms have 63 bits."""
 TICKS_PER_S: Mapping[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -204,12 +206,27 @@ def read_times(
     if is_text(array.type):
         array = _parse_times(array.cast(pa.string()), name, place)
     counted = pa.types.is_integer(array.type)
-    if not counted:
-        array = pc.cast(array, pa.timestamp("ms"), safe=False)
-    times: NDArray[np.int64] = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    if counted and unit == "s":
+    is_timestamp = pa.types.is_timestamp(array.type)
+    in_seconds = unit == "s" if counted else is_timestamp and array.type.unit == "s"
+    try:
+        if not counted:
+            # What is finer than ms is rounded; what is coarser must not overflow.
+            array = pc.cast(array, pa.timestamp("ms"), safe=in_seconds)
+        times: NDArray[np.int64] = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid:
+        raise _far_time(name, place) from None
+    if counted and in_seconds:
+        if np.abs(times.astype(np.float64)).max(initial=0) > _FARTHEST_S:
+            raise _far_time(name, place)
         return times * 1000
     return times // (TICKS_PER_S[unit] // 1000) if counted and unit != "ms" else times
+
+
+def _far_time(name: str, place: Place) -> DataError:
+    return DataError(
+        f"{place.span(0, 1).path}, column {name!r}: a time is more than 64 bits of ms from 1970; "
+        "set data.event_time_unit or mend the file"
+    )
 
 
 def _parse_times(texts: pa.Array, name: str, place: Place) -> pa.Array:

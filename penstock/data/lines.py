@@ -78,6 +78,7 @@ class LineFiles:
         """
         self.paths = paths
         self.schema = schema
+        self.num_groups: int | None = None
         self._filesystem = filesystem
         self._make_parser = make_parser
         self._has_header = has_header

@@ -32,12 +32,14 @@ class ParquetFiles:
         # Footers of wide tables are large: only those of files being read are kept.
         self._footer = lru_cache(maxsize=16)(self._read_footer)
         self._splits: list[Split] = []
-        self.schema: pa.Schema = self._footer(self.paths[0]).schema.to_arrow_schema()
-        self.schema = self.schema.remove_metadata()
+        self.schema: pa.Schema = self._schema(self.paths[0]).remove_metadata()
+        num_groups = 0
         for path in self.paths:
             footer = self._footer(path)
-            check_schema(path, footer.schema.to_arrow_schema(), self.paths[0], self.schema)
+            num_groups += footer.num_row_groups
+            check_schema(path, self._schema(path), self.paths[0], self.schema)
             self._splits += group_rows(path, _group_rows(footer), SPLIT_ROWS)
+        self.num_groups: int | None = num_groups
         if not self._splits:
             raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
 
@@ -61,7 +63,8 @@ class ParquetFiles:
         try:
             with (
                 self._filesystem.open_input_file(split.path) as file,
-                pq.ParquetFile(file, metadata=footer) as parquet,
+                # Pages without a checksum read as they are.
+                pq.ParquetFile(file, metadata=footer, page_checksum_verification=True) as parquet,
             ):
                 for batch in parquet.iter_batches(
                     CHUNK_ROWS, row_groups=groups, columns=list(columns), use_threads=False
@@ -88,6 +91,12 @@ class ParquetFiles:
             if (high is None or bounds[0] < high) and (low is None or bounds[1] >= low):
                 return True
         return False
+
+    def _schema(self, path: str) -> pa.Schema:
+        try:
+            return self._footer(path).schema.to_arrow_schema()
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
     def _read_footer(self, path: str) -> pq.FileMetaData:
         try:

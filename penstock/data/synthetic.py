@@ -45,6 +45,7 @@ class SyntheticRows:
     def __init__(self, config: SyntheticSource) -> None:
         self._config = config
         self.paths: Sequence[str] = (f"synthetic(seed={config.seed})",)
+        self.num_groups: int | None = None
         self._head = _cumulative_weights(config.exponent, min(config.keys_per_feature, _HEAD_RANKS))
         self._tail = _tail_weight(config.exponent, self._head.size, config.keys_per_feature)
         self.schema = pa.schema(

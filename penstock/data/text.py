@@ -70,6 +70,8 @@ def _header(filesystem: fs.FileSystem, path: str, delimiter: str) -> list[str]:
     options = csv.ParseOptions(delimiter=delimiter)
     try:
         return list(csv.read_csv(pa.BufferReader(line), parse_options=options).column_names)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}:1: the header is not UTF-8; write the file in UTF-8") from None
     except pa.ArrowException as error:
         raise DataError(f"{path}:1: header cannot be read: {error}") from None
 

@@ -15,6 +15,18 @@ _CONVERSION = re.compile(r"CSV column #(\d+): .*?CSV conversion error to \S+: (.
 _BLANK = re.compile(rb"(?:^|\n)\r?\n")
 
 
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _has_lone_return(lines: bytes) -> bool:
+    return b"\r" in lines and lines.count(b"\r") != lines.count(b"\r\n")
+
+
 class TextParser:
     """Turns lines into tables. Has no state, so threads may share it.
 
@@ -47,7 +59,8 @@ class TextParser:
           The columns asked for of the good rows, and the malformed rows in order.
         """
         wrong: list[csv.InvalidRow] = []
-        if len(self._names) == 1 or not _BLANK.search(lines):
+        is_plain = _is_utf8(lines) and not _has_lone_return(lines)
+        if is_plain and (len(self._names) == 1 or not _BLANK.search(lines)):
             try:
                 table = self._read(lines, wrong)
                 if not wrong:
@@ -62,9 +75,16 @@ class TextParser:
         """What is wrong with some row; None if nothing is."""
         if len(self._names) > 1 and any(not row.strip(b"\r") for row in rows):
             return "blank line"
+        lines = b"\n".join([*rows, b""])
+        # Arrow drops a row whose text it cannot give to `skip`.
+        if not _is_utf8(lines):
+            return "not UTF-8"
+        # Arrow ends a row there.
+        if _has_lone_return(lines):
+            return "a carriage return within the line"
         wrong: list[csv.InvalidRow] = []
         try:
-            self._read(b"\n".join([*rows, b""]), wrong)
+            self._read(lines, wrong)
         except pa.ArrowInvalid as error:
             match = _CONVERSION.search(str(error))
             if match is None:

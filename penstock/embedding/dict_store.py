@@ -40,6 +40,7 @@ from penstock.embedding.retention import (
     retains,
     sweep_period,
 )
+from penstock.embedding.rounding import round_update
 from penstock.embedding.store import (
     Candidates,
     Cursor,
@@ -192,7 +193,10 @@ class DictLookup:
 
 
 class DictStore:
-    """Satisfies `Store`; rows are kept in float64."""
+    """Satisfies `Store`; rows are kept in float64, as numbers of the table's dtype.
+
+    Those of float32 tables are not rounded.
+    """
 
     def __init__(self, tables: Sequence[TableConfig], *, seed: int = 0) -> None:
         self.tables = tuple(tables)
@@ -202,8 +206,9 @@ class DictStore:
         self._step = 0
         self._tables = []
         for table in tables:
+            value = torch.full((self.layout.dim,), default_of(table)).to(self.layout.dtype)
             default = _Row(
-                np.full(self.layout.dim, np.float32(default_of(table)), dtype=np.float64),
+                value.double().numpy(),
                 np.full(self.layout.state_dim, optimizer.initial_state(table.optimizer)),
             )
             limits = limits_of(table, self.layout.row_bytes)
@@ -212,9 +217,10 @@ class DictStore:
 
     def _initial(self, table: int, keys: list[int]) -> list[_Row]:
         config = self.tables[table]
-        values = initial_values(
+        first = initial_values(
             config.initializer, self._seed, config.name, np.array(keys, np.int64), config.dim
-        ).astype(np.float64)
+        )
+        values = torch.from_numpy(first).to(self.layout.dtype).double().numpy()
         state = optimizer.initial_state(config.optimizer)
         now = self._tables[table].numbers["now"]
         return [_Row(value, np.full(self.layout.state_dim, state), now) for value in values]
@@ -260,7 +266,8 @@ class DictStore:
         before = set(held.rows)
         self._insert(table, keys, explicit=True)
         self._version += 1
-        values, state = rows.values.double().numpy(), rows.state.double().numpy()
+        values = rows.values.to(self.layout.dtype).double().numpy()
+        state = rows.state.double().numpy()
         for i, key in enumerate(keys):
             if key in held.rows:
                 row = held.rows[key] = _Row(values[i].copy(), state[i].copy())
@@ -283,7 +290,7 @@ class DictStore:
         usage = [[row.last_use, row.uses][: self.layout.usage_dim] for row in part.values()]
         rows = TableRows(
             torch.tensor(list(part), dtype=torch.int64),
-            _stack([row.value for row in part.values()], self.layout.dim),
+            _stack([row.value for row in part.values()], self.layout.dim).to(self.layout.dtype),
             _stack([row.state for row in part.values()], self.layout.state_dim),
             torch.tensor(usage, dtype=torch.int64).reshape(len(part), self.layout.usage_dim)
             if self.layout.usage_dim
@@ -341,7 +348,8 @@ class DictStore:
     def set_retention_state(self, table: int, state: RetentionState) -> None:
         """See `Store.set_retention_state`."""
         held = self._tables[table]
-        value, default_state = state.default_value.double(), state.default_state.double()
+        value = state.default_value.to(self.layout.dtype).double()
+        default_state = state.default_state.double()
         held.default = _Row(value.numpy().copy(), default_state.numpy().copy())
         held.numbers = dict(state.numbers)
         self._step = max(self._step, held.numbers["step"])
@@ -393,6 +401,9 @@ class DictStore:
                 self._insert(table, [key])
             row = held.default if key is None else held.rows[key]
             optimizer.update_row(self.tables[table].optimizer, row.value, row.state, total, step)
+            if self.layout.value_type != "float32":
+                new = row.value.astype(np.float32)[None, :]
+                row.value = round_update(new, self.layout.value_type, step)[0].double().numpy()
             held.use(row)
         return len(sums)
 

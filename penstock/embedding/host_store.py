@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from penstock.embedding.retention import (
     over_budget,
     policy_of,
 )
+from penstock.embedding.rounding import CODES
 from penstock.embedding.store import (
     Candidates,
     Cursor,
@@ -79,6 +80,7 @@ class HostStore:
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
         self._core = _core.HostStore(
             dim=self.layout.dim,
+            value_type=CODES[self.layout.value_type],
             state_dim=self.layout.state_dim,
             usage_dim=self.layout.usage_dim,
             optimizer=optimizer.rule_of(tables[0].optimizer).code,
@@ -128,14 +130,15 @@ class HostStore:
         """See `Store.insert_or_assign`."""
         self._check_table(table)
         keys = _checked(rows.keys, torch.int64, (None,), "keys")
-        values = _checked(rows.values, torch.float32, (len(keys), self.layout.dim), "values")
+        shape = (len(keys), self.layout.dim)
+        values = _checked(rows.values, self.layout.dtype, shape, "values", torch.float32)
         state = _checked(rows.state, torch.float32, (len(keys), self.layout.state_dim), "state")
         usage = None
         if rows.usage is not None:
             shape = (len(keys), self.layout.usage_dim)
             usage = _checked(rows.usage, torch.int64, shape, "usage").flatten().numpy()
         status, inserted = self._core.insert_or_assign(
-            table, keys.numpy(), values.numpy(), state.numpy(), usage
+            table, keys.numpy(), _bits(values), state.numpy(), usage
         )
         self._raise_for(status, table)
         return int(inserted)
@@ -150,17 +153,17 @@ class HostStore:
         self._check_table(table)
         version = self._core.content_version if cursor.version is None else cursor.version
         keys = np.empty(max_rows, dtype=np.int64)
-        values = np.empty((max_rows, self.layout.dim), dtype=np.float32)
+        values = torch.empty(max_rows, self.layout.dim, dtype=self.layout.dtype)
         state = np.empty((max_rows, self.layout.state_dim), dtype=np.float32)
         usage = np.empty(max_rows * self.layout.usage_dim, dtype=np.int64)
         status, count, position = self._core.export_batch(
-            table, cursor.position, version, keys, values, state, usage
+            table, cursor.position, version, keys, _bits(values), state, usage
         )
         self._raise_for(status)
         words = self.layout.usage_dim
         rows = TableRows(
             torch.from_numpy(keys[:count]),
-            torch.from_numpy(values[:count]),
+            values[:count],
             torch.from_numpy(state[:count]),
             torch.from_numpy(usage.reshape(-1, words)[:count]) if words else None,
         )
@@ -268,7 +271,7 @@ class HostStore:
             for lookup, batch, grad in gradients
         ]
         status, rows = self._core.apply_gradients(
-            _core_plan(plan), parts, self._hypers.at(step), self._deterministic
+            _core_plan(plan), parts, self._hypers.at(step), step, self._deterministic
         )
         self._raise_for(status)
         return int(rows)
@@ -324,21 +327,31 @@ def _core_plan(plan: PoolingPlan) -> _core.PoolingPlan:
     )
 
 
+def _bits(values: Tensor) -> NDArray[Any]:
+    """The same memory as numpy knows it: it has no bfloat16."""
+    return (values if values.dtype == torch.float32 else values.view(torch.int16)).numpy()
+
+
 def _weights(batch: KeyedJagged) -> NDArray[np.float32] | None:
     return None if batch.weights is None else batch.weights.numpy()
 
 
 def _checked(
-    tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], name: str
+    tensor: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+    name: str,
+    *others: torch.dtype,
 ) -> Tensor:
     """The tensor, contiguous, or an error that names it."""
     is_shape = tensor.dim() == len(shape) and all(
         want in {None, have} for want, have in zip(shape, tensor.shape, strict=True)
     )
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or not is_shape:
+    dtypes = dict.fromkeys((dtype, *others))
+    if tensor.dtype not in dtypes or tensor.device.type != "cpu" or not is_shape:
         wanted = ["n" if size is None else size for size in shape]
         raise ConfigError(
-            f"{name}: expected {dtype} of shape {wanted} on the CPU, "
+            f"{name}: expected {' or '.join(map(str, dtypes))} of shape {wanted} on the CPU, "
             f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )
     return tensor.detach().contiguous()

@@ -17,9 +17,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from penstock.config import Optimizer, Pooling, TableConfig
+from penstock.config import Optimizer, Pooling, TableConfig, ValueType
 from penstock.embedding.optimizer import rule_of
 from penstock.embedding.retention import Clock, RetentionState, usage_dim
+from penstock.embedding.rounding import DTYPES
 from penstock.errors import ConfigError
 from penstock.types import KeyedJagged
 
@@ -32,17 +33,23 @@ class RowLayout(NamedTuple):
     state_dim: int
     usage_dim: int
     """Marks of use, 32-bit words; see `retention.usage_dim`."""
+    value_type: ValueType
 
     @classmethod
     def of(cls, table: TableConfig) -> RowLayout:
         """Layout of a table's rows."""
         state_dim = rule_of(table.optimizer).state_dim(table.dim)
-        return cls(table.dim, type(table.optimizer), state_dim, usage_dim(table))
+        return cls(table.dim, type(table.optimizer), state_dim, usage_dim(table), table.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return DTYPES[self.value_type]
 
     @property
     def row_bytes(self) -> int:
         """Bytes of value, state and marks of use of one row."""
-        return 4 * (self.dim + self.state_dim + self.usage_dim)
+        return self.dtype.itemsize * self.dim + 4 * (self.state_dim + self.usage_dim)
 
 
 class TableRows(NamedTuple):
@@ -51,7 +58,7 @@ class TableRows(NamedTuple):
     keys: Tensor
     """[n] int64."""
     values: Tensor
-    """[n, D] float32."""
+    """[n, D] in the table's dtype; given, float32 will do: it is rounded to nearest even."""
     state: Tensor
     """[n, S] float32 optimizer state; S may be 0."""
     usage: Tensor | None = None
@@ -217,6 +224,9 @@ class Store(Protocol):
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
     ) -> int:
         """One optimizer step for each row touched, on the sum of its gradients; returns the rows.
+
+        It is computed in float32; values of another dtype are then rounded by
+        `rounding.round_update`, so that `step` must rise from update to update.
 
         Sums run in the order of (look-up, feature, sample, key), so the bits of the result do not
         depend on the number of threads. A key's gradient is that of its vector times the factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from penstock.report.record import by_task, metric_words
 
+_PIPE_WIDTH = 160
 _HEADLINE = {
     "loss": "loss",
     "log_loss": "loss",
@@ -119,15 +121,32 @@ class Display:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar on the standard error while it is open, if that is a terminal.
+def stages() -> Iterator[Callable[[str], Callable[[int, float | None], None]]]:
+    """A progress bar on the standard error, if that is a terminal, for work in stages.
 
-    Gives a function that takes how much is done, and of how much.
+    Yields a function that begins a stage by its name; what it returns is called with the rows done
+    so far and their share of all (None: unknown).
     """
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress(
+        TextColumn("reading {task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[rows]:,} rows"),
+        TimeRemainingColumn(compact=True),
+        console=(console := Console(stderr=True)),
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+
+        def begin(stage: str) -> Callable[[int, float | None], None]:
+            task = progress.add_task(stage, total=None, rows=0)
+
+            def advance(rows: int, share: float | None) -> None:
+                total = None if share is None else 1.0
+                progress.update(task, rows=rows, total=total, completed=share or 0.0)
+
+            return advance
+
+        yield begin
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -284,6 +303,9 @@ def _grouped(grouped: Mapping[str, Any], digits: int = 4) -> str:
 def show(item: Table | str) -> None:
     """Prints a table or a line on the standard output."""
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        # A file or a pipe has no width; 80 columns would break most tables.
+        console = Console(width=_PIPE_WIDTH)
     if isinstance(item, str):
         console.print(item, soft_wrap=True, markup=False, highlight=False)
     else:

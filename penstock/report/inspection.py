@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
+from penstock.config import parse_job
+from penstock.data.key_skew import key_skew
 from penstock.embedding.retention import RetentionState
+from penstock.errors import ConfigError, DataError
 from penstock.report.display import size_text, tables_table
 from penstock.report.folder import RunFolder
 from penstock.report.plots import MISSING, can_draw, draw_run
 from penstock.report.record import RunRecord, is_metric
-from penstock.report.terminal_curves import curve_tables
+from penstock.report.skew_plots import draw_skew
+from penstock.report.terminal_curves import curve_tables, skew_table
 from penstock.training.checkpoint_files import Manifest, read_tensors, verify
 from penstock.training.trained import locate_checkpoint
 
@@ -40,7 +44,7 @@ def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
     yield tables_table({
         table.name: {
             "rows": table.rows,
-            "bytes": 4 * table.rows * (table.dim + table.state_dim + table.usage_dim),
+            "bytes": table.rows * table.row_bytes,
         }
         for table in manifest.tables
     })
@@ -50,8 +54,10 @@ def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
     summary = RunFolder(path).summary_file
     if summary.is_file():
         yield _metrics(summary)
-    if RunFolder(path).metrics_file.is_file():
+    is_run = RunFolder(path).metrics_file.is_file()
+    if is_run:
         yield from _curves(RunRecord.read(path), draw)
+    yield from _key_skew(manifest, RunFolder(path).plots if draw and is_run else None)
     size = sum(record.bytes for record in manifest.files.values())
     yield f"{len(manifest.files)} files, {size_text(size)}: all checksums verified"
 
@@ -65,6 +71,20 @@ def _curves(record: RunRecord, draw: bool) -> Iterator[Table | str]:
         return
     for file in draw_run(record, RunFolder(record.path).plots):
         yield f"picture {file}"
+
+
+def _key_skew(manifest: Manifest, folder: Path | None) -> Iterator[Table | str]:
+    """Reads a sample of the job's data, if it is still there; draws into `folder`."""
+    try:
+        skew = key_skew(parse_job(manifest.job, "job of the checkpoint"))
+    except (ConfigError, DataError) as error:
+        yield f"no key skew, which needs the job's data: {error}"
+        return
+    if not skew.tables:
+        return
+    yield skew_table(skew)
+    if folder is not None and can_draw():
+        yield f"picture {draw_skew(skew.tables, folder / 'skew.png', 'accesses')}"
 
 
 def _overview(manifest: Manifest) -> Table:

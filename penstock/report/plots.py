@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MISSING = (
     "no PNG files: matplotlib is not installed; install it with: pip install 'penstock[plots]'"
 )
-_COLORS = ("#3b6fb6", "#d1622b", "#3f8f54", "#8a5aa8", "#b8973a", "#4aa3a8", "#c05a84", "#6b6b6b")
-_GREY = "#9a9a9a"
+COLORS = ("#3b6fb6", "#d1622b", "#3f8f54", "#8a5aa8", "#b8973a", "#4aa3a8", "#c05a84", "#6b6b6b")
+GREY = "#9a9a9a"
 _MOST_TABLES = 8
 _MOST_IN_A_ROW = 4
 _Numbers: TypeAlias = NDArray[np.float64]
@@ -52,11 +52,11 @@ def draw_run(record: RunRecord, folder: Path) -> list[Path]:
     """
     written = []
     if record.training and record.drawn_metrics():
-        written.append(_save(_training(record), folder / "training.png"))
+        written.append(save_figure(_training(record), folder / "training.png"))
     if record.calibrations:
-        written.append(_save(_calibrations(record), folder / "calibration.png"))
+        written.append(save_figure(_calibrations(record), folder / "calibration.png"))
     if record.growth():
-        written.append(_save(_tables(record.growth()), folder / "tables.png"))
+        written.append(save_figure(_tables(record.growth()), folder / "tables.png"))
     return written
 
 
@@ -73,11 +73,11 @@ def draw_comparison(runs: Mapping[str, RunRecord], path: Path) -> Path:
     metrics = {k: v for record in runs.values() for k, v in record.drawn_metrics().items()}
     if not metrics:
         raise ConfigError("none of the runs has logged a metric yet; there is nothing to draw")
-    figure, axes = _figure(len(metrics), 3.6, bottom=0.1 + 0.22 * ((len(runs) + 1) // 2))
+    figure, axes = new_figure(len(metrics), 3.6, bottom=0.1 + 0.22 * ((len(runs) + 1) // 2))
     for axis, (metric, words) in zip(axes, metrics.items(), strict=True):
         for number, (name, record) in enumerate(runs.items()):
-            color = _COLORS[number % len(_COLORS)]
-            style = "-" if number < len(_COLORS) else "--"
+            color = COLORS[number % len(COLORS)]
+            style = "-" if number < len(COLORS) else "--"
             _draw_curve(axis, record.training_curve(metric), color, style, label=name, alpha=0.4)
             held_out = record.evaluation_curve(metric)
             axis.plot(held_out.samples, held_out.values, style, color=color, linewidth=1.0)
@@ -90,20 +90,20 @@ def draw_comparison(runs: Mapping[str, RunRecord], path: Path) -> Path:
     for handle in legend.get_lines():
         handle.set_alpha(1.0)  # the curves of training are pale
     figure.suptitle("lines: training, each batch before its update; dots: held-out part", size=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _training(record: RunRecord) -> Figure:
     metrics = record.drawn_metrics()
-    figure, axes = _figure(len(metrics), 3.0, bottom=0.25)
+    figure, axes = new_figure(len(metrics), 3.0, bottom=0.25)
     for axis, (metric, words) in zip(axes, metrics.items(), strict=True):
-        _draw_curve(axis, record.training_curve(metric), _COLORS[0], label="training")
+        _draw_curve(axis, record.training_curve(metric), COLORS[0], label="training")
         held_out = record.evaluation_curve(metric)
         axis.plot(
             held_out.samples,
             held_out.values,
             "o-",
-            color=_COLORS[1],
+            color=COLORS[1],
             markersize=4,
             linewidth=1,
             label="held-out",
@@ -115,7 +115,7 @@ def _training(record: RunRecord) -> Figure:
                 xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
-                color=_COLORS[1],
+                color=COLORS[1],
                 fontsize=8,
                 annotation_clip=False,
             )
@@ -125,7 +125,7 @@ def _training(record: RunRecord) -> Figure:
     best = record.evaluation_curve(("teacher_auc",))
     if best.values.size and ("auc",) in metrics:
         axis, height = axes[list(metrics).index(("auc",))], float(best.values[-1])
-        axis.axhline(height, color=_GREY, linestyle=":", label="best reachable")
+        axis.axhline(height, color=GREY, linestyle=":", label="best reachable")
         low, high = axis.get_ylim()
         axis.set_ylim(low, max(high, height + 0.05 * (height - low)))
     # By name, once each: not every panel has all of them.
@@ -143,7 +143,7 @@ def _training(record: RunRecord) -> Figure:
 def _calibrations(record: RunRecord) -> Figure:
     found = record.calibrations
     columns = min(len(found), _MOST_IN_A_ROW)
-    figure, axes = _figure(len(found), 4.4, width=4.8 * columns)
+    figure, axes = new_figure(len(found), 4.4, width=4.8 * columns)
     last = record.evaluations[-1]
     for axis, (task, buckets) in zip(axes, found.items(), strict=True):
         _calibration(axis, np.array(buckets).T)
@@ -163,7 +163,7 @@ def _calibration(axis: Axes, buckets: _Numbers) -> None:
         yerr=(np.clip(observed - low, 0, None), np.clip(high - observed, 0, None)),
         fmt="o",
         markersize=4,
-        color=_COLORS[0],
+        color=COLORS[0],
         ecolor="#a9c1e2",
         label="one bucket, 95 % interval",
     )
@@ -176,8 +176,8 @@ def _calibration(axis: Axes, buckets: _Numbers) -> None:
         if never.size:
             # Zero has no place on a logarithmic axis.
             at_bottom = np.full(never.size, edges[0] * 1.15)
-            axis.plot(never, at_bottom, "v", color=_COLORS[1], markersize=5, label="no positive")
-    axis.plot(edges, edges, color=_GREY, linewidth=1, linestyle="--", label="perfect")
+            axis.plot(never, at_bottom, "v", color=COLORS[1], markersize=5, label="no positive")
+    axis.plot(edges, edges, color=GREY, linewidth=1, linestyle="--", label="perfect")
     axis.set_xlim(edges)
     axis.set_ylim(edges)
     axis.set_aspect("equal")
@@ -205,19 +205,19 @@ def _limits(predicted: _Numbers, observed: _Numbers, is_log: bool) -> tuple[floa
 
 
 def _tables(growth: Mapping[str, Curve]) -> Figure:
-    figure, (over_time, by_table) = _figure(2, 3.8)
+    figure, (over_time, by_table) = new_figure(2, 3.8)
     names = list(growth)
     shown, others = names[:_MOST_TABLES], names[_MOST_TABLES:]
     for name in others:
         _draw_curve(over_time, growth[name], "#d9d9d9")
     for number, name in enumerate(shown):
-        _draw_curve(over_time, growth[name], _COLORS[number])
+        _draw_curve(over_time, growth[name], COLORS[number])
     over_time.set_title("rows of each table over the samples, colours as on the right", fontsize=9)
     _samples_axis(over_time)
 
     rows = [float(growth[name].values[-1]) for name in names]
     most = 30
-    colors = [*_COLORS[: len(shown)], *[_GREY] * len(others)][:most]
+    colors = [*COLORS[: len(shown)], *[GREY] * len(others)][:most]
     places = np.arange(len(names[:most]))
     by_table.bar(places, rows[:most], color=colors, width=0.8)
     by_table.grid(visible=False, axis="x")
@@ -238,9 +238,10 @@ def _tables(growth: Mapping[str, Curve]) -> Figure:
     return figure
 
 
-def _figure(
+def new_figure(
     panels: int, height: float, *, width: float | None = None, bottom: float = 0.0
 ) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of panels of one height (inches); `bottom` is room for a legend below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -308,7 +309,12 @@ def _text(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a PNG file; makes its folder.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from penstock.data.key_skew import KeySkew
 from penstock.report.record import Curve, RunRecord
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -46,6 +47,44 @@ def curve_tables(record: RunRecord) -> Iterator[Table]:
     growth = record.growth()
     if growth:
         yield _growth(growth)
+
+
+def skew_table(skew: KeySkew) -> Table:
+    """How the accesses of each table are spread over its keys; the table with most keys first."""
+    shown = Table(
+        "table",
+        "accesses",
+        "keys",
+        "top 1 %",
+        "top 10 %",
+        "hottest key",
+        "of all",
+        "once",
+        "log frequency by log rank",
+        title="key skew",
+    )
+    for column in shown.columns[1:5] + shown.columns[6:8]:
+        column.justify = "right"
+    for name, one in sorted(skew.tables.items(), key=lambda item: -item[1].distinct):
+        about = "" if one.is_exact else "~"
+        curve = Curve(np.log(one.ranks), np.log(one.counts))
+        shown.add_row(
+            Text(name),
+            f"{one.accesses:,}",
+            f"{about}{one.distinct:,}",
+            *(f"{about}{share:.1%}" for share in one.top_shares),
+            "" if one.hottest is None else str(one.hottest),
+            f"{one.hottest_share:.2%}",
+            f"{about}{one.singletons:.1%}",
+            Text(sparkline(curve, _WIDTH // 2)),
+        )
+    sample = "all" if skew.is_whole else "of a sample of"
+    shown.caption = (
+        f"{sample} {skew.rows:,} rows of the job's data, read just now, held-out rows among them. "
+        "top 1 %, top 10 %: share of the accesses that go to these most frequent of the keys; "
+        "once: share of the keys that came once"
+    )
+    return shown
 
 
 def _curves(record: RunRecord) -> Table:

@@ -17,6 +17,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from penstock.config import ValueType
 from penstock.errors import CheckpointError
 from penstock.types import Position
 
@@ -56,6 +57,14 @@ class TableRecord:
     """File of default row and counters, where the table has admission, eviction or a budget."""
     counts: tuple[str, ...] = ()
     """Files of counted keys without a row, in order."""
+    dtype: ValueType = "float32"
+    """Of the values."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of value, state and marks of use of one row."""
+        value_bytes = 4 if self.dtype == "float32" else 2
+        return value_bytes * self.dim + 4 * (self.state_dim + self.usage_dim)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,13 @@ def write_tables(
             shards.append(shard)
             num_rows += rows.keys.numel()
         record = TableRecord(
-            table.name, layout.dim, layout.state_dim, num_rows, tuple(shards), layout.usage_dim
+            table.name,
+            layout.dim,
+            layout.state_dim,
+            num_rows,
+            tuple(shards),
+            layout.usage_dim,
+            dtype=layout.value_type,
         )
         if retains(table):
             record = _write_retention(directory, name, record, collection, files)

@@ -12,6 +12,7 @@ import torch
 from penstock.config import CustomModel, Job, Label, Model, MultiTask, TwoTowerConfig
 from penstock.data.dataset import Dataset
 from penstock.embedding.collection import EmbeddingCollection, available_cores
+from penstock.errors import CapacityError
 from penstock.models import build_model
 from penstock.training.checkpoint import TrainState
 from penstock.training.dense import DenseTrainer
@@ -37,6 +38,7 @@ def build(job: Job, dataset: Dataset) -> Untrained:
 
     Raises:
       ConfigError: the model does not fit the columns, or a table is declared wrongly.
+      CapacityError: the model's parameters do not fit into memory.
     """
     threads = job.training.threads or available_cores()
     torch.set_num_threads(threads)
@@ -49,9 +51,17 @@ def build(job: Job, dataset: Dataset) -> Untrained:
         deterministic=job.training.deterministic,
     )
     labels = job.data.labels
-    model = build_model(
-        job.model, len(dataset.numeric), collection.feature_shapes, num_tasks=len(labels)
-    )
+    try:
+        model = build_model(
+            job.model, len(dataset.numeric), collection.feature_shapes, num_tasks=len(labels)
+        )
+    except RuntimeError as error:
+        # Torch has no class of its own for this.
+        if "allocate memory" not in str(error):
+            raise
+        raise CapacityError(
+            "no memory for the parameters of the model; give it narrower layers (model)"
+        ) from None
     trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
     state = TrainState(0, Position(), collection, model, trainer.optimizer)
     return Untrained(state, trainer, _objective(job.model, labels))

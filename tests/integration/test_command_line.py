@@ -15,6 +15,7 @@ COMMANDS = (
     ["inspect"],
     ["compare"],
     ["schema"],
+    ["data", "inspect"],
     ["data", "synth"],
     ["data", "history"],
 )

@@ -3,8 +3,9 @@
 import sys
 
 import pytest
+import yaml
 
-PICTURES = {"training.png", "calibration.png", "tables.png"}
+PICTURES = {"training.png", "calibration.png", "tables.png", "skew.png"}
 NO_MATPLOTLIB = (
     "no PNG files: matplotlib is not installed; install it with: pip install 'penstock[plots]'"
 )
@@ -103,3 +104,22 @@ def test_without_matplotlib_the_terminal_says_how_to_get_it(penstock, finished, 
         assert (code, errors) == (0, "")
         assert NO_MATPLOTLIB in shown
     assert not (one / "plots").exists()
+
+
+def test_key_skew_needs_the_data(penstock, small_fields, tmp_path):
+    from penstock.config import SyntheticSource
+    from penstock.data import write_synthetic
+
+    data = tmp_path / "clicks.parquet"
+    write_synthetic(SyntheticSource(rows=2000, num_categorical=4), data, "parquet")
+    small_fields["data"]["source"] = {"format": "parquet", "path": str(data)}
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(small_fields))
+    penstock("train", job, "--out", tmp_path / "run")
+    _, shown, _ = penstock("inspect", tmp_path / "run")
+    assert "all 2,000 rows of the job's data" in shown.replace("\n", " ")
+    assert f"picture {tmp_path / 'run' / 'plots' / 'skew.png'}" in shown
+    data.unlink()
+    code, shown, errors = penstock("inspect", tmp_path / "run")
+    assert (code, errors) == (0, "")
+    assert f"no key skew, which needs the job's data: {data}: no such file or directory\n" in shown

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -339,6 +340,17 @@ class TestFiles:
             file.write(b"\xff" * 60)
         error = message(DataError, lambda: read_all(dataset))
         assert error.startswith("rows.parquet: cannot be read: ")
+
+    def test_pages_that_do_not_match_their_checksum(self, parquet_job):
+        job = parquet_job()
+        options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+        pq.write_table(pa.table(GOOD | {"C1": [5, 6, 7, 77]}), "rows.parquet", **options)
+        dataset = Dataset.open(job)
+        data = bytearray(Path("rows.parquet").read_bytes())
+        data[data.index(pa.array([5, 6, 7, 77]).buffers()[1].to_pybytes()[:32])] ^= 1
+        Path("rows.parquet").write_bytes(data)
+        error = message(DataError, lambda: read_all(dataset))
+        assert error.startswith("rows.parquet: cannot be read: ") and "checksum" in error
 
     def test_damaged_gzip(self, tmp_path):
         data = bytearray(gzip.compress(b"1\t2\t3\n" * 5000))

@@ -55,8 +55,10 @@ JOB = {
 TABLES = (
     TableConfig(name="a", dim=4, optimizer=RowWiseAdagrad(learning_rate=0.1)),
     TableConfig(name="b", dim=4, optimizer=Adam(learning_rate=0.01)),
-    TableConfig(name="c", dim=3, optimizer=SGD(schedule=Schedule(warmup_steps=7))),
-    TableConfig(name="d", dim=3, optimizer=Adagrad()),
+    TableConfig(
+        name="c", dim=3, dtype="bfloat16", optimizer=SGD(schedule=Schedule(warmup_steps=7))
+    ),
+    TableConfig(name="d", dim=3, dtype="float16", optimizer=Adagrad()),
     TableConfig(name="unused", dim=2),
 )
 FEATURES = tuple(
@@ -122,7 +124,8 @@ class Run:
                 for key, value, row in zip(
                     part.keys.tolist(), part.values, part.state, strict=True
                 ):
-                    rows[table.name, key] = (value.numpy().tobytes(), row.numpy().tobytes())
+                    bits = value.view(torch.uint8).numpy()
+                    rows[table.name, key] = (bits.tobytes(), row.numpy().tobytes())
         dense = {name: value.numpy().tobytes() for name, value in state.model.state_dict().items()}
         slots = state.optimizer.state_dict()["state"]
         slots = {(p, n): v.numpy().tobytes() for p, s in slots.items() for n, v in s.items()}
@@ -211,6 +214,9 @@ def test_the_manifest_says_what_there_is(run):
     ]
     assert manifest.optimizer["kind"] == "Adam"
     assert [table.state_dim for table in manifest.tables] == [1, 8, 0, 3, 1]
+    kinds = ["float32", "float32", "bfloat16", "float16", "float32"]
+    assert [table.dtype for table in manifest.tables] == kinds
+    assert [table.row_bytes for table in manifest.tables] == [20, 48, 6, 18, 12]
 
 
 def test_only_the_last_n_stay(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from penstock.config import parse_job
 from penstock.data import Dataset, parquet
@@ -76,6 +77,18 @@ def test_time_split_skips_row_groups_by_their_statistics(tmp_path, monkeypatch):
     dataset = Dataset.open(job)
     assert [len(dataset._parts[part].splits) for part in ("train", "evaluation")] == [3, 2]
     assert (dataset.num_rows("train"), dataset.num_rows("evaluation")) == (120, 80)
+
+
+def test_a_moment_needs_no_quotation_marks():
+    fields = yaml.safe_load("data: {source: {format: synthetic}, label: {column: click}}")
+    for text, expected in (
+        ("2026-01-31T00:00:00Z", "2026-01-31T00:00:00+00:00"),
+        ("2026-01-31", "2026-01-31"),
+    ):
+        split = yaml.safe_load(f"{{by: time, at: {text}}}")
+        job = parse_job({"data": {**fields["data"], "event_time": "event_time", "split": split}})
+        assert job.data.split.at == expected
+        assert parse_job(job.model_dump(mode="json")) == job
 
 
 @pytest.mark.parametrize(

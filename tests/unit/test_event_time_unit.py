@@ -8,6 +8,7 @@ import pytest
 from penstock.config import parse_job
 from penstock.data.dataset import Dataset
 from penstock.data.decode import TICKS_PER_S
+from penstock.errors import DataError
 
 FIRST_S = 1_700_000_000
 AT_ROW = 70
@@ -70,3 +71,36 @@ def test_order_puts_the_columns_as_those_of_another_data_set(tmp_path):
         (batch,) = list(batches)
     assert batch.dense.tolist() == [[3.0, 1.0], [4.0, 2.0]]
     assert batch.sparse["b"].values.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("column", "unit"),
+    [
+        (pa.array([0, 2**60]), "s"),
+        (pa.array([0, -(2**63)]), "s"),
+        (pa.array([0, 2**63], pa.uint64()), "ms"),
+        (pa.array([0, 2**60], pa.timestamp("s")), "ms"),
+    ],
+)
+def test_times_that_ms_cannot_hold(tmp_path, column, unit):
+    path = tmp_path / "x.arrow"  # Parquet has no seconds
+    table = pa.table({"label": [0, 1], "t": column})
+    with pa.ipc.new_file(path, table.schema) as out:
+        out.write_table(table)
+    job = parse_job({
+        "data": {
+            "source": {"format": "arrow", "path": str(path)},
+            "label": {"column": "label"},
+            "event_time": "t",
+            "event_time_unit": unit,
+        },
+    })
+    with (
+        Dataset.open(job).batches("train", batch_size=2) as batches,
+        pytest.raises(DataError) as caught,
+    ):
+        next(batches)
+    assert str(caught.value) == (
+        f"{path}, column 't': a time is more than 64 bits of ms from 1970; set "
+        "data.event_time_unit or mend the file"
+    )

@@ -6,8 +6,6 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pyarrow import feather, ipc, orc
 
 from penstock import _core
@@ -15,7 +13,6 @@ from penstock.config import ArrowSource, OrcSource, TextSource, parse_job
 from penstock.data import Dataset, lines
 from penstock.data.arrow import ArrowFormat
 from penstock.data.columnar import GroupedFiles
-from penstock.data.json_lines import JsonParser
 from penstock.data.orc import OrcFormat
 from penstock.errors import ConfigError, DataError
 from penstock.training.trained import _source_like
@@ -199,6 +196,17 @@ class TestColumnarFiles:
                 f"{path}: no rows; the source has none at all"
             )
 
+    def test_a_name_that_is_no_utf8(self, tmp_path):
+        """Found by the fuzz tests."""
+        path = tmp_path / "x.arrow"
+        with ipc.new_stream(path, pa.schema([("label", pa.int64())])) as out:
+            out.write_table(pa.table({"label": [1, 0]}))
+        path.write_bytes(path.read_bytes().replace(b"label", b"lab\xfel"))
+        job = job_over({"format": "arrow", "path": str(path)})
+        assert message(DataError, lambda: Dataset.open(job)) == (
+            f"{path}: the name of a column is not UTF-8; is it damaged?"
+        )
+
     def test_a_name_that_stands_twice(self, tmp_path):
         batch = pa.record_batch([pa.array([1]), pa.array([2])], names=["label", "label"])
         with ipc.new_file(tmp_path / "x.arrow", batch.schema) as out:
@@ -355,27 +363,3 @@ def test_other_data_has_the_format_of_its_ending(path, expected):
     assert (like.format, like.path) == (expected, path)
     if expected in {"tsv", "csv"}:
         assert like.columns == source.columns
-
-
-PIECES = st.sampled_from([
-    *('{"label": 1, "I1": 2}', '{"C1": [1, 2]}', '{"label": ', "{", "}", "[", "]", '"', "\\", ","),
-    *("null", "true", "1e5", ":", " ", "\r", "\t", "\x00", "\xff", '"I1"', "{}", "NaN", "é"),
-])
-
-
-@given(st.lists(st.lists(PIECES, max_size=6).map("".join), max_size=12))
-def test_any_lines_give_rows_or_malformed_rows(texts):
-    """Every line is one or the other, and the parser of Arrow never meets what it crashes on."""
-    schema = pa.schema([
-        ("label", pa.float64()),
-        ("I1", pa.float64()),
-        ("C1", pa.list_(pa.int64())),
-    ])
-    parser = JsonParser(schema, ["C1", "label"])
-    encoding = "latin-1" if any("\xff" in text for text in texts) else "utf-8"
-    data = "".join(text + "\n" for text in texts).encode(encoding)
-    table, malformed = parser.parse(data, fail_fast=False)
-    assert table.num_rows + len(malformed) == len(texts)
-    table.validate(full=True)
-    assert table.column_names == ["C1", "label"]
-    assert [row.line for row in malformed] == sorted({row.line for row in malformed})

@@ -224,3 +224,21 @@ def test_the_schema_is_json_and_knows_the_fields():
 
 def test_parse_job_names_its_origin():
     assert refusal(parse_job, {}, "here") == "here: data: required, but not given"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: \x00", "job.yaml: not valid YAML: special characters are not allowed (#x0000)"),
+        ("a: 1\nb: 2001-99-99", "job.yaml:2: not valid YAML: '2001-99-99' is no timestamp"),
+        ("a: !!int x", "job.yaml:1: not valid YAML: 'x' is no int"),
+        ("a: !!timestamp x", "job.yaml:1: not valid YAML: 'x' is no timestamp"),
+        ("a: !!bool x", "job.yaml:1: not valid YAML: 'x' is no bool"),
+        ("a: " + "9" * 5000, f"job.yaml:1: not valid YAML: '{'9' * 37}... is no int"),
+        ("a: " + "[" * 3000, "job.yaml: not valid YAML: nested too deeply"),
+    ],
+)
+def test_yaml_that_its_library_chokes_on(text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, "job.yaml")
+    assert str(caught.value) == message

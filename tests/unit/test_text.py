@@ -276,3 +276,47 @@ def test_texts_that_mean_null(tmp_path):
     with pytest.raises(ConfigError) as error:
         text_job(path, null_values=["a\tb"])
     assert str(error.value).startswith("job: data.source.null_values.0: string should match")
+
+
+def test_text_that_is_no_utf8(tmp_path, recwarn):
+    """Found by the fuzz tests: Arrow dropped such a row if it had a wrong number of fields, too."""
+    path = tmp_path / "x.tsv"
+    path.write_bytes(b"1\ta\n0\tb\xff\t\n0\t\xff\n1\tc\n")
+    source = {"format": "tsv", "path": str(path), "columns": ["label", "C1"]}
+    job = parse_job({
+        "data": {
+            "source": {**source, "on_malformed_row": "quarantine"},
+            "label": {"column": "label"},
+        },
+        "features": [{"columns": ["C1"], "transforms": [{"kind": "hash"}]}],
+    })
+    dataset = Dataset.open(job, quarantine=tmp_path / "bad.jsonl")
+    assert [batch.batch_size for batch in read_all(dataset)] == [2]
+    entries = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(one["line"], one["reason"]) for one in entries] == [(2, "not UTF-8"), (3, "not UTF-8")]
+    assert not recwarn.list
+
+
+def test_header_that_is_no_utf8(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"label,C\xff\n1,2\n")
+    job = parse_job({
+        "data": {"source": {"format": "csv", "path": str(path)}, "label": {"column": "label"}},
+    })
+    with pytest.raises(DataError) as caught:
+        Dataset.open(job)
+    assert str(caught.value) == f"{path}:1: the header is not UTF-8; write the file in UTF-8"
+
+
+@pytest.mark.parametrize("line", [b"\r1\t2\t3", b"1\t2\t3\r1\t2\t3", b"1\t2\t3\r\r"])
+def test_a_carriage_return_within_a_line(tmp_path, line):
+    """Found by the fuzz tests: Arrow ends a row there, so that one line became two rows."""
+    path = tmp_path / "x.tsv"
+    path.write_bytes(b"1\t2\t3\r\n" * 3 + line + b"\n0\t5\t6\r\n")
+    job = text_job(
+        path, on_malformed_row="quarantine", types={"C1": "int64"}, features=[{"columns": ["C1"]}]
+    )
+    dataset = Dataset.open(job, quarantine=tmp_path / "bad.jsonl")
+    assert [batch.labels.tolist() for batch in read_all(dataset)] == [[1, 1, 1, 0]]
+    (entry,) = map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())
+    assert (entry["line"], entry["reason"]) == (4, "a carriage return within the line")

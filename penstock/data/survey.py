@@ -1,0 +1,174 @@
+"""All that is found out about unknown data: its files, its columns, their roles, its label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from penstock.config import (
+    ArrowSource,
+    JsonLinesSource,
+    OrcSource,
+    ParquetSource,
+    TextSource,
+)
+from penstock.data.dataset import open_source
+from penstock.data.files import list_files
+from penstock.data.label_rate import LabelRate, label_rate
+from penstock.data.profile import DataProfile, Progress, profile_source
+from penstock.data.quarantine import MalformedRow, Quarantine
+from penstock.data.roles import Roles, assign_roles
+from penstock.errors import DataError
+
+SurveyedSource: TypeAlias = ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource
+_MOST_MALFORMED = 1000
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What there is to say about data, and to write a job from."""
+
+    source: SurveyedSource
+    bytes: int
+    """Of all files."""
+    num_groups: int | None
+    """Row groups, stripes or record batches; None: not known."""
+    profile: DataProfile
+    roles: Roles
+    rate: LabelRate | None
+    """None: nothing looks like a label."""
+    items: tuple[str, ...]
+    """Columns of the item, where the user says that every row is a positive."""
+    malformed: int
+    """Rows that cannot be read and are in none of the figures."""
+    malformed_example: str
+    """Where the first of them is, and what is wrong with it."""
+
+    @property
+    def text_types(self) -> Mapping[str, Literal["int64", "string"]]:
+        """Types that columns of text files need and would not have by their use."""
+        return _text_types(self.source, self.profile, self.roles)
+
+    @property
+    def null_values(self) -> tuple[str, ...]:
+        """Texts that mean null among numbers."""
+        return _null_values(self.profile)
+
+
+def survey_data(
+    source: SurveyedSource,
+    *,
+    max_rows: int | None = None,
+    label: str | None = None,
+    items: Sequence[str] = (),
+    event_time: str | None = None,
+    progress: Callable[[str], Progress] = lambda stage: lambda rows, share: None,
+) -> Survey:
+    """Reads files of one schema: once for all columns, and labels and times once more.
+
+    Args:
+      source: the files.
+      max_rows: look at no more rows than this; None: at all.
+      label: the label's column, where the user knows better than its name and values tell.
+      items: columns of the item, where there is no label since every row is a positive.
+      event_time: the column of times, where the user knows better.
+      progress: given a stage of the work, what to call after each chunk of it.
+
+    Raises:
+      ConfigError: a column is named that is not there or cannot be what it is said to be.
+      DataError: a file cannot be read, or most of its rows cannot.
+
+    Effects: bounded memory, see `profile_source`.
+    """
+    is_text = isinstance(source, TextSource)
+    if isinstance(source, TextSource | JsonLinesSource):
+        source = source.model_copy(update={"on_malformed_row": "quarantine"})
+    malformed = _MalformedRows()
+    opened = open_source(source, {}, malformed)
+    tell = progress("columns")
+
+    def told(rows: int, share: float | None) -> None:
+        malformed.good = rows
+        tell(rows, share)
+
+    profile = profile_source(opened, max_rows=max_rows, as_text=is_text, progress=told)
+    roles = assign_roles(profile, label=label, items=items, event_time=event_time)
+    source, types = _as_read(source, profile, roles)
+    rate = label_rate(
+        open_source(source, types, _MalformedRows()),
+        profile,
+        roles,
+        max_rows=max_rows,
+        progress=progress("label"),
+    )
+    filesystem, paths = list_files(source.path)
+    return Survey(
+        source=source,
+        bytes=sum(info.size for info in filesystem.get_file_info(paths)),
+        num_groups=opened.num_groups,
+        profile=profile,
+        roles=roles,
+        rate=rate,
+        items=tuple(items),
+        malformed=malformed.rows,
+        malformed_example=malformed.example,
+    )
+
+
+class _MalformedRows(Quarantine):
+    """Counts malformed rows and keeps the first; gives up where most rows are malformed."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.good = 0
+        """Rows that could be read so far."""
+        self.example = ""
+        self._count = 0
+
+    @property
+    def rows(self) -> int:
+        return self._count
+
+    def add(self, file: str, first_line: int, rows: Sequence[MalformedRow]) -> None:
+        if not self._count:
+            self.example = f"{file}:{first_line + rows[0].line}: {rows[0].reason}"
+        self._count += len(rows)
+        if self._count > max(_MOST_MALFORMED, self.good):
+            raise DataError(
+                f"{self.example}; {self._count:,} of the first {self._count + self.good:,} rows "
+                "are malformed: give the right --format, and --columns if there is no header"
+            )
+
+
+def _as_read(
+    source: SurveyedSource, profile: DataProfile, roles: Roles
+) -> tuple[SurveyedSource, dict[str, Literal["int64", "float64"]]]:
+    """The source as a job would read it, and the types that its label and time have there."""
+    types: dict[str, Literal["int64", "float64"]] = {}
+    if roles.label is not None:
+        types[roles.label] = "float64"
+    if roles.event_time is not None:
+        types[roles.event_time] = "int64"
+    if isinstance(source, TextSource):
+        given = dict(source.types) | _text_types(source, profile, roles)
+        nulls = tuple(dict.fromkeys((*source.null_values, *_null_values(profile))))
+        source = source.model_copy(update={"types": given, "null_values": nulls})
+    return source, types
+
+
+def _text_types(
+    source: SurveyedSource, profile: DataProfile, roles: Roles
+) -> dict[str, Literal["int64", "string"]]:
+    types: dict[str, Literal["int64", "string"]] = {}
+    if isinstance(source, TextSource):
+        for name in roles.named("categorical", "event time"):
+            if profile[name].kind == "integer":
+                types[name] = "int64"
+            elif name == roles.event_time:
+                types[name] = "string"
+    return types
+
+
+def _null_values(profile: DataProfile) -> tuple[str, ...]:
+    return tuple(sorted({text for one in profile.columns for text in one.null_texts}))
