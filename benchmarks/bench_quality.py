@@ -49,6 +49,8 @@ METRICS = {
 """What is compared, by recipe; of others the AUC."""
 LOWEST_AUC = dict.fromkeys(RECIPES["criteo"], 0.715)
 MOST_BELOW_A_TWIN = 0.003
+NEAR_DENSE_ADAM = {*RECIPES["criteo"], "movielens"}
+"""Recipes that must be as near to the twin of the other optimizer; for the rest it is shown."""
 
 
 def measure_penstock(job: Job) -> dict[str, Any]:
@@ -101,6 +103,8 @@ def misses(results: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{result['case']}: AUC {result['penstock']:.4f}, goal {lowest}")
         for twin in TWINS:
             over = result[f"over_{twin}"]
+            if twin == "dense_adam" and result["recipe"] not in NEAR_DENSE_ADAM:
+                continue
             if not over >= -MOST_BELOW_A_TWIN:
                 lines.append(
                     f"{result['case']}: {over:+.4f} better than {twin}, goal {-MOST_BELOW_A_TWIN:+}"

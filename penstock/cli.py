@@ -24,8 +24,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
-        "Trains click models on files of any size, with embedding tables that grow with the ids "
-        "they meet.\n\n"
+        "Trains click, ranking and retrieval models on files of any size, with embedding tables "
+        "that grow with the ids they meet.\n\n"
         "A **job** (YAML, or a Python function) says what is read and what is trained; a "
         "**run folder** keeps what came of it: job.yaml, metrics, checkpoints, summary.json."
         "\n\n**First steps**\n\n"
@@ -127,7 +127,8 @@ def evaluate(
     """Evaluates the newest checkpoint of a run; changes nothing in it.
 
     `training.metrics` of the job says what is measured besides AUC, log loss, normalized entropy
-    and calibration: AUC by group (GAUC), and all metrics by slice.
+    and calibration: AUC by group (GAUC), all metrics by slice, recall of two towers. With several
+    labels, each has metrics of its own.
 
     **Examples**
 
@@ -156,8 +157,9 @@ def predict(
     """Scores every row of files with the newest checkpoint of a run.
 
     Writes a Parquet file with the columns row (int64, from 0, in order of reading), score
-    (float32 probability) and, where the data has it, label. The label column may be missing. A
-    malformed row is an error, since each row gets a score.
+    (float32: a probability; of task regression the number; of two towers their similarity) and,
+    where the data has it, label. Of a job of several labels: score_NAME and label_NAME of each.
+    Label columns may be missing. A malformed row is an error, since each row gets a score.
 
     **Examples**
 

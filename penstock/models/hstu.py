@@ -34,10 +34,9 @@ class HSTULayer(nn.Module):
         distance = torch.arange(positions).unsqueeze(1) - torch.arange(positions)
         # Not persistent: they follow from the number of positions.
         self.distance: Tensor
-        self.causal_share: Tensor
+        self.is_causal: Tensor
         self.register_buffer("distance", distance.clamp(min=0), persistent=False)
-        share = (distance >= 0) / positions
-        self.register_buffer("causal_share", share, persistent=False)
+        self.register_buffer("is_causal", distance >= 0, persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; what comes out at a position depends on it and those before."""
@@ -46,7 +45,8 @@ class HSTULayer(nn.Module):
         of_head = (samples, positions, self.heads, dim // self.heads)
         v, q, k = (part.reshape(of_head).transpose(1, 2) for part in vqk)
         attention_BHTT = silu(q @ k.transpose(2, 3) + self.distance_bias[self.distance])
-        mixed_BTD = ((attention_BHTT * self.causal_share) @ v).transpose(1, 2).flatten(2)
+        mixed_BHTd = (attention_BHTT * self.is_causal) @ v / positions
+        mixed_BTD = mixed_BHTd.transpose(1, 2).flatten(2)
         added: Tensor = self.out(self.out_norm(mixed_BTD) * u)
         return x_BTD + added
 

@@ -29,7 +29,7 @@ def held_out_auc(tmp_path_factory):
     return measure
 
 
-@pytest.mark.parametrize("kind", ["dcn_v2", "deepfm", "wide_deep"])
+@pytest.mark.parametrize("kind", ["dcn_v2", "deepfm", "wide_deep", "shared_bottom", "mmoe"])
 def test_a_model_learns_as_much_as_dlrm(held_out_auc, kind):
     trained, reopened = held_out_auc(kind)
     assert trained == reopened  # its checkpoint holds all of it
