@@ -211,9 +211,9 @@ def test_a_batch_of_one_item_or_without_positives_has_no_loss():
         model.zero_grad()
 
 
-@pytest.mark.parametrize("at_once", [7, 1 << 24])
-def test_recall_is_that_of_a_full_sort(monkeypatch, at_once):
-    monkeypatch.setattr("penstock.training.recall._SCORES_AT_ONCE", at_once)
+@pytest.mark.parametrize("block", [7, 512])
+def test_recall_is_that_of_a_full_sort(monkeypatch, block):
+    monkeypatch.setattr("penstock.training.recall._BLOCK", block)
     monkeypatch.setattr("penstock.training.recall._ITEMS_AT_ONCE", 4)
     model, collection = make()
     model.eval(), collection.eval()
