@@ -218,9 +218,8 @@ void HostStore::collect_leavers(uint32_t shard, const std::vector<uint8_t>& tabl
     if (i + kAhead < capacity && has_row(entries[i + kAhead])) __builtin_prefetch(rows().usage(entries[i + kAhead].slot()));
     if (!has_row(entries[i])) continue;
     const uint32_t table = entries[i].table(), slot = entries[i].slot();
-    const uint64_t rank = rank_of(table, slot);
-    const uint32_t age = static_cast<uint32_t>(retention_[table].now) - rows().usage(slot)[0];
-    if (leaves(table, slot, rank, age)) leavers->push_back({rank, entries[i].key, table, age});
+    const Leaver row{rank_of(table, slot), entries[i].key, table, static_cast<uint32_t>(retention_[table].now) - rows().usage(slot)[0]};
+    if (leaves(row, slot)) leavers->push_back(row);
   }
 }
 
@@ -263,40 +262,38 @@ void HostStore::evict_lowest(uint32_t table, uint64_t count, const std::vector<S
       if (span.slots[i] != kNoSlot) stays[span.slots[i]] = true;
     }
   }
-  // A sample says about how low the rank of those that leave is; so few rows need comparing.
-  std::vector<uint64_t> sample;
+  const auto is_before = [](const Leaver& a, const Leaver& b) {
+    return a.rank != b.rank ? a.rank < b.rank : precedence(a.key) < precedence(b.key);
+  };
+  // A sample says about which row is the last to leave; so few rows need keeping to compare them.
+  std::vector<Leaver> sample;
   const Entry* const entries = index_.view().entries;
   const uint64_t places = index_.capacity() * kNumShards, stride = std::max<uint64_t>(1, places / kSampleSize);
   for (uint64_t i = 0; i < places; i += stride) {
     const Entry& entry = entries[i];
     if (entry.is_empty() || entry.slot() == kNoSlot || entry.table() != table) continue;
-    sample.push_back(rank_of(table, entry.slot()));
+    sample.push_back({rank_of(table, entry.slot()), entry.key, table, 0});
   }
-  uint64_t highest = kEveryone;
   const uint64_t guess = sample.size() * count / std::max<uint64_t>(1, num_rows(table)) * 5 / 4 + 64;
-  if (guess < sample.size()) {
-    std::nth_element(sample.begin(), sample.begin() + static_cast<int64_t>(guess), sample.end());
-    highest = sample[guess];
-  }
+  bool is_bounded = guess < sample.size();
+  if (is_bounded) std::nth_element(sample.begin(), sample.begin() + static_cast<int64_t>(guess), sample.end(), is_before);
   std::vector<uint8_t> tables(policies_.size());
   tables[table] = 1;
   std::vector<std::vector<Leaver>> of_shard(kNumShards);
   uint64_t found = 0;
-  for (;;) {
-    const auto leaves = [&](uint32_t, uint32_t slot, uint64_t rank, uint32_t) { return rank <= highest && !stays[slot]; };
+  for (;; is_bounded = false) {
+    const auto leaves = [&](const Leaver& row, uint32_t slot) {
+      return !stays[slot] && (!is_bounded || is_before(row, sample[guess]));
+    };
     pool_.run(kNumShards, [&](int64_t shard, int) {
       of_shard[shard].clear();
       collect_leavers(static_cast<uint32_t>(shard), tables, leaves, &of_shard[shard]);
     });
     found = 0;
     for (const std::vector<Leaver>& leavers : of_shard) found += leavers.size();
-    if (found >= count || highest == kEveryone) break;
-    highest = kEveryone;
+    if (found >= count || !is_bounded) break;
   }
-  Leaver last{kEveryone, 0, table, 0};
-  const auto is_before = [](const Leaver& a, const Leaver& b) {
-    return a.rank != b.rank ? a.rank < b.rank : precedence(a.key) < precedence(b.key);
-  };
+  Leaver last{};
   if (found > count) {
     std::vector<Leaver> all;
     all.reserve(found);
@@ -352,7 +349,7 @@ void HostStore::advance(uint64_t step, uint64_t seconds) {
 
 void HostStore::evict_expired(const std::vector<uint8_t>& tables) {
   clear_tallies();
-  const auto leaves = [this](uint32_t table, uint32_t, uint64_t, uint32_t age) { return age > policies_[table].ttl; };
+  const auto leaves = [this](const Leaver& row, uint32_t) { return row.age > policies_[row.table].ttl; };
   pool_.run(kNumShards, [&](int64_t shard, int thread) {
     std::vector<Leaver> leavers;
     collect_leavers(static_cast<uint32_t>(shard), tables, leaves, &leavers);
