@@ -169,27 +169,33 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 
 def tables_table(tables: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Rows and bytes of each embedding table, and what its rules of retention did."""
-    names = ["table", "rows", "bytes"]
-    has_rules = any("evicted" in item for item in tables.values())
-    if has_rules:
-        names += ["of budget", "admitted", "refused", "evicted", "unused for", "counted"]
-    shown = Table(*names)
+    """Rows and bytes of each embedding table."""
+    shown = Table("table", "rows", "bytes")
+    shown.columns[1].justify = shown.columns[2].justify = "right"
+    for name, item in tables.items():
+        shown.add_row(name, f"{item['rows']:,}", size_text(item["bytes"]))
+    return shown
+
+
+def rules_table(tables: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """What admission, eviction and budgets did; None: no table has any."""
+    ruled = {name: item for name, item in tables.items() if "evicted" in item}
+    if not ruled:
+        return None
+    names = ("table", "budget", "admitted", "refused", "evicted", "age", "counted")
+    caption = "budget: share in use; age: mean time that evicted rows were unused"
+    shown = Table(*names, title="admission and eviction", caption=caption)
     for column in shown.columns[1:]:
         column.justify = "right"
-    for name, item in tables.items():
-        cells = [name, f"{item['rows']:,}", size_text(item["bytes"])]
-        if has_rules and "evicted" in item:
-            used, age = item["budget_used"], item["evicted_age"]
-            cells += [
-                "-" if used is None else f"{used:.1%}",
-                f"{item['admitted']:,}",
-                f"{item['refused']:,}",
-                f"{item['evicted']:,}",
-                f"{age:,.1f}" if item["evicted"] else "-",
-                f"{item['candidates']:,}",
-            ]
-        shown.add_row(*cells)
+    for name, item in ruled.items():
+        used = item["budget_used"]
+        shown.add_row(
+            name,
+            "-" if used is None else f"{used:.1%}",
+            *(f"{item[key]:,}" for key in ("admitted", "refused", "evicted")),
+            f"{item['evicted_age']:,.1f}" if item["evicted"] else "-",
+            f"{item['candidates']:,}",
+        )
     return shown
 
 

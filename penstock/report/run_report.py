@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from penstock.config import Job
-from penstock.report.display import Display, slices_tables, summary_table, tables_table
+from penstock.report.display import Display, rules_table, slices_tables, summary_table, tables_table
 from penstock.report.environment import hardware, peak_memory_bytes, versions
 from penstock.report.folder import RunFolder
 
@@ -126,6 +126,9 @@ class RunReport:
         self._display.stop()
         if len(whole["tables"]) > 1:
             self._console.print(tables_table(whole["tables"]))
+            rules = rules_table(whole["tables"])
+            if rules is not None:
+                self._console.print(rules)
         for table in slices_tables(whole):
             self._console.print(table)
         self._console.print(summary_table(whole))

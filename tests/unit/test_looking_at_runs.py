@@ -10,7 +10,7 @@ from rich.console import Console
 from penstock.errors import ConfigError
 from penstock.report import plots
 from penstock.report.comparison import job_differences, metrics_side_by_side
-from penstock.report.display import headline, slices_tables
+from penstock.report.display import headline, rules_table, slices_tables
 from penstock.report.plots import can_draw, draw_comparison, draw_run
 from penstock.report.record import RunRecord
 from penstock.report.terminal_curves import curve_tables, sparkline
@@ -278,3 +278,15 @@ def test_slices_of_a_number_show_errors(capsys):
         "bias",
     ]
     assert cells(table)[0] == ["Oslo", "5", "1.2500", "1.0000", "-0.5000"]
+
+
+def test_a_table_of_what_admission_and_eviction_did():
+    ruled = {"rows": 5, "bytes": 320, "admitted": 1205, "refused": 9, "evicted": 1200}
+    ruled |= {"evicted_age": 12.25, "dropped": 0, "candidates": 7, "budget_used": 0.5}
+    plain = {"rows": 3, "bytes": 96}
+    idle = {**ruled, "evicted": 0, "evicted_age": 0.0, "budget_used": None}
+    assert rules_table({"a": plain}) is None
+    assert cells(rules_table({"a": plain, "b": ruled, "c": idle})) == [
+        ["b", "50.0%", "1,205", "9", "1,200", "12.2", "7"],
+        ["c", "-", "1,205", "9", "0", "-", "7"],
+    ]
