@@ -79,10 +79,12 @@ class EmbeddingBags(nn.Module):
             column = sparse[feature.name]
             rows = self._row_numbers(feature.table, column.values)
             if feature.pooling == "sequence":
-                vectors = bag(rows).split(column.offsets.diff().tolist())
-                padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
-                missing = feature.max_keys - padded.shape[1]
-                parts.append(torch.nn.functional.pad(padded, (0, 0, 0, missing)).flatten(1))
+                lengths = column.offsets.diff()
+                bags = torch.arange(len(lengths)).repeat_interleave(lengths)
+                places = torch.arange(len(rows)) - column.offsets[bags]
+                padded = torch.zeros(len(lengths), feature.max_keys, bag.embedding_dim)
+                # Not pad_sequence: its gradient writes all of the padded array once a bag.
+                parts.append(padded.index_put((bags, places), bag(rows)).flatten(1))
             else:
                 parts.append(bag(rows, column.offsets[:-1]))
         return torch.cat(parts, 1)
