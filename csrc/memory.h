@@ -5,7 +5,7 @@
 
 namespace penstock {
 
-// A reserved range of zeroed memory; 2 MiB pages are asked for where the system has them. Not thread-safe.
+// A reserved range of zeroed memory; for 2 MiB and more, pages of that size are asked for. Not thread-safe.
 class Region {
  public:
   Region() = default;
@@ -32,6 +32,7 @@ class Region {
   char* data_ = nullptr;
   size_t reserved_ = 0;
   size_t committed_ = 0;
+  size_t unit_ = 1;  // of both
 };
 
 // Bytes of physical memory of this machine.
