@@ -310,15 +310,15 @@ void bind_columns(nb::module_& m) {
            "fill"_a.none(), "steps"_a);
   m.def("transform_numbers", &py_transform_numbers, "columns"_a, "rows"_a);
   m.def(
-      "argsort_bits",
-      [](In<uint64_t> values) {
+      "shuffle",
+      [](uint64_t key0, uint64_t key1, size_t n) {
         int64_t* order;
-        auto out = make_array(values.size(), &order);
+        auto out = make_array(n, &order);
         nb::gil_scoped_release unlocked;
-        penstock::argsort_bits(values.data(), values.size(), order);
+        penstock::shuffle(key0, key1, n, order);
         return out;
       },
-      "values"_a.noconvert());
+      "key0"_a, "key1"_a, "n"_a);
   m.def(
       "find_non_object",
       [](In<uint8_t> bytes) {

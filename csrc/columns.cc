@@ -4,11 +4,8 @@
 #include <array>
 #include <bit>
 #include <charconv>
-#include <cmath>
 #include <cstring>
-#include <limits>
-#include <type_traits>
-#include <utility>
+#include <memory>
 
 namespace penstock {
 namespace {
@@ -133,6 +130,9 @@ template void hash_integers(const uint64_t*, size_t, uint64_t, uint64_t, int64_t
 template int64_t parse_hex(const int32_t*, const uint8_t*, size_t, int64_t*);
 template int64_t parse_hex(const int64_t*, const uint8_t*, size_t, int64_t*);
 
+namespace {
+
+// The stable order of `values`, ascending; fast because their upper bits are random.
 void argsort_bits(const uint64_t* values, size_t n, int64_t* order) {
   // One bucket a value on average, then the few of each bucket.
   const int bits = std::clamp(static_cast<int>(std::bit_width(n)), 1, 16);
@@ -156,6 +156,30 @@ void argsort_bits(const uint64_t* values, size_t n, int64_t* order) {
     }
     begin = end;
   }
+}
+
+}  // namespace
+
+void philox(uint64_t key0, uint64_t key1, size_t n, uint64_t* out) {
+  constexpr uint64_t kMultiplier0 = 0xD2E7470EE14C6C93, kMultiplier1 = 0xCA5A826395121157;
+  constexpr uint64_t kWeyl0 = 0x9E3779B97F4A7C15, kWeyl1 = 0xBB67AE8584CAA73B;
+  for (uint64_t begin = 0, counter = 1; begin < n; begin += 4, ++counter) {
+    std::array<uint64_t, 4> block{counter, 0, 0, 0};
+    uint64_t k0 = key0, k1 = key1;
+    for (int round = 0; round < 10; ++round, k0 += kWeyl0, k1 += kWeyl1) {
+      const auto product0 = static_cast<unsigned __int128>(kMultiplier0) * block[0];
+      const auto product1 = static_cast<unsigned __int128>(kMultiplier1) * block[2];
+      block = {static_cast<uint64_t>(product1 >> 64) ^ block[1] ^ k0, static_cast<uint64_t>(product1),
+               static_cast<uint64_t>(product0 >> 64) ^ block[3] ^ k1, static_cast<uint64_t>(product0)};
+    }
+    std::copy_n(block.begin(), std::min<size_t>(4, n - begin), out + begin);
+  }
+}
+
+void shuffle(uint64_t key0, uint64_t key1, size_t n, int64_t* order) {
+  const std::unique_ptr<uint64_t[]> bits(new uint64_t[n]);
+  philox(key0, key1, n, bits.get());
+  argsort_bits(bits.get(), n, order);
 }
 
 int64_t count_newlines(const uint8_t* bytes, size_t size) {

@@ -37,9 +37,14 @@ int64_t parse_hex(const Offset* offsets,  // [n + 1]
                   const uint8_t* bytes, size_t n,
                   int64_t* out);  // [n]
 
-// The stable order of `values`, ascending. Fast if their upper bits are random.
-void argsort_bits(const uint64_t* values, size_t n,  // n < 2^32
-                  int64_t* order);                   // [n]
+// Random bits: Philox 4x64-10 (doi:10.1145/2063384.2063405) with this key, counters from 1 on; those of numpy's Philox.
+void philox(uint64_t key0, uint64_t key1, size_t n,
+            uint64_t* out);  // [n]
+
+// A random order of 0 to n - 1: that in which the bits of `philox` ascend. FORMAT: never change; a resumed run shuffles
+// its window anew.
+void shuffle(uint64_t key0, uint64_t key1, size_t n,  // n < 2^32
+             int64_t* order);                         // [n]
 
 // Number (from 0) of the first line that has not the outer form of one JSON object: braces and brackets that close,
 // nested at most 64 deep, nothing before or after; -1 if there is none. What stands within is not looked at.

@@ -67,44 +67,41 @@ PENSTOCK_CLONES void fill_tile(double* x, size_t n, double fill) {
   for (size_t i = 0; i < n; ++i) x[i] = x[i] == x[i] ? x[i] : fill;
 }
 
-// sign(x) * log(1 + |x|), after fdlibm's log1p (FreeBSD msun, s_log1p.c): 1 + |x| = 2^k * (1 + f), and a polynomial of
-// f / (2 + f); c makes up for what 1 + |x| rounds off, which is nothing if all are whole numbers below 2^53. No branch
-// in the loop, so that it vectorises.
-template <bool IsWhole>
-inline __attribute__((always_inline)) void log_all(double* x, size_t n) {
-  constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
-  constexpr double kL1 = 6.666666666666735130e-01, kL2 = 3.999999999940941908e-01, kL3 = 2.857142874366239149e-01,
-                   kL4 = 2.222219843214978396e-01, kL5 = 1.818357216161805012e-01, kL6 = 1.531383769920937332e-01,
-                   kL7 = 1.479819860511658591e-01;
+// sign(x) * log(1 + |x|) within 2 ulp of a float: 1 + |x| = 2^k * (1 + f) in doubles, with f = |x| where k = 0, so that
+// small numbers lose nothing; then the polynomial of Cephes (logf.c) in floats. No branch and no division, so that it
+// vectorises and is fast.
+PENSTOCK_CLONES void log_tile(double* x, size_t n) {
   constexpr uint64_t kOne = 0x3ff0000000000000, kRootHalf = 0x3fe6a09e00000000, kTwo52 = 0x4330000000000000;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  float f_of[kTile], k_of[kTile];
   for (size_t i = 0; i < n; ++i) {
     const double a = std::fabs(x[i]);
-    const double u = 1.0 + a;
-    double c = 0.0;
-    if constexpr (!IsWhole) {
-      const double lost = a >= 1.0 ? 1.0 - (u - a) : a - (u - 1.0);
-      c = lost / u;
-    }
-    const uint64_t bits = std::bit_cast<uint64_t>(u) + (kOne - kRootHalf);
+    const uint64_t bits = std::bit_cast<uint64_t>(1.0 + a) + (kOne - kRootHalf);
     // The exponent as a double, by way of the mantissa of 2^52.
     const double k = std::bit_cast<double>(bits >> 52 | kTwo52) - 4503599627370496.0 - 1023.0;
-    const double f = std::bit_cast<double>((bits & 0x000fffffffffffff) + kRootHalf) - 1.0;
-    const double half = 0.5 * f * f, s = f / (2.0 + f), z = s * s, w = z * z;
-    const double r = w * (kL2 + w * (kL4 + w * kL6)) + z * (kL1 + w * (kL3 + w * (kL5 + w * kL7)));
-    const double log = s * (half + r) + (k * kLn2Low + c) - half + f + k * kLn2High;
-    // Infinity went through the exponent as a number.
-    x[i] = std::copysign(IsWhole || a <= std::numeric_limits<double>::max() ? log : a, x[i]);
+    const double m = std::bit_cast<double>((bits & 0x000fffffffffffff) + kRootHalf);
+    f_of[i] = static_cast<float>(k == 0.0 ? a : m - 1.0);
+    k_of[i] = static_cast<float>(k);
   }
-}
-
-PENSTOCK_CLONES void log_tile(double* x, size_t n) { log_all<false>(x, n); }
-PENSTOCK_CLONES void log_whole_tile(double* x, size_t n) { log_all<true>(x, n); }
-
-// Whether all are whole numbers below 2^53 if they came from integers.
-PENSTOCK_CLONES bool is_below_two53(const double* x, size_t n) {
-  bool below = true;
-  for (size_t i = 0; i < n; ++i) below &= std::fabs(x[i]) < 9007199254740992.0;
-  return below;
+  for (size_t i = 0; i < n; ++i) {
+    const float f = f_of[i], k = k_of[i], z = f * f;
+    float y = 7.0376836292e-2f;
+    y = y * f - 1.1514610310e-1f;
+    y = y * f + 1.1676998740e-1f;
+    y = y * f - 1.2420140846e-1f;
+    y = y * f + 1.4249322787e-1f;
+    y = y * f - 1.6668057665e-1f;
+    y = y * f + 2.0000714765e-1f;
+    y = y * f - 2.4999993993e-1f;
+    y = y * f + 3.3333331174e-1f;
+    f_of[i] = (f + ((y * f * z + k * kLn2Low) - 0.5f * z)) + k * kLn2High;
+  }
+  for (size_t i = 0; i < n; ++i) {
+    const double a = std::fabs(x[i]);
+    // Infinity went through the exponent as a number, and NaN as well.
+    const double log = a <= std::numeric_limits<double>::max() ? static_cast<double>(f_of[i]) : a;
+    x[i] = std::copysign(log, x[i]);
+  }
 }
 
 PENSTOCK_CLONES void clip_tile(double* x, size_t n, double low, double high) {
@@ -131,16 +128,15 @@ PENSTOCK_CLONES uint32_t narrow_tile(const double* x, size_t n, float* out) {
   return most;
 }
 
-void apply(const std::vector<NumberStep>& steps, bool is_whole, size_t n, double* x) {
+void apply(const std::vector<NumberStep>& steps, size_t n, double* x) {
   for (const NumberStep& step : steps) {
     if (step.kind == NumberStep::kLog) {
-      is_whole && is_below_two53(x, n) ? log_whole_tile(x, n) : log_tile(x, n);
+      log_tile(x, n);
     } else if (step.kind == NumberStep::kClip) {
       clip_tile(x, n, step.a, step.b);
     } else {
       scale_tile(x, n, step.a, step.b);
     }
-    is_whole = false;
   }
 }
 
@@ -184,7 +180,7 @@ size_t transform_tile(const NumberColumn& column, size_t begin, size_t size, flo
       fill_tile(x, size, is_narrow ? static_cast<float>(plan.fill_value) : plan.fill_value);
     }
   }
-  apply(plan.steps, is_integral && plan.fill_value == std::trunc(plan.fill_value), size, x);
+  apply(plan.steps, size, x);
   if (narrow_tile(x, size, out) < kInfinity) return size;
   return static_cast<size_t>(std::find_if_not(out, out + size, [](float v) { return std::isfinite(v); }) - out);
 }

@@ -42,7 +42,7 @@ struct BadNumber {
 };
 
 // Numbers to float32, by way of double, in rows of `stride`; null or NaN is missing. The logarithm is computed here,
-// within 1 ulp of a double. Of a bad column nothing is said but where it is bad.
+// within 2 ulp of a float32. Of a bad column nothing is said but where it is bad.
 BadNumber transform_numbers(const std::vector<NumberColumn>& columns, size_t n, float* out, size_t stride);
 
 }  // namespace penstock

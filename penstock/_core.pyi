@@ -288,8 +288,14 @@ def transform_numbers(
       row: its first such row.
     """
 
-def argsort_bits(values: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The stable ascending order of `values`; fast if their upper bits are random."""
+def shuffle(key0: int, key1: int, n: int) -> NDArray[np.int64]:
+    """[n] a random order of 0 to n - 1: the one that sorts the bits of numpy's Philox.
+
+    Args:
+      key0: first word of the generator's key.
+      key1: its second word.
+      n: how many; below 2^32.
+    """
 
 def find_non_object(bytes: NDArray[np.uint8]) -> int:
     """Number (from 0) of the first line without the outer form of one JSON object; -1: none.

@@ -116,6 +116,8 @@ class Decoder:
     def _read_labels(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
         """[n], or [n, L] where the job names several labels; NaN where one is missing."""
         labels = self._columns.labels
+        if len(labels) == 1 and labels[0] is not None:
+            return _read_label(labels[0], table, place)
         read = np.full(
             (table.num_rows, len(labels)), self._columns.without_column, dtype=np.float32
         )
@@ -160,7 +162,25 @@ def _bad_number(given: float, missing: FillNumber | FailOnMissing, at: str) -> D
     )
 
 
+_AS_IT_IS = number_plan(None, [])
+
+
 def _read_label(label: Label, table: pa.Table, place: Place) -> NDArray[np.float32]:
+    """[n]; NaN where the label is missing and may be."""
+    if label.at_least is None:
+        # The common case first: all are there and are what they should be.
+        try:
+            column = number_column(table.column(label.column), _AS_IT_IS, 0)
+        except BadValue as bad:
+            raise _not_one_number(bad, label.column, place) from None
+        numbers, _, bad_row = _core.transform_numbers([column], table.num_rows)
+        is_binary = label.task == "binary"
+        if bad_row < 0 and not (is_binary and ((numbers != 0) & (numbers != 1)).any()):
+            return numbers[:, 0]
+    return _read_any_label(label, table, place)
+
+
+def _read_any_label(label: Label, table: pa.Table, place: Place) -> NDArray[np.float32]:
     given = _read_numbers(table, label.column, place)
     with np.errstate(over="ignore"):  # what is too large is found below
         read = given.astype(np.float32)

@@ -321,9 +321,8 @@ class Loader:
                 start, at = stop, end
 
     def _order(self, window: _Stretch, n: int) -> NDArray[np.int64]:
-        philox = np.random.Philox(np.random.SeedSequence(self._seed_of(window)))
-        # Sorting raw bits, unlike numpy's shuffles, gives the same order in every numpy version.
-        return _core.argsort_bits(philox.random_raw(n))
+        key = np.random.SeedSequence(self._seed_of(window)).generate_state(2, np.uint64)
+        return _core.shuffle(int(key[0]), int(key[1]), n)
 
     def _draw(self, window: _Stretch) -> NDArray[np.int64] | None:
         """Rows from which the window's samples take their items; None: no negatives are drawn."""

