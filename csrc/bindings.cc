@@ -20,6 +20,7 @@
 #include "bindings.h"
 #include "buffer_pool.h"
 #include "host_store.h"
+#include "memory.h"
 
 using namespace penstock;
 using namespace nb::literals;
@@ -115,6 +116,7 @@ void bind_host_store(nb::module_& m) {
         const size_t shape[2] = {static_cast<size_t>(rows), static_cast<size_t>(columns)};
         return nb::cast(nb::ndarray<nb::numpy, float>(data, 2, shape, owner));
       });
+  m.def("keep_freed_memory", &keep_freed_memory);
   m.def("buffer_pool", [] { return std::make_shared<BufferPool>(kMaxIdleBytes); });
 
   nb::class_<PlanArrays>(m, "PoolingPlan")

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <utility>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace penstock {
 namespace {
 
@@ -71,6 +75,14 @@ void Region::release(size_t begin, size_t end) {
   begin = round_up(begin, page);
   end = std::min(end, committed_) / page * page;
   if (begin < end) madvise(data_ + begin, end - begin, MADV_DONTNEED);
+}
+
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  constexpr int kKept = 512 << 20;
+  mallopt(M_MMAP_THRESHOLD, kKept / 2);
+  mallopt(M_TRIM_THRESHOLD, kKept);
+#endif
 }
 
 size_t physical_memory_bytes() {

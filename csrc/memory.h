@@ -35,6 +35,11 @@ class Region {
   size_t unit_ = 1;  // of both
 };
 
+// Keeps what `malloc` frees for later calls of this process, up to half a gigabyte, rather than give it back to the system
+// at once: a tensor of some megabytes in every step otherwise costs the page faults of all of them. Where the C library
+// knows how; elsewhere nothing.
+void keep_freed_memory();
+
 // Bytes of physical memory of this machine.
 size_t physical_memory_bytes();
 

@@ -149,6 +149,13 @@ class HostStore:
     @property
     def isa(self) -> str: ...
 
+def keep_freed_memory() -> None:
+    """Keeps up to half a gigabyte of freed memory in this process, for its next large arrays.
+
+    A tensor of some megabytes that is made anew in every step otherwise costs its page faults each
+    time. With C libraries that cannot, nothing happens.
+    """
+
 def xxh64(data: bytes, seed: int = 0) -> int:
     """XXH64 of `data`, unsigned."""
 
