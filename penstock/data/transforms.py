@@ -188,6 +188,9 @@ def read_key_weights(
       BadValue: `index` is the row.
     """
     given, weights = one_array(keys), one_array(column)
+    if pa.types.is_null(given.type) and pa.types.is_null(weights.type):
+        # A file without any value does not say that its rows are lists; null lists they are.
+        return np.ones(len(given) if missing is not None else 0, dtype=np.float32)
     rows = np.arange(len(given))
     absent = np.zeros(len(given), dtype=bool)
     if is_list(given.type):

@@ -42,6 +42,8 @@ class BinaryMetrics:
         self._histogram = _ScoreHistogram(max_bins)
         self._pending: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._num_pending = 0
+        self._num_in_histogram = 0
+        """Of the pending updates, the first so many."""
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Adds samples.
@@ -72,15 +74,27 @@ class BinaryMetrics:
             self._settle()
 
     def _settle(self) -> None:
-        """Adds what is pending to the sums and the histogram."""
-        if not self._pending:
-            return
-        logit, label, weight = self._join_pending()
+        """Adds what is pending to the histogram and the sums."""
+        self._settle_histogram()
+        self._sums = self._all_sums()
         self._pending.clear()
-        self._num_pending = 0
+        self._num_pending = self._num_in_histogram = 0
+
+    def _settle_histogram(self) -> None:
+        """Adds what is pending to the histogram alone: its weights do not depend on when."""
+        scores, label, weight = self._join_pending(self._num_in_histogram)
+        self._num_in_histogram = len(self._pending)
+        if scores.numel():
+            self._histogram.add(scores.to(torch.float32), label * weight, (1 - label) * weight)
+
+    def _all_sums(self) -> Tensor:
+        """The sums with those of what is pending, which stays so."""
+        if not self._pending:
+            return self._sums
+        logit, label, weight = self._join_pending()
         # -log(p) for label 1, -log(1 - p) for label 0, without computing p.
         loss = logit.clamp(min=0) - logit * label + torch.log1p(torch.exp(-logit.abs()))
-        self._sums += torch.stack((
+        return self._sums + torch.stack((
             (loss * weight).sum(),
             (torch.sigmoid(logit) * weight).sum(),
             (label * weight).sum(),
@@ -88,13 +102,13 @@ class BinaryMetrics:
             torch.tensor(label.numel(), dtype=torch.float64),
             (label > 0.5).sum(dtype=torch.float64),
         ))
-        self._histogram.add(logit.to(torch.float32), label * weight, (1 - label) * weight)
 
-    def _join_pending(self) -> Tensor:
-        """[3, samples] float64: logits (of float32), labels, weights."""
-        if not self._pending:
+    def _join_pending(self, start: int = 0) -> Tensor:
+        """[3, samples] float64: logits (of float32), labels, weights, from the update `start` on."""
+        pending = self._pending[start:]
+        if not pending:
             return torch.zeros(3, 0, dtype=torch.float64)
-        scores, labels, weights = zip(*self._pending, strict=True)
+        scores, labels, weights = zip(*pending, strict=True)
         given = [
             torch.ones_like(score) if weight is None else weight
             for score, weight in zip(scores, weights, strict=True)
@@ -125,8 +139,8 @@ class BinaryMetrics:
           NaN where undefined: all of them without samples (or weight), auc and
           normalized_entropy with labels of one class, calibration without positives.
         """
-        self._settle()
-        loss, prediction, label, weight, samples, positives = self._sums.tolist()
+        self._settle_histogram()
+        loss, prediction, label, weight, samples, positives = self._all_sums().tolist()
         log_loss = loss / weight if weight else math.nan
         entropy = _entropy(label / weight) if weight else math.nan
         return {
@@ -146,7 +160,7 @@ class BinaryMetrics:
           mean prediction, mean label and weight. Equal scores lie in one bucket. The prediction is
           that of the first score of each bin of the histogram.
         """
-        self._settle()
+        self._settle_histogram()
         return self._histogram.buckets(count)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -154,6 +168,7 @@ class BinaryMetrics:
 
         What is pending stays so, that the sums are rounded as if nobody had asked.
         """
+        self._settle_histogram()
         pending = {"pending": self._join_pending()}
         return {"sums": self._sums.clone(), **pending, **self._histogram.state_dict()}
 
@@ -163,6 +178,7 @@ class BinaryMetrics:
         scores, labels, weights = state["pending"].clone()
         self._pending = [(scores, labels, weights)] if len(scores) else []
         self._num_pending = len(scores)
+        self._num_in_histogram = len(self._pending)
         self._histogram.load_state_dict(state)
 
 
