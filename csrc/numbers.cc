@@ -59,8 +59,8 @@ PENSTOCK_CLONES void load_tile(const float* values, size_t n, double* x) {
 
 void load_tile(const double* values, size_t n, double* x) { std::copy_n(values, n, x); }
 
-PENSTOCK_CLONES void blank_tile(const int8_t* masks, size_t n, double* x) {
-  for (size_t i = 0; i < n; ++i) x[i] = masks[i] ? x[i] : std::numeric_limits<double>::quiet_NaN();
+PENSTOCK_CLONES void blank_tile(const int8_t* masks, size_t n, double blank, double* x) {
+  for (size_t i = 0; i < n; ++i) x[i] = masks[i] ? x[i] : blank;
 }
 
 PENSTOCK_CLONES void fill_tile(double* x, size_t n, double fill) {
@@ -142,8 +142,8 @@ void apply(const std::vector<NumberStep>& steps, size_t n, double* x) {
 
 size_t bytes_of(NumberType type) { return type == NumberType::kInt32 || type == NumberType::kFloat32 ? 4 : 8; }
 
-// Rows [begin, begin + size) of a column as doubles, NaN where they are missing.
-void load_tile(const NumberColumn& column, size_t begin, size_t size, double* x) {
+// Rows [begin, begin + size) of a column as doubles, `blank` where they are null.
+void load_tile(const NumberColumn& column, size_t begin, size_t size, double blank, double* x) {
   // The next tile; with many columns the hardware loses track of them.
   const char* const ahead = static_cast<const char*>(column.values) + (begin + kTile) * bytes_of(column.type);
   for (size_t k = 0; k < kTile * bytes_of(column.type); k += kCacheLine) __builtin_prefetch(ahead + k);
@@ -156,7 +156,7 @@ void load_tile(const NumberColumn& column, size_t begin, size_t size, double* x)
   if (!column.valid) return;
   int8_t masks[kTile];
   expand_bits(column.valid, column.first_bit + begin, size, masks);
-  blank_tile(masks, size, x);
+  blank_tile(masks, size, blank, x);
 }
 
 // The first of n numbers that is NaN; n if there is none.
@@ -168,17 +168,15 @@ size_t find_nan(const double* x, size_t n) {
 size_t transform_tile(const NumberColumn& column, size_t begin, size_t size, float* out) {
   const NumberPlan& plan = *column.plan;
   const bool is_integral = column.type == NumberType::kInt32 || column.type == NumberType::kInt64;
+  // A fill is a number of the column's type, as in numpy.
+  const double fill = column.type == NumberType::kFloat32 ? static_cast<float>(plan.fill_value) : plan.fill_value;
   double x[kTile];
-  load_tile(column, begin, size, x);
-  if (column.valid || !is_integral) {
-    if (!plan.fill) {
-      const size_t missing = find_nan(x, size);
-      if (missing < size) return missing;
-    } else {
-      // A fill is a number of the column's type, as in numpy.
-      const bool is_narrow = column.type == NumberType::kFloat32;
-      fill_tile(x, size, is_narrow ? static_cast<float>(plan.fill_value) : plan.fill_value);
-    }
+  load_tile(column, begin, size, plan.fill ? fill : std::numeric_limits<double>::quiet_NaN(), x);
+  if (!plan.fill) {
+    const size_t missing = column.valid || !is_integral ? find_nan(x, size) : size;
+    if (missing < size) return missing;
+  } else if (!is_integral) {
+    fill_tile(x, size, fill);
   }
   apply(plan.steps, size, x);
   if (narrow_tile(x, size, out) < kInfinity) return size;

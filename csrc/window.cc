@@ -27,9 +27,12 @@ JaggedWindow::JaggedWindow(std::vector<JaggedColumn> columns, std::vector<int64_
   ends_.reserve(stops_.size());
   for (size_t p = 0; p < stops_.size(); ++p) {
     num_rows_ += stops_[p] - starts_[p];
-    row_bits_ = std::max(row_bits_, static_cast<int>(std::bit_width(static_cast<uint64_t>(stops_[p]))));
+    const auto last = static_cast<uint64_t>(std::max<int64_t>(stops_[p], 1) - 1);
+    row_bits_ = std::max(row_bits_, static_cast<int>(std::bit_width(last)));
     ends_.push_back(num_rows_);
   }
+  const size_t last_part = std::max<size_t>(stops_.size(), 1) - 1;
+  place_bits_ = row_bits_ + static_cast<int>(std::bit_width(last_part));
 }
 
 bool JaggedWindow::one_key_a_bag() const {
@@ -49,21 +52,29 @@ bool JaggedWindow::locate_run(int64_t first, size_t n, Places* places) const {
 }
 
 bool JaggedWindow::locate(const int64_t* rows, size_t n, Places* places) const {
-  const auto fill = [&](auto& list) {
-    list.resize(n);
-    using Place = typename std::remove_reference_t<decltype(list)>::value_type;
-    for (size_t i = 0; i < n; ++i) {
-      const int64_t row = rows[i];
-      if (row < 0 || row >= num_rows_) return false;
-      size_t part = 0;
-      while (row >= ends_[part]) ++part;
-      const int64_t before = part ? ends_[part - 1] : 0;
-      list[i] = static_cast<Place>(part) << row_bits_ | static_cast<Place>(starts_[part] + row - before);
-    }
-    return true;
-  };
   places->n_ = n;
-  return row_bits_ + std::bit_width(starts_.size()) <= 32 ? fill(places->small_) : fill(places->large_);
+  if (place_bits_ > 32) {
+    places->list_.emplace<std::vector<uint64_t>>(n);
+  } else if (place_bits_ > 16) {
+    places->list_.emplace<std::vector<uint32_t>>(n);
+  } else {
+    places->list_.emplace<std::vector<uint16_t>>(n);
+  }
+  return std::visit(
+      [&](auto& list) {
+        using Place = typename std::remove_reference_t<decltype(list)>::value_type;
+        for (size_t i = 0; i < n; ++i) {
+          const int64_t row = rows[i];
+          if (row < 0 || row >= num_rows_) return false;
+          size_t part = 0;
+          while (row >= ends_[part]) ++part;
+          const int64_t before = part ? ends_[part - 1] : 0;
+          const auto in_chunk = static_cast<uint64_t>(starts_[part] + row - before);
+          list[i] = static_cast<Place>(static_cast<uint64_t>(part) << row_bits_ | in_chunk);
+        }
+        return true;
+      },
+      places->list_);
 }
 
 // Calls visit(part, row in its chunk, rows, how many rows came before) for the stretches of a run.
@@ -80,7 +91,7 @@ void JaggedWindow::each_run(int64_t first, size_t n, Visit visit) const {
 
 template <typename Visit>
 void JaggedWindow::with_list(const Places& places, Visit visit) const {
-  places.large_.empty() ? visit(places.small_.data()) : visit(places.large_.data());
+  std::visit([&](const auto& list) { visit(list.data()); }, places.list_);
 }
 
 void JaggedWindow::cut_offsets(const PlacesOfFeatures& places, size_t n, size_t batch, int64_t* out,
@@ -102,10 +113,9 @@ void JaggedWindow::cut_offsets(const PlacesOfFeatures& places, size_t n, size_t 
         continue;
       }
       with_list(*places[f], [&](const auto* list) {
-        using Place = std::remove_cvref_t<decltype(*list)>;
-        const Place mask = (Place{1} << row_bits_) - 1;
+        const uint64_t mask = (uint64_t{1} << row_bits_) - 1;
         for (size_t i = 0; i < size; ++i) {
-          const Place place = list[begin + i];
+          const uint64_t place = list[begin + i];
           lengths[i] = length(place >> row_bits_, static_cast<int64_t>(place & mask));
         }
       });
@@ -146,14 +156,17 @@ struct JaggedWindow::Cut {
 
   template <typename Place>
   void copy_list(const Place* list, int row_bits) const {
-    const Place mask = (Place{1} << row_bits) - 1;
+    const uint64_t mask = (uint64_t{1} << row_bits) - 1;
     if (!bags) {
-      for (size_t i = 0; i < size; ++i) out[i] = columns[list[i] >> row_bits].elements[list[i] & mask];
+      for (size_t i = 0; i < size; ++i) {
+        const uint64_t place = list[i];
+        out[i] = columns[place >> row_bits].elements[place & mask];
+      }
       return;
     }
     for (size_t i = 0; i < size; ++i) {
-      const Column<Element>& from = columns[list[i] >> row_bits];
-      const Place row = list[i] & mask;
+      const uint64_t place = list[i], row = place & mask;
+      const Column<Element>& from = columns[place >> row_bits];
       const Element* of_bag = from.elements + (from.offsets ? from.offsets[row] : static_cast<int64_t>(row));
       Element* to = out + bags[i];
       for (int64_t left = bags[i + 1] - bags[i]; left > 0; --left) *to++ = *of_bag++;
@@ -238,9 +251,11 @@ void JaggedWindow::take(const Places& places, const std::vector<const char*>& pa
     return;
   }
   with_list(places, [&](const auto* list) {
-    using Place = std::remove_cvref_t<decltype(*list)>;
-    const Place mask = (Place{1} << row_bits_) - 1;
-    const auto source = [&](size_t i) { return parts[list[i] >> row_bits_] + (list[i] & mask) * row_bytes; };
+    const uint64_t mask = (uint64_t{1} << row_bits_) - 1;
+    const auto source = [&](size_t i) {
+      const uint64_t place = list[i];
+      return parts[place >> row_bits_] + (place & mask) * row_bytes;
+    };
     for (size_t i = 0; i < places.n_; ++i) {
       if (i + kRowsAhead < places.n_) {
         const char* const ahead = source(i + kRowsAhead);

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <variant>
 #include <vector>
 
 namespace penstock {
@@ -23,12 +24,11 @@ class Places {
   friend class JaggedWindow;
 
   // A run of rows has no list. Otherwise a place is its part, shifted by the window's `row_bits_`, and the row within
-  // the chunk: in 32 bits where they suffice, which halves the memory to pass over for each feature.
+  // the chunk: in few bits where they suffice, because each feature passes over all of them.
   bool is_run_ = false;
   int64_t first_ = 0;
   size_t n_ = 0;
-  std::vector<uint32_t> small_;
-  std::vector<uint64_t> large_;
+  std::variant<std::vector<uint16_t>, std::vector<uint32_t>, std::vector<uint64_t>> list_;
 };
 
 // Which rows each feature of a cut is taken of.
@@ -92,7 +92,7 @@ class JaggedWindow {
   std::vector<JaggedColumn> columns_;
   std::vector<int64_t> starts_, stops_;
   std::vector<int64_t> ends_;  // rows of the window up to the end of each part
-  int row_bits_ = 0;
+  int row_bits_ = 0, place_bits_ = 0;
   size_t num_features_ = 0;
   int64_t num_rows_ = 0;
 };
