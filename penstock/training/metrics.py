@@ -104,7 +104,7 @@ class BinaryMetrics:
         ))
 
     def _join_pending(self, start: int = 0) -> Tensor:
-        """[3, samples] float64: logits (of float32), labels, weights, from the update `start` on."""
+        """[3, samples] float64: logits (of float32), labels, weights; from update `start` on."""
         pending = self._pending[start:]
         if not pending:
             return torch.zeros(3, 0, dtype=torch.float64)
