@@ -1,0 +1,63 @@
+"""What an update is given: rows, gradients, numbers of the rules."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from penstock.types import KeyedJagged
+
+SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM, MOMENTUM_SGD, ROW_WISE_ADAM, FTRL, LAMB = range(8)
+"""Numbers of the rules, as in csrc/row_kernels.h."""
+HYPER_FIELDS = 10
+"""Learning rate, weight decay, clip norm, eps, momentum, 1 - beta1, 1 - beta2, l1, 1 / bias1,
+1 / bias2: the order of csrc/row_kernels.h."""
+
+
+class RowArrays(NamedTuple):
+    """The arenas of a store."""
+
+    values: Tensor
+    """[slots, D] float32, bfloat16 or float16."""
+    state: Tensor
+    """[slots, S] float32; S may be 0."""
+    usage: Tensor
+    """[slots, 0, 1 or 2] int32: time of the last use, number of uses, as unsigned words."""
+
+
+class UsageRules(NamedTuple):
+    """By what rows with marks of use are marked."""
+
+    now: Tensor
+    """[T] int64 time, in the unit of the table's eviction."""
+    half_life: Tensor
+    """[T] int64 of the number of uses; 0: none."""
+
+
+class Grouping(NamedTuple):
+    """The keys of look-ups, those of one row side by side; `update.group_keys` makes it."""
+
+    pieces: Tensor
+    """[2, N] int64: first place and length of each piece of a segment, and its kind; its slot and
+    table."""
+    sources: Tensor
+    """[N] int64 by place: first element of the gradient."""
+    factors: Tensor | None
+    """[N] float32 by place; None: all 1."""
+    long: Tensor
+    """Segments of more than one piece."""
+    counts: Tensor
+    """[4] int64 number of pieces, of long segments, of rows."""
+
+
+class GradientPart(NamedTuple):
+    """The gradient of one look-up."""
+
+    batch: KeyedJagged
+    slots: Tensor
+    """[N] int32 by position in the packed keys; below 0: no row, no update."""
+    grad: Tensor
+    """[B, plan.stride] float32, contiguous."""
+    grouping: Grouping | None = None
+    """Of `slots`; None: made by the update."""
