@@ -13,6 +13,8 @@ SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM, MOMENTUM_SGD, ROW_WISE_ADAM, FTRL, LAMB = 
 HYPER_FIELDS = 10
 """Learning rate, weight decay, clip norm, eps, momentum, 1 - beta1, 1 - beta2, l1, 1 / bias1,
 1 / bias2: the order of csrc/row_kernels.h."""
+WINDOW = 32
+"""Places that one piece of a segment may span; see `Grouping`."""
 
 
 class RowArrays(NamedTuple):
@@ -36,19 +38,30 @@ class UsageRules(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """The keys of look-ups, those of one row side by side; `update.group_keys` makes it."""
+    """The keys of look-ups sorted by slot, so that those of a row, a segment, lie side by side.
 
-    pieces: Tensor
-    """[2, N] int64: first place and length of each piece of a segment, and its kind; its slot and
-    table."""
+    Windows of `WINDOW` places cut long segments into pieces, which are summed one by one; where
+    pieces begin and end depends on the slots alone, so the order of every sum does.
+    """
+
     sources: Tensor
-    """[N] int64 by place: first element of the gradient."""
+    """[N] int32 or int64 by place: first element of the gradient, as one array."""
     factors: Tensor | None
-    """[N] float32 by place; None: all 1."""
-    long: Tensor
-    """Segments of more than one piece."""
+    """[N] float32 by place: of the gradient; None: all 1."""
+    piece_places: Tensor
+    """[N] int32: first place of each piece, in no particular order."""
+    piece_kinds: Tensor
+    """[N] int32: length; + `ENTERS` if the segment began before; + `LEAVES` if it goes on after."""
+    piece_slots: Tensor
+    """[N] int32"""
+    piece_tables: Tensor
+    """[N] int32"""
+    long_places: Tensor
+    """[N / WINDOW + 1, 4] int32 of segments of several pieces: first place, last place, slot,
+    table.
+    """
     counts: Tensor
-    """[4] int64 number of pieces, of long segments, of rows."""
+    """[3] int32: pieces, long segments, rows."""
 
 
 class GradientPart(NamedTuple):

@@ -31,7 +31,7 @@ def apply_gradients(
       rows: changed in place.
       plan: of all parts.
       parts: look-ups with their gradients.
-      hypers: [T, HYPER_FIELDS] float32.
+      hypers: [T, HYPER_FIELDS] float32, or [1, HYPER_FIELDS].
       rule: number of the optimizer.
       step: number of the update; it decides how narrow values are rounded.
       usage_rules: where rows have marks of use.
@@ -52,7 +52,7 @@ def apply_gradients(
     table = torch.zeros_like(unique).index_copy_(0, inverse, torch.cat(tables))
     total = torch.zeros(len(unique), plan.dim, dtype=torch.float64, device=unique.device)
     total.index_add_(0, inverse, torch.cat(shares))
-    hyper = hypers.double()[table][:, :, None].unbind(1)
+    hyper = hypers.double()[table if len(hypers) > 1 else table * 0][:, :, None].unbind(1)
     total = clipped(total, hyper[2])
     value, state = rows.values[unique].double(), rows.state[unique].double()
     stepped(rule, value, state, total, hyper)

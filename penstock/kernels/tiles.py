@@ -1,0 +1,34 @@
+"""Sizes of tiles: how many vectors a program holds in registers at once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+ELEMENTS_PER_TILE = 2048
+"""Floats of vectors in flight in a program of 4 warps: four loads of 16 bytes a thread."""
+SMALLEST_COLUMNS = 16
+
+
+def power_of_two(dim: int) -> int:
+    """Columns of a tile for vectors of `dim`: a power of two, at least `SMALLEST_COLUMNS`."""
+    return max(SMALLEST_COLUMNS, 1 << (dim - 1).bit_length())
+
+
+def vectors_of_tile(columns: int) -> int:
+    """Vectors of a tile, a power of two."""
+    return max(1, ELEMENTS_PER_TILE // columns)
+
+
+def num_warps_of(columns: int) -> int:
+    """Warps of a program: more only where one vector is larger than a tile."""
+    return 4 if columns <= ELEMENTS_PER_TILE else 8
+
+
+@lru_cache(maxsize=16)
+def programs_of(device: torch.device) -> int:
+    """Programs of a kernel that goes over its work in strides: some waves of a full device."""
+    if device.type != "cuda":
+        return 4
+    return 64 * torch.cuda.get_device_properties(device).multi_processor_count
