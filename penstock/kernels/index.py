@@ -60,6 +60,11 @@ class KeyBatch(NamedTuple):
         tables = torch.tensor([table], dtype=torch.int32, device=keys.device)
         return cls(keys, offsets, tables, 1)
 
+    def tables_of(self, places: Tensor) -> Tensor:
+        """[n] int64: the tables of keys at `places` [n] int64."""
+        begins = self.offsets[:: self.batch_size][1:].contiguous()
+        return self.tables.long()[torch.searchsorted(begins, places, right=True)]
+
 
 class Misses(NamedTuple):
     """Keys that were not found."""
