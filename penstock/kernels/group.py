@@ -1,4 +1,4 @@
-"""Groups the keys of a batch by row: a sort by slot, then lists of what is to be summed.
+"""Groups the keys of a batch by row: a sort by slot, and where each one's gradient lies.
 
 Needs slots alone, no gradient, so that a store can do it on another stream while vectors are
 gathered and the model runs.
@@ -7,21 +7,22 @@ gathered and the model runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels.occurrences import WINDOW, GradientPart, Grouping
+from penstock.kernels.occurrences import GradientPart, Grouping
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.pool import bag_scales, size_scale
-from penstock.kernels.sort import sort_by_slot
+from penstock.kernels.sort import sort_words
 
-ENTERS: tl.constexpr = tl.constexpr(256)
-LEAVES: tl.constexpr = tl.constexpr(512)
 _SEQUENCE: tl.constexpr = tl.constexpr(3)
 _MOST_ELEMENTS = 2**31 - 1
+_TABLE_BITS = 16
+_KEYS = 512
 
 
 @triton.jit
@@ -37,10 +38,31 @@ def last_not_above(numbers, low, high, wanted, is_wanted):
 
 
 @triton.jit
+def source_of(
+    position, is_key, sources, tables, feature_of_packed, column_of, table_of, batch_size, stride,
+    ONE_HOT: tl.constexpr, TABLES: tl.constexpr,
+):  # fmt: skip
+    """Where the gradient of a key begins, int64, and its table."""
+    table = (position * 0).to(tl.int32)
+    if ONE_HOT:
+        feature = tl.load(feature_of_packed + position // batch_size, mask=is_key, other=0)
+        column = tl.load(column_of + feature, mask=is_key, other=0)
+        source = (position % batch_size).to(tl.int64) * stride + column
+        if TABLES:
+            table = tl.load(table_of + feature, mask=is_key, other=0)
+    else:
+        source = tl.load(sources + position, mask=is_key, other=0).to(tl.int64)
+        if TABLES:
+            table = tl.load(tables + position, mask=is_key, other=0)
+    return source, table
+
+
+@triton.jit
 def _describe_kernel(
     sources,
     factors,
     tables,
+    words,
     slots,
     weights,
     scales,
@@ -54,28 +76,27 @@ def _describe_kernel(
     num_bags,
     stride,
     first_row,
+    slot_bits,
+    table_mask,
     D: tl.constexpr,
     KEYS: tl.constexpr,
-    ONE_HOT: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SCALED: tl.constexpr,
     SEQUENCES: tl.constexpr,
     TABLES: tl.constexpr,
-    OTHERS: tl.constexpr,
 ):
-    """By position of the key: where its gradient begins, by what factor, of which table."""
+    """By position of the key: the word that it is sorted by, and all that the update asks for."""
     position = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
     is_key = position < num_keys
-    if ONE_HOT:
-        bag = position
-    else:
-        low = tl.zeros((KEYS,), tl.int64)
-        bag = last_not_above(offsets, low, low + num_bags, position, is_key)
+    low = tl.zeros((KEYS,), tl.int64)
+    bag = last_not_above(offsets, low, low + num_bags, position, is_key)
     sample = bag % batch_size
     feature = tl.load(feature_of_packed + bag // batch_size, mask=is_key, other=-1)
     is_served = feature >= 0
-    if OTHERS:
-        tl.store(slots + position, -1, mask=is_key & (feature < 0))
+    slot = tl.load(slots + position, mask=is_served, other=-1)
+    table = tl.load(table_of + feature, mask=is_served, other=0)
+    word = slot | ((table & table_mask) << slot_bits)
+    tl.store(words + position, tl.where(slot < 0, -1, word), mask=is_key)
     kind = tl.load(pooling + feature, mask=is_served, other=0)
     column = tl.load(column_of + feature, mask=is_served, other=0)
     source = (first_row + sample) * stride + column
@@ -84,7 +105,6 @@ def _describe_kernel(
         source += tl.where(kind == _SEQUENCE, position - first, 0) * D
     tl.store(sources + position, source.to(sources.dtype.element_ty), mask=is_key)
     if TABLES:
-        table = tl.load(table_of + feature, mask=is_served, other=0)
         tl.store(tables + position, table, mask=is_key)
     if WEIGHTED:
         factor = tl.load(weights + position, mask=is_key, other=0.0)
@@ -97,96 +117,25 @@ def _describe_kernel(
         tl.store(factors + position, size_scale(kind, last - first), mask=is_key)
 
 
-@triton.jit
-def _earlier(a, b):
-    return tl.minimum(a, b)
-
-
-@triton.jit
-def _pieces_kernel(
-    sources,
-    factors,
-    piece_places,
-    piece_kinds,
-    piece_slots,
-    piece_tables,
-    long_places,
-    counts,
-    sorted_slots,
-    order,
-    unsorted_sources,
-    unsorted_factors,
-    unsorted_tables,
-    num_keys,
-    PLACES: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FACTORS: tl.constexpr,
-    TABLES: tl.constexpr,
-):
-    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    is_key = place < num_keys
-    slot = tl.load(sorted_slots + place, mask=is_key, other=-1)
-    before = tl.load(sorted_slots + place - 1, mask=is_key & (place > 0), other=-1)
-    after = tl.load(sorted_slots + place + 1, mask=place + 1 < num_keys, other=-1)
-    position = tl.load(order + place, mask=is_key, other=0)
-    source = tl.load(unsorted_sources + position, mask=is_key, other=0)
-    tl.store(sources + place, source, mask=is_key)
-    if FACTORS:
-        factor = tl.load(unsorted_factors + position, mask=is_key, other=0.0)
-        tl.store(factors + place, factor, mask=is_key)
-    has_row = is_key & (slot >= 0)
-    is_head = has_row & (slot != before)
-    is_first = is_head | (has_row & (place % WINDOW == 0))
-    is_last = (slot != after) | (place % WINDOW == WINDOW - 1)
-    # The first end at or after each place; ends cannot lie beyond the window.
-    windows = tl.reshape(tl.where(is_last, place, num_keys), (PLACES // WINDOW, WINDOW))
-    end = tl.reshape(tl.associative_scan(windows, 1, _earlier, reverse=True), (PLACES,))
-    beyond = tl.load(sorted_slots + end + 1, mask=is_first & (end + 1 < num_keys), other=-1)
-    leaves = beyond == slot
-    kind = end - place + 1 + tl.where(is_head, 0, ENTERS) + tl.where(leaves, LEAVES, 0)
-    number = tl.cumsum(is_first.to(tl.int32), 0)
-    pieces = tl.max(number)
-    if pieces > 0:
-        number += tl.atomic_add(counts, pieces, sem="relaxed") - 1
-    tl.store(piece_places + number, place, mask=is_first)
-    tl.store(piece_kinds + number, kind, mask=is_first)
-    tl.store(piece_slots + number, slot, mask=is_first)
-    if TABLES:
-        table = tl.load(unsorted_tables + position, mask=is_first, other=0)
-        tl.store(piece_tables + number, table, mask=is_first)
-    heads = tl.sum(is_head.to(tl.int32))
-    if heads > 0:
-        tl.atomic_add(counts + 2, heads, sem="relaxed")
-    is_long = is_head & leaves
-    longs = tl.sum(is_long.to(tl.int32))
-    if longs > 0:
-        number = tl.cumsum(is_long.to(tl.int32), 0) - 1
-        number += tl.atomic_add(counts + 1, longs, sem="relaxed")
-        tl.store(long_places + 4 * number, place, mask=is_long)
-        tl.store(long_places + 4 * number + 2, slot, mask=is_long)
-        if TABLES:
-            table = tl.load(unsorted_tables + position, mask=is_long, other=0)
-            tl.store(long_places + 4 * number + 3, table, mask=is_long)
-        stop = tl.zeros((PLACES,), tl.int32) + num_keys
-        last = last_not_above(sorted_slots, place, stop, slot, is_long)
-        tl.store(long_places + 4 * number + 1, last, mask=is_long)
+class _Arrays(NamedTuple):
+    words: Tensor
+    sources: Tensor
+    tables: Tensor | None
+    factors: Tensor | None
 
 
 def _described(
-    plan: DevicePlan,
-    part: GradientPart,
-    first_row: int,
-    into: tuple[Tensor, Tensor | None, Tensor],
-    one_hot: bool,
+    plan: DevicePlan, part: GradientPart, first_row: int, into: _Arrays, bits: tuple[int, int]
 ) -> None:
-    sources, factors, tables = into
-    batch = part.batch
+    batch, (words, sources, tables, factors) = part.batch, into
     scales = bag_scales(plan, batch)
     num_keys = len(batch.values)
-    _describe_kernel[(triton.cdiv(num_keys, 512),)](
+    slot_bits, table_bits = bits
+    _describe_kernel[(triton.cdiv(num_keys, _KEYS),)](
         sources,
         sources if factors is None else factors,
-        tables,
+        sources if tables is None else tables,
+        words,
         part.slots,
         sources if batch.weights is None else batch.weights,
         sources if scales is None else scales,
@@ -200,19 +149,24 @@ def _described(
         len(batch.offsets) - 1,
         plan.stride,
         first_row,
+        slot_bits,
+        (1 << table_bits) - 1,
         D=plan.dim,
-        KEYS=512,
-        ONE_HOT=one_hot,
+        KEYS=_KEYS,
         WEIGHTED=batch.weights is not None,
         SCALED=plan.divides and factors is not None,
         SEQUENCES=plan.has_sequences,
-        TABLES=len(tables) > 0,
-        OTHERS=not plan.serves_all,
+        TABLES=tables is not None,
     )
 
 
 def group_keys(
-    plan: DevicePlan, parts: Sequence[GradientPart], *, needs_tables: bool, one_hot: bool = False
+    plan: DevicePlan,
+    parts: Sequence[GradientPart],
+    *,
+    needs_tables: bool,
+    num_slots: int = 1 << 31,
+    one_hot: bool = False,
 ) -> Grouping:
     """Groups the keys of look-ups by slot.
 
@@ -220,62 +174,33 @@ def group_keys(
       plan: of all parts.
       parts: batches and slots; gradients are not looked at. Several are taken one after the other.
       needs_tables: whether rows need the number of their table: its settings, or marks of use.
+      num_slots: slots are below. If they leave bits for it, keys are sorted by table first: the
+        gradients of one feature are few enough for the cache, those of all are not.
       one_hot: every bag is known to hold one key.
 
-    Effects: on the current stream, without synchronisation. Slots of other stores' keys, which may
-    be anything, become -1.
+    Effects: on the current stream, without synchronisation.
     """
     device = parts[0].slots.device
+    if one_hot and plan.serves_all and len(parts) == 1 and parts[0].batch.weights is None:
+        return Grouping(*sort_words(parts[0].slots), 31, True, None, None, None)
     sizes = [len(part.slots) for part in parts]
     num_keys = sum(sizes)
     rows = sum(part.batch.batch_size for part in parts)
-    scaled = plan.divides and not one_hot
-    has_factors = scaled or any(part.batch.weights is not None for part in parts)
+    has_factors = plan.divides or any(part.batch.weights is not None for part in parts)
     width = torch.int32 if rows * plan.stride <= _MOST_ELEMENTS else torch.int64
-    unsorted = torch.empty(num_keys, dtype=width, device=device)
-    factors = torch.empty(num_keys, device=device) if has_factors else None
-    tables = torch.empty(num_keys if needs_tables else 0, dtype=torch.int32, device=device)
+    whole = _Arrays(
+        torch.empty(num_keys, dtype=torch.int32, device=device),
+        torch.empty(num_keys, dtype=width, device=device),
+        torch.empty(num_keys, dtype=torch.int32, device=device) if needs_tables else None,
+        torch.empty(num_keys, device=device) if has_factors else None,
+    )
+    slot_bits = max(1, (num_slots - 1).bit_length())
+    bits = slot_bits, min(31 - slot_bits, _TABLE_BITS)
     row = start = 0
     for part, size in zip(parts, sizes, strict=True):
         if size:
             span = slice(start, start + size)
-            part_factors = None if factors is None else factors[span]
-            into = unsorted[span], part_factors, tables[span]
-            _described(plan, part, row, into, one_hot)
+            into = _Arrays(*(None if array is None else array[span] for array in whole))
+            _described(plan, part, row, into, bits)
         start, row = start + size, row + part.batch.batch_size
-    slots = parts[0].slots if len(parts) == 1 else torch.cat([part.slots for part in parts])
-    return _pieces(slots, unsorted, factors, tables)
-
-
-def _pieces(slots: Tensor, unsorted: Tensor, factors: Tensor | None, tables: Tensor) -> Grouping:
-    num_keys, device = len(slots), slots.device
-    sorted_slots, order = sort_by_slot(slots)
-    words = torch.empty(4, num_keys, dtype=torch.int32, device=device)
-    long_places = torch.empty(num_keys // WINDOW + 1, 4, dtype=torch.int32, device=device)
-    grouping = Grouping(
-        torch.empty_like(unsorted),
-        None if factors is None else torch.empty_like(factors),
-        words[0],
-        words[1],
-        words[2],
-        words[3],
-        long_places,
-        torch.zeros(3, dtype=torch.int32, device=device),
-    )
-    if num_keys:
-        _pieces_kernel[(triton.cdiv(num_keys, 1024),)](
-            grouping.sources,
-            grouping.sources if grouping.factors is None else grouping.factors,
-            *grouping[2:8],
-            sorted_slots,
-            order,
-            unsorted,
-            unsorted if factors is None else factors,
-            tables,
-            num_keys,
-            PLACES=1024,
-            WINDOW=WINDOW,
-            FACTORS=factors is not None,
-            TABLES=len(tables) > 0,
-        )
-    return grouping
+    return Grouping(*sort_words(whole.words), slot_bits, False, *whole[1:])

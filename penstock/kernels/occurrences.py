@@ -14,7 +14,8 @@ HYPER_FIELDS = 10
 """Learning rate, weight decay, clip norm, eps, momentum, 1 - beta1, 1 - beta2, l1, 1 / bias1,
 1 / bias2: the order of csrc/row_kernels.h."""
 WINDOW = 32
-"""Places that one piece of a segment may span; see `Grouping`."""
+"""Places of a grouping that are summed by one program. Segments are cut where windows end, so that
+the order of sums depends on the slots alone."""
 
 
 class RowArrays(NamedTuple):
@@ -38,30 +39,25 @@ class UsageRules(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """The keys of look-ups sorted by slot, so that those of a row, a segment, lie side by side.
+    """The keys of look-ups sorted by row: those of one, a segment, lie side by side.
 
-    Windows of `WINDOW` places cut long segments into pieces, which are summed one by one; where
-    pieces begin and end depends on the slots alone, so the order of every sum does.
+    Of equal slots the positions rise, and look-ups follow one another.
     """
 
-    sources: Tensor
-    """[N] int32 or int64 by place: first element of the gradient, as one array."""
+    words: Tensor
+    """[N] int32, rising: slots, or slots with bits of the table above them; below 0: no row."""
+    order: Tensor
+    """[N] int32 or int64: the position of each."""
+    slot_bits: int
+    """Of a word, the bits that are the slot."""
+    one_hot: bool
+    """Position n is that of the only key of bag n, and the next two are None."""
+    sources: Tensor | None
+    """[N] int32 or int64 by position: first element of its gradient, as one array."""
+    tables: Tensor | None
+    """[N] int32 by position, where rows need them."""
     factors: Tensor | None
-    """[N] float32 by place: of the gradient; None: all 1."""
-    piece_places: Tensor
-    """[N] int32: first place of each piece, in no particular order."""
-    piece_kinds: Tensor
-    """[N] int32: length; + `ENTERS` if the segment began before; + `LEAVES` if it goes on after."""
-    piece_slots: Tensor
-    """[N] int32"""
-    piece_tables: Tensor
-    """[N] int32"""
-    long_places: Tensor
-    """[N / WINDOW + 1, 4] int32 of segments of several pieces: first place, last place, slot,
-    table.
-    """
-    counts: Tensor
-    """[3] int32: pieces, long segments, rows."""
+    """[N] float32 by position: of the gradient; None: all 1."""
 
 
 class GradientPart(NamedTuple):
@@ -74,3 +70,28 @@ class GradientPart(NamedTuple):
     """[B, plan.stride] float32, contiguous."""
     grouping: Grouping | None = None
     """Of `slots`; None: made by the update."""
+
+
+class RuleOptions(NamedTuple):
+    """What decides how the kernels of updates are compiled."""
+
+    rule: int
+    clips: bool
+    one_hyper: bool
+    """All tables have the same settings."""
+    usage_words: int
+
+    @property
+    def needs_tables(self) -> bool:
+        """Whether a row needs the number of its table."""
+        return self.usage_words > 0 or not self.one_hyper
+
+    def compiled(self) -> dict[str, int]:
+        """As constants of a kernel."""
+        return {
+            "TABLES": self.needs_tables,
+            "RULE": self.rule,
+            "CLIPPED": self.clips,
+            "ONE_HYPER": self.one_hyper,
+            "WORDS": self.usage_words,
+        }

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.find import probe_slots, store_slots
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.tiles import num_warps_of, power_of_two, vectors_of_tile
 from penstock.types import KeyedJagged
 
 _MEAN: tl.constexpr = tl.constexpr(1)
 _SQRT_N: tl.constexpr = tl.constexpr(2)
-_SEQUENCE: tl.constexpr = tl.constexpr(3)
 _SMALLEST_DIVISOR: tl.constexpr = tl.constexpr(2.0**-126)
 
 
@@ -74,14 +74,13 @@ def _vectors(values, slot, weights, place, D: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def _pool_kernel(
+def _pool_bags(
     out,
     values,
     slots,
     weights,
     scales,
     offsets,
-    run_if,
     packed_feature,
     pooling,
     column_of,
@@ -96,11 +95,8 @@ def _pool_kernel(
     WEIGHTED: tl.constexpr,
     SCALED: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    GATED: tl.constexpr,
 ):
-    if GATED:
-        if tl.load(run_if) == 0:
-            return
+    """Pools the bags of this program: samples of axis 0, feature of axis 1."""
     feature = tl.program_id(1)
     sample = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
     is_sample = sample < batch_size
@@ -115,21 +111,23 @@ def _pool_kernel(
     column = tl.arange(0, COLUMNS)
     target = out + sample * stride + tl.load(column_of + feature)
     key = tl.arange(0, KEYS)[None, :]
+    is_pooled = is_sample
+    longest = tl.max(size)
     if SEQUENCES:
-        if kind == _SEQUENCE:
-            most = tl.load(max_keys + feature)
-            for n in range(0, most, KEYS):
-                place = first[:, None] + n + key
-                slot = tl.load(slots + place, mask=place < last[:, None], other=-1)
-                vector = _vectors(values, slot, weights, place, D, COLUMNS, WEIGHTED)
-                part = target[:, None] + (n + key) * D
-                is_position = is_sample[:, None] & (n + key < most)
-                where = part[:, :, None] + column[None, None, :]
-                inside = is_position[:, :, None] & (column < D)[None, None, :]
-                tl.store(where, vector, mask=inside)
-            return
+        # All positions are written; other poolings have none.
+        most = tl.load(max_keys + feature)
+        is_pooled = sample < tl.where(most == 0, batch_size, 0)
+        longest = tl.where(most == 0, longest, 0)
+        for n in range(0, most, KEYS):
+            place = first[:, None] + n + key
+            slot = tl.load(slots + place, mask=place < last[:, None], other=-1)
+            vector = _vectors(values, slot, weights, place, D, COLUMNS, WEIGHTED)
+            part = target[:, None] + (n + key) * D
+            is_position = is_sample[:, None] & (n + key < most)
+            inside = is_position[:, :, None] & (column < D)[None, None, :]
+            tl.store(part[:, :, None] + column[None, None, :], vector, mask=inside)
     total = tl.zeros((BAGS, COLUMNS), tl.float32)
-    for n in range(0, tl.max(size), KEYS):
+    for n in range(0, longest, KEYS):
         place = first[:, None] + n + key
         slot = tl.load(slots + place, mask=place < last[:, None], other=-1)
         total += tl.sum(_vectors(values, slot, weights, place, D, COLUMNS, WEIGHTED), 1)
@@ -139,8 +137,59 @@ def _pool_kernel(
             total = tl.where(scale == 0.0, 0.0, total * scale)
         else:
             total = total * size_scale(kind, size)[:, None]
-    inside = is_sample[:, None] & (column < D)[None, :]
+    inside = is_pooled[:, None] & (column < D)[None, :]
     tl.store(target[:, None] + column[None, :], total, mask=inside)
+
+
+@triton.jit
+def _pool_kernel(
+    out, values, slots, weights, scales, offsets, run_if, packed_feature, pooling, column_of,
+    max_keys, batch_size, stride,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BAGS: tl.constexpr, KEYS: tl.constexpr,
+    ONE_HOT: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, SEQUENCES: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    if GATED:
+        if tl.load(run_if) == 0:
+            return
+    _pool_bags(
+        out, values, slots, weights, scales, offsets, packed_feature, pooling, column_of, max_keys,
+        batch_size, stride, D, COLUMNS, BAGS, KEYS, ONE_HOT, WEIGHTED, SCALED, SEQUENCES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fused_kernel(
+    out, values, slots, weights, scales, offsets, packed_feature, pooling, column_of, max_keys,
+    batch_size, stride, entries, num_buckets, salt, keys, table_of, absent, missing, counter,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BAGS: tl.constexpr, KEYS: tl.constexpr,
+    ONE_HOT: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, SEQUENCES: tl.constexpr,
+    PROBES: tl.constexpr,
+):  # fmt: skip
+    feature = tl.program_id(1)
+    first_bag = tl.load(packed_feature + feature).to(tl.int64) * batch_size
+    start = tl.program_id(0).to(tl.int64) * BAGS
+    stop = tl.minimum(start + BAGS, batch_size)
+    # The keys of neighbouring bags lie side by side.
+    if ONE_HOT:
+        begin, end = first_bag + start, first_bag + stop
+    else:
+        begin = tl.load(offsets + first_bag + start)
+        end = tl.load(offsets + first_bag + stop)
+    table = tl.zeros((PROBES,), tl.int32) + tl.load(table_of + feature)
+    instead = tl.load(absent + tl.load(table_of + feature))
+    for first in range(begin, end, PROBES):
+        place = first + tl.arange(0, PROBES)
+        is_key = place < end
+        key = tl.load(keys + place, mask=is_key, other=0)
+        slot = probe_slots(entries, num_buckets, salt, key, table, is_key, PROBES)
+        store_slots(slots, missing, counter, place, is_key, slot, instead)
+    # What this program's other threads have stored is read next.
+    tl.debug_barrier()
+    _pool_bags(
+        out, values, slots, weights, scales, offsets, packed_feature, pooling, column_of, max_keys,
+        batch_size, stride, D, COLUMNS, BAGS, KEYS, ONE_HOT, WEIGHTED, SCALED, SEQUENCES,
+    )  # fmt: skip
 
 
 def bag_scales(plan: DevicePlan, batch: KeyedJagged) -> Tensor | None:

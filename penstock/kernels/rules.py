@@ -86,6 +86,17 @@ def _store_state(state, slot, is_row, first, D: tl.constexpr, S: tl.constexpr, c
 
 
 @triton.jit
+def _load_scalar(place, is_row):
+    """[R, 1] one float of state a row, which is about to be stored at the same place.
+
+    All threads of a row load it and one stores it: none may store before all have loaded.
+    """
+    old = tl.load(place, mask=is_row[:, None], other=0.0)
+    tl.debug_barrier()
+    return old
+
+
+@triton.jit
 def sgd(w, grad, hypers, table):
     return w - _hyper(hypers, table, 0) * (grad + _hyper(hypers, table, 1) * w)
 
@@ -114,7 +125,7 @@ def row_wise_adagrad(w, grad, state, slot, is_row, hypers, table,
     g = grad + _hyper(hypers, table, 1) * w
     mean = divide(row_sum(g * g, EXACT), D * 1.0, EXACT)
     place = state + slot.to(tl.int64)[:, None]
-    s = tl.load(place, mask=is_row[:, None], other=0.0) + mean
+    s = _load_scalar(place, is_row) + mean
     tl.store(place, s, mask=is_row[:, None])
     divisor = square_root(s, EXACT) + _hyper(hypers, table, 3)
     return w - divide(_hyper(hypers, table, 0), divisor, EXACT) * g
@@ -139,7 +150,7 @@ def row_wise_adam(w, grad, state, slot, is_row, column, hypers, table,
                   D: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     g = grad + _hyper(hypers, table, 1) * w
     place = state + slot.to(tl.int64)[:, None] * (D + 1) + D
-    v = tl.load(place, mask=is_row[:, None], other=0.0)
+    v = _load_scalar(place, is_row)
     mean_square = divide(row_sum(g * g, EXACT), D * 1.0, EXACT)
     v = towards(v, mean_square, _hyper(hypers, table, 6))
     tl.store(place, v, mask=is_row[:, None])

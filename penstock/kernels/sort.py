@@ -1,4 +1,4 @@
-"""Sorts slots, stably: equal slots stay in the order of their positions."""
+"""Sorts words, stably: equal ones stay in the order of their positions."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_COUNTED = 1 << 14
-"""So many slots are sorted by counting for each how many come before it: one launch, while a radix
+"""So many words are sorted by counting for each how many come before it: one launch, while a radix
 sort takes a dozen."""
 
 
 @triton.jit
-def _rank_kernel(sorted_slots, order, slots, num, MINE: tl.constexpr, OTHERS: tl.constexpr):
+def _rank_kernel(sorted_words, order, words, num, MINE: tl.constexpr, OTHERS: tl.constexpr):
     position = tl.program_id(0) * MINE + tl.arange(0, MINE)
     is_mine = position < num
-    slot = tl.load(slots + position, mask=is_mine, other=0)
+    own = tl.load(words + position, mask=is_mine, other=0)
     # A position breaks ties, so that no two words are equal.
-    word = (slot.to(tl.int64) << 32) + position
+    word = (own.to(tl.int64) << 32) + position
     rank = tl.zeros((MINE,), tl.int32)
     for first in range(0, num, OTHERS):
         place = first + tl.arange(0, OTHERS)
-        other = tl.load(slots + place, mask=place < num, other=2147483647)
+        other = tl.load(words + place, mask=place < num, other=2147483647)
         other_word = (other.to(tl.int64) << 32) + place
         rank += tl.sum((other_word[None, :] < word[:, None]).to(tl.int32), 1)
-    tl.store(sorted_slots + rank, slot, mask=is_mine)
+    tl.store(sorted_words + rank, own, mask=is_mine)
     tl.store(order + rank, position, mask=is_mine)
 
 
-def sort_by_slot(slots: Tensor) -> tuple[Tensor, Tensor]:
+def sort_words(words: Tensor) -> tuple[Tensor, Tensor]:
     """Sorts, stably.
 
     Args:
-      slots: [N] int32.
+      words: [N] int32.
 
     Returns:
-      [N] int32 slots in rising order, and [N] int32 or int64 the positions that they come from.
+      [N] int32 words in rising order, and [N] int32 or int64 the positions that they come from.
     """
-    num = len(slots)
+    num = len(words)
     if not 0 < num <= MOST_COUNTED:
-        return torch.sort(slots, stable=True)
-    sorted_slots, order = torch.empty(2, num, dtype=torch.int32, device=slots.device)
+        return torch.sort(words, stable=True)
+    sorted_words, order = torch.empty(2, num, dtype=torch.int32, device=words.device)
     mine = 16
-    _rank_kernel[(triton.cdiv(num, mine),)](sorted_slots, order, slots, num, MINE=mine, OTHERS=256)
-    return sorted_slots, order
+    _rank_kernel[(triton.cdiv(num, mine),)](sorted_words, order, words, num, MINE=mine, OTHERS=256)
+    return sorted_words, order

@@ -6,9 +6,12 @@ from functools import lru_cache
 
 import torch
 
+from penstock.kernels.occurrences import WINDOW
+
 ELEMENTS_PER_TILE = 2048
 """Floats of vectors in flight in a program of 4 warps: four loads of 16 bytes a thread."""
 SMALLEST_COLUMNS = 16
+ELEMENTS_PER_WARP = 1024
 
 
 def power_of_two(dim: int) -> int:
@@ -32,3 +35,12 @@ def programs_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return 64 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def places_of_tile(columns: int) -> tuple[int, int]:
+    """Places of a tile of gradients, and warps that hold it.
+
+    One warp, so that sums down the tile need no other thread; more where one vector is larger.
+    """
+    places = min(WINDOW, max(1, ELEMENTS_PER_WARP // columns))
+    return places, 1 if columns <= 2 * ELEMENTS_PER_WARP else 4
