@@ -135,8 +135,6 @@ class GpuStore:
         )
         return Initial(*(array.to(self.device) for array in arrays))
 
-    # --- verbs by key ---------------------------------------------------------------------------
-
     def find(self, table: int, keys: Tensor) -> FindResult:
         """See `Store.find`."""
         return self._find(table, keys, insert=False)
@@ -241,8 +239,6 @@ class GpuStore:
         self._check_table(table)
         return int(self._rows_of_table[table])
 
-    # --- rules ----------------------------------------------------------------------------------
-
     def advance(self, clock: Clock) -> None:
         """See `Store.advance`."""
         if self._rules is not None:
@@ -296,8 +292,6 @@ class GpuStore:
             self._rows.state[slot] = state.default_state.to(self.device)
         if self._rules is not None:
             self._rules.set_numbers(table, state.numbers)
-
-    # --- batches --------------------------------------------------------------------------------
 
     def pooled_lookup(
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
@@ -380,18 +374,8 @@ class GpuStore:
             most = int(misses.number)
             self._make_room(batch, misses, most, 4 * len(batch.keys))
         claims = self._index.claim(batch, misses, slots, self._slots.allocated)
-        where = self._slots.slots
-        make_rows(
-            self._index,
-            batch,
-            misses,
-            claims,
-            where,
-            slots,
-            self._rows_of_table,
-            self._rows,
-            self._initial,
-        )
+        made = slots, self._rows_of_table, self._rows, self._initial
+        make_rows(self._index, batch, misses, claims, self._slots.slots, *made)
         self._slots.take(most)
 
     def _make_room(self, batch: KeyBatch, misses: Misses, most: int, wish: int) -> None:
@@ -432,8 +416,6 @@ class GpuStore:
                 "keys; use smaller batches"
             ) from None
         lend_rows(batch, misses, first, slots, self._rows.values, self._initial)
-
-    # --- of itself ------------------------------------------------------------------------------
 
     def memory(self) -> StoreMemory:
         """See `Store.memory`."""
