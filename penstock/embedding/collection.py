@@ -238,15 +238,16 @@ class EmbeddingCollection(nn.Module):
         for _, plan in self._groups:
             check_batch(plan, sparse)
         is_one_hot = bool((sparse.offsets.diff() == 1).all())
-        there = {
-            name: None if part is None else part.to(self.device, non_blocking=True)
-            for name, part in (
-                ("values", sparse.values),
-                ("offsets", sparse.offsets),
-                ("weights", sparse.weights),
-            )
-        }
-        return replace(sparse, **there, is_checked=True, is_one_hot=is_one_hot)
+        return replace(
+            sparse,
+            values=sparse.values.to(self.device, non_blocking=True),
+            offsets=sparse.offsets.to(self.device, non_blocking=True),
+            weights=None
+            if sparse.weights is None
+            else sparse.weights.to(self.device, non_blocking=True),
+            is_checked=True,
+            is_one_hot=is_one_hot,
+        )
 
     def sequence_lengths(self, sparse: KeyedJagged) -> Tensor:
         """Keys of each sample's sequences: what tells vectors from padding.

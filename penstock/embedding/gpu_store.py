@@ -89,7 +89,7 @@ class GpuStore:
             raise ConfigError(f"{len(tables)} tables of one row layout; at most {MAX_TABLES}")
         self.device = kernel_device(device)
         self.layout = layouts.pop()
-        self.tables = tuple(tables)
+        self.tables: Sequence[TableConfig] = tuple(tables)
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
         self._hypers = optimizer.Hypers(tables)
         self._rule = optimizer.rule_of(tables[0].optimizer).code

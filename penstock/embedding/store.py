@@ -136,7 +136,10 @@ class Store(Protocol):
     """Rows by (table, key). Calls may come from any thread; they run one at a time."""
 
     layout: RowLayout
-    tables: Sequence[TableConfig]
+
+    @property
+    def tables(self) -> Sequence[TableConfig]:
+        """In the order of their numbers."""
 
     def find(self, table: int, keys: Tensor) -> FindResult:
         """Reads rows; never inserts.
