@@ -31,7 +31,7 @@ def on(device, job, **training):
 
 @pytest.fixture
 def small_job(small_job):
-    """With keys in common between features, sequences aside."""
+    """With narrow rows."""
     defaults = small_job.table_defaults.model_copy(update={"dtype": "bfloat16"})
     return small_job.model_copy(update={"table_defaults": defaults})
 
@@ -56,14 +56,14 @@ def test_a_job_learns_the_same_on_either_device(small_job, tmp_path, quiet):
 def test_a_checkpoint_moves_between_devices(small_job, tmp_path, quiet, first, then):
     story.train(on(first, small_job, max_steps=STEPS // 2), tmp_path / "run", console=quiet)
     before = contents(tmp_path / "run")
-    # Nothing left to train: what is written is what was read.
     job = on(then, small_job, max_steps=STEPS // 2 + 1)
     story.train(job, tmp_path / "run", resume=True, console=quiet)
     assert contents(tmp_path / "run")["step"] == before["step"] + 1
     whole = tmp_path / "whole"
     story.train(on(first, small_job, max_steps=STEPS // 2 + 1), whole, console=quiet)
     if not ON_GPU:
-        assert not differences(contents(tmp_path / "run"), contents(whole))
+        # Two runs log at other steps than one.
+        assert set(differences(contents(tmp_path / "run"), contents(whole))) <= {"/lines"}
     for name, table in contents(whole)["tables"].items():
         keys = contents(tmp_path / "run")["tables"][name]["keys"]
         assert torch.equal(keys, table["keys"])
