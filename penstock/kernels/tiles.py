@@ -11,7 +11,9 @@ from penstock.kernels.occurrences import WINDOW
 ELEMENTS_PER_TILE = 2048
 """Floats of vectors in flight in a program of 4 warps: four loads of 16 bytes a thread."""
 SMALLEST_COLUMNS = 16
-ELEMENTS_PER_WARP = 1024
+ELEMENTS_PER_WARP = 512
+WARP_COLUMNS = 64
+"""Vectors of so many columns are summed place after place, narrower ones a tile at once."""
 
 
 def power_of_two(dim: int) -> int:

@@ -29,6 +29,7 @@ from penstock.kernels.plan import DevicePlan
 from penstock.kernels.reference_update import step_seed
 from penstock.kernels.rules import step_rows
 from penstock.kernels.tiles import (
+    WARP_COLUMNS,
     places_of_tile,
     power_of_two,
     programs_of,
@@ -122,14 +123,153 @@ def _windows_kernel(
             values, state, usage, slot, is_whole, w, total, table, hypers, step_seed, now,
             half_life, D, COLUMNS, RULE, CLIPPED, False, ONE_HYPER, WORDS,
         )  # fmt: skip
-    last = window * WINDOW + WINDOW - 1
+    _close_window(
+        scratch + window.to(tl.int64) * (2 * D) + column, carried, heads, window,
+        window * WINDOW + WINDOW - 1, is_through, long_windows, counts, words, num_keys, D, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_tile(
+    first, end, values, grad, words, order, sources, tables, factors, feature_of_packed, column_of,
+    table_of, num_keys, batch_size, stride, slot_mask,
+    D: tl.constexpr, COLUMNS: tl.constexpr, PLACES: tl.constexpr, ONE_HOT: tl.constexpr,
+    FACTORS: tl.constexpr, TABLES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of places, and the values of rows whose segments end there."""
+    column = tl.arange(0, COLUMNS)
+    is_column = (column < D)[None, :]
+    place = first + tl.arange(0, PLACES)
+    is_key = place < tl.minimum(num_keys, end)
+    word = tl.load(words + place, mask=is_key, other=-1)
+    before = tl.load(words + place - 1, mask=is_key & (place > 0), other=-1)
+    after = tl.load(words + place + 1, mask=is_key & (place + 1 < num_keys), other=-1)
+    position = tl.load(order + place, mask=is_key, other=0)
+    has_row = word >= 0
+    is_end = has_row & (word != after)
+    slot = word & slot_mask
+    source, table = source_of(
+        position, has_row, sources, tables, feature_of_packed, column_of, table_of, batch_size,
+        stride, ONE_HOT, TABLES,
+    )  # fmt: skip
+    share_row = grad + source[:, None] + column[None, :]
+    share = tl.load(share_row, mask=has_row[:, None] & is_column, other=0.0)
+    value_row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
+    w = tl.load(value_row, mask=is_end[:, None] & is_column, other=0.0)
+    if FACTORS:
+        share *= tl.load(factors + position, mask=has_row, other=0.0)[:, None]
+    is_head = has_row & (word != before)
+    return is_head.to(tl.int32), is_end.to(tl.int32), slot, table, share, w
+
+
+@triton.jit
+def _pick(numbers, is_it):
+    """The number where is_it, of [PLACES]."""
+    return tl.sum(tl.where(is_it, numbers, 0))
+
+
+@triton.jit
+def _pick_row(rows, is_it):
+    """[COLUMNS]: the row where is_it, of [PLACES, COLUMNS]; inside each thread."""
+    return tl.sum(tl.where(is_it[:, None], rows, 0.0), 0)
+
+
+@triton.jit
+def _wide_windows_kernel(
+    values,
+    state,
+    usage,
+    grad,
+    scratch,
+    is_through,
+    long_windows,
+    counts,
+    words,
+    order,
+    sources,
+    tables,
+    factors,
+    feature_of_packed,
+    column_of,
+    table_of,
+    num_keys,
+    batch_size,
+    stride,
+    slot_mask,
+    hypers,
+    step_seed,
+    now,
+    half_life,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ONE_HOT: tl.constexpr,
+    FACTORS: tl.constexpr,
+    TABLES: tl.constexpr,
+    RULE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    ONE_HYPER: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """The same, for vectors that fill a warp: place after place, so that only ends take steps."""
+    window = tl.program_id(0)
+    column = tl.arange(0, COLUMNS)
+    row = tl.arange(0, PLACES)
+    one = tl.arange(0, 1)
+    begin, end = window * WINDOW, window * WINDOW + WINDOW
+    part = scratch + window.to(tl.int64) * (2 * D) + column
+    total = tl.zeros((COLUMNS,), tl.float32)
+    heads = 0
+    is_head, is_end, slot, table, share, w = _load_tile(
+        begin, end, values, grad, words, order, sources, tables, factors, feature_of_packed,
+        column_of, table_of, num_keys, batch_size, stride, slot_mask, D, COLUMNS, PLACES, ONE_HOT,
+        FACTORS, TABLES,
+    )  # fmt: skip
+    for first in range(begin, end, PLACES):
+        # The next tile is on its way while this one is summed.
+        next_head, next_end, next_slot, next_table, next_share, next_w = _load_tile(
+            first + PLACES, end, values, grad, words, order, sources, tables, factors,
+            feature_of_packed, column_of, table_of, num_keys, batch_size, stride, slot_mask, D,
+            COLUMNS, PLACES, ONE_HOT, FACTORS, TABLES,
+        )  # fmt: skip
+        for i in tl.static_range(PLACES):
+            is_it = row == i
+            begins = _pick(is_head, is_it)
+            total = tl.where(begins > 0, 0.0, total) + _pick_row(share, is_it)
+            heads += begins
+            if _pick(is_end, is_it) > 0:
+                if heads > 0:
+                    step_rows(
+                        values, state, usage, _pick(slot, is_it) + one, one == 0,
+                        _pick_row(w.to(tl.float32), is_it)[None, :], total[None, :],
+                        _pick(table, is_it) + one, hypers, step_seed, now, half_life, D, COLUMNS,
+                        RULE, CLIPPED, False, ONE_HYPER, WORDS,
+                    )  # fmt: skip
+                else:
+                    # The segment that entered the window ends here.
+                    tl.store(part, total, mask=column < D)
+        is_head, is_end, slot, table = next_head, next_end, next_slot, next_table
+        share, w = next_share, next_w
+    _close_window(
+        part, total, heads, window, end - 1, is_through, long_windows, counts, words, num_keys, D,
+        COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _close_window(
+    part, total, heads, window, last, is_through, long_windows, counts, words, num_keys,
+    D: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Leaves the sum of a segment that goes on after the window, and says so."""
     word = tl.load(words + last, mask=last < num_keys, other=-1)
     after = tl.load(words + last + 1, mask=last + 1 < num_keys, other=-1)
     leaves = (word >= 0) & (word == after)
     tl.store(is_through + window, (leaves & (heads == 0)).to(tl.int32))
     if leaves:
-        part = scratch + window.to(tl.int64) * (2 * D) + tl.where(heads > 0, D, 0) + column
-        tl.store(part, carried, mask=column < D)
+        column = tl.arange(0, COLUMNS)
+        tl.store(part + tl.where(heads > 0, D, 0), total, mask=column < D)
         if heads > 0:
             tl.store(long_windows + tl.atomic_add(counts, 1, sem="relaxed"), window)
     if heads > 0:
@@ -280,7 +420,8 @@ def _step(
         "ONE_HOT": one_hot,
         **options.compiled(),
     }
-    _windows_kernel[(num_windows,)](
+    kernel = _wide_windows_kernel if columns >= WARP_COLUMNS else _windows_kernel
+    kernel[(num_windows,)](
         *rows,
         grad,
         scratch,
