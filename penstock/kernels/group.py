@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels.occurrences import GradientPart, Grouping
+from penstock.kernels.occurrences import SHORT, WINDOW, GradientPart, Grouping
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.pool import bag_scales, size_scale
 from penstock.kernels.sort import sort_words
@@ -23,6 +23,9 @@ _SEQUENCE: tl.constexpr = tl.constexpr(3)
 _MOST_ELEMENTS = 2**31 - 1
 _TABLE_BITS = 16
 _KEYS = 512
+_PLACES = 1024
+ENTERS: tl.constexpr = tl.constexpr(256)
+LEAVES: tl.constexpr = tl.constexpr(512)
 
 
 @triton.jit
@@ -35,26 +38,6 @@ def last_not_above(numbers, low, high, wanted, is_wanted):
         low = tl.where(is_low, middle, low)
         high = tl.where(is_low, high, middle)
     return low
-
-
-@triton.jit
-def source_of(
-    position, is_key, sources, tables, feature_of_packed, column_of, table_of, batch_size, stride,
-    ONE_HOT: tl.constexpr, TABLES: tl.constexpr,
-):  # fmt: skip
-    """Where the gradient of a key begins, int64, and its table."""
-    table = (position * 0).to(tl.int32)
-    if ONE_HOT:
-        feature = tl.load(feature_of_packed + position // batch_size, mask=is_key, other=0)
-        column = tl.load(column_of + feature, mask=is_key, other=0)
-        source = (position % batch_size).to(tl.int64) * stride + column
-        if TABLES:
-            table = tl.load(table_of + feature, mask=is_key, other=0)
-    else:
-        source = tl.load(sources + position, mask=is_key, other=0).to(tl.int64)
-        if TABLES:
-            table = tl.load(tables + position, mask=is_key, other=0)
-    return source, table
 
 
 @triton.jit
@@ -117,9 +100,123 @@ def _describe_kernel(
         tl.store(factors + position, size_scale(kind, last - first), mask=is_key)
 
 
+@triton.jit
+def _source_of(
+    position, is_key, sources, tables, feature_of_packed, column_of, table_of, batch_size, stride,
+    ONE_HOT: tl.constexpr, TABLES: tl.constexpr,
+):  # fmt: skip
+    """Where the gradient of a key begins, int64, and its table."""
+    table = (position * 0).to(tl.int32)
+    if ONE_HOT:
+        # In 32 bits: a division of 64 takes longer than all else here.
+        packed = position.to(tl.int32) // batch_size
+        sample = position.to(tl.int32) - packed * batch_size
+        feature = tl.load(feature_of_packed + packed, mask=is_key, other=0)
+        source = sample.to(tl.int64) * stride + tl.load(column_of + feature, mask=is_key, other=0)
+        if TABLES:
+            table = tl.load(table_of + feature, mask=is_key, other=0)
+    else:
+        source = tl.load(sources + position, mask=is_key, other=0).to(tl.int64)
+        if TABLES:
+            table = tl.load(tables + position, mask=is_key, other=0)
+    return source, table
+
+
+@triton.jit
+def _earlier(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def _list_kernel(
+    sources,
+    factors,
+    places,
+    kinds,
+    slots,
+    tables,
+    long_places,
+    counts,
+    words,
+    order,
+    unsorted_sources,
+    unsorted_tables,
+    unsorted_factors,
+    feature_of_packed,
+    column_of,
+    table_of,
+    num_keys,
+    batch_size,
+    stride,
+    slot_mask,
+    PLACES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHORT: tl.constexpr,
+    ONE_HOT: tl.constexpr,
+    FACTORS: tl.constexpr,
+    TABLES: tl.constexpr,
+):
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    is_key = place < num_keys
+    word = tl.load(words + place, mask=is_key, other=-1)
+    before = tl.load(words + place - 1, mask=is_key & (place > 0), other=-1)
+    after = tl.load(words + place + 1, mask=place + 1 < num_keys, other=-1)
+    position = tl.load(order + place, mask=is_key, other=0)
+    has_row = word >= 0
+    source, table = _source_of(
+        position, has_row, unsorted_sources, unsorted_tables, feature_of_packed, column_of,
+        table_of, batch_size, stride, ONE_HOT, TABLES,
+    )  # fmt: skip
+    tl.store(sources + place, source.to(sources.dtype.element_ty), mask=is_key)
+    if FACTORS:
+        factor = tl.load(unsorted_factors + position, mask=is_key, other=0.0)
+        tl.store(factors + place, factor, mask=is_key)
+    slot = word & slot_mask
+    is_head = has_row & (word != before)
+    is_first = is_head | (has_row & (place % WINDOW == 0))
+    is_last = (word != after) | (place % WINDOW == WINDOW - 1)
+    # The first end at or after each place; ends cannot lie beyond the window.
+    windows = tl.reshape(tl.where(is_last, place, num_keys), (PLACES // WINDOW, WINDOW))
+    end = tl.reshape(tl.associative_scan(windows, 1, _earlier, reverse=True), (PLACES,))
+    beyond = tl.load(words + end + 1, mask=is_first & (end + 1 < num_keys), other=-1)
+    leaves = beyond == word
+    kind = end - place + 1 + tl.where(is_head, 0, ENTERS) + tl.where(leaves, LEAVES, 0)
+    is_short = is_first & (end - place < SHORT)
+    is_other = is_first & (end - place >= SHORT)
+    shorts = tl.cumsum(is_short.to(tl.int32), 0)
+    others = tl.cumsum(is_other.to(tl.int32), 0)
+    first_short = tl.atomic_add(counts, tl.max(shorts), sem="relaxed")
+    first_other = tl.atomic_add(counts + 1, tl.max(others), sem="relaxed")
+    number = tl.where(is_short, first_short + shorts - 1, num_keys - first_other - others)
+    tl.store(places + number, place, mask=is_first)
+    tl.store(kinds + number, kind, mask=is_first)
+    tl.store(slots + number, slot, mask=is_first)
+    if TABLES:
+        tl.store(tables + number, table, mask=is_first)
+    heads = tl.sum(is_head.to(tl.int32))
+    if heads > 0:
+        tl.atomic_add(counts + 3, heads, sem="relaxed")
+    is_long = is_head & leaves
+    longs = tl.sum(is_long.to(tl.int32))
+    if longs > 0:
+        number = tl.cumsum(is_long.to(tl.int32), 0) - 1
+        number += tl.atomic_add(counts + 2, longs, sem="relaxed")
+        tl.store(long_places + 4 * number, place, mask=is_long)
+        tl.store(long_places + 4 * number + 2, slot, mask=is_long)
+        if TABLES:
+            tl.store(long_places + 4 * number + 3, table, mask=is_long)
+        stop = tl.zeros((PLACES,), tl.int32) + num_keys
+        last = last_not_above(words, place, stop, word, is_long)
+        tl.store(long_places + 4 * number + 1, last, mask=is_long)
+
+
 class _Arrays(NamedTuple):
+    """By position of the key."""
+
     words: Tensor
-    sources: Tensor
+    """[N] int32: slots, perhaps with bits of the table above them; below 0: no row."""
+    sources: Tensor | None
+    """None: position n is that of the only key of bag n."""
     tables: Tensor | None
     factors: Tensor | None
 
@@ -128,6 +225,7 @@ def _described(
     plan: DevicePlan, part: GradientPart, first_row: int, into: _Arrays, bits: tuple[int, int]
 ) -> None:
     batch, (words, sources, tables, factors) = part.batch, into
+    assert sources is not None
     scales = bag_scales(plan, batch)
     num_keys = len(batch.values)
     slot_bits, table_bits = bits
@@ -182,15 +280,15 @@ def group_keys(
     """
     device = parts[0].slots.device
     if one_hot and plan.serves_all and len(parts) == 1 and parts[0].batch.weights is None:
-        return Grouping(*sort_words(parts[0].slots), 31, True, None, None, None)
+        slots, batch_size = parts[0].slots, parts[0].batch.batch_size
+        return _listed(plan, _Arrays(slots, None, None, None), 31, batch_size, needs_tables)
     sizes = [len(part.slots) for part in parts]
     num_keys = sum(sizes)
     rows = sum(part.batch.batch_size for part in parts)
     has_factors = plan.divides or any(part.batch.weights is not None for part in parts)
-    width = torch.int32 if rows * plan.stride <= _MOST_ELEMENTS else torch.int64
     whole = _Arrays(
         torch.empty(num_keys, dtype=torch.int32, device=device),
-        torch.empty(num_keys, dtype=width, device=device),
+        torch.empty(num_keys, dtype=_source_type(plan, rows), device=device),
         torch.empty(num_keys, dtype=torch.int32, device=device) if needs_tables else None,
         torch.empty(num_keys, device=device) if has_factors else None,
     )
@@ -203,4 +301,50 @@ def group_keys(
             into = _Arrays(*(None if array is None else array[span] for array in whole))
             _described(plan, part, row, into, bits)
         start, row = start + size, row + part.batch.batch_size
-    return Grouping(*sort_words(whole.words), slot_bits, False, *whole[1:])
+    return _listed(plan, whole, slot_bits, rows, needs_tables)
+
+
+def _listed(
+    plan: DevicePlan, unsorted: _Arrays, slot_bits: int, rows: int, needs_tables: bool
+) -> Grouping:
+    words, order = sort_words(unsorted.words)
+    num_keys, device = len(words), words.device
+    lists = torch.empty(4, num_keys, dtype=torch.int32, device=device)
+    source_type = _source_type(plan, rows)
+    factors = unsorted.factors
+    grouping = Grouping(
+        torch.empty(num_keys, dtype=source_type, device=device),
+        None if factors is None else torch.empty_like(factors),
+        *lists.unbind(),
+        torch.empty(num_keys // WINDOW + 1, 4, dtype=torch.int32, device=device),
+        torch.zeros(4, dtype=torch.int32, device=device),
+    )
+    if num_keys:
+        _list_kernel[(triton.cdiv(num_keys, _PLACES),)](
+            grouping.sources,
+            grouping.sources if grouping.factors is None else grouping.factors,
+            *grouping[2:],
+            words,
+            order,
+            order if unsorted.sources is None else unsorted.sources,
+            order if unsorted.tables is None else unsorted.tables,
+            order if factors is None else factors,
+            plan.feature_of_packed,
+            plan.column,
+            plan.table,
+            num_keys,
+            rows,
+            plan.stride,
+            (1 << slot_bits) - 1,
+            PLACES=_PLACES,
+            WINDOW=WINDOW,
+            SHORT=SHORT,
+            ONE_HOT=unsorted.sources is None,
+            FACTORS=factors is not None,
+            TABLES=needs_tables,
+        )
+    return grouping
+
+
+def _source_type(plan: DevicePlan, rows: int) -> torch.dtype:
+    return torch.int32 if rows * plan.stride <= _MOST_ELEMENTS else torch.int64

@@ -13,9 +13,11 @@ SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM, MOMENTUM_SGD, ROW_WISE_ADAM, FTRL, LAMB = 
 HYPER_FIELDS = 10
 """Learning rate, weight decay, clip norm, eps, momentum, 1 - beta1, 1 - beta2, l1, 1 / bias1,
 1 / bias2: the order of csrc/row_kernels.h."""
-WINDOW = 32
-"""Places of a grouping that are summed by one program. Segments are cut where windows end, so that
-the order of sums depends on the slots alone."""
+WINDOW = 64
+"""Places of a grouping: segments are cut where windows end, so that the order of sums depends on
+the slots alone, and no program has much more to sum than another."""
+SHORT = 2
+"""Places of a short piece, at most: most rows of a batch have no more."""
 
 
 class RowArrays(NamedTuple):
@@ -41,23 +43,29 @@ class UsageRules(NamedTuple):
 class Grouping(NamedTuple):
     """The keys of look-ups sorted by row: those of one, a segment, lie side by side.
 
-    Of equal slots the positions rise, and look-ups follow one another.
+    Of one segment the positions rise, and look-ups follow one another. Where a window ends segments
+    are cut into pieces. Short pieces are listed from the front of their arrays, all others from the
+    back, both in no particular order.
     """
 
-    words: Tensor
-    """[N] int32, rising: slots, or slots with bits of the table above them; below 0: no row."""
-    order: Tensor
-    """[N] int32 or int64: the position of each."""
-    slot_bits: int
-    """Of a word, the bits that are the slot."""
-    one_hot: bool
-    """Position n is that of the only key of bag n, and the next two are None."""
-    sources: Tensor | None
-    """[N] int32 or int64 by position: first element of its gradient, as one array."""
-    tables: Tensor | None
-    """[N] int32 by position, where rows need them."""
+    sources: Tensor
+    """[N] int32 or int64 by place: first element of the gradient, as one array."""
     factors: Tensor | None
-    """[N] float32 by position: of the gradient; None: all 1."""
+    """[N] float32 by place: of the gradient; None: all 1."""
+    places: Tensor
+    """[N] int32: first place of each piece."""
+    kinds: Tensor
+    """[N] int32: length; + `ENTERS` if the segment began before; + `LEAVES` if it goes on after."""
+    slots: Tensor
+    """[N] int32"""
+    tables: Tensor
+    """[N] int32; undefined where rows do not need them."""
+    long_places: Tensor
+    """[N / WINDOW + 1, 4] int32 of segments of several pieces: first place, last place, slot,
+    table.
+    """
+    counts: Tensor
+    """[4] int32: short pieces, other pieces, long segments, rows."""
 
 
 class GradientPart(NamedTuple):
@@ -77,6 +85,7 @@ class RuleOptions(NamedTuple):
 
     rule: int
     clips: bool
+    exact: bool
     one_hyper: bool
     """All tables have the same settings."""
     usage_words: int
@@ -87,11 +96,14 @@ class RuleOptions(NamedTuple):
         return self.usage_words > 0 or not self.one_hyper
 
     def compiled(self) -> dict[str, int]:
-        """As constants of a kernel."""
+        """As constants of a kernel, and options of its compiler."""
         return {
             "TABLES": self.needs_tables,
             "RULE": self.rule,
             "CLIPPED": self.clips,
+            "EXACT": self.exact,
             "ONE_HYPER": self.one_hyper,
             "WORDS": self.usage_words,
+            # The host's bits have no fused multiply-add.
+            "enable_fp_fusion": not self.exact,
         }

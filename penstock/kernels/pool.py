@@ -138,7 +138,8 @@ def _pool_bags(
         else:
             total = total * size_scale(kind, size)[:, None]
     inside = is_pooled[:, None] & (column < D)[None, :]
-    tl.store(target[:, None] + column[None, :], total, mask=inside)
+    # Vectors leave the cache at once: rows that come again stay in it.
+    tl.store(target[:, None] + column[None, :], total, mask=inside, cache_modifier=".cs")
 
 
 @triton.jit

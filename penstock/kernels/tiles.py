@@ -6,8 +6,6 @@ from functools import lru_cache
 
 import torch
 
-from penstock.kernels.occurrences import WINDOW
-
 ELEMENTS_PER_TILE = 2048
 """Floats of vectors in flight in a program of 4 warps: four loads of 16 bytes a thread."""
 SMALLEST_COLUMNS = 16
@@ -37,10 +35,10 @@ def programs_of(device: torch.device) -> int:
     return 64 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def places_of_tile(columns: int) -> tuple[int, int]:
-    """Places of a tile of gradients, and warps that hold it.
+def warp_tile(columns: int) -> tuple[int, int]:
+    """Vectors of a tile of updates, a power of two, and warps that hold it.
 
-    One warp, so that sums down the tile need no other thread; more where one vector is larger.
+    One warp: many small programs hide the time that each waits for memory. More where a vector is
+    larger than a tile.
     """
-    places = min(WINDOW, max(1, ELEMENTS_PER_WARP // columns))
-    return places, 1 if columns <= 2 * ELEMENTS_PER_WARP else 4
+    return max(1, ELEMENTS_PER_WARP // columns), 1 if columns <= 2 * ELEMENTS_PER_WARP else 4

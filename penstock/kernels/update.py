@@ -1,9 +1,10 @@
 """Updates: gradients summed by row, one optimizer step a row, in place.
 
-A program, one warp, takes a window of the grouped keys and goes over it in tiles of some places,
-whose gradients it asks for at once. Sums run down the tile, inside each thread; a row takes its
-step where its segment ends. Segments that reach beyond a window leave sums in scratch memory, which
-a second kernel adds up. `exact` is the deterministic mode.
+A program, one warp, takes some pieces of segments (see `Grouping`): the short ones, which most rows
+of a batch have, some at once; the others a few places at a time. Pieces that are whole segments end
+in a step of their row; the sums of others go to scratch memory, and a second kernel adds them up.
+
+In deterministic mode sums are in fixed point (`fixed_point`), and rules in the host's arithmetic.
 """
 
 from __future__ import annotations
@@ -15,9 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels import exact
-from penstock.kernels.group import group_keys, source_of
+from penstock.kernels.fixed_point import (
+    from_units,
+    in_units,
+    largest_kernel,
+    largest_share,
+    scratch_row,
+    shares_of,
+    spread_largest_kernel,
+    units_exponent,
+)
+from penstock.kernels.group import ENTERS, group_keys
 from penstock.kernels.occurrences import (
+    SHORT,
     WINDOW,
     GradientPart,
     Grouping,
@@ -28,112 +39,96 @@ from penstock.kernels.occurrences import (
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.reference_update import step_seed
 from penstock.kernels.rules import step_rows
-from penstock.kernels.tiles import (
-    places_of_tile,
-    power_of_two,
-    programs_of,
-)
+from penstock.kernels.tiles import power_of_two, programs_of, warp_tile
 
 
 @triton.jit
-def _next_in_segment(is_head, total, next_is_head, next_total):
-    return is_head | next_is_head, tl.where(next_is_head != 0, next_total, total + next_total)
+def _load_pieces(piece, count, last, kinds, places, slots, BACK: tl.constexpr):
+    """Pieces `piece` [R] of the list at the front or the back; kind 0 beyond its end."""
+    number = last - piece if BACK else piece
+    kind = tl.load(kinds + number, mask=piece < count, other=0)
+    place = tl.load(places + number, mask=piece < count, other=0)
+    slot = tl.load(slots + number, mask=piece < count, other=0)
+    return kind, place, slot
 
 
 @triton.jit
-def _windows_kernel(
-    values,
-    state,
-    usage,
-    grad,
-    scratch,
-    is_through,
-    long_windows,
-    counts,
-    words,
-    order,
-    sources,
-    tables,
-    factors,
-    feature_of_packed,
-    column_of,
-    table_of,
-    num_keys,
-    batch_size,
-    stride,
-    slot_mask,
-    hypers,
-    step_seed,
-    now,
-    half_life,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PLACES: tl.constexpr,
-    WINDOW: tl.constexpr,
-    ONE_HOT: tl.constexpr,
-    FACTORS: tl.constexpr,
-    TABLES: tl.constexpr,
-    RULE: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    ONE_HYPER: tl.constexpr,
+def _step_pieces(
+    values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots, tables,
+    count, last, hypers, step_seed, now, half_life,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BACK: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr, TABLES: tl.constexpr,
+    RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr, ONE_HYPER: tl.constexpr,
     WORDS: tl.constexpr,
-):
-    window = tl.program_id(0)
+):  # fmt: skip
+    """This program's part of one of the two lists."""
     column = tl.arange(0, COLUMNS)
     is_column = (column < D)[None, :]
-    row = tl.arange(0, PLACES)
-    # Sum of the segment that reaches into the tile, and the segments that began in the window.
-    carried = tl.zeros((COLUMNS,), tl.float32)
-    heads = 0
-    for first in range(window * WINDOW, window * WINDOW + WINDOW, PLACES):
-        place = first + row
-        is_key = place < num_keys
-        word = tl.load(words + place, mask=is_key, other=-1)
-        before = tl.load(words + place - 1, mask=is_key & (place > 0), other=-1)
-        after = tl.load(words + place + 1, mask=place + 1 < num_keys, other=-1)
-        position = tl.load(order + place, mask=is_key, other=0)
-        has_row = word >= 0
-        is_head = has_row & (word != before)
-        is_end = has_row & (word != after)
-        began = heads + tl.cumsum(is_head.to(tl.int32), 0)
-        is_whole = is_end & (began > 0)
-        slot = word & slot_mask
-        value_row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
-        source, table = source_of(
-            position, has_row, sources, tables, feature_of_packed, column_of, table_of, batch_size,
-            stride, ONE_HOT, TABLES,
-        )  # fmt: skip
-        share_row = grad + source[:, None] + column[None, :]
-        share = tl.load(share_row, mask=has_row[:, None] & is_column, other=0.0)
-        w = tl.load(value_row, mask=is_whole[:, None] & is_column, other=0.0).to(tl.float32)
-        if FACTORS:
-            share *= tl.load(factors + position, mask=has_row, other=0.0)[:, None]
-        continues = (row == 0) & (is_head == 0)
-        share += tl.where(continues[:, None], carried[None, :], 0.0)
-        starts = is_head.to(tl.int32)[:, None] + tl.zeros((PLACES, COLUMNS), tl.int32)
-        _, total = tl.associative_scan((starts, share), 0, _next_in_segment)
-        carried = tl.sum(tl.where((row == PLACES - 1)[:, None], total, 0.0), 0)
-        heads += tl.sum(is_head.to(tl.int32))
-        # The segment that entered the window ends here.
-        is_last_part = is_end & (began == 0)
-        part = scratch + window.to(tl.int64) * (2 * D) + column[None, :] + row[:, None] * 0
-        tl.store(part, total, mask=is_last_part[:, None] & is_column)
+    key = tl.arange(0, KEYS)[None, :]
+    begin, stride = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+    piece = begin + tl.arange(0, ROWS)
+    kind, place, slot = _load_pieces(piece, count, last, kinds, places, slots, BACK)
+    for _ in range(begin, count, stride):
+        # What comes next is known before this is done.
+        next_kind, next_place, next_slot = _load_pieces(
+            piece + stride, count, last, kinds, places, slots, BACK
+        )
+        length = kind & (ENTERS - 1)
+        is_whole = (kind > 0) & (kind < ENTERS)
+        row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
+        w = tl.load(row, mask=is_whole[:, None] & is_column, other=0.0).to(tl.float32)
+        table = slot
+        if TABLES:
+            number = last - piece if BACK else piece
+            table = tl.load(tables + number, mask=kind > 0, other=0)
+        there = scratch_row(place, kind, WINDOW)
+        if EXACT:
+            most = largest_share(grad, sources, factors, place, length, D, COLUMNS, KEYS, FACTORS)
+            most = tl.where(is_whole, most, tl.load(largest + there, mask=kind >= ENTERS, other=0))
+            exponent = units_exponent(most)[:, None, None]
+        else:
+            exponent = 0
+        at = place[:, None] + key
+        share = shares_of(grad, sources, factors, at, key < length[:, None], D, COLUMNS, FACTORS)
+        total = tl.sum(in_units(share, exponent) if EXACT else share, 1)
+        if BACK:
+            for n in range(KEYS, tl.max(length), KEYS):
+                share = shares_of(
+                    grad, sources, factors, at + n, n + key < length[:, None], D, COLUMNS, FACTORS
+                )
+                total += tl.sum(in_units(share, exponent) if EXACT else share, 1)
+        if tl.max(kind) >= ENTERS:
+            part = scratch + there[:, None] * D + column[None, :]
+            tl.store(part, total, mask=(kind >= ENTERS)[:, None] & is_column)
+        gradient = from_units(total, most[:, None]) if EXACT else total
         step_rows(
-            values, state, usage, slot, is_whole, w, total, table, hypers, step_seed, now,
-            half_life, D, COLUMNS, RULE, CLIPPED, False, ONE_HYPER, WORDS,
+            values, state, usage, slot, is_whole, w, gradient, table, hypers, step_seed, now,
+            half_life, D, COLUMNS, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
         )  # fmt: skip
-    last = window * WINDOW + WINDOW - 1
-    word = tl.load(words + last, mask=last < num_keys, other=-1)
-    after = tl.load(words + last + 1, mask=last + 1 < num_keys, other=-1)
-    leaves = (word >= 0) & (word == after)
-    tl.store(is_through + window, (leaves & (heads == 0)).to(tl.int32))
-    if leaves:
-        part = scratch + window.to(tl.int64) * (2 * D) + tl.where(heads > 0, D, 0) + column
-        tl.store(part, carried, mask=column < D)
-        if heads > 0:
-            tl.store(long_windows + tl.atomic_add(counts, 1, sem="relaxed"), window)
-    if heads > 0:
-        tl.atomic_add(counts + 1, heads, sem="relaxed")
+        kind, place, slot = next_kind, next_place, next_slot
+        piece += stride
+
+
+@triton.jit
+def _pieces_kernel(
+    values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots, tables,
+    counts, last, hypers, step_seed, now, half_life,
+    D: tl.constexpr, COLUMNS: tl.constexpr, SHORT_ROWS: tl.constexpr, SHORT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr,
+    TABLES: tl.constexpr, RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr,
+    ONE_HYPER: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    # The long ones first: what takes longest should not come last.
+    _step_pieces(
+        values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots,
+        tables, tl.load(counts + 1), last, hypers, step_seed, now, half_life, D, COLUMNS, ROWS,
+        KEYS, True, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+    )  # fmt: skip
+    _step_pieces(
+        values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots,
+        tables, tl.load(counts), last, hypers, step_seed, now, half_life, D, COLUMNS, SHORT_ROWS,
+        SHORT, False, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -142,17 +137,9 @@ def _long_kernel(
     state,
     usage,
     scratch,
-    is_through,
-    long_windows,
+    largest,
+    long_places,
     counts,
-    words,
-    order,
-    tables,
-    feature_of_packed,
-    table_of,
-    num_windows,
-    batch_size,
-    slot_mask,
     hypers,
     step_seed,
     now,
@@ -161,48 +148,41 @@ def _long_kernel(
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     WINDOW: tl.constexpr,
-    ONE_HOT: tl.constexpr,
     TABLES: tl.constexpr,
     RULE: tl.constexpr,
     CLIPPED: tl.constexpr,
+    EXACT: tl.constexpr,
     ONE_HYPER: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Segments of several windows: adds the sums of all and takes the step."""
+    """Segments of several pieces: adds their sums and takes the step."""
     column = tl.arange(0, COLUMNS)
-    is_column = (column < D)[None, :]
-    one = tl.arange(0, 1)
-    part = tl.arange(0, PARTS)
-    for number in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
-        window = tl.load(long_windows + number + one)
-        place = (window + 1) * WINDOW
-        slot = tl.load(words + place) & slot_mask
-        value_row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
-        w = tl.load(value_row, mask=is_column, other=0.0).to(tl.float32)
-        begun = scratch + window.to(tl.int64)[:, None] * (2 * D) + D + column[None, :]
-        total = tl.load(begun, mask=is_column, other=0.0)
-        goes_on = 1
-        while goes_on == 1:
-            later = tl.max(window) + 1 + part
-            through = tl.load(is_through + later, mask=later < num_windows, other=0)
-            # The first window that the segment does not go through is its last.
-            last = tl.min(tl.where(through == 0, part, PARTS))
-            there = scratch + later.to(tl.int64)[:, None] * (2 * D) + column[None, :]
-            is_part = (part <= last)[:, None] & is_column
-            total += tl.sum(tl.load(there, mask=is_part, other=0.0), 0)[None, :]
-            goes_on = (last == PARTS).to(tl.int32)
-            window += PARTS
+    one = tl.zeros((1,), tl.int32)
+    for number in range(tl.program_id(0), tl.load(counts + 2), tl.num_programs(0)):
+        place = tl.load(long_places + 4 * number + one)
+        last = tl.load(long_places + 4 * number + 1)
+        slot = tl.load(long_places + 4 * number + 2 + one)
+        begin, end = tl.load(long_places + 4 * number) // WINDOW, last // WINDOW
+        is_row = one == 0
+        row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
+        w = tl.load(row, mask=(column < D)[None, :], other=0.0).to(tl.float32)
+        first = scratch + (place // WINDOW).to(tl.int64)[:, None] * (2 * D) + D + column[None, :]
+        total = tl.load(first, mask=(column < D)[None, :], other=0)
+        for window in range(begin + 1, end + 1, PARTS):
+            part = window + tl.arange(0, PARTS)
+            there = scratch + part.to(tl.int64)[:, None] * (2 * D) + column[None, :]
+            is_there = (part <= end)[:, None] & (column < D)[None, :]
+            total += tl.sum(tl.load(there, mask=is_there, other=0), 0)[None, :]
         table = slot
         if TABLES:
-            position = tl.load(order + place)
-            if ONE_HOT:
-                feature = tl.load(feature_of_packed + position // batch_size)
-                table = tl.load(table_of + feature)
-            else:
-                table = tl.load(tables + position)
+            table = tl.load(long_places + 4 * number + 3 + one)
+        gradient = total
+        if EXACT:
+            most = tl.load(largest + (place // WINDOW).to(tl.int64) * 2 + 1)
+            gradient = from_units(total, most[:, None])
         step_rows(
-            values, state, usage, slot, one == 0, w, total, table, hypers, step_seed, now,
-            half_life, D, COLUMNS, RULE, CLIPPED, False, ONE_HYPER, WORDS,
+            values, state, usage, slot, is_row, w, gradient, table, hypers, step_seed, now,
+            half_life, D, COLUMNS, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
         )  # fmt: skip
 
 
@@ -238,15 +218,15 @@ def apply_gradients(
     """
     words = rows.usage.shape[1]
     assert (words > 0) == (usage_rules is not None)
-    options = RuleOptions(rule, clips, len(hypers) == 1, words)
+    options = RuleOptions(rule, clips, deterministic, len(hypers) == 1, words)
     grouping = parts[0].grouping if len(parts) == 1 else None
     if grouping is None:
         grouping = group_keys(plan, parts, needs_tables=options.needs_tables)
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])
     numbers = (hypers, _signed_word(step_seed(step)), *(usage_rules or (hypers, hypers)))
-    if deterministic:
-        return exact.step(rows, plan, grouping, grad, numbers, options)
-    return _step(rows, plan, grouping, grad, numbers, options)
+    if len(grouping.sources):
+        _step(rows, plan.dim, grouping, grad, numbers, options)
+    return grouping.counts[3]
 
 
 def _signed_word(word: int) -> int:
@@ -255,73 +235,37 @@ def _signed_word(word: int) -> int:
 
 def _step(
     rows: RowArrays,
-    plan: DevicePlan,
+    dim: int,
     grouping: Grouping,
     grad: Tensor,
     numbers: tuple[Tensor | int, ...],
     options: RuleOptions,
-) -> Tensor:
-    num_keys, device = len(grouping.words), grad.device
-    counts = torch.zeros(2, dtype=torch.int32, device=device)
-    if not num_keys:
-        return counts[1]
-    columns = power_of_two(plan.dim)
-    places, num_warps = places_of_tile(columns)
-    num_windows = triton.cdiv(num_keys, WINDOW)
-    scratch = torch.empty(2 * num_windows, plan.dim, device=device)
-    is_through, long_windows = torch.empty(2, num_windows, dtype=torch.int32, device=device)
-    words, order, slot_bits, one_hot, sources, tables, factors = grouping
-    batch_size = len(grad)
-    slot_mask = (1 << slot_bits) - 1
-    compiled = {
-        "D": plan.dim,
-        "COLUMNS": columns,
-        "WINDOW": WINDOW,
-        "ONE_HOT": one_hot,
-        **options.compiled(),
-    }
-    _windows_kernel[(num_windows,)](
-        *rows,
-        grad,
-        scratch,
-        is_through,
-        long_windows,
-        counts,
-        words,
-        order,
-        order if sources is None else sources,
-        order if tables is None else tables,
-        order if factors is None else factors,
-        plan.feature_of_packed,
-        plan.column,
-        plan.table,
-        num_keys,
-        batch_size,
-        plan.stride,
-        slot_mask,
-        *numbers,
-        PLACES=places,
-        FACTORS=factors is not None,
-        num_warps=num_warps,
+) -> None:
+    num_keys, device = len(grouping.sources), grad.device
+    columns = power_of_two(dim)
+    vectors, num_warps = warp_tile(columns)
+    windows = triton.cdiv(num_keys, WINDOW)
+    scratch_type = torch.int64 if options.exact else torch.float32
+    scratch = torch.empty(2 * windows, dim, dtype=scratch_type, device=device)
+    largest = torch.empty(2 * windows if options.exact else 0, dtype=torch.int32, device=device)
+    sources, factors, places, kinds, slots, tables, long_places, counts = grouping
+    shares = (grad, sources, sources if factors is None else factors)
+    keys = min(8, vectors)
+    tile = {"D": dim, "COLUMNS": columns, "WINDOW": WINDOW}
+    some = {**tile, "ROWS": vectors // keys, "KEYS": keys, "FACTORS": factors is not None}
+    compiled = {**options.compiled(), "num_warps": num_warps}
+    grid = (min(num_keys, programs_of(device)),)
+    long_grid = (min(windows, programs_of(device)),)
+    if options.exact:
+        largest_kernel[grid](
+            largest, *shares, places, kinds, counts, num_keys, **some, num_warps=num_warps
+        )
+        spread_largest_kernel[long_grid](largest, long_places, counts, WINDOW=WINDOW, PARTS=128)
+    _pieces_kernel[grid](
+        *rows, grad, scratch, largest, *shares[1:], places, kinds, slots, tables, counts,
+        num_keys - 1, *numbers, SHORT_ROWS=max(1, vectors // SHORT), SHORT=SHORT, **some,
         **compiled,
+    )  # fmt: skip
+    _long_kernel[long_grid](
+        *rows, scratch, largest, long_places, counts, *numbers, PARTS=vectors, **tile, **compiled
     )
-    _long_kernel[(min(num_windows, programs_of(device)),)](
-        *rows,
-        scratch,
-        is_through,
-        long_windows,
-        counts,
-        words,
-        order,
-        order if tables is None else tables,
-        plan.feature_of_packed,
-        plan.table,
-        num_windows,
-        batch_size,
-        slot_mask,
-        *numbers,
-        PARTS=places,
-        num_warps=num_warps,
-        **compiled,
-    )
-    return counts[1]
