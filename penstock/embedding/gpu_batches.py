@@ -43,8 +43,14 @@ class GpuLookup:
         self.misses = self._grouping = self._is_grouped = None
         self.__dict__.pop("num_missing", None)
 
-    def group_ahead(self, plan: DevicePlan, needs_tables: bool) -> None:
-        """Sorts the keys by row for the update, beside what follows on the current stream."""
+    def group_ahead(self, plan: DevicePlan, num_slots: int, *, needs_tables: bool) -> None:
+        """Sorts the keys by row for the update, beside what follows on the current stream.
+
+        Args:
+          plan: of the look-up.
+          num_slots: slots are below.
+          needs_tables: see `group_keys`.
+        """
         device = self.slots.device
         if device.type != "cuda" or not len(self.slots):
             return
@@ -53,7 +59,11 @@ class GpuLookup:
         part = GradientPart(self.batch, self.slots, self.slots)
         with torch.cuda.stream(stream):
             self._grouping = group_keys(
-                plan, [part], needs_tables=needs_tables, one_hot=self.batch.is_one_hot
+                plan,
+                [part],
+                needs_tables=needs_tables,
+                num_slots=num_slots,
+                one_hot=self.batch.is_one_hot,
             )
             self._is_grouped = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._is_grouped.record(stream)

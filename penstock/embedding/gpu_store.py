@@ -312,7 +312,8 @@ class GpuStore:
         if insert:
             self._insert(keys, slots, misses)
             lookup.erase_version = self._erase_version
-            lookup.group_ahead(on_gpu, self._needs_tables)
+            most = self._slots.most_slots
+            lookup.group_ahead(on_gpu, most, needs_tables=self._needs_tables)
         else:
             lookup.misses = misses
             self._lend(keys, slots, misses, lookup.num_missing)
@@ -325,8 +326,8 @@ class GpuStore:
         """See `Store.apply_gradients`."""
         parts = []
         on_gpu = None
-        for given, _, grad in gradients:
-            lookup = cast("GpuLookup", given)
+        for found, _, grad in gradients:
+            lookup = cast("GpuLookup", found)
             on_gpu = self._plans.get(plan, len(lookup.batch.features))
             self._refresh(on_gpu, lookup)
             grad = grad.to(self.device)
