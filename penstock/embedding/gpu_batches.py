@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from penstock.config import TableConfig
+from penstock.embedding.optimizer import Hypers
 from penstock.embedding.store import PoolingPlan
 from penstock.errors import ConfigError
 from penstock.kernels.group import group_keys
@@ -15,6 +18,9 @@ from penstock.kernels.index import KeyBatch, Misses
 from penstock.kernels.occurrences import GradientPart, Grouping
 from penstock.kernels.plan import POOLING_CODES, DevicePlan, FeatureOnDevice
 from penstock.types import KeyedJagged
+
+_FEWEST_KEYS = 1 << 17
+"""Fewer keys are sorted sooner than two streams have met."""
 
 
 class GpuLookup:
@@ -52,7 +58,7 @@ class GpuLookup:
           needs_tables: see `group_keys`.
         """
         device = self.slots.device
-        if device.type != "cuda" or not len(self.slots):
+        if device.type != "cuda" or len(self.slots) < _FEWEST_KEYS:
             return
         stream = _side_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -90,9 +96,17 @@ class PlanCache:
         self._dim = dim
         self._device = device
         self._made: dict[tuple[PoolingPlan, int], DevicePlan] = {}
+        self._last: tuple[PoolingPlan, int, DevicePlan] | None = None
 
     def get(self, plan: PoolingPlan, num_packed: int) -> DevicePlan:
         """The plan for batches of `num_packed` features."""
+        last = self._last
+        # A plan of many features takes longer to hash than a kernel to start.
+        if last is None or last[0] is not plan or last[1] != num_packed:
+            last = self._last = plan, num_packed, self._get(plan, num_packed)
+        return last[2]
+
+    def _get(self, plan: PoolingPlan, num_packed: int) -> DevicePlan:
         name = plan, num_packed
         if name not in self._made:
             features = [
@@ -136,6 +150,42 @@ def on_device(batch: KeyedJagged, device: torch.device) -> KeyedJagged:
 def keys_of(plan: DevicePlan, batch: KeyedJagged) -> KeyBatch:
     """Keys and tables of a batch on the device."""
     return KeyBatch(batch.values, batch.offsets, plan.table_of_packed, batch.batch_size)
+
+
+class HypersOnDevice:
+    """Optimizer settings of the tables of one store, copied when they change."""
+
+    def __init__(self, tables: Sequence[TableConfig], device: torch.device) -> None:
+        self._hypers = Hypers(tables)
+        self._device = device
+        self._bytes = b""
+        self._copy = torch.empty(0)
+        self.are_one = self._hypers.are_one
+
+    def at(self, step: int) -> Tensor:
+        """[T, fields of `Hyper`] float32 for the update number `step`; [1, ...]: all alike."""
+        hypers = self._hypers.at(step)
+        hypers = hypers[:1] if self.are_one else hypers
+        content = hypers.tobytes()
+        if content != self._bytes:
+            self._copy = torch.from_numpy(hypers).to(self._device)
+            self._bytes = content
+        return self._copy
+
+
+class Counters:
+    """Zeros on the device, one at a time: a thousand are cleared together."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._left: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        """[1] int64 zero that nobody else has."""
+        if not self._left:
+            zeros = torch.zeros(1024, 1, dtype=torch.int64, device=self._device)
+            self._left = list(zeros.unbind())
+        return self._left.pop()
 
 
 def given(

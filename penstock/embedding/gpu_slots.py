@@ -15,6 +15,8 @@ from penstock.kernels.occurrences import RowArrays
 from penstock.kernels.rows import Slots
 
 MAX_SLOTS = 2**31 - 1
+_CALLS_AHEAD = 8
+"""So many calls before room may be short, the host begins to ask how much is taken."""
 
 
 class SlotPool:
@@ -109,7 +111,9 @@ class SlotPool:
         """Notes that at most so many rows have been made; call it after the insertion."""
         self._most_allocated += rows
         self._since_copy += rows
-        if self.allocated.is_cuda and self._known_by is None:
+        # Only where it will be asked for soon: a copy costs the host as much as a kernel.
+        is_short = self._end_of(_CALLS_AHEAD * rows) > self.capacity + self.num_defaults
+        if is_short and self.allocated.is_cuda and self._known_by is None:
             if self._num_pinned is None:
                 self._num_pinned = torch.zeros(1, dtype=torch.int64, pin_memory=True)
             self._num_pinned.copy_(self.allocated, non_blocking=True)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from penstock.config import TableConfig
 from penstock.embedding import initializer, optimizer
-from penstock.embedding.gpu_batches import GpuLookup, PlanCache, given, keys_of, on_device
+from penstock.embedding.gpu_batches import (
+    Counters,
+    GpuLookup,
+    HypersOnDevice,
+    PlanCache,
+    given,
+    keys_of,
+    on_device,
+)
 from penstock.embedding.gpu_retention import Access, Rules
 from penstock.embedding.gpu_slots import SlotPool
 from penstock.embedding.retention import (
@@ -92,7 +100,8 @@ class GpuStore:
         self.layout = layouts.pop()
         self.tables: Sequence[TableConfig] = tuple(tables)
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
-        self._hypers = optimizer.Hypers(tables)
+        self._hypers = HypersOnDevice(tables, self.device)
+        self._counters = Counters(self.device)
         self._rule = optimizer.rule_of(tables[0].optimizer).code
         self._needs_tables = self.layout.usage_dim > 0 or not self._hypers.are_one
         self._clips = any(table.optimizer.clip_norm for table in tables)
@@ -153,7 +162,8 @@ class GpuStore:
         found[absent] = False
         if insert:
             self._insert(batch, slots, misses)
-        values, state = self._read(slots)
+        values, state = (part[slots.long().clamp(min=0)] for part in self._rows[:2])
+        values = values.float()
         initial = (slots < 0).nonzero()[:, 0]
         if len(initial):
             first = read_initial(batch.keys[initial], table, self._initial, self._rows.values)
@@ -163,8 +173,7 @@ class GpuStore:
 
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`."""
-        batch = self._of_table(table, rows.keys)
-        count = len(batch.keys)
+        batch, count = self._of_table(table, rows.keys), len(rows.keys)
         values = given(
             self.device, rows.values, self.layout.dtype, self.layout.dim, count, "values"
         )
@@ -334,15 +343,12 @@ class GpuStore:
             parts.append(GradientPart(lookup.batch, lookup.slots, grad, lookup.grouped()))
         if on_gpu is None or not on_gpu.num_features:
             return torch.zeros((), dtype=torch.int64, device=self.device)
-        hypers = self._hypers.at(step)
-        if self._hypers.are_one:
-            hypers = hypers[:1]
         usage = None if self._rules is None else self._rules.usage_rules
         return apply_gradients(
             self._rows,
             on_gpu,
             parts,
-            torch.from_numpy(hypers).to(self.device, non_blocking=True),
+            self._hypers.at(step),
             rule=self._rule,
             step=step,
             clips=self._clips,
@@ -367,7 +373,7 @@ class GpuStore:
         """[N] int32 slots of a batch's keys, undefined for those of other stores; and misses."""
         values, index = batch.values, self._index
         slots = torch.empty(len(values), dtype=torch.int32, device=self.device)
-        misses = Misses(torch.empty_like(values), values.new_zeros(1))
+        misses = Misses(torch.empty_like(values), self._counters.take())
         view = IndexView(index.entries, index.num_buckets, index.salt)
         find_slots(view, plan, batch, absent, slots, *misses)
         return slots, misses
@@ -488,11 +494,6 @@ class GpuStore:
                 f"keys: expected torch.int64 of shape ['n'], got {keys.dtype} {list(keys.shape)}"
             )
         return KeyBatch.of_table(keys.to(self.device).contiguous(), table)
-
-    def _read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Values in float32 and state of slots; those below 0 read as anything."""
-        used = slots.long().clamp(min=0)
-        return self._rows.values[used].float(), self._rows.state[used]
 
     def _check_table(self, table: int) -> None:
         if not 0 <= table < len(self.tables):

@@ -166,11 +166,13 @@ def _claim(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_fe
             tl.store(rank + n, base + tl.cumsum(wins, 0) - wins, mask=has_won)
             tl.store(winner + n, n, mask=has_won)
             tl.store(entry + n, mine, mask=has_won)
+            # While it is claimed nobody reads it.
+            tl.store(entries + mine * 2, key, mask=has_won)
         first += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
 @triton.jit
-def _settle(entries, keys, offsets, tables, batch_size, num_features, missing, num_missing, winner,
+def _settle(entries, offsets, tables, batch_size, num_features, missing, num_missing, winner,
             entry, payloads, BLOCK: tl.constexpr):  # fmt: skip
     count = tl.load(num_missing)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -183,7 +185,6 @@ def _settle(entries, keys, offsets, tables, batch_size, num_features, missing, n
         payload = tl.load(payloads + n, mask=won, other=0)
         place = tl.load(entry + n, mask=won, other=0)
         meta = ((table.to(tl.int64) + 1) << PAYLOAD_BITS) | payload
-        tl.store(entries + place * 2, tl.load(keys + n, mask=won, other=0), mask=won)
         tl.store(entries + place * 2 + 1, meta, mask=won)
         first += tl.num_programs(0).to(tl.int64) * BLOCK
 
@@ -353,7 +354,7 @@ class Index:
         """
         if len(batch.keys):
             _settle[_strides(batch)](
-                self.entries, *_arguments(batch), misses.places, misses.number, claims.winner,
+                self.entries, *_arguments(batch)[1:], misses.places, misses.number, claims.winner,
                 claims.entry, payloads, BLOCK=_KEYS, num_warps=1,
             )  # fmt: skip
 

@@ -65,7 +65,6 @@ def _make_rows(entries, keys, offsets, tables, batch_size, num_features, missing
         key = tl.load(keys + n, mask=won, other=0)
         where = tl.load(entry + n, mask=won, other=0)
         meta = ((table.to(tl.int64) + 1) << PAYLOAD_BITS) | slot
-        tl.store(entries + where * 2, key, mask=won)
         tl.store(entries + where * 2 + 1, meta, mask=won)
         # Mostly all are of one table.
         highest = tl.max(tl.where(won, table, 0), 0)
