@@ -45,7 +45,8 @@ class AddressRange:
         Raises:
           MemoryError: no such addresses.
         """
-        torch.zeros(1, device=device)  # the driver's context
+        # Also makes the driver's context.
+        device = torch.zeros(1, device=device).device
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._device = device
         self._location = _Location(_DEVICE, device.index)

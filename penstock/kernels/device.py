@@ -19,7 +19,8 @@ def kernel_device(device: str | torch.device) -> torch.device:
     """The device that kernels run on.
 
     Args:
-      device: `cuda` or `cuda:n`; `cpu` in Triton's interpreter alone.
+      device: `cuda` or `cuda:n`; in Triton's interpreter also `cpu`, which is what `cuda` means
+        there where there is no GPU.
 
     Raises:
       ConfigError: no Triton, or no such GPU.
@@ -30,8 +31,8 @@ def kernel_device(device: str | torch.device) -> torch.device:
             f"device {str(device)!r} needs Triton, which is not installed; "
             "pip install 'penstock[gpu]', or set device to cpu"
         )
-    if found.type == "cpu" and is_interpreted():
-        return found
+    if is_interpreted() and (found.type == "cpu" or not torch.cuda.is_available()):
+        return torch.device("cpu")
     if found.type != "cuda":
         raise ConfigError(f"device {str(device)!r}: embeddings live on cpu or cuda")
     if not torch.cuda.is_available():

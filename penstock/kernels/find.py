@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.plan import DevicePlan
-from penstock.kernels.probe import home_bucket, next_bucket
+from penstock.kernels.probe import next_bucket, probe_start
 from penstock.types import KeyedJagged
 
 _SLOT: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -37,7 +37,7 @@ def probe_slots(entries, num_buckets, salt, key, table, is_key, KEYS: tl.constex
     """[KEYS] int32 slots of keys in an index that nobody changes meanwhile; -1: absent."""
     word = tl.arange(0, 16)[None, :]
     tag = table.to(tl.int64) + 1
-    bucket = home_bucket(key, table, salt, num_buckets)
+    bucket, step = probe_start(key, table, salt, num_buckets)
     slot = tl.full((KEYS,), -1, tl.int32)
     left = is_key
     while tl.max(left.to(tl.int32)) > 0:
@@ -49,7 +49,7 @@ def probe_slots(entries, num_buckets, salt, key, table, is_key, KEYS: tl.constex
         found = tl.max(tl.where(is_it, (meta & _SLOT).to(tl.int32), otherwise), 1)
         slot = tl.where(left & (found >= 0), found, slot)
         left = left & (found == -2)
-        bucket = next_bucket(bucket, num_buckets)
+        bucket = next_bucket(bucket, step, num_buckets)
     return slot
 
 

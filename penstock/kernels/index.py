@@ -6,6 +6,7 @@ place in the call; others that meet the claim compare keys there, so nobody wait
 
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.device import is_interpreted
+from penstock.kernels.find import probe_slots, store_slots
 from penstock.kernels.probe import (
     BUCKET,
     CLAIMED,
@@ -23,19 +25,18 @@ from penstock.kernels.probe import (
     PAYLOAD_BITS,
     TABLE_BITS,
     find_entry,
-    home_bucket,
     next_bucket,
+    probe_start,
     table_of,
 )
 
 MAX_LOAD = 0.9
 _BUCKET_ENTRIES = 8
-_SMALLEST = 1 << 12
+_FEWEST_BUCKETS = 509
 _KEYS = 2048 if is_interpreted() else 32
-"""Of one program: 8 lanes each. The interpreter takes its time by operations, whatever their size.
-"""
-_WARPS = 4
-_PROGRAMS = 2048
+"""Of one program, a warp. The interpreter takes its time by operations, whatever their size."""
+_WARPS = 1
+_PROGRAMS = 8448
 """Of kernels that go over keys in strides: enough to fill any GPU, and cheap where there is nothing
 to do.
 """
@@ -59,6 +60,11 @@ class KeyBatch(NamedTuple):
         offsets = torch.tensor([0, len(keys)], dtype=torch.int64, device=keys.device)
         tables = torch.tensor([table], dtype=torch.int32, device=keys.device)
         return cls(keys, offsets, tables, 1)
+
+    def tables_of(self, places: Tensor) -> Tensor:
+        """[n] int64: the tables of keys at `places` [n] int64."""
+        begins = self.offsets[:: self.batch_size][1:].contiguous()
+        return self.tables.long()[torch.searchsorted(begins, places, right=True)]
 
 
 class Misses(NamedTuple):
@@ -89,21 +95,16 @@ def _find(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_fea
     table = table_of(tl.minimum(n, count - 1), offsets, batch_size, tables, num_features)
     active = active & (table >= 0)
     key = tl.load(keys + n, mask=active, other=0)
-    payload, _ = find_entry(entries, num_buckets, salt, key, table, active, BLOCK)
-    is_missing = active & (payload < 0)
-    instead = tl.load(absent + table, mask=is_missing, other=-1)
-    tl.store(found + n, tl.where(payload < 0, instead, payload), mask=active)
-    misses = is_missing.to(tl.int64)
-    total = tl.sum(misses, 0)
-    if total > 0:
-        place = tl.atomic_add(counter, total, sem="relaxed") + tl.cumsum(misses, 0) - misses
-        tl.store(missing + place, n, mask=is_missing)
+    payload = probe_slots(entries, num_buckets, salt, key, table, active, BLOCK)
+    instead = tl.load(absent + table, mask=active & (payload < 0), other=-1)
+    store_slots(found, missing, counter, n, active, payload, instead)
 
 
 @triton.jit
 def _claim(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_features, missing,
            num_missing, found, winner, entry, rank, allocated, BLOCK: tl.constexpr):  # fmt: skip
-    lane = tl.arange(0, 8)
+    lane = tl.arange(0, 8)[None, :]
+    word = tl.arange(0, 16)[None, :]
     count = tl.load(num_missing)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     while first < count:
@@ -113,7 +114,7 @@ def _claim(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_fe
         key = tl.load(keys + n, mask=left, other=0)
         table = table_of(n, offsets, batch_size, tables, num_features)
         tag = table.to(tl.int64) + 1
-        home = home_bucket(key, table, salt, num_buckets)
+        home, step = probe_start(key, table, salt, num_buckets)
         bucket = home
         # The first free entry on the way, and what it holds.
         free = tl.full((BLOCK,), -1, tl.int64)
@@ -121,39 +122,42 @@ def _claim(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_fe
         has_won = i < 0
         mine = tl.zeros((BLOCK,), tl.int64)
         while tl.max(left.to(tl.int32), 0) > 0:
-            place = bucket[:, None] * 8 + lane[None, :]
-            their_key = tl.load(entries + place * 2, mask=left[:, None], other=0, volatile=True)
-            meta = tl.load(entries + place * 2 + 1, mask=left[:, None], other=0, volatile=True)
+            place = entries + bucket[:, None] * 16 + word
+            words = tl.load(place, mask=left[:, None], other=0, volatile=True)
+            their_key, meta = tl.split(tl.reshape(words, (BLOCK, 8, 2)))
             is_table = ((meta >> PAYLOAD_BITS) & TABLE_BITS) == tag[:, None]
             is_claimed = is_table & (meta >= CLAIMED)
             # The key of a claimed entry may not be written yet: it is in the call.
             in_call = tl.load(keys + (meta & PAYLOAD), mask=is_claimed, other=0)
             their_key = tl.where(is_claimed, in_call, their_key)
-            is_it = is_table & (their_key == key[:, None]) & left[:, None]
-            found_meta = tl.max(tl.where(is_it, meta, 0), 1)
-            is_found = found_meta > 0
-            was_there = is_found & (found_meta < CLAIMED)
-            tl.store(found + n, (found_meta & PAYLOAD).to(tl.int32), mask=was_there)
-            tl.store(winner + n, tl.where(was_there, -1, found_meta & PAYLOAD), mask=is_found)
+            is_it = is_table & (their_key == key[:, None])
+            # One number tells all: what stands for the key, or -1 to -8 for the first empty entry,
+            # or -9 to -16 for the first erased one where none is empty.
+            free_rank = tl.where(meta == 0, -1 - lane, tl.where(meta == ERASED, -9 - lane, -99))
+            code = tl.max(tl.where(is_it, meta, free_rank.to(tl.int64)), 1)
+            is_found = left & (code > 0)
+            was_there = is_found & (code < CLAIMED)
+            tl.store(found + n, (code & PAYLOAD).to(tl.int32), mask=was_there)
+            tl.store(winner + n, tl.where(was_there, -1, code & PAYLOAD), mask=is_found)
             left = left & (is_found == 0)
-            first_free = tl.min(tl.where((meta == 0) | (meta == ERASED), lane[None, :], 8), 1)
-            is_new = left & (free < 0) & (first_free < 8)
-            its_meta = tl.sum(tl.where(lane[None, :] == first_free[:, None], meta, 0), 1)
-            free = tl.where(is_new, bucket * 8 + first_free, free)
-            free_meta = tl.where(is_new, its_meta, free_meta)
-            is_end = tl.max((meta == 0).to(tl.int32), 1) > 0
-            wants = left & is_end
-            target = tl.where(wants, free, bucket * 8)
-            # No entry is ever -1.
-            expected = tl.where(wants, free_meta, -1)
-            claim = (tag << PAYLOAD_BITS) | n | CLAIMED
-            old = tl.atomic_cas(entries + target * 2 + 1, expected, claim, sem="relaxed")
-            won = wants & (old == expected)
-            has_won = has_won | won
-            mine = tl.where(won, target, mine)
-            left = left & (won == 0)
+            is_empty = code >= -8
+            is_new = left & (free < 0) & (code >= -16)
+            its_lane = tl.where(is_empty, -1 - code, -9 - code)
+            free = tl.where(is_new, bucket * 8 + its_lane, free)
+            free_meta = tl.where(is_new, tl.where(is_empty, 0, ERASED), free_meta)
+            wants = left & is_empty
+            if tl.max(wants.to(tl.int32), 0) > 0:
+                target = tl.where(wants, free, bucket * 8)
+                # No entry is ever -1.
+                expected = tl.where(wants, free_meta, -1)
+                claim = (tag << PAYLOAD_BITS) | n | CLAIMED
+                old = tl.atomic_cas(entries + target * 2 + 1, expected, claim, sem="relaxed")
+                won = wants & (old == expected)
+                has_won = has_won | won
+                mine = tl.where(won, target, mine)
+                left = left & (won == 0)
             # Beaten to it: perhaps by an equal key. Look again from the beginning.
-            bucket = tl.where(wants, home, next_bucket(bucket, num_buckets))
+            bucket = tl.where(wants, home, next_bucket(bucket, step, num_buckets))
             free = tl.where(wants, -1, free)
         wins = has_won.to(tl.int64)
         total = tl.sum(wins, 0)
@@ -226,7 +230,7 @@ def _rehash(old_entries, old_capacity, entries, num_buckets, salt, BLOCK: tl.con
     meta = tl.load(old_entries + i * 2 + 1, mask=i < old_capacity, other=0)
     left = meta > ERASED
     table = tl.where(left, (meta >> PAYLOAD_BITS) - 1, 0)
-    bucket = home_bucket(key, table, salt, num_buckets)
+    bucket, step = probe_start(key, table, salt, num_buckets)
     while tl.max(left.to(tl.int32), 0) > 0:
         place = bucket[:, None] * 8 + lane[None, :]
         theirs = tl.load(entries + place * 2 + 1, mask=left[:, None], other=1, volatile=True)
@@ -238,7 +242,7 @@ def _rehash(old_entries, old_capacity, entries, num_buckets, salt, BLOCK: tl.con
         won = wants & (old == 0)
         tl.store(entries + target * 2, key, mask=won)
         left = left & (won == 0)
-        bucket = tl.where(wants, bucket, next_bucket(bucket, num_buckets))
+        bucket = tl.where(wants, bucket, next_bucket(bucket, step, num_buckets))
 
 
 class Index:
@@ -249,7 +253,9 @@ class Index:
 
     def __init__(self, device: torch.device) -> None:
         self.salt = int.from_bytes(os.urandom(8), "little", signed=True) | 1
-        self.entries = torch.zeros(_SMALLEST, 2, dtype=torch.int64, device=device)
+        self.entries = torch.zeros(
+            _FEWEST_BUCKETS * _BUCKET_ENTRIES, 2, dtype=torch.int64, device=device
+        )
         self.num_erased = 0
         """Erased entries that still take room, at most."""
 
@@ -283,14 +289,14 @@ class Index:
         capacity = self.capacity
         if keys > 0.6 * capacity:
             capacity = max(int(keys / 0.75), int(1.5 * capacity))
-            capacity = -(-capacity // _BUCKET_ENTRIES) * _BUCKET_ENTRIES
+            capacity = _BUCKET_ENTRIES * prime_from(-(-capacity // _BUCKET_ENTRIES))
         try:
             entries = torch.zeros(capacity, 2, dtype=torch.int64, device=self.entries.device)
         except torch.OutOfMemoryError:
             raise MemoryError(f"an index of {capacity} entries") from None
         old = self.entries
-        _rehash[(triton.cdiv(len(old), 4 * _KEYS),)](
-            old, len(old), entries, capacity // _BUCKET_ENTRIES, self.salt, BLOCK=4 * _KEYS,
+        _rehash[(triton.cdiv(len(old), _KEYS),)](
+            old, len(old), entries, capacity // _BUCKET_ENTRIES, self.salt, BLOCK=_KEYS,
             num_warps=_WARPS,
         )  # fmt: skip
         self.entries, self.num_erased = entries, 0
@@ -387,3 +393,11 @@ def _arguments(batch: KeyBatch) -> tuple[Tensor, Tensor, Tensor, int, int]:
 
 def _strides(batch: KeyBatch) -> tuple[int]:
     return (min(_PROGRAMS, triton.cdiv(len(batch.keys), _KEYS)),)
+
+
+def prime_from(number: int) -> int:
+    """The least prime that is not below `number`."""
+    number = max(2, number)
+    while any(number % factor == 0 for factor in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return number

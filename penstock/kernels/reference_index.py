@@ -20,12 +20,13 @@ def mix64(x: Tensor) -> Tensor:
     return x ^ _shifted(x, 33)
 
 
-def home_bucket(keys: Tensor, tables: Tensor, salt: int, num_buckets: int) -> Tensor:
-    """Twin of `probe.home_bucket`: [n] int64."""
+def probe_start(keys: Tensor, tables: Tensor, salt: int, num_buckets: int) -> tuple[Tensor, Tensor]:
+    """Twin of `probe.probe_start`: [n] int64 bucket, [n] int64 step."""
     hashed = mix64(keys ^ (2 * tables + 1) * salt)
     # The upper word of a product of 64 and 32 bits, in halves.
     high, low = _shifted(hashed, 32), hashed & _LOW
-    return _shifted(high * num_buckets + _shifted(low * num_buckets, 32), 32)
+    bucket = _shifted(high * num_buckets + _shifted(low * num_buckets, 32), 32)
+    return bucket, 1 + ((hashed & 0xFFFF) * min(num_buckets - 1, 65536) >> 16)
 
 
 def find(entries: Tensor, salt: int, keys: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,7 @@ def find(entries: Tensor, salt: int, keys: Tensor, tables: Tensor) -> tuple[Tens
     """
     num_buckets = len(entries) // _BUCKET
     buckets = entries.view(num_buckets, _BUCKET, 2)
-    bucket = home_bucket(keys, tables, salt, num_buckets)
+    bucket, step = probe_start(keys, tables, salt, num_buckets)
     payload, entry = torch.full_like(keys, -1), torch.zeros_like(keys)
     left = torch.arange(len(keys), device=keys.device)
     while len(left):
@@ -53,7 +54,8 @@ def find(entries: Tensor, salt: int, keys: Tensor, tables: Tensor) -> tuple[Tens
         payload[left[is_found]] = (meta & _PAYLOAD)[is_it]
         entry[left[is_found]] = (bucket * _BUCKET + lane)[is_found]
         goes_on = ~is_found & (meta != 0).all(1)
-        left, bucket = left[goes_on], (bucket[goes_on] + 1) % num_buckets
+        left, step = left[goes_on], step[goes_on]
+        bucket = (bucket[goes_on] + step) % num_buckets
     return payload, entry
 
 

@@ -96,6 +96,32 @@ def _make_rows(entries, keys, offsets, tables, batch_size, num_features, missing
 
 
 @triton.jit
+def _lend_rows(keys, offsets, tables, batch_size, num_features, missing, num_missing, first_unused,
+               found, values, kinds, scales, seeds, D: tl.constexpr, COLUMNS: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
+    count = tl.load(num_missing)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    while first < count:
+        i = first + tl.arange(0, BLOCK)
+        n = tl.load(missing + i, mask=i < count, other=0)
+        # Those of tables that refuse keys have a default row.
+        lent = (i < count) & (tl.load(found + n, mask=i < count, other=0) < 0)
+        slot = first_unused + i
+        table = table_of(n, offsets, batch_size, tables, num_features)
+        table = tl.where(lent, table, 0)
+        seed = row_seed(tl.load(keys + n, mask=lent, other=0), tl.load(seeds + table))
+        kind, scale = tl.load(kinds + table), tl.load(scales + table)
+        for begin in tl.range(0, D, COLUMNS):
+            column = begin + tl.arange(0, COLUMNS)
+            value = initial_values(seed[:, None], column[None, :], kind[:, None], scale[:, None])
+            inside = lent[:, None] & (column < D)[None, :]
+            target = values + slot[:, None] * D + column[None, :]
+            tl.store(target, narrowed(value, values.dtype.element_ty), mask=inside)
+        tl.store(found + n, slot.to(tl.int32), mask=lent)
+        first += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
+@triton.jit
 def _read_initial(keys, count, table, kinds, scales, seeds, out, D: tl.constexpr,
                   COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -143,6 +169,28 @@ def make_rows(
         len(batch.tables), misses.places, misses.number, *claims, slots.free, len(slots.free),
         slots.first_unused, found, rows_of_table, *rows, *initial, *dims,
         COLUMNS=_columns(dims[0]), STATES=_columns(dims[1]), BLOCK=_ROWS, num_warps=4,
+    )  # fmt: skip
+
+
+def lend_rows(
+    batch: KeyBatch, misses: Misses, first: int, found: Tensor, values: Tensor, initial: Initial
+) -> None:
+    """Writes initial values of missing keys into the slots from `first` on.
+
+    Args:
+      batch: keys and tables.
+      misses: which are missing.
+      first: slot; as many as there are misses must be usable.
+      found: [N] int32 gets the slots, where it is below 0.
+      values: [slots, D].
+      initial: what rows begin with.
+    """
+    grid = (min(_PROGRAMS, triton.cdiv(len(batch.keys), _ROWS)),)
+    _lend_rows[grid](
+        batch.keys, batch.offsets, batch.tables, batch.batch_size, len(batch.tables),
+        misses.places, misses.number, first, found, values, initial.kind, initial.scale,
+        initial.seed, D=values.shape[1], COLUMNS=_columns(values.shape[1]), BLOCK=_ROWS,
+        num_warps=4,
     )  # fmt: skip
 
 
