@@ -22,7 +22,7 @@ from penstock.kernels.fixed_point import (
     largest_kernel,
     largest_share,
     scratch_row,
-    shares_of,
+    share_of,
     spread_largest_kernel,
     units_exponent,
 )
@@ -64,7 +64,6 @@ def _step_pieces(
     """This program's part of one of the two lists."""
     column = tl.arange(0, COLUMNS)
     is_column = (column < D)[None, :]
-    key = tl.arange(0, KEYS)[None, :]
     begin, stride = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
     piece = begin + tl.arange(0, ROWS)
     kind, place, slot = _load_pieces(piece, count, last, kinds, places, slots, BACK)
@@ -85,18 +84,19 @@ def _step_pieces(
         if EXACT:
             most = largest_share(grad, sources, factors, place, length, D, COLUMNS, KEYS, FACTORS)
             most = tl.where(is_whole, most, tl.load(largest + there, mask=kind >= ENTERS, other=0))
-            exponent = units_exponent(most)[:, None, None]
+            exponent = units_exponent(most)[:, None]
+            total = tl.zeros((ROWS, COLUMNS), tl.int64)
         else:
-            exponent = 0
-        at = place[:, None] + key
-        share = shares_of(grad, sources, factors, at, key < length[:, None], D, COLUMNS, FACTORS)
-        total = tl.sum(in_units(share, exponent) if EXACT else share, 1)
-        if BACK:
-            for n in range(KEYS, tl.max(length), KEYS):
-                share = shares_of(
-                    grad, sources, factors, at + n, n + key < length[:, None], D, COLUMNS, FACTORS
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        longest = tl.max(length) if BACK else KEYS
+        for n in range(0, longest, KEYS):
+            # In order; none of these loads waits for another.
+            for k in tl.static_range(KEYS):
+                at = n + k
+                share = share_of(
+                    grad, sources, factors, place + at, at < length, D, COLUMNS, FACTORS
                 )
-                total += tl.sum(in_units(share, exponent) if EXACT else share, 1)
+                total += in_units(share, exponent) if EXACT else share
         if tl.max(kind) >= ENTERS:
             part = scratch + there[:, None] * D + column[None, :]
             tl.store(part, total, mask=(kind >= ENTERS)[:, None] & is_column)
