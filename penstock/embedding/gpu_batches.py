@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from penstock.embedding.store import PoolingPlan
+from penstock.errors import ConfigError
+from penstock.kernels.group import group_keys
 from penstock.kernels.index import KeyBatch, Misses
-from penstock.kernels.occurrences import Grouping
+from penstock.kernels.occurrences import GradientPart, Grouping
 from penstock.kernels.plan import POOLING_CODES, DevicePlan, FeatureOnDevice
 from penstock.types import KeyedJagged
 
@@ -27,8 +29,8 @@ class GpuLookup:
         """Slots hold as long as no row was erased since."""
         self.misses: Misses | None = None
         """Keys read without a row (`insert` was False)."""
-        self.grouping: Grouping | None = None
-        """Of the slots, made beforehand."""
+        self._grouping: Grouping | None = None
+        self._is_grouped: torch.cuda.Event | None = None
 
     @cached_property
     def num_missing(self) -> int:
@@ -38,8 +40,47 @@ class GpuLookup:
     def found_again(self, slots: Tensor, erase_version: int) -> None:
         """Takes slots of a later search; every key that gets a row has one now."""
         self.slots, self.erase_version = slots, erase_version
-        self.misses = self.grouping = None
+        self.misses = self._grouping = self._is_grouped = None
         self.__dict__.pop("num_missing", None)
+
+    def group_ahead(self, plan: DevicePlan, num_slots: int, *, needs_tables: bool) -> None:
+        """Sorts the keys by row for the update, beside what follows on the current stream.
+
+        Args:
+          plan: of the look-up.
+          num_slots: slots are below.
+          needs_tables: see `group_keys`.
+        """
+        device = self.slots.device
+        if device.type != "cuda" or not len(self.slots):
+            return
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        part = GradientPart(self.batch, self.slots, self.slots)
+        with torch.cuda.stream(stream):
+            self._grouping = group_keys(
+                plan,
+                [part],
+                needs_tables=needs_tables,
+                num_slots=num_slots,
+                one_hot=self.batch.is_one_hot,
+            )
+            self._is_grouped = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._is_grouped.record(stream)
+        weights = [] if self.batch.weights is None else [self.batch.weights]
+        for tensor in (self.slots, self.batch.values, self.batch.offsets, *weights):
+            tensor.record_stream(stream)
+
+    def grouped(self) -> Grouping | None:
+        """What `group_ahead` made, for the current stream."""
+        if self._grouping is None or self._is_grouped is None:
+            return None
+        stream = torch.cuda.current_stream(self.slots.device)
+        stream.wait_event(self._is_grouped)
+        for part in self._grouping:
+            if isinstance(part, Tensor):
+                part.record_stream(stream)
+        return self._grouping
 
 
 class PlanCache:
@@ -74,6 +115,11 @@ class PlanCache:
         return self._made[name]
 
 
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def on_device(batch: KeyedJagged, device: torch.device) -> KeyedJagged:
     """The batch on a device; copies from pinned memory are not waited for."""
     if batch.values.device == device:
@@ -90,3 +136,20 @@ def on_device(batch: KeyedJagged, device: torch.device) -> KeyedJagged:
 def keys_of(plan: DevicePlan, batch: KeyedJagged) -> KeyBatch:
     """Keys and tables of a batch on the device."""
     return KeyBatch(batch.values, batch.offsets, plan.table_of_packed, batch.batch_size)
+
+
+def given(
+    device: torch.device, rows: Tensor, dtype: torch.dtype, width: int, count: int, name: str
+) -> Tensor:
+    """Columns of rows [count, width], on the device.
+
+    Raises:
+      ConfigError: they are of another type or shape.
+    """
+    dtypes = dict.fromkeys((dtype, torch.float32) if dtype.is_floating_point else (dtype,))
+    if rows.dtype not in dtypes or rows.shape != (count, width):
+        raise ConfigError(
+            f"{name}: expected {' or '.join(map(str, dtypes))} of shape {[count, width]}, got "
+            f"{rows.dtype} {list(rows.shape)}"
+        )
+    return rows.detach().to(device)

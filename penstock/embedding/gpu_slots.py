@@ -78,6 +78,11 @@ class SlotPool:
         """No more rows are there."""
         return self.first_unused - self.num_defaults - len(self.free) + self._most_allocated
 
+    @property
+    def most_slots(self) -> int:
+        """All slots of rows are below it."""
+        return self._end_of(0)
+
     def num_rows(self) -> int:
         """Rows; waits for the device."""
         self._learn(int(self.allocated))

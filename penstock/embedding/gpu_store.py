@@ -12,7 +12,7 @@ from torch import Tensor
 
 from penstock.config import TableConfig
 from penstock.embedding import initializer, optimizer
-from penstock.embedding.gpu_batches import GpuLookup, PlanCache, keys_of, on_device
+from penstock.embedding.gpu_batches import GpuLookup, PlanCache, given, keys_of, on_device
 from penstock.embedding.gpu_retention import Access, Rules
 from penstock.embedding.gpu_slots import SlotPool
 from penstock.embedding.retention import (
@@ -37,6 +37,7 @@ from penstock.embedding.store import (
 )
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
+from penstock.kernels.find import IndexView, find_slots
 from penstock.kernels.index import Index, KeyBatch, Misses
 from penstock.kernels.occurrences import GradientPart
 from penstock.kernels.plan import DevicePlan
@@ -93,6 +94,7 @@ class GpuStore:
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
         self._hypers = optimizer.Hypers(tables)
         self._rule = optimizer.rule_of(tables[0].optimizer).code
+        self._needs_tables = self.layout.usage_dim > 0 or not self._hypers.are_one
         self._clips = any(table.optimizer.clip_norm for table in tables)
         self._deterministic = deterministic
         self._plans = PlanCache(self.layout.dim, self.device)
@@ -163,8 +165,10 @@ class GpuStore:
         """See `Store.insert_or_assign`."""
         batch = self._of_table(table, rows.keys)
         count = len(batch.keys)
-        values = self._given(rows.values, self.layout.dtype, self.layout.dim, count, "values")
-        state = self._given(rows.state, torch.float32, self.layout.state_dim, count, "state")
+        values = given(
+            self.device, rows.values, self.layout.dtype, self.layout.dim, count, "values"
+        )
+        state = given(self.device, rows.state, torch.float32, self.layout.state_dim, count, "state")
         before = self.num_rows(table)
         left = 0 if self._rules is None else self._rules.evicted(table)
         slots, misses = self._index.find(batch, self._none_absent)
@@ -184,7 +188,7 @@ class GpuStore:
             usage = torch.zeros(count, self.layout.usage_dim, dtype=torch.int64, device=self.device)
             usage[:, 0] = self._initial.now[table]
             if rows.usage is not None:
-                usage = self._given(rows.usage, torch.int64, usage.shape[1], count, "usage")
+                usage = given(self.device, rows.usage, torch.int64, usage.shape[1], count, "usage")
             self._rows.usage[taken] = usage[last].to(torch.int32)
         if bool((slots < 0).any()):
             raise CapacityError(over_budget(self.tables[table], self._limits[table]))
@@ -303,11 +307,13 @@ class GpuStore:
         batch = on_device(batch, self.device)
         on_gpu = self._plans.get(plan, len(batch.features))
         keys = keys_of(on_gpu, batch)
-        slots, misses = self._index.find(keys, self._absent)
+        slots, misses = self._find_batch(on_gpu, batch, self._absent)
         lookup = GpuLookup(batch, slots, self._erase_version)
         if insert:
             self._insert(keys, slots, misses)
             lookup.erase_version = self._erase_version
+            most = self._slots.most_slots
+            lookup.group_ahead(on_gpu, most, needs_tables=self._needs_tables)
         else:
             lookup.misses = misses
             self._lend(keys, slots, misses, lookup.num_missing)
@@ -320,12 +326,12 @@ class GpuStore:
         """See `Store.apply_gradients`."""
         parts = []
         on_gpu = None
-        for given, _, grad in gradients:
-            lookup = cast("GpuLookup", given)
+        for found, _, grad in gradients:
+            lookup = cast("GpuLookup", found)
             on_gpu = self._plans.get(plan, len(lookup.batch.features))
             self._refresh(on_gpu, lookup)
             grad = grad.to(self.device)
-            parts.append(GradientPart(lookup.batch, lookup.slots, grad, lookup.grouping))
+            parts.append(GradientPart(lookup.batch, lookup.slots, grad, lookup.grouped()))
         if on_gpu is None or not on_gpu.num_features:
             return torch.zeros((), dtype=torch.int64, device=self.device)
         hypers = self._hypers.at(step)
@@ -349,11 +355,22 @@ class GpuStore:
         if lookup.erase_version == self._erase_version and lookup.num_missing == 0:
             return
         keys = keys_of(plan, lookup.batch)
-        slots, misses = self._index.find(keys, self._none_absent)
+        slots, misses = self._find_batch(plan, lookup.batch, self._none_absent)
         if self._rules is not None:
             misses = self._rules.stay_away(keys, slots, lookup.slots, misses, self._absent)
         self._insert(keys, slots, misses)
         lookup.found_again(slots, self._erase_version)
+
+    def _find_batch(
+        self, plan: DevicePlan, batch: KeyedJagged, absent: Tensor
+    ) -> tuple[Tensor, Misses]:
+        """[N] int32 slots of a batch's keys, undefined for those of other stores; and misses."""
+        values, index = batch.values, self._index
+        slots = torch.empty(len(values), dtype=torch.int32, device=self.device)
+        misses = Misses(torch.empty_like(values), values.new_zeros(1))
+        view = IndexView(index.entries, index.num_buckets, index.salt)
+        find_slots(view, plan, batch, absent, slots, *misses)
+        return slots, misses
 
     def _insert(
         self, batch: KeyBatch, slots: Tensor, misses: Misses, *, explicit: bool = False
@@ -471,17 +488,6 @@ class GpuStore:
                 f"keys: expected torch.int64 of shape ['n'], got {keys.dtype} {list(keys.shape)}"
             )
         return KeyBatch.of_table(keys.to(self.device).contiguous(), table)
-
-    def _given(self, rows: Tensor, dtype: torch.dtype, width: int, count: int, name: str) -> Tensor:
-        """Columns of rows on the device, or an error that names them."""
-        dtypes = {dtype, torch.float32} if dtype.is_floating_point else {dtype}
-        if rows.dtype not in dtypes or rows.shape != (count, width):
-            wanted = " or ".join(map(str, sorted(dtypes, key=lambda each: each != dtype)))
-            raise ConfigError(
-                f"{name}: expected {wanted} of shape {[count, width]}, got {rows.dtype} "
-                f"{list(rows.shape)}"
-            )
-        return rows.detach().to(self.device)
 
     def _read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Values in float32 and state of slots; those below 0 read as anything."""

@@ -1,4 +1,4 @@
-"""`EmbeddingCollection(device="cuda")`: on a GPU, or in Triton's interpreter where there is none."""
+"""`EmbeddingCollection(device="cuda")`: on a GPU, or in Triton's interpreter without one."""
 
 import importlib.util
 from dataclasses import replace
