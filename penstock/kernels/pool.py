@@ -31,7 +31,7 @@ def _bag_scales_kernel(
     batch_size,
     BAGS: tl.constexpr,
 ):
-    """scales [bags]: by what a weighted sum is multiplied; summed in order, in fp64."""
+    """By what weighted sums of bags are multiplied; divisors are summed in order, in fp64."""
     bag = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
     is_bag = bag < num_bags
     feature = tl.load(feature_of_packed + bag // batch_size, mask=is_bag, other=-1)
@@ -147,9 +147,11 @@ def _pool_kernel(
     ONE_HOT: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, SEQUENCES: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
+    gate = 1
     if GATED:
-        if tl.load(run_if) == 0:
-            return
+        gate = tl.load(run_if)
+    if gate == 0:
+        return
     _pool_bags(
         out, values, slots, weights, scales, offsets, packed_feature, pooling, column_of, max_keys,
         batch_size, stride, D, COLUMNS, BAGS, KEYS, ONE_HOT, WEIGHTED, SCALED, SEQUENCES,

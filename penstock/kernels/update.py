@@ -39,7 +39,13 @@ from penstock.kernels.occurrences import (
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.reference_update import step_seed
 from penstock.kernels.rules import step_rows
-from penstock.kernels.tiles import power_of_two, programs_of, warp_tile
+from penstock.kernels.tiles import (
+    ELEMENTS_PER_WARP,
+    REGISTERS,
+    power_of_two,
+    programs_of,
+    warp_tile,
+)
 
 
 @triton.jit
@@ -254,6 +260,8 @@ def _step(
     tile = {"D": dim, "COLUMNS": columns, "WINDOW": WINDOW}
     some = {**tile, "ROWS": vectors // keys, "KEYS": keys, "FACTORS": factors is not None}
     compiled = {**options.compiled(), "num_warps": num_warps}
+    if not options.exact and columns <= ELEMENTS_PER_WARP:
+        compiled["maxnreg"] = REGISTERS
     grid = (min(num_keys, programs_of(device)),)
     long_grid = (min(windows, programs_of(device)),)
     if options.exact:
