@@ -131,7 +131,8 @@ class PlanCache:
 
 @lru_cache(maxsize=16)
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    # Before the gathering of vectors, whose programs would else take every processor first.
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def on_device(batch: KeyedJagged, device: torch.device) -> KeyedJagged:

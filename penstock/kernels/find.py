@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,9 +17,9 @@ from penstock.kernels.probe import next_bucket, probe_start
 from penstock.types import KeyedJagged
 
 _SLOT: tl.constexpr = tl.constexpr(0x7FFFFFFF)
-_KEYS = 32
+_KEYS = 16
 _WARPS = 1
-"""Of one program: a warp reads its 32 buckets in eight loads, none of which waits for another."""
+"""Of one program: a warp reads its 16 buckets in four loads, none of which waits for another."""
 
 
 class IndexView(NamedTuple):

@@ -16,16 +16,15 @@ _LARGEST: tl.constexpr = tl.constexpr(0x7F7FFFFF)
 
 
 @triton.jit
-def shares_of(grad, sources, factors, place, inside, D: tl.constexpr, COLUMNS: tl.constexpr,
-              FACTORS: tl.constexpr):  # fmt: skip
-    """[R, KEYS, COLUMNS] float32: what the keys at `place` add to the gradient of their row."""
-    column = tl.arange(0, COLUMNS)[None, None, :]
+def share_of(grad, sources, factors, place, inside, D: tl.constexpr, COLUMNS: tl.constexpr,
+             FACTORS: tl.constexpr):  # fmt: skip
+    """[R, COLUMNS] float32: what the keys at `place` [R] add to the gradient of their row."""
+    column = tl.arange(0, COLUMNS)[None, :]
     source = tl.load(sources + place, mask=inside, other=0).to(tl.int64)
-    is_there = inside[:, :, None] & (column < D)
-    share = tl.load(grad + source[:, :, None] + column, mask=is_there, other=0.0)
+    is_there = inside[:, None] & (column < D)
+    share = tl.load(grad + source[:, None] + column, mask=is_there, other=0.0)
     if FACTORS:
-        factor = tl.load(factors + place, mask=inside, other=0.0)
-        share = share * factor[:, :, None]
+        share = share * tl.load(factors + place, mask=inside, other=0.0)[:, None]
     return share
 
 
@@ -45,14 +44,12 @@ def _magnitude(share):
 def largest_share(grad, sources, factors, place, length, D: tl.constexpr, COLUMNS: tl.constexpr,
                    KEYS: tl.constexpr, FACTORS: tl.constexpr):  # fmt: skip
     """[R] int32: the largest magnitude of each piece."""
-    key = tl.arange(0, KEYS)[None, :]
     most = tl.zeros(place.shape, tl.int32)
     for n in range(0, tl.max(length), KEYS):
-        inside = n + key < length[:, None]
-        share = shares_of(
-            grad, sources, factors, place[:, None] + n + key, inside, D, COLUMNS, FACTORS
-        )
-        most = tl.maximum(most, tl.max(tl.max(_magnitude(share), 2), 1))
+        for k in tl.static_range(KEYS):
+            at = n + k
+            share = share_of(grad, sources, factors, place + at, at < length, D, COLUMNS, FACTORS)
+            most = tl.maximum(most, tl.max(_magnitude(share), 1))
     return most
 
 

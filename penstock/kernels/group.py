@@ -23,7 +23,7 @@ _SEQUENCE: tl.constexpr = tl.constexpr(3)
 _MOST_ELEMENTS = 2**31 - 1
 _TABLE_BITS = 16
 _KEYS = 512
-_PLACES = 1024
+_PLACES = 512
 ENTERS: tl.constexpr = tl.constexpr(256)
 LEAVES: tl.constexpr = tl.constexpr(512)
 
@@ -69,12 +69,14 @@ def _describe_kernel(
     TABLES: tl.constexpr,
 ):
     """By position of the key: the word that it is sorted by, and all that the update asks for."""
-    position = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
+    # In 32 bits, as N is: divisions of 64 would take longer than all else.
+    position = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     is_key = position < num_keys
-    low = tl.zeros((KEYS,), tl.int64)
+    low = tl.zeros((KEYS,), tl.int32)
     bag = last_not_above(offsets, low, low + num_bags, position, is_key)
-    sample = bag % batch_size
-    feature = tl.load(feature_of_packed + bag // batch_size, mask=is_key, other=-1)
+    packed = bag // batch_size
+    sample = bag - packed * batch_size
+    feature = tl.load(feature_of_packed + packed, mask=is_key, other=-1)
     is_served = feature >= 0
     slot = tl.load(slots + position, mask=is_served, other=-1)
     table = tl.load(table_of + feature, mask=is_served, other=0)
@@ -82,7 +84,7 @@ def _describe_kernel(
     tl.store(words + position, tl.where(slot < 0, -1, word), mask=is_key)
     kind = tl.load(pooling + feature, mask=is_served, other=0)
     column = tl.load(column_of + feature, mask=is_served, other=0)
-    source = (first_row + sample) * stride + column
+    source = (first_row + sample).to(tl.int64) * stride + column
     if SEQUENCES:
         first = tl.load(offsets + bag, mask=is_key, other=0)
         source += tl.where(kind == _SEQUENCE, position - first, 0) * D
@@ -205,8 +207,18 @@ def _list_kernel(
         tl.store(long_places + 4 * number + 2, slot, mask=is_long)
         if TABLES:
             tl.store(long_places + 4 * number + 3, table, mask=is_long)
-        stop = tl.zeros((PLACES,), tl.int32) + num_keys
-        last = last_not_above(words, place, stop, word, is_long)
+        # Twice as far each time while the segment goes on; most end in the next window.
+        reach = (place // WINDOW + 1) * WINDOW
+        ahead = tl.full((PLACES,), WINDOW, tl.int32)
+        goes_on = is_long
+        while tl.max(goes_on.to(tl.int32)) > 0:
+            there = reach + ahead
+            word_there = tl.load(words + there, mask=goes_on & (there < num_keys), other=-1)
+            goes_on = goes_on & (word_there == word)
+            reach = tl.where(goes_on, there, reach)
+            ahead = tl.where(goes_on, ahead * 2, ahead)
+        stop = tl.minimum(reach + ahead, num_keys)
+        last = last_not_above(words, reach, stop, word, is_long)
         tl.store(long_places + 4 * number + 1, last, mask=is_long)
 
 

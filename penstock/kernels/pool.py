@@ -31,7 +31,7 @@ def _bag_scales_kernel(
     batch_size,
     BAGS: tl.constexpr,
 ):
-    """scales [bags]: by what a weighted sum is multiplied; summed in order, in fp64."""
+    """By what weighted sums of bags are multiplied; divisors are summed in order, in fp64."""
     bag = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
     is_bag = bag < num_bags
     feature = tl.load(feature_of_packed + bag // batch_size, mask=is_bag, other=-1)
@@ -60,16 +60,15 @@ def size_scale(kind, size):
 
 
 @triton.jit
-def _vectors(values, slot, weights, place, D: tl.constexpr, COLUMNS: tl.constexpr,
+def _vectors(values, slots, weights, place, inside, D: tl.constexpr, COLUMNS: tl.constexpr,
              WEIGHTED: tl.constexpr):  # fmt: skip
-    """[BAGS, KEYS, COLUMNS] float32: rows of `slot` times their weights; 0 where it is below 0."""
-    column = tl.arange(0, COLUMNS)[None, None, :]
-    is_used = (slot >= 0)[:, :, None] & (column < D)
-    row = values + slot.to(tl.int64)[:, :, None] * D + column
-    vector = tl.load(row, mask=is_used, other=0.0).to(tl.float32)
+    """[BAGS, COLUMNS] float32: rows of the keys at `place` [BAGS] times their weights; else 0."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    slot = tl.load(slots + place, mask=inside, other=-1)
+    row = values + slot.to(tl.int64)[:, None] * D + column
+    vector = tl.load(row, mask=(slot >= 0)[:, None] & (column < D), other=0.0).to(tl.float32)
     if WEIGHTED:
-        weight = tl.load(weights + place, mask=slot >= 0, other=0.0)
-        vector = vector * weight[:, :, None]
+        vector = vector * tl.load(weights + place, mask=inside, other=0.0)[:, None]
     return vector
 
 
@@ -110,7 +109,6 @@ def _pool_bags(
     size = last - first
     column = tl.arange(0, COLUMNS)
     target = out + sample * stride + tl.load(column_of + feature)
-    key = tl.arange(0, KEYS)[None, :]
     is_pooled = is_sample
     longest = tl.max(size)
     if SEQUENCES:
@@ -118,19 +116,18 @@ def _pool_bags(
         most = tl.load(max_keys + feature)
         is_pooled = sample < tl.where(most == 0, batch_size, 0)
         longest = tl.where(most == 0, longest, 0)
-        for n in range(0, most, KEYS):
-            place = first[:, None] + n + key
-            slot = tl.load(slots + place, mask=place < last[:, None], other=-1)
-            vector = _vectors(values, slot, weights, place, D, COLUMNS, WEIGHTED)
-            part = target[:, None] + (n + key) * D
-            is_position = is_sample[:, None] & (n + key < most)
-            inside = is_position[:, :, None] & (column < D)[None, None, :]
-            tl.store(part[:, :, None] + column[None, None, :], vector, mask=inside)
+        for n in range(0, most):
+            vector = _vectors(
+                values, slots, weights, first + n, first + n < last, D, COLUMNS, WEIGHTED
+            )
+            part = target[:, None] + n * D + column[None, :]
+            tl.store(part, vector, mask=is_sample[:, None] & (column < D)[None, :])
     total = tl.zeros((BAGS, COLUMNS), tl.float32)
     for n in range(0, longest, KEYS):
-        place = first[:, None] + n + key
-        slot = tl.load(slots + place, mask=place < last[:, None], other=-1)
-        total += tl.sum(_vectors(values, slot, weights, place, D, COLUMNS, WEIGHTED), 1)
+        # In order; none of these loads waits for another.
+        for k in tl.static_range(KEYS):
+            place = first + n + k
+            total += _vectors(values, slots, weights, place, place < last, D, COLUMNS, WEIGHTED)
     if SCALED:
         if WEIGHTED:
             scale = tl.load(scales + bag, mask=is_sample, other=0.0)[:, None]
@@ -150,9 +147,11 @@ def _pool_kernel(
     ONE_HOT: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, SEQUENCES: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
+    gate = 1
     if GATED:
-        if tl.load(run_if) == 0:
-            return
+        gate = tl.load(run_if)
+    if gate == 0:
+        return
     _pool_bags(
         out, values, slots, weights, scales, offsets, packed_feature, pooling, column_of, max_keys,
         batch_size, stride, D, COLUMNS, BAGS, KEYS, ONE_HOT, WEIGHTED, SCALED, SEQUENCES,

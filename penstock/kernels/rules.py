@@ -25,11 +25,13 @@ HYPER_FIELDS: tl.constexpr = tl.constexpr(kinds.HYPER_FIELDS)
 
 @triton.jit
 def divide(a, b, EXACT: tl.constexpr):
+    """Quotient, rounded to nearest with EXACT."""
     return tl.div_rn(a, b) if EXACT else a / b
 
 
 @triton.jit
 def square_root(x, EXACT: tl.constexpr):
+    """Root, rounded to nearest with EXACT."""
     return tl.sqrt_rn(x) if EXACT else tl.sqrt(x)
 
 
@@ -56,6 +58,7 @@ def row_sum(x, EXACT: tl.constexpr):
 
 @triton.jit
 def towards(old, new, one_minus_beta):
+    """The moving mean, by way of 1 - beta: see csrc/optimizer_rules.h."""
     return old + one_minus_beta * (new - old)
 
 
@@ -98,11 +101,13 @@ def _load_scalar(place, is_row):
 
 @triton.jit
 def sgd(w, grad, hypers, table):
+    """New values."""
     return w - _hyper(hypers, table, 0) * (grad + _hyper(hypers, table, 1) * w)
 
 
 @triton.jit
 def momentum_sgd(w, grad, state, slot, is_row, column, hypers, table, D: tl.constexpr):
+    """New values; state: momentum [D]."""
     g = grad + _hyper(hypers, table, 1) * w
     m = _hyper(hypers, table, 4) * _load_state(state, slot, is_row, 0, D, D, column) + g
     _store_state(state, slot, is_row, 0, D, D, column, m)
@@ -112,6 +117,7 @@ def momentum_sgd(w, grad, state, slot, is_row, column, hypers, table, D: tl.cons
 @triton.jit
 def adagrad(w, grad, state, slot, is_row, column, hypers, table,
             D: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """New values; state: sums of squares [D]."""
     g = grad + _hyper(hypers, table, 1) * w
     s = _load_state(state, slot, is_row, 0, D, D, column) + g * g
     _store_state(state, slot, is_row, 0, D, D, column, s)
@@ -122,6 +128,7 @@ def adagrad(w, grad, state, slot, is_row, column, hypers, table,
 @triton.jit
 def row_wise_adagrad(w, grad, state, slot, is_row, hypers, table,
                      D: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """New values; state: the sum of mean squares."""
     g = grad + _hyper(hypers, table, 1) * w
     mean = divide(row_sum(g * g, EXACT), D * 1.0, EXACT)
     place = state + slot.to(tl.int64)[:, None]
@@ -134,6 +141,7 @@ def row_wise_adagrad(w, grad, state, slot, is_row, hypers, table,
 @triton.jit
 def adam(w, grad, state, slot, is_row, column, hypers, table,
          D: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """New values; state: mean [D], variance [D]."""
     g = grad + _hyper(hypers, table, 1) * w
     m = _load_state(state, slot, is_row, 0, D, 2 * D, column)
     v = _load_state(state, slot, is_row, D, D, 2 * D, column)
@@ -148,6 +156,7 @@ def adam(w, grad, state, slot, is_row, column, hypers, table,
 @triton.jit
 def row_wise_adam(w, grad, state, slot, is_row, column, hypers, table,
                   D: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """New values; state: mean [D], then one variance of the row."""
     g = grad + _hyper(hypers, table, 1) * w
     place = state + slot.to(tl.int64)[:, None] * (D + 1) + D
     v = _load_scalar(place, is_row)
@@ -166,7 +175,7 @@ def row_wise_adam(w, grad, state, slot, is_row, column, hypers, table,
 @triton.jit
 def ftrl(w, grad, state, slot, is_row, column, hypers, table,
          D: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """eps holds the rule's beta."""
+    """New values; state: z [D], n [D]. The setting eps holds the rule's beta."""
     rate, l1 = _hyper(hypers, table, 0), _hyper(hypers, table, 7)
     z = _load_state(state, slot, is_row, 0, D, 2 * D, column)
     n = _load_state(state, slot, is_row, D, D, 2 * D, column)
@@ -183,6 +192,7 @@ def ftrl(w, grad, state, slot, is_row, column, hypers, table,
 @triton.jit
 def lamb(w, grad, state, slot, is_row, column, hypers, table,
          D: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """New values; state: mean [D], variance [D]."""
     m = _load_state(state, slot, is_row, 0, D, 2 * D, column)
     v = _load_state(state, slot, is_row, D, D, 2 * D, column)
     m = towards(m, grad, _hyper(hypers, table, 5))
@@ -202,6 +212,7 @@ def lamb(w, grad, state, slot, is_row, column, hypers, table,
 
 @triton.jit
 def mix32(x):
+    """Bijection of 32-bit words (lowbias32)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -215,7 +226,7 @@ def narrowed(value, column, step_seed, TYPE: tl.constexpr):
     key = mix32(step_seed.to(tl.uint32) + column.to(tl.uint32) * golden)
     random = mix32(bits ^ key[None, :])
     magnitude, sign = bits & 0x7FFFFFFF, (bits >> 16) & 0x8000
-    if TYPE == tl.bfloat16:
+    if tl.bfloat16 == TYPE:
         rounded = (magnitude + (random >> 16)) >> 16
         rounded = tl.where(magnitude >= 0x7F800000, magnitude >> 16, rounded)
         nan = tl.full((1, 1), 0x7FC0, tl.uint32)
@@ -298,7 +309,7 @@ def step_rows(
     else:
         new = lamb(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
     TYPE: tl.constexpr = values.dtype.element_ty
-    if TYPE != tl.float32:
+    if tl.float32 != TYPE:
         new = narrowed(new, column, step_seed, TYPE)
     row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(row, new, mask=is_row[:, None] & (column < D)[None, :])

@@ -10,6 +10,8 @@ ELEMENTS_PER_TILE = 2048
 """Floats of vectors in flight in a program of 4 warps: four loads of 16 bytes a thread."""
 SMALLEST_COLUMNS = 16
 ELEMENTS_PER_WARP = 1024
+REGISTERS = 80
+"""Of a thread of updates, at most: so that enough warps wait for memory at once."""
 
 
 def power_of_two(dim: int) -> int:

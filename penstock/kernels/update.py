@@ -22,7 +22,7 @@ from penstock.kernels.fixed_point import (
     largest_kernel,
     largest_share,
     scratch_row,
-    shares_of,
+    share_of,
     spread_largest_kernel,
     units_exponent,
 )
@@ -39,7 +39,13 @@ from penstock.kernels.occurrences import (
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.reference_update import step_seed
 from penstock.kernels.rules import step_rows
-from penstock.kernels.tiles import power_of_two, programs_of, warp_tile
+from penstock.kernels.tiles import (
+    ELEMENTS_PER_WARP,
+    REGISTERS,
+    power_of_two,
+    programs_of,
+    warp_tile,
+)
 
 
 @triton.jit
@@ -64,7 +70,6 @@ def _step_pieces(
     """This program's part of one of the two lists."""
     column = tl.arange(0, COLUMNS)
     is_column = (column < D)[None, :]
-    key = tl.arange(0, KEYS)[None, :]
     begin, stride = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
     piece = begin + tl.arange(0, ROWS)
     kind, place, slot = _load_pieces(piece, count, last, kinds, places, slots, BACK)
@@ -85,18 +90,19 @@ def _step_pieces(
         if EXACT:
             most = largest_share(grad, sources, factors, place, length, D, COLUMNS, KEYS, FACTORS)
             most = tl.where(is_whole, most, tl.load(largest + there, mask=kind >= ENTERS, other=0))
-            exponent = units_exponent(most)[:, None, None]
+            exponent = units_exponent(most)[:, None]
+            total = tl.zeros((ROWS, COLUMNS), tl.int64)
         else:
-            exponent = 0
-        at = place[:, None] + key
-        share = shares_of(grad, sources, factors, at, key < length[:, None], D, COLUMNS, FACTORS)
-        total = tl.sum(in_units(share, exponent) if EXACT else share, 1)
-        if BACK:
-            for n in range(KEYS, tl.max(length), KEYS):
-                share = shares_of(
-                    grad, sources, factors, at + n, n + key < length[:, None], D, COLUMNS, FACTORS
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        longest = tl.max(length) if BACK else KEYS
+        for n in range(0, longest, KEYS):
+            # In order; none of these loads waits for another.
+            for k in tl.static_range(KEYS):
+                at = n + k
+                share = share_of(
+                    grad, sources, factors, place + at, at < length, D, COLUMNS, FACTORS
                 )
-                total += tl.sum(in_units(share, exponent) if EXACT else share, 1)
+                total += in_units(share, exponent) if EXACT else share
         if tl.max(kind) >= ENTERS:
             part = scratch + there[:, None] * D + column[None, :]
             tl.store(part, total, mask=(kind >= ENTERS)[:, None] & is_column)
@@ -254,6 +260,8 @@ def _step(
     tile = {"D": dim, "COLUMNS": columns, "WINDOW": WINDOW}
     some = {**tile, "ROWS": vectors // keys, "KEYS": keys, "FACTORS": factors is not None}
     compiled = {**options.compiled(), "num_warps": num_warps}
+    if not options.exact and columns <= ELEMENTS_PER_WARP:
+        compiled["maxnreg"] = REGISTERS
     grid = (min(num_keys, programs_of(device)),)
     long_grid = (min(windows, programs_of(device)),)
     if options.exact:
