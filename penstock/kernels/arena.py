@@ -48,7 +48,9 @@ class Arena:
         self._range: AddressRange | None = None
         self._bytes = 0
         if device.type == "cpu" or not width:
-            self.max_rows = min(max_rows, HOST_RESERVE // max(1, self.row_bytes))
+            self.max_rows = max_rows
+            if width:
+                self.max_rows = min(max_rows, HOST_RESERVE // self.row_bytes)
             self.tensor: Tensor = torch.empty(self.max_rows, width, dtype=dtype, device=device)
             return
         memory = torch.cuda.get_device_properties(device).total_memory

@@ -266,7 +266,7 @@ def test_rows_of_an_arena_stay_while_it_grows():
 
 
 def test_an_arena_of_no_width_holds_any_rows():
-    arena = Arena(0, torch.float32, DEVICE, max_rows=1000)
-    arena.reserve(999)
-    assert arena.tensor.shape == (1000, 0)
-    assert arena.rows == 1000
+    arena = Arena(0, torch.float32, DEVICE, max_rows=2**31 - 1)
+    arena.reserve(2**30)
+    assert arena.tensor.shape == (2**31 - 1, 0)
+    assert arena.rows == 2**31 - 1
