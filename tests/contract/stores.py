@@ -73,8 +73,9 @@ def skip_in_interpreter(open_store, what):
 WITHOUT_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=WITHOUT_TRITON if name == "gpu" else ()) for name in STORES]
-)
+GPU = pytest.param("gpu", marks=WITHOUT_TRITON)
+
+
+@pytest.fixture(params=[GPU if name == "gpu" else name for name in STORES])
 def open_store(request):
     return STORES[request.param]

@@ -31,7 +31,7 @@ from penstock.embedding.store import (
 )
 from penstock.errors import CapacityError, ConfigError
 from penstock.types import Jagged, KeyedJagged
-from tests.contract.stores import is_slow, open_store, skip_in_interpreter
+from tests.contract.stores import GPU, STORES, is_slow, open_store, skip_in_interpreter
 
 __all__ = ["open_store"]
 sys.path.insert(0, str(Path(__file__).parents[1] / "soak"))
@@ -285,14 +285,20 @@ def test_lookup_without_insert_counts_missing_keys(open_store):
     assert torch.equal(out, expected)
 
 
-def test_random_operations_agree_with_the_oracle():
+@pytest.mark.parametrize("name", ["host-3", GPU])
+def test_random_operations_agree_with_the_oracle(name):
     # The recorded long run does 10^7 (tests/soak/random_operations.py).
-    assert random_operations.run(300_000, seed=1, span=3000) >= 300_000
+    opened = STORES[name]
+    count = 10_000 if is_slow(opened) else 300_000
+    assert random_operations.run(count, seed=1, span=3000, open_store=opened) >= count
 
 
+@pytest.mark.parametrize("name", ["host-3", GPU])
 @pytest.mark.parametrize("rule", random_operations.RULES)
-def test_random_operations_with_rules_agree_with_the_oracle(rule):
-    assert random_operations.run_with_rules(20_000, seed=2, rule=rule) >= 20_000
+def test_random_operations_with_rules_agree_with_the_oracle(rule, name):
+    opened = STORES[name]
+    count = 300 if is_slow(opened) else 20_000
+    assert random_operations.run_with_rules(count, seed=2, rule=rule, open_store=opened) >= count
 
 
 def test_threads_do_not_change_a_bit():
