@@ -198,7 +198,18 @@ def _list_kernel(
     heads = tl.sum(is_head.to(tl.int32))
     if heads > 0:
         tl.atomic_add(counts + 3, heads, sem="relaxed")
-    is_long = is_head & leaves
+    _list_long(
+        long_places, counts, words, place, word, slot, table, is_head & leaves, num_keys, PLACES,
+        WINDOW, TABLES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _list_long(
+    long_places, counts, words, place, word, slot, table, is_long, num_keys,
+    PLACES: tl.constexpr, WINDOW: tl.constexpr, TABLES: tl.constexpr,
+):  # fmt: skip
+    """Appends segments of several pieces, which begin at `place`."""
     longs = tl.sum(is_long.to(tl.int32))
     if longs > 0:
         number = tl.cumsum(is_long.to(tl.int32), 0) - 1
@@ -231,6 +242,14 @@ class _Arrays(NamedTuple):
     """None: position n is that of the only key of bag n."""
     tables: Tensor | None
     factors: Tensor | None
+
+    def part(self, span: slice) -> _Arrays:
+        """Those of some positions."""
+        optional = (
+            None if array is None else array[span]
+            for array in (self.sources, self.tables, self.factors)
+        )
+        return _Arrays(self.words[span], *optional)
 
 
 def _described(
@@ -309,8 +328,7 @@ def group_keys(
     row = start = 0
     for part, size in zip(parts, sizes, strict=True):
         if size:
-            span = slice(start, start + size)
-            into = _Arrays(*(None if array is None else array[span] for array in whole))
+            into = whole.part(slice(start, start + size))
             _described(plan, part, row, into, bits)
         start, row = start + size, row + part.batch.batch_size
     return _listed(plan, whole, slot_bits, rows, needs_tables)
@@ -327,7 +345,10 @@ def _listed(
     grouping = Grouping(
         torch.empty(num_keys, dtype=source_type, device=device),
         None if factors is None else torch.empty_like(factors),
-        *lists.unbind(),
+        lists[0],
+        lists[1],
+        lists[2],
+        lists[3],
         torch.empty(num_keys // WINDOW + 1, 4, dtype=torch.int32, device=device),
         torch.zeros(4, dtype=torch.int32, device=device),
     )

@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels.find import probe_slots, store_slots
 from penstock.kernels.plan import DevicePlan
-from penstock.kernels.tiles import num_warps_of, power_of_two, vectors_of_tile
+from penstock.kernels.tiles import power_of_two, warp_tile
 from penstock.types import KeyedJagged
 
 _MEAN: tl.constexpr = tl.constexpr(1)
@@ -158,40 +157,6 @@ def _pool_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _fused_kernel(
-    out, values, slots, weights, scales, offsets, packed_feature, pooling, column_of, max_keys,
-    batch_size, stride, entries, num_buckets, salt, keys, table_of, absent, missing, counter,
-    D: tl.constexpr, COLUMNS: tl.constexpr, BAGS: tl.constexpr, KEYS: tl.constexpr,
-    ONE_HOT: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, SEQUENCES: tl.constexpr,
-    PROBES: tl.constexpr,
-):  # fmt: skip
-    feature = tl.program_id(1)
-    first_bag = tl.load(packed_feature + feature).to(tl.int64) * batch_size
-    start = tl.program_id(0).to(tl.int64) * BAGS
-    stop = tl.minimum(start + BAGS, batch_size)
-    # The keys of neighbouring bags lie side by side.
-    if ONE_HOT:
-        begin, end = first_bag + start, first_bag + stop
-    else:
-        begin = tl.load(offsets + first_bag + start)
-        end = tl.load(offsets + first_bag + stop)
-    table = tl.zeros((PROBES,), tl.int32) + tl.load(table_of + feature)
-    instead = tl.load(absent + tl.load(table_of + feature))
-    for first in range(begin, end, PROBES):
-        place = first + tl.arange(0, PROBES)
-        is_key = place < end
-        key = tl.load(keys + place, mask=is_key, other=0)
-        slot = probe_slots(entries, num_buckets, salt, key, table, is_key, PROBES)
-        store_slots(slots, missing, counter, place, is_key, slot, instead)
-    # What this program's other threads have stored is read next.
-    tl.debug_barrier()
-    _pool_bags(
-        out, values, slots, weights, scales, offsets, packed_feature, pooling, column_of, max_keys,
-        batch_size, stride, D, COLUMNS, BAGS, KEYS, ONE_HOT, WEIGHTED, SCALED, SEQUENCES,
-    )  # fmt: skip
-
-
 def bag_scales(plan: DevicePlan, batch: KeyedJagged) -> Tensor | None:
     """[P * B] float32: factors of weighted sums; None where the batch or the plan needs none."""
     if batch.weights is None or not plan.divides:
@@ -240,11 +205,11 @@ def pooled_forward(
         return
     scales = bag_scales(plan, batch)
     columns = power_of_two(plan.dim)
-    vectors = vectors_of_tile(columns)
+    vectors, num_warps = warp_tile(columns)
     per_bag = len(batch.values) / (len(batch.offsets) - 1)
     # About as many keys at once as a bag has: more would be masked, fewer wait for one another.
     keys = 1 if one_hot or per_bag <= 1 else min(4, vectors)
-    bags = vectors // keys
+    bags = max(1, vectors // 2 if keys == 1 else vectors // keys)
     _pool_kernel[(triton.cdiv(size, bags), plan.num_features)](
         out,
         values,
@@ -268,5 +233,5 @@ def pooled_forward(
         SCALED=plan.divides,
         SEQUENCES=plan.has_sequences,
         GATED=run_if is not None,
-        num_warps=num_warps_of(columns),
+        num_warps=num_warps,
     )

@@ -6,10 +6,9 @@ from functools import lru_cache
 
 import torch
 
-ELEMENTS_PER_TILE = 2048
-"""Floats of vectors in flight in a program of 4 warps: four loads of 16 bytes a thread."""
 SMALLEST_COLUMNS = 16
 ELEMENTS_PER_WARP = 1024
+"""Floats of a tile: eight loads of 16 bytes a thread, none of which waits for another."""
 REGISTERS = 80
 """Of a thread of updates, at most: so that enough warps wait for memory at once."""
 
@@ -17,16 +16,6 @@ REGISTERS = 80
 def power_of_two(dim: int) -> int:
     """Columns of a tile for vectors of `dim`: a power of two, at least `SMALLEST_COLUMNS`."""
     return max(SMALLEST_COLUMNS, 1 << (dim - 1).bit_length())
-
-
-def vectors_of_tile(columns: int) -> int:
-    """Vectors of a tile, a power of two."""
-    return max(1, ELEMENTS_PER_TILE // columns)
-
-
-def num_warps_of(columns: int) -> int:
-    """Warps of a program: more only where one vector is larger than a tile."""
-    return 4 if columns <= ELEMENTS_PER_TILE else 8
 
 
 @lru_cache(maxsize=16)
@@ -38,7 +27,7 @@ def programs_of(device: torch.device) -> int:
 
 
 def warp_tile(columns: int) -> tuple[int, int]:
-    """Vectors of a tile of updates, a power of two, and warps that hold it.
+    """Vectors of a tile, a power of two, and warps that hold it.
 
     One warp: many small programs hide the time that each waits for memory. More where a vector is
     larger than a tile.
