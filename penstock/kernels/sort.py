@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.launch import launch
+
 MOST_COUNTED = 1 << 14
 """So many words are sorted by counting for each how many come before it: one launch, while a radix
 sort takes a dozen."""
@@ -43,5 +45,16 @@ def sort_words(words: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sort(words, stable=True)
     sorted_words, order = torch.empty(2, num, dtype=torch.int32, device=words.device)
     mine = 16
-    _rank_kernel[(triton.cdiv(num, mine),)](sorted_words, order, words, num, MINE=mine, OTHERS=256)
+    launch(
+        _rank_kernel,
+        (triton.cdiv(num, mine),),
+        (
+            sorted_words,
+            order,
+            words,
+            num,
+        ),
+        MINE=mine,
+        OTHERS=256,
+    )
     return sorted_words, order
