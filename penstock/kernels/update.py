@@ -228,7 +228,8 @@ def apply_gradients(
     options = RuleOptions(rule, clips, deterministic, len(hypers) == 1, words)
     grouping = parts[0].grouping if len(parts) == 1 else None
     if grouping is None:
-        grouping = group_keys(plan, parts, needs_tables=options.needs_tables)
+        one_hot = parts[0].batch.is_one_hot
+        grouping = group_keys(plan, parts, needs_tables=options.needs_tables, one_hot=one_hot)
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])
     numbers = (hypers, _signed_word(step_seed(step)), *(usage_rules or (hypers, hypers)))
     if len(grouping.sources):
