@@ -8,7 +8,7 @@ import torch
 
 from penstock.config import Adagrad, FeatureConfig, TableConfig
 from penstock.embedding import EmbeddingCollection
-from penstock.errors import ConfigError
+from penstock.errors import CapacityError, ConfigError
 from penstock.kernels import device as device_module
 from penstock.types import Jagged, KeyedJagged
 
@@ -122,3 +122,26 @@ def test_without_triton_the_remedy_is_named(monkeypatch):
         "device 'cuda' needs Triton, which is not installed; pip install 'penstock[gpu]', or set "
         "device to cpu"
     )
+
+
+@needs_triton
+def test_a_full_gpu_is_an_error_that_leaves_the_store_whole():
+    from penstock.embedding.gpu_store import GpuStore
+
+    store = GpuStore(TABLES[:1], device="cuda", max_bytes=10 * 2 * 4 * 4)
+    store.find_or_insert(0, torch.arange(8))
+    with pytest.raises(CapacityError) as caught:
+        store.find_or_insert(0, torch.arange(100, 113).repeat(2))
+    assert str(caught.value) == (
+        f"store on {store.device} of 1 tables (user) cannot grow beyond 8 rows: no memory on "
+        f"{store.device}; use a GPU with more memory, smaller tables or max_bytes with eviction"
+    )
+    assert store.num_rows(0) == 8
+    store.check_invariants()
+    # Two rows fit, however often their keys come.
+    assert not store.find_or_insert(0, torch.tensor([100, 101]).repeat(20)).found.any()
+    assert store.memory().free_slots == 0
+    assert store.erase(0, torch.arange(4)) == 4
+    store.find_or_insert(0, torch.arange(200, 204))
+    assert store.num_rows(0) == 10
+    store.check_invariants()
