@@ -249,7 +249,10 @@ def index_rates(num_keys: int) -> list[dict]:
         if load == 0.5:
             news = [torch.arange(first, first + chunk, device=DEVICE) * scattered
                     for first in range(present, num_keys, chunk)]  # fmt: skip
-            ms = median_ms(lambda i, news=news, index=index: insert_keys(index, news[i]), 12, 4)
+            next_news = iter(news)  # Each is new once.
+            ms = median_ms(
+                lambda _, news=next_news, index=index: insert_keys(index, next(news)), 12, 4
+            )
             results.append(rate("insert", chunk, ms, INSERT_GOAL))
         sets = [torch.randint(0, num_keys, (2 * chunk,), device=DEVICE) * scattered
                 for _ in range(INDEX_SETS)]  # fmt: skip

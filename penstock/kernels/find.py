@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.launch import launch
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.probe import next_bucket, probe_start
 from penstock.types import KeyedJagged
@@ -122,17 +123,21 @@ def find_slots(
     if not num_keys or not plan.num_features:
         return
     per_feature = triton.cdiv(num_keys, len(plan.table_of_packed))
-    _find_kernel[(triton.cdiv(per_feature, _KEYS), plan.num_features)](
-        slots,
-        missing,
-        counter,
-        *index,
-        batch.values,
-        batch.offsets,
-        plan.packed_feature,
-        plan.table,
-        absent,
-        batch.batch_size,
+    launch(
+        _find_kernel,
+        (triton.cdiv(per_feature, _KEYS), plan.num_features),
+        (
+            slots,
+            missing,
+            counter,
+            *index,
+            batch.values,
+            batch.offsets,
+            plan.packed_feature,
+            plan.table,
+            absent,
+            batch.batch_size,
+        ),
         KEYS=_KEYS,
         num_warps=_WARPS,
     )

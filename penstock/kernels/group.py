@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.launch import launch
 from penstock.kernels.occurrences import SHORT, WINDOW, GradientPart, Grouping
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.pool import bag_scales, size_scale
@@ -260,26 +261,30 @@ def _described(
     scales = bag_scales(plan, batch)
     num_keys = len(batch.values)
     slot_bits, table_bits = bits
-    _describe_kernel[(triton.cdiv(num_keys, _KEYS),)](
-        sources,
-        sources if factors is None else factors,
-        sources if tables is None else tables,
-        words,
-        part.slots,
-        sources if batch.weights is None else batch.weights,
-        sources if scales is None else scales,
-        batch.offsets,
-        plan.feature_of_packed,
-        plan.table,
-        plan.pooling,
-        plan.column,
-        num_keys,
-        batch.batch_size,
-        len(batch.offsets) - 1,
-        plan.stride,
-        first_row,
-        slot_bits,
-        (1 << table_bits) - 1,
+    launch(
+        _describe_kernel,
+        (triton.cdiv(num_keys, _KEYS),),
+        (
+            sources,
+            sources if factors is None else factors,
+            sources if tables is None else tables,
+            words,
+            part.slots,
+            sources if batch.weights is None else batch.weights,
+            sources if scales is None else scales,
+            batch.offsets,
+            plan.feature_of_packed,
+            plan.table,
+            plan.pooling,
+            plan.column,
+            num_keys,
+            batch.batch_size,
+            len(batch.offsets) - 1,
+            plan.stride,
+            first_row,
+            slot_bits,
+            (1 << table_bits) - 1,
+        ),
         D=plan.dim,
         KEYS=_KEYS,
         WEIGHTED=batch.weights is not None,
@@ -353,22 +358,26 @@ def _listed(
         torch.zeros(4, dtype=torch.int32, device=device),
     )
     if num_keys:
-        _list_kernel[(triton.cdiv(num_keys, _PLACES),)](
-            grouping.sources,
-            grouping.sources if grouping.factors is None else grouping.factors,
-            *grouping[2:],
-            words,
-            order,
-            order if unsorted.sources is None else unsorted.sources,
-            order if unsorted.tables is None else unsorted.tables,
-            order if factors is None else factors,
-            plan.feature_of_packed,
-            plan.column,
-            plan.table,
-            num_keys,
-            rows,
-            plan.stride,
-            (1 << slot_bits) - 1,
+        launch(
+            _list_kernel,
+            (triton.cdiv(num_keys, _PLACES),),
+            (
+                grouping.sources,
+                grouping.sources if grouping.factors is None else grouping.factors,
+                *grouping[2:],
+                words,
+                order,
+                order if unsorted.sources is None else unsorted.sources,
+                order if unsorted.tables is None else unsorted.tables,
+                order if factors is None else factors,
+                plan.feature_of_packed,
+                plan.column,
+                plan.table,
+                num_keys,
+                rows,
+                plan.stride,
+                (1 << slot_bits) - 1,
+            ),
             PLACES=_PLACES,
             WINDOW=WINDOW,
             SHORT=SHORT,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.launch import launch
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.tiles import power_of_two, warp_tile
 from penstock.types import KeyedJagged
@@ -164,14 +165,18 @@ def bag_scales(plan: DevicePlan, batch: KeyedJagged) -> Tensor | None:
     num_bags = len(batch.offsets) - 1
     scales = torch.empty(num_bags, dtype=torch.float32, device=batch.offsets.device)
     if num_bags:
-        _bag_scales_kernel[(triton.cdiv(num_bags, 128),)](
-            scales,
-            batch.weights,
-            batch.offsets,
-            plan.feature_of_packed,
-            plan.pooling,
-            num_bags,
-            batch.batch_size,
+        launch(
+            _bag_scales_kernel,
+            (triton.cdiv(num_bags, 128),),
+            (
+                scales,
+                batch.weights,
+                batch.offsets,
+                plan.feature_of_packed,
+                plan.pooling,
+                num_bags,
+                batch.batch_size,
+            ),
             BAGS=128,
         )
     return scales
@@ -210,20 +215,24 @@ def pooled_forward(
     # About as many keys at once as a bag has: more would be masked, fewer wait for one another.
     keys = 1 if one_hot or per_bag <= 1 else min(4, vectors)
     bags = max(1, vectors // 2 if keys == 1 else vectors // keys)
-    _pool_kernel[(triton.cdiv(size, bags), plan.num_features)](
-        out,
-        values,
-        slots,
-        slots if batch.weights is None else batch.weights,
-        slots if scales is None else scales,
-        batch.offsets,
-        slots if run_if is None else run_if,
-        plan.packed_feature,
-        plan.pooling,
-        plan.column,
-        plan.max_keys,
-        size,
-        plan.stride,
+    launch(
+        _pool_kernel,
+        (triton.cdiv(size, bags), plan.num_features),
+        (
+            out,
+            values,
+            slots,
+            slots if batch.weights is None else batch.weights,
+            slots if scales is None else scales,
+            batch.offsets,
+            slots if run_if is None else run_if,
+            plan.packed_feature,
+            plan.pooling,
+            plan.column,
+            plan.max_keys,
+            size,
+            plan.stride,
+        ),
         D=plan.dim,
         COLUMNS=columns,
         BAGS=bags,

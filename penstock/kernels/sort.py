@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.launch import launch
+
 MOST_COUNTED = 1 << 14
 """So many words are sorted by counting for each how many come before it: one launch, while a radix
 sort takes a dozen."""
@@ -17,14 +19,14 @@ def _rank_kernel(sorted_words, order, words, num, MINE: tl.constexpr, OTHERS: tl
     position = tl.program_id(0) * MINE + tl.arange(0, MINE)
     is_mine = position < num
     own = tl.load(words + position, mask=is_mine, other=0)
-    # A position breaks ties, so that no two words are equal.
-    word = (own.to(tl.int64) << 32) + position
-    rank = tl.zeros((MINE,), tl.int32)
+    before = tl.zeros((MINE, OTHERS), tl.int32)
     for first in range(0, num, OTHERS):
         place = first + tl.arange(0, OTHERS)
         other = tl.load(words + place, mask=place < num, other=2147483647)
-        other_word = (other.to(tl.int64) << 32) + place
-        rank += tl.sum((other_word[None, :] < word[:, None]).to(tl.int32), 1)
+        # Equal ones stay in the order of their positions.
+        is_equal = (other[None, :] == own[:, None]) & (place[None, :] < position[:, None])
+        before += ((other[None, :] < own[:, None]) | is_equal).to(tl.int32)
+    rank = tl.sum(before, 1)
     tl.store(sorted_words + rank, own, mask=is_mine)
     tl.store(order + rank, position, mask=is_mine)
 
@@ -43,5 +45,16 @@ def sort_words(words: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sort(words, stable=True)
     sorted_words, order = torch.empty(2, num, dtype=torch.int32, device=words.device)
     mine = 16
-    _rank_kernel[(triton.cdiv(num, mine),)](sorted_words, order, words, num, MINE=mine, OTHERS=256)
+    launch(
+        _rank_kernel,
+        (triton.cdiv(num, mine),),
+        (
+            sorted_words,
+            order,
+            words,
+            num,
+        ),
+        MINE=mine,
+        OTHERS=256,
+    )
     return sorted_words, order

@@ -27,6 +27,7 @@ from penstock.kernels.fixed_point import (
     units_exponent,
 )
 from penstock.kernels.group import ENTERS, group_keys
+from penstock.kernels.launch import launch
 from penstock.kernels.occurrences import (
     SHORT,
     WINDOW,
@@ -227,7 +228,8 @@ def apply_gradients(
     options = RuleOptions(rule, clips, deterministic, len(hypers) == 1, words)
     grouping = parts[0].grouping if len(parts) == 1 else None
     if grouping is None:
-        grouping = group_keys(plan, parts, needs_tables=options.needs_tables)
+        one_hot = parts[0].batch.is_one_hot
+        grouping = group_keys(plan, parts, needs_tables=options.needs_tables, one_hot=one_hot)
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])
     numbers = (hypers, _signed_word(step_seed(step)), *(usage_rules or (hypers, hypers)))
     if len(grouping.sources):
@@ -265,15 +267,47 @@ def _step(
     grid = (min(num_keys, programs_of(device)),)
     long_grid = (min(windows, programs_of(device)),)
     if options.exact:
-        largest_kernel[grid](
-            largest, *shares, places, kinds, counts, num_keys, **some, num_warps=num_warps
+        launch(
+            largest_kernel,
+            grid,
+            (
+                largest,
+                *shares,
+                places,
+                kinds,
+                counts,
+                num_keys,
+            ),
+            **some,
+            num_warps=num_warps,
         )
-        spread_largest_kernel[long_grid](largest, long_places, counts, WINDOW=WINDOW, PARTS=128)
-    _pieces_kernel[grid](
+        launch(
+            spread_largest_kernel,
+            long_grid,
+            (
+                largest,
+                long_places,
+                counts,
+            ),
+            WINDOW=WINDOW,
+            PARTS=128,
+        )
+    launch(_pieces_kernel, grid, (
         *rows, grad, scratch, largest, *shares[1:], places, kinds, slots, tables, counts,
-        num_keys - 1, *numbers, SHORT_ROWS=max(1, vectors // SHORT), SHORT=SHORT, **some,
+        num_keys - 1, *numbers,),  SHORT_ROWS=max(1, vectors // SHORT), SHORT=SHORT, **some,
+        **compiled)  # fmt: skip
+    launch(
+        _long_kernel,
+        long_grid,
+        (
+            *rows,
+            scratch,
+            largest,
+            long_places,
+            counts,
+            *numbers,
+        ),
+        PARTS=vectors,
+        **tile,
         **compiled,
-    )  # fmt: skip
-    _long_kernel[long_grid](
-        *rows, scratch, largest, long_places, counts, *numbers, PARTS=vectors, **tile, **compiled
     )

@@ -57,7 +57,7 @@ def make_batch(plan, size, seed, *, longest=MAX_KEYS, weighted=False, one_hot=Fa
     weights = torch.randn(num, generator=generator).to(device) if weighted else None
     keys = torch.randint(-(2**62), 2**62, (num,), generator=generator)
     names = tuple(f"f{n}" for n in range(len(plan.table_of_packed)))
-    return KeyedJagged(names, keys.to(device), offsets.to(device), weights)
+    return KeyedJagged(names, keys.to(device), offsets.to(device), weights, is_one_hot=one_hot)
 
 
 def make_slots(plan, batch, num_rows, seed, *, hot=0.3):
@@ -79,8 +79,8 @@ def make_slots(plan, batch, num_rows, seed, *, hot=0.3):
 
 
 def make_lookup(dim, size, seed, device, *, poolings=(SUM, MEAN, SQRT_N, SEQUENCE), num_rows=90,
-                **how):  # fmt: skip
-    plan = make_plan(dim, poolings, device)
+                others=1, **how):  # fmt: skip
+    plan = make_plan(dim, poolings, device, others)
     batch = make_batch(plan, size, seed, **how)
     return Lookup(plan, batch, make_slots(plan, batch, num_rows, seed + 1))
 

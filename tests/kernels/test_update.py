@@ -86,13 +86,18 @@ def test_one_row_may_have_all_keys(deterministic, device):
           rule=kinds.ROW_WISE_ADAGRAD, deterministic=deterministic)  # fmt: skip
 
 
-def test_one_hot_batches_need_no_offsets(device):
-    lookup = make_lookup(16, 40, 2, device, poolings=(SUM, MEAN, SQRT_N), one_hot=True)
+@pytest.mark.parametrize("tables", [1, 3])
+@pytest.mark.parametrize("others", [0, 1])
+def test_one_hot_batches_need_no_offsets(others, tables, device):
+    lookup = make_lookup(
+        16, 40, 2, device, poolings=(SUM, MEAN, SQRT_N), one_hot=True, others=others
+    )
     part = make_part(lookup, 3)
-    grouping = group_keys(lookup.plan, [part], needs_tables=True, one_hot=True)
+    ahead = group_keys(lookup.plan, [part], needs_tables=tables > 1, num_slots=90, one_hot=True)
     rows = make_rows(kinds.ADAM, 16, 90, 2, device)
-    check([part._replace(grouping=grouping)], lookup.plan, rows, make_hypers(device),
-          rule=kinds.ADAM)  # fmt: skip
+    hypers = make_hypers(device, tables=tables)
+    check([part], lookup.plan, on_twin(rows), hypers, rule=kinds.ADAM)
+    check([part._replace(grouping=ahead)], lookup.plan, rows, hypers, rule=kinds.ADAM)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
