@@ -87,14 +87,12 @@ def time_loader(dataset: Dataset, batch_size: int, shuffle: bool) -> float:
 
 
 def time_pyarrow(path: Path, columns: list[str], threads: int) -> float:
-    """Seconds to decode the columns of every row group."""
+    """Seconds to decode the columns of every row group, in batches of pyarrow's default size."""
     footer = pq.read_metadata(path)
 
     def decode(group: int) -> int:
         with pq.ParquetFile(path, metadata=footer) as file:
-            batches = file.iter_batches(
-                32_768, row_groups=[group], columns=columns, use_threads=False
-            )
+            batches = file.iter_batches(row_groups=[group], columns=columns, use_threads=False)
             return sum(batch.num_rows for batch in batches)
 
     begin = time.perf_counter()

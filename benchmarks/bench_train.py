@@ -27,6 +27,7 @@ import torch
 from circumstances import commit, end_check, hardware
 from rich.console import Console
 
+from penstock import _core
 from penstock.config import Job
 from penstock.data.dataset import Dataset
 from penstock.job_file import load_job
@@ -96,6 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
         parser.error("set OMP_WAIT_POLICY=PASSIVE, as the command line does")
+    _core.keep_freed_memory()  # as well
     job = load_job(arguments.job, [*arguments.set, f"data.source.path={arguments.data}"])
     dataset = Dataset.open(job)
     with closing(dataset.batches("train", batch_size=job.training.batch_size)) as loader:

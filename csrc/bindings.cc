@@ -1,4 +1,4 @@
-// The only file that knows Python. Arrays come in as numpy views; the interpreter lock is released while the core works.
+// The module, and the stores in Python. The interpreter lock is released while the core works.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -17,25 +17,21 @@
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "buffer_pool.h"
-#include "columns.h"
 #include "host_store.h"
+#include "memory.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
 using namespace penstock;
+using namespace nb::literals;
 
 namespace {
 
-template <typename T>
-using In = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <typename T>
-using Out = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using InRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using OutRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 // Row values in the type that a store keeps them in: float32, or the bits of a narrow type.
 using InValues = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutValues = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+constexpr size_t kMaxIdleBytes = size_t{1} << 30;
 
 // Owns copies of the arrays that a PoolingPlan points to.
 struct PlanArrays {
@@ -86,247 +82,6 @@ void check_bytes(const Values& values, ValueType type) {
 const Hyper* hypers_of(const InRows& hypers) { return reinterpret_cast<const Hyper*>(hypers.data()); }
 static_assert(sizeof(Hyper) == 10 * sizeof(float));
 
-template <typename T>
-using NewArray = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
-
-// An uninitialised numpy array of `n` elements; `data` is where to write them.
-template <typename T>
-NewArray<T> make_array(size_t n, T** data) {
-  std::unique_ptr<T[]> memory(new T[n]);
-  *data = memory.get();
-  nb::capsule owner(memory.get(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return NewArray<T>(memory.release(), {n}, owner);
-}
-
-template <typename Offset>
-size_t num_strings(const In<Offset>& offsets, const In<uint8_t>& bytes) {
-  const size_t n = offsets.size();
-  if (n == 0) throw std::invalid_argument("offsets: at least one expected");
-  if (offsets(0) < 0 || static_cast<size_t>(offsets(n - 1)) > bytes.size()) {
-    throw std::invalid_argument("offsets: beyond the bytes");
-  }
-  return n - 1;
-}
-
-template <typename Offset>
-NewArray<int64_t> py_hash_strings(In<Offset> offsets, In<uint8_t> bytes, uint64_t seed, uint64_t buckets) {
-  const size_t n = num_strings(offsets, bytes);
-  int64_t* keys;
-  auto out = make_array(n, &keys);
-  nb::gil_scoped_release unlocked;
-  penstock::hash_strings(offsets.data(), bytes.data(), n, seed, buckets, keys);
-  return out;
-}
-
-template <typename Integer>
-NewArray<int64_t> py_hash_integers(In<Integer> values, uint64_t seed, uint64_t buckets) {
-  int64_t* keys;
-  auto out = make_array(values.size(), &keys);
-  nb::gil_scoped_release unlocked;
-  penstock::hash_integers(values.data(), values.size(), seed, buckets, keys);
-  return out;
-}
-
-template <typename Offset>
-std::pair<NewArray<int64_t>, int64_t> py_parse_hex(In<Offset> offsets, In<uint8_t> bytes) {
-  const size_t n = num_strings(offsets, bytes);
-  int64_t* keys;
-  auto out = make_array(n, &keys);
-  int64_t bad;
-  {
-    nb::gil_scoped_release unlocked;
-    bad = penstock::parse_hex(offsets.data(), bytes.data(), n, keys);
-  }
-  return {out, bad};
-}
-
-// Keeps the arrays alive that the window points into.
-class PyJaggedWindow {
- public:
-  using Column = std::tuple<In<int64_t>, std::optional<In<int64_t>>, std::optional<In<float>>>;
-  using Cut = std::tuple<NewArray<int64_t>, std::optional<NewArray<int64_t>>, std::optional<NewArray<int64_t>>,
-                         std::optional<NewArray<float>>>;
-
-  PyJaggedWindow(std::vector<Column> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
-      : arrays_(std::move(columns)), window_(view(arrays_, starts, stops), starts, stops) {}
-
-  Cut cut(In<int64_t> rows, int64_t batch, std::optional<In<int64_t>> others, const std::vector<bool>& of_others) const {
-    if (batch <= 0) throw std::invalid_argument("batch: must be positive");
-    if (others && (others->size() != rows.size() || of_others.size() != window_.num_features())) {
-      throw std::invalid_argument("others: as many as rows, and of_others as many as features");
-    }
-    const auto size = static_cast<size_t>(batch);
-    return window_.has_small_places() ? cut_places<uint32_t>(rows, size, others, of_others)
-                                      : cut_places<uint64_t>(rows, size, others, of_others);
-  }
-
- private:
-  template <typename Place>
-  Cut cut_places(const In<int64_t>& rows, size_t batch, const std::optional<In<int64_t>>& others,
-                 const std::vector<bool>& of_others) const {
-    const size_t n = rows.size(), batches = (n + batch - 1) / batch;
-    const std::unique_ptr<Place[]> places(new Place[n]), other_places(others ? new Place[n] : nullptr);
-    std::vector<const Place*> of_feature(window_.num_features(), places.get());
-    if (others) {
-      for (size_t f = 0; f < of_feature.size(); ++f) {
-        if (of_others[f]) of_feature[f] = other_places.get();
-      }
-    }
-    const bool one_key = window_.one_key_a_bag();
-    size_t total = window_.num_features() * n;
-    std::optional<NewArray<int64_t>> out_offsets, out_starts;
-    int64_t *offsets = nullptr, *starts = nullptr;
-    if (!one_key) {
-      out_offsets = make_array(total + batches, &offsets);
-      out_starts = make_array(batches + 1, &starts);
-    }
-    bool inside;
-    {
-      nb::gil_scoped_release unlocked;
-      inside = window_.locate(rows.data(), n, places.get()) &&
-               (!others || window_.locate(others->data(), n, other_places.get()));
-      if (inside && !one_key) window_.cut_offsets(of_feature.data(), n, batch, offsets, starts);
-    }
-    if (!inside) throw std::out_of_range("a row lies outside the window");
-    if (!one_key) total = static_cast<size_t>(starts[batches]);
-    int64_t* values;
-    auto out_values = make_array(total, &values);
-    std::optional<NewArray<float>> out_weights;
-    float* weights = nullptr;
-    if (window_.has_weights()) out_weights = make_array(total, &weights);
-    {
-      nb::gil_scoped_release unlocked;
-      window_.cut_values(of_feature.data(), n, batch, offsets, starts, values);
-      if (weights) window_.cut_weights(of_feature.data(), n, batch, offsets, starts, weights);
-    }
-    return {out_values, out_offsets, out_starts, out_weights};
-  }
-
-  static std::vector<penstock::JaggedColumn> view(const std::vector<Column>& columns,
-                                                  const std::vector<int64_t>& starts,
-                                                  const std::vector<int64_t>& stops) {
-    if (starts.size() != stops.size() || (starts.empty() ? !columns.empty() : columns.size() % starts.size() != 0)) {
-      throw std::invalid_argument("JaggedWindow: columns, starts and stops do not fit");
-    }
-    // An empty array may have no address, which would read as no weights.
-    static const float kNoWeight = 1;
-    const size_t features = starts.empty() ? 0 : columns.size() / starts.size();
-    std::vector<penstock::JaggedColumn> views;
-    for (size_t c = 0; c < columns.size(); ++c) {
-      const auto& [values, offsets, weights] = columns[c];
-      const int64_t stop = stops[c / features];
-      const bool fits = starts[c / features] >= 0 && starts[c / features] <= stop &&
-                        static_cast<size_t>(stop) + (offsets ? 1 : 0) <= (offsets ? offsets->size() : values.size());
-      if (!fits || (offsets && static_cast<size_t>((*offsets)(stop)) > values.size())) {
-        throw std::invalid_argument("JaggedWindow: a column is shorter than its part");
-      }
-      const bool first_has = std::get<2>(columns[c % features]).has_value();
-      if (weights.has_value() != first_has || (weights && weights->size() != values.size())) {
-        throw std::invalid_argument("JaggedWindow: weights do not fit the values");
-      }
-      const float* const of_values = !weights ? nullptr : weights->size() ? weights->data() : &kNoWeight;
-      views.push_back({values.data(), offsets ? offsets->data() : nullptr, of_values});
-    }
-    return views;
-  }
-
-  std::vector<Column> arrays_;
-  penstock::JaggedWindow window_;
-};
-
-void check_bits(const In<uint8_t>& valid, size_t first_bit, size_t n) {
-  if (valid.size() * 8 < first_bit + n) throw std::invalid_argument("valid: too few bits");
-}
-
-NewArray<int64_t> py_fill_missing(In<int64_t> values, In<uint8_t> valid, size_t first_bit, int64_t missing) {
-  check_bits(valid, first_bit, values.size());
-  int64_t* filled;
-  auto out = make_array(values.size(), &filled);
-  nb::gil_scoped_release unlocked;
-  penstock::fill_missing(values.data(), valid.data(), first_bit, values.size(), missing, filled);
-  return out;
-}
-
-template <typename T>
-void bind_transform_numbers(nb::module_& m) {
-  m.def(
-      "transform_numbers",
-      [](In<T> values, std::optional<In<uint8_t>> valid, size_t first_bit, const NumberPlan& plan, OutRows out,
-         size_t column) {
-        if (valid) check_bits(*valid, first_bit, values.size());
-        if (out.shape(0) != values.size() || column >= out.shape(1)) throw std::invalid_argument("out: wrong shape");
-        nb::gil_scoped_release unlocked;
-        return penstock::transform_numbers(values.data(), valid ? valid->data() : nullptr, first_bit, values.size(),
-                                           plan, out.data() + column, out.shape(1));
-      },
-      "values"_a.noconvert(), "valid"_a.noconvert().none(), "first_bit"_a, "plan"_a, "out"_a.noconvert(), "column"_a);
-}
-
-void bind_columns(nb::module_& m) {
-  m.def(
-      "xxh64", [](nb::bytes data, uint64_t seed) { return penstock::xxh64(data.c_str(), data.size(), seed); },
-      "data"_a, "seed"_a = 0);
-  // .noconvert(): a wrong dtype is an error, never a hidden copy.
-  m.def("hash_strings", &py_hash_strings<int32_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert(), "seed"_a = 0,
-        "buckets"_a = 0);
-  m.def("hash_strings", &py_hash_strings<int64_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert(), "seed"_a = 0,
-        "buckets"_a = 0);
-  m.def("hash_integers", &py_hash_integers<int64_t>, "values"_a.noconvert(), "seed"_a = 0, "buckets"_a = 0);
-  m.def("hash_integers", &py_hash_integers<uint64_t>, "values"_a.noconvert(), "seed"_a = 0, "buckets"_a = 0);
-  m.def("parse_hex", &py_parse_hex<int32_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
-  m.def("parse_hex", &py_parse_hex<int64_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
-  nb::class_<PyJaggedWindow>(m, "JaggedWindow")
-      .def(nb::init<std::vector<PyJaggedWindow::Column>, std::vector<int64_t>, std::vector<int64_t>>(),
-           "columns"_a.noconvert(), "starts"_a, "stops"_a)
-      .def("cut", &PyJaggedWindow::cut, "rows"_a.noconvert(), "batch"_a, "others"_a.noconvert().none() = nb::none(),
-           "of_others"_a = std::vector<bool>());
-  m.def(
-      "cross_keys",
-      [](In<int64_t> keys, std::optional<In<uint8_t>> valid, size_t first_bit, Out<uint64_t> hashes) {
-        if (valid) check_bits(*valid, first_bit, keys.size());
-        if (hashes.size() != keys.size()) throw std::invalid_argument("hashes: wrong length");
-        nb::gil_scoped_release unlocked;
-        penstock::cross_keys(keys.data(), valid ? valid->data() : nullptr, first_bit, keys.size(), hashes.data());
-      },
-      "keys"_a.noconvert(), "valid"_a.noconvert().none(), "first_bit"_a, "hashes"_a.noconvert());
-  m.def("fill_missing", &py_fill_missing, "values"_a.noconvert(), "valid"_a.noconvert(), "first_bit"_a, "missing"_a);
-  nb::class_<NumberPlan>(m, "NumberPlan")
-      .def("__init__",
-           [](NumberPlan* self, std::optional<double> fill, std::vector<std::tuple<int, double, double>> steps) {
-             new (self) NumberPlan{fill.has_value(), fill.value_or(0.0), {}};
-             for (const auto& [kind, a, b] : steps) self->steps.push_back({kind, a, b});
-           },
-           "fill"_a.none(), "steps"_a);
-  bind_transform_numbers<int32_t>(m);
-  bind_transform_numbers<int64_t>(m);
-  bind_transform_numbers<float>(m);
-  bind_transform_numbers<double>(m);
-  m.def(
-      "argsort_bits",
-      [](In<uint64_t> values) {
-        int64_t* order;
-        auto out = make_array(values.size(), &order);
-        nb::gil_scoped_release unlocked;
-        penstock::argsort_bits(values.data(), values.size(), order);
-        return out;
-      },
-      "values"_a.noconvert());
-  m.def(
-      "find_non_object",
-      [](In<uint8_t> bytes) {
-        nb::gil_scoped_release unlocked;
-        return penstock::find_non_object(bytes.data(), bytes.size());
-      },
-      "bytes"_a.noconvert());
-  m.def(
-      "count_newlines",
-      [](In<uint8_t> bytes) {
-        nb::gil_scoped_release unlocked;
-        return penstock::count_newlines(bytes.data(), bytes.size());
-      },
-      "bytes"_a.noconvert());
-}
-
 void bind_host_store(nb::module_& m) {
   nb::enum_<Status>(m, "Status")
       .value("OK", Status::kOk)
@@ -361,7 +116,8 @@ void bind_host_store(nb::module_& m) {
         const size_t shape[2] = {static_cast<size_t>(rows), static_cast<size_t>(columns)};
         return nb::cast(nb::ndarray<nb::numpy, float>(data, 2, shape, owner));
       });
-  m.def("buffer_pool", [] { return std::make_shared<BufferPool>(); });
+  m.def("keep_freed_memory", &keep_freed_memory);
+  m.def("buffer_pool", [] { return std::make_shared<BufferPool>(kMaxIdleBytes); });
 
   nb::class_<PlanArrays>(m, "PoolingPlan")
       .def(nb::init<std::vector<int64_t>, std::vector<uint32_t>, std::vector<uint8_t>, std::vector<int64_t>,
@@ -495,6 +251,8 @@ void bind_host_store(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  // Plans in caches live until the interpreter ends, and then are not taken down one by one.
+  nb::set_leak_warnings(false);
   bind_columns(m);
   bind_host_store(m);
 }

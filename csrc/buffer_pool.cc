@@ -1,8 +1,14 @@
 #include "buffer_pool.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace penstock {
+namespace {
+
+constexpr size_t kLeastBytes = 4096;
+
+}  // namespace
 
 BufferPool::Loan::~Loan() { pool->give_back(std::move(region)); }
 
@@ -12,7 +18,7 @@ std::unique_ptr<BufferPool::Loan> BufferPool::take(size_t bytes) {
     const std::lock_guard<std::mutex> guard(lock_);
     // Up to twice the size wanted: batches of unequal size share regions, a small one does not pin a huge one.
     const auto it = idle_.lower_bound(bytes);
-    if (it != idle_.end() && (it->first <= 2 * bytes || it->first <= (size_t{2} << 20))) {
+    if (it != idle_.end() && it->first <= 2 * std::max(bytes, kLeastBytes)) {
       idle_bytes_ -= it->first;
       region = std::move(it->second);
       idle_.erase(it);
@@ -24,7 +30,7 @@ std::unique_ptr<BufferPool::Loan> BufferPool::take(size_t bytes) {
 
 void BufferPool::give_back(Region region) {
   const std::lock_guard<std::mutex> guard(lock_);
-  if (idle_bytes_ + region.committed() > kMaxIdleBytes) return;
+  if (idle_bytes_ + region.committed() > max_idle_bytes_) return;
   const size_t size = region.committed();
   idle_bytes_ += size;
   idle_.emplace(size, std::move(region));

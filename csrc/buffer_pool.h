@@ -10,24 +10,24 @@
 
 namespace penstock {
 
-// Lends regions by size; a region comes back when its last user is gone, from whichever thread. Keeps at most
-// `kMaxIdleBytes` of idle ones.
+// Lends regions by size; a region comes back when its last user is gone, from whichever thread.
 class BufferPool : public std::enable_shared_from_this<BufferPool> {
  public:
+  explicit BufferPool(size_t max_idle_bytes) : max_idle_bytes_(max_idle_bytes) {}
+
   struct Loan {
     std::shared_ptr<BufferPool> pool;
     Region region;
     ~Loan();
   };
 
-  // A region of at least `bytes` bytes, 2 MiB aligned, contents undefined; null: no memory.
+  // A region of at least `bytes` bytes, contents undefined; null: no memory.
   std::unique_ptr<Loan> take(size_t bytes);
 
  private:
-  static constexpr size_t kMaxIdleBytes = size_t{1} << 30;
-
   void give_back(Region region);
 
+  const size_t max_idle_bytes_;
   std::mutex lock_;
   std::multimap<size_t, Region> idle_;
   size_t idle_bytes_ = 0;

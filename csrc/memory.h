@@ -5,7 +5,7 @@
 
 namespace penstock {
 
-// A reserved range of zeroed memory; 2 MiB pages are asked for where the system has them. Not thread-safe.
+// A reserved range of zeroed memory; for 2 MiB and more, pages of that size are asked for. Not thread-safe.
 class Region {
  public:
   Region() = default;
@@ -32,7 +32,13 @@ class Region {
   char* data_ = nullptr;
   size_t reserved_ = 0;
   size_t committed_ = 0;
+  size_t unit_ = 1;  // of both
 };
+
+// Keeps what `malloc` frees for later calls of this process, up to half a gigabyte, rather than give it back to the system
+// at once: a tensor of some megabytes in every step otherwise costs the page faults of all of them. Where the C library
+// knows how; elsewhere nothing.
+void keep_freed_memory();
 
 // Bytes of physical memory of this machine.
 size_t physical_memory_bytes();

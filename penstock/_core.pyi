@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +149,13 @@ class HostStore:
     @property
     def isa(self) -> str: ...
 
+def keep_freed_memory() -> None:
+    """Keeps up to half a gigabyte of freed memory in this process, for its next large arrays.
+
+    A tensor of some megabytes that is made anew in every step otherwise costs its page faults each
+    time. With C libraries that cannot, nothing happens.
+    """
+
 def xxh64(data: bytes, seed: int = 0) -> int:
     """XXH64 of `data`, unsigned."""
 
@@ -201,11 +209,21 @@ class JaggedWindow:
           stops: [parts]
         """
 
+    def locate(self, rows: NDArray[np.int64]) -> Places:
+        """Finds the rows of those numbers.
+
+        Raises:
+          IndexError: a row lies outside the window.
+        """
+
+    def locate_run(self, first: int, rows: int) -> Places:
+        """As `locate`, of `rows` rows from `first` on; copying them is faster."""
+
     def cut(
         self,
-        rows: NDArray[np.int64],
+        places: Places,
         batch: int,
-        others: NDArray[np.int64] | None = None,
+        others: Places | None = None,
         of_others: Sequence[bool] = (),
     ) -> tuple[
         NDArray[np.int64],
@@ -213,12 +231,12 @@ class JaggedWindow:
         NDArray[np.int64] | None,
         NDArray[np.float32] | None,
     ]:
-        """Copies the bags of `rows` [n] into batches of `batch` rows (the last may be short).
+        """Copies the bags of n rows into batches of `batch` rows (the last may be short).
 
         Args:
-          rows: [n]
+          places: of the n rows, found by this window.
           batch: rows of a batch.
-          others: [n] rows from which features are taken instead; None: none are.
+          others: of n rows from which features are taken instead; None: none are.
           of_others: [features] which ones; with `others` alone.
 
         Returns:
@@ -227,10 +245,24 @@ class JaggedWindow:
             the next: every bag has one key.
           starts: [batches + 1] where the values of each batch begin.
           weights: by value; None: no column has weights.
-
-        Raises:
-          IndexError: a row lies outside the window.
         """
+
+    def take(self, places: Places, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Copies n rows of a plain array that lies in the same chunks.
+
+        Args:
+          places: of the n rows, found by this window.
+          parts: of each chunk its array, with at least the rows up to `stops[p]`; 4 bytes an
+            element, or a multiple of them.
+
+        Returns:
+          [n, ...]
+        """
+
+class Places:
+    """Rows of a window, in the order wanted; of use to that window alone."""
+
+    def __len__(self) -> int: ...
 
 def fill_missing(
     values: NDArray[np.int64], valid: NDArray[np.uint8], first_bit: int, missing: int
@@ -243,24 +275,34 @@ class NumberPlan:
     def __init__(self, fill: float | None, steps: Sequence[tuple[int, float, float]]) -> None:
         """Steps are (0, _, _) log, (1, low, high) clip, (2, offset, factor) scale."""
 
-def transform_numbers(
-    values: NDArray[np.int32] | NDArray[np.int64] | NDArray[np.float32] | NDArray[np.float64],
-    valid: NDArray[np.uint8] | None,
-    first_bit: int,
-    plan: NumberPlan,
-    out: NDArray[np.float32],
-    column: int,
-) -> int:
-    """Fills, transforms in float64 and writes `values` [n] to `out[:, column]` [n, columns].
+_Numbers: TypeAlias = NDArray[np.int32] | NDArray[np.int64] | NDArray[np.float32 | np.float64]
 
-    Null (a bit of `valid` that is not set) and NaN are missing.
+def transform_numbers(
+    columns: Sequence[tuple[_Numbers, NDArray[np.uint8] | None, int, NumberPlan, int]], rows: int
+) -> tuple[NDArray[np.float32], int, int]:
+    """Fills, transforms in float64 and joins columns of numbers.
+
+    Args:
+      columns: values [rows]; bits, from the next number on, of those that are not null (None: all);
+        the number of row 0's bit; what is done; the column of the result, each once. Null and NaN
+        are missing.
+      rows: how many.
 
     Returns:
-      The first row that is missing without a fill, or not finite in the end; -1: none.
+      out: [rows, len(columns)]
+      column: the first of `columns` with a number that is missing without a fill, or not finite in
+        the end; -1: there is none.
+      row: its first such row.
     """
 
-def argsort_bits(values: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The stable ascending order of `values`; fast if their upper bits are random."""
+def shuffle(key0: int, key1: int, n: int) -> NDArray[np.int64]:
+    """[n] a random order of 0 to n - 1: the one that sorts the bits of numpy's Philox.
+
+    Args:
+      key0: first word of the generator's key.
+      key1: its second word.
+      n: how many; below 2^32.
+    """
 
 def find_non_object(bytes: NDArray[np.uint8]) -> int:
     """Number (from 0) of the first line without the outer form of one JSON object; -1: none.

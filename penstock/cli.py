@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from penstock import _core
 from penstock.cli_data import add_history, inspect_data
 from penstock.errors import ConfigError, PenstockError
 
@@ -291,6 +292,7 @@ def main() -> None:
     # Idle threads of torch's operators sleep instead of spinning: readers and the store want the
     # cores too, and on a busy machine spinning costs ten times the work. Must precede torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _core.keep_freed_memory()
     try:
         app()
     except PenstockError as error:

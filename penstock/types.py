@@ -209,8 +209,8 @@ class Batch:
     """Where this batch begins."""
     end: Position
     """Where the batch after it begins; a checkpoint taken after this batch's step stores it."""
-    origin: str
-    """The rows' place in words for messages, e.g. `day_3.parquet rows 8192-16383 (shuffled)`."""
+    origin: object
+    """Its `str` is the rows' place for messages: `day_3.parquet rows 8192-16383 (shuffled)`."""
     groups: Mapping[str, pa.Array] = field(default_factory=dict)
     """Columns by which metrics are grouped, as they are in the source: [B] int64, text or bytes,
     null where missing. In evaluation alone.

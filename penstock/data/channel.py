@@ -26,23 +26,32 @@ class Channel(Generic[T]):
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._items: deque[T] = deque()
+        self._wanted = 0
+        """Room that the producer waits for; 0: it does not wait."""
         self._changed = threading.Condition()
         self._ended = False
         self._closed = False
         self._error: BaseException | None = None
 
-    def put(self, item: T) -> None:
-        """Adds an item; blocks while the channel is full.
+    def put(self, *items: T) -> None:
+        """Adds items, all at once; blocks until there is room for them.
+
+        Several wake the consumer once. As many as the capacity or fewer.
 
         Raises:
           Closed: the consumer closed the channel.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
+            self._wanted = len(items)
+            self._changed.wait_for(lambda: self._closed or self._room() >= len(items))
+            self._wanted = 0
             if self._closed:
                 raise Closed
-            self._items.append(item)
+            self._items.extend(items)
             self._changed.notify_all()
+
+    def _room(self) -> int:
+        return self._capacity - len(self._items)
 
     def get(self) -> T:
         """Takes the oldest item; blocks while there is none.
@@ -58,7 +67,8 @@ class Channel(Generic[T]):
                 raise Closed
             if self._items:
                 item = self._items.popleft()
-                self._changed.notify_all()
+                if 0 < self._wanted <= self._room():
+                    self._changed.notify_all()
                 return item
             if self._error is not None:
                 raise self._error

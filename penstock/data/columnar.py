@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from penstock.config import FileSource
 from penstock.data.files import list_files
-from penstock.data.source import CHUNK_ROWS, Chunk, RowPlace, Split
+from penstock.data.source import CHUNK_ROWS, Chunk, RowPlace, Split, chunk_rows
 from penstock.errors import DataError
 
 SPLIT_ROWS = 131_072
@@ -96,11 +96,12 @@ class GroupedFiles:
 
     def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
         """Reads the rows of a split in order."""
+        at_once = chunk_rows(len(columns), CHUNK_ROWS)
         for first, table in self._tables(split, columns):
             start = max(split.start - first, 0)
             stop = min(split.stop - first, table.num_rows)
-            for low in range(start, stop, CHUNK_ROWS):
-                size = min(CHUNK_ROWS, stop - low)
+            for low in range(start, stop, at_once):
+                size = min(at_once, stop - low)
                 yield Chunk(table.slice(low, size), RowPlace(split.path, first + low))
 
     def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:

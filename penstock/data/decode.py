@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock import _core
-from penstock.config import FailOnMissing, Label, TimeUnit
+from penstock.config import FailOnMissing, FillNumber, Label, TimeUnit
 from penstock.data.column_checks import is_text
 from penstock.data.negatives import item_rows
 from penstock.data.schema import Columns, FeatureColumn, NumericGroup
@@ -19,8 +19,8 @@ from penstock.data.transforms import (
     BadValue,
     Keys,
     cross,
-    fill_numbers,
     is_list,
+    number_column,
     number_plan,
     one_array,
     read_key_weights,
@@ -41,13 +41,11 @@ class Decoder:
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
-        self._num_numeric = len(columns.numeric_names)
-        self._plans = [
-            number_plan(
-                None if isinstance(config.missing, FailOnMissing) else config.missing.value,
-                config.transforms,
-            )
-            for config in (group.config for group in columns.numeric)
+        self._numeric = [
+            (name, group, plan, position)
+            for group in columns.numeric
+            for plan in [_plan(group)]
+            for name, position in zip(group.names, group.positions, strict=True)
         ]
 
     def decode(self, chunk: Chunk) -> Rows:
@@ -57,16 +55,13 @@ class Decoder:
           DataError: a value is not what the job says; names its file, row and column.
         """
         columns, table, place = self._columns, chunk.table, chunk.place
-        dense = np.empty((table.num_rows, self._num_numeric), dtype=np.float32)
-        for group, plan in zip(columns.numeric, self._plans, strict=True):
-            self._fill_numbers(dense, group, plan, table, place)
         keys = [self._read_keys(feature, table, place) for feature in columns.features]
         for one in columns.crosses:
             crossed = [table.column(name) for name in one.columns]
             keys.append(Keys(cross(crossed, one.seed, one.buckets), None))
         times = columns.event_time
         return Rows(
-            dense,
+            self._read_dense(table, place),
             [Bags(bags.values, _offsets(bags.lengths), bags.weights) for bags in keys],
             self._read_labels(table, place),
             self._read_weights(table, place),
@@ -80,34 +75,20 @@ class Decoder:
             None if columns.negatives is None else item_rows(table, columns.negatives),
         )
 
-    def _fill_numbers(
-        self,
-        dense: NDArray[np.float32],
-        group: NumericGroup,
-        plan: _core.NumberPlan,
-        table: pa.Table,
-        place: Place,
-    ) -> None:
-        missing = group.config.missing
-        for name, position in zip(group.names, group.positions, strict=True):
+    def _read_dense(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
+        """[n, numeric columns], filled and transformed."""
+        columns = []
+        for name, _, plan, position in self._numeric:
             try:
-                row = fill_numbers(table.column(name), plan, dense, position)
+                columns.append(number_column(table.column(name), plan, position))
             except BadValue as bad:
                 raise _not_one_number(bad, name, place) from None
-            if row < 0:
-                continue
-            given = read_numbers(table.column(name))[row]
-            if np.isnan(given) and isinstance(missing, FailOnMissing):
-                raise DataError(
-                    f"{place.locate(row)}, column {name!r}: missing number; set `missing` of "
-                    "data.numeric to {policy: fill} or mend the file"
-                )
-            if np.isnan(given) and not isinstance(missing, FailOnMissing):
-                given = missing.value
-            raise DataError(
-                f"{place.locate(row)}, column {name!r}: {given} is no finite float32 "
-                "after transforms; add the transform clip before others or mend the file"
-            )
+        dense, number, row = _core.transform_numbers(columns, table.num_rows)
+        if number >= 0:
+            name, group, _, _ = self._numeric[number]
+            given = float(read_numbers(table.column(name))[row])
+            raise _bad_number(given, group.config.missing, f"{place.locate(row)}, column {name!r}")
+        return dense
 
     def _read_keys(self, feature: FeatureColumn, table: pa.Table, place: Place) -> Keys:
         config = feature.config
@@ -135,6 +116,8 @@ class Decoder:
     def _read_labels(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
         """[n], or [n, L] where the job names several labels; NaN where one is missing."""
         labels = self._columns.labels
+        if len(labels) == 1 and labels[0] is not None:
+            return _read_label(labels[0], table, place)
         read = np.full(
             (table.num_rows, len(labels)), self._columns.without_column, dtype=np.float32
         )
@@ -159,7 +142,45 @@ class Decoder:
         return weights
 
 
+def _plan(group: NumericGroup) -> _core.NumberPlan:
+    missing = group.config.missing
+    fill = None if isinstance(missing, FailOnMissing) else missing.value
+    return number_plan(fill, group.config.transforms)
+
+
+def _bad_number(given: float, missing: FillNumber | FailOnMissing, at: str) -> DataError:
+    if np.isnan(given) and isinstance(missing, FailOnMissing):
+        return DataError(
+            f"{at}: missing number; set `missing` of data.numeric to {{policy: fill}} or mend the "
+            "file"
+        )
+    if np.isnan(given) and not isinstance(missing, FailOnMissing):
+        given = missing.value
+    return DataError(
+        f"{at}: {given} is no finite float32 after transforms; add the transform clip before "
+        "others or mend the file"
+    )
+
+
+_AS_IT_IS = number_plan(None, [])
+
+
 def _read_label(label: Label, table: pa.Table, place: Place) -> NDArray[np.float32]:
+    """[n]; NaN where the label is missing and may be."""
+    if label.at_least is None:
+        # The common case first: all are there and are what they should be.
+        try:
+            column = number_column(table.column(label.column), _AS_IT_IS, 0)
+        except BadValue as bad:
+            raise _not_one_number(bad, label.column, place) from None
+        numbers, _, bad_row = _core.transform_numbers([column], table.num_rows)
+        is_binary = label.task == "binary"
+        if bad_row < 0 and not (is_binary and ((numbers != 0) & (numbers != 1)).any()):
+            return numbers[:, 0]
+    return _read_any_label(label, table, place)
+
+
+def _read_any_label(label: Label, table: pa.Table, place: Place) -> NDArray[np.float32]:
     given = _read_numbers(table, label.column, place)
     with np.errstate(over="ignore"):  # what is too large is found below
         read = given.astype(np.float32)

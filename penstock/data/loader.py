@@ -10,22 +10,23 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.data.channel import Channel, Closed, Ended
 from penstock.data.decode import Decoder
 from penstock.data.negatives import draw_rows
+from penstock.data.origin import Origin, PlacedRows
 from penstock.data.parts import PartRows
 from penstock.data.schema import Columns
-from penstock.data.source import Place, Span
+from penstock.data.source import Place
 from penstock.data.window import Rows, Samples, Window
 from penstock.errors import DataError
 from penstock.types import Batch, KeyedJagged, Position
@@ -101,7 +102,7 @@ class _Stretch(NamedTuple):
     """Of its first row."""
     after: Position
     """Of the first row of the window after it."""
-    pieces: list[_Piece]
+    placed: Sequence[PlacedRows]
 
 
 class Loader:
@@ -127,6 +128,8 @@ class Loader:
         self._columns = columns.names
         self._decoder = Decoder(columns)
         self._out: Channel[Batch] = Channel(prefetch)
+        # Half of them, so that neither side wakes the other for every batch.
+        self._at_once = max(1, prefetch // 2)
         self._open_splits: deque[Channel[_Piece]] = deque()
         self._split_opened = threading.Condition()
         self._todo = self._splits_to_read()
@@ -234,8 +237,9 @@ class Loader:
     def _assemble(self) -> None:
         try:
             for window in self._windows():
-                for batch in self._cut(window):
-                    self._out.put(batch)
+                batches = self._cut(window)
+                while some := list(islice(batches, self._at_once)):
+                    self._out.put(*some)
             self._out.end()
         except Closed:
             return
@@ -274,7 +278,8 @@ class Loader:
 
     def _window(self, pieces: list[_Piece], at: Position, after: Position) -> _Stretch:
         parts = [(piece.rows, piece.start, piece.stop) for piece in pieces]
-        return _Stretch(Window(parts, self._negatives), at, after, pieces)
+        placed = [PlacedRows(piece.place, piece.start, piece.stop) for piece in pieces]
+        return _Stretch(Window(parts, self._negatives), at, after, placed)
 
     def _pieces(self, epoch: int) -> Iterator[_Piece]:
         """Decoded pieces of one epoch, in order."""
@@ -302,30 +307,22 @@ class Loader:
             and window.at.window == self._plan.start.window
         ):
             begin = self._plan.start.window_row
-        order = self._order(window, n) if self._plan.shuffled else np.arange(n)
+        order = self._order(window, n) if self._plan.shuffled else range(n)
         drawn = self._draw(window)
         # With negatives a window has many more samples than rows; only some are copied at a time.
         at_once = -(-self._plan.window_rows // self._plan.batch_size) * self._plan.batch_size
-        start = begin
+        start, at = begin, _after(window.at, begin)
         for low in range(begin, n, at_once):
             samples = order[low : low + at_once]
             for rows in window.rows.batches(samples, self._plan.batch_size, drawn):
-                stop = start + len(rows.labels)
-                ends = window.after
-                if stop < n:
-                    ends = replace(window.at, window_row=stop, samples=window.at.samples + stop)
-                yield self._batch(
-                    rows,
-                    replace(window.at, window_row=start, samples=window.at.samples + start),
-                    ends,
-                    self._origin(window, start, stop),
-                )
-                start = stop
+                stop = start + rows.labels.shape[0]
+                end = _after(window.at, stop) if stop < n else window.after
+                yield self._batch(rows, at, end, self._origin(window, start, stop))
+                start, at = stop, end
 
     def _order(self, window: _Stretch, n: int) -> NDArray[np.int64]:
-        philox = np.random.Philox(np.random.SeedSequence(self._seed_of(window)))
-        # Sorting raw bits, unlike numpy's shuffles, gives the same order in every numpy version.
-        return _core.argsort_bits(philox.random_raw(n))
+        key = np.random.SeedSequence(self._seed_of(window)).generate_state(2, np.uint64)
+        return _core.shuffle(int(key[0]), int(key[1]), n)
 
     def _draw(self, window: _Stretch) -> NDArray[np.int64] | None:
         """Rows from which the window's samples take their items; None: no negatives are drawn."""
@@ -333,56 +330,42 @@ class Loader:
             return None
         seed = self._seed_of(window) if self._plan.redraws else [window.at.window]
         where = self._origin(window, 0, window.rows.num_rows * self._plan.samples_per_row)
-        return draw_rows(window.rows.items, self._negatives, seed, where)
+        return draw_rows(window.rows.items, self._negatives, seed, str(where))
 
     def _seed_of(self, window: _Stretch) -> list[int]:
         return [self._plan.seed & (2**64 - 1), window.at.epoch, window.at.window]
 
-    def _batch(self, rows: Samples, start: Position, end: Position, origin: str) -> Batch:
-        def tensor(array: NDArray[np.generic] | None) -> torch.Tensor | None:
-            return None if array is None else torch.from_numpy(array)
-
+    def _batch(self, rows: Samples, start: Position, end: Position, origin: Origin) -> Batch:
+        sparse = KeyedJagged(self._features, rows.values, rows.offsets, rows.key_weights)
         return Batch(
-            dense=torch.from_numpy(rows.dense),
-            sparse=KeyedJagged(
-                self._features,
-                torch.from_numpy(rows.values),
-                torch.from_numpy(rows.offsets),
-                tensor(rows.key_weights),
-            ),
-            labels=torch.from_numpy(rows.labels),
-            weights=tensor(rows.weights),
-            event_time=tensor(rows.event_time),
-            teacher=tensor(rows.teacher),
-            start=start,
-            end=end,
-            origin=origin,
-            groups=dict(zip(self._groups, rows.groups, strict=True)),
+            rows.dense,
+            sparse,
+            rows.labels,
+            rows.weights,
+            rows.event_time,
+            rows.teacher,
+            start,
+            end,
+            origin,
+            dict(zip(self._groups, rows.groups, strict=True)),
         )
 
-    def _origin(self, window: _Stretch, start: int, stop: int) -> str:
-        """Where the rows come from: those of the whole window if it is shuffled."""
-        start, stop = start // self._plan.samples_per_row, -(-stop // self._plan.samples_per_row)
-        if self._plan.shuffled:
-            start, stop = 0, window.rows.num_rows
-        spans: list[Span] = []
-        row = 0
-        for piece in window.pieces:
-            size = piece.stop - piece.start
-            low, high = max(start - row, 0), min(stop - row, size)
-            row += size
-            if low >= high:
-                continue
-            span = piece.place.span(piece.start + low, piece.start + high)
-            if spans and spans[-1].path == span.path and spans[-1].unit == span.unit:
-                # Batches of text may begin in the stretch in which the one before ended.
-                spans[-1] = spans[-1]._replace(stop=max(span.stop, spans[-1].stop))
-            else:
-                spans.append(span)
-        words = ", ".join(map(str, spans[:2]))
-        if len(spans) > 2:
-            words = f"{spans[0]} to {spans[-1]}"
-        return words + (" (shuffled)" if self._plan.shuffled else "")
+    def _origin(self, window: _Stretch, start: int, stop: int) -> Origin:
+        """Where the samples [start, stop) of a window come from."""
+        per_row = self._plan.samples_per_row
+        return Origin(window.placed, start // per_row, -(-stop // per_row), self._plan.shuffled)
+
+
+def _after(window: Position, samples: int) -> Position:
+    """The place after some samples of the window that begins at `window`."""
+    return Position(
+        window.epoch,
+        window.window,
+        samples,
+        window.split,
+        window.split_row,
+        window.samples + samples,
+    )
 
 
 def _take(waiting: deque[_Piece], rows: int) -> list[_Piece]:

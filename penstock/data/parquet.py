@@ -9,11 +9,12 @@ from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.fs import LocalFileSystem
 
 from penstock.config import ParquetSource
 from penstock.data.columnar import check_schema, group_rows, groups_of
 from penstock.data.files import list_files
-from penstock.data.source import CHUNK_ROWS, Chunk, RowPlace, Split
+from penstock.data.source import CHUNK_ROWS, Chunk, RowPlace, Split, chunk_rows
 from penstock.errors import DataError
 
 SPLIT_ROWS = 131_072
@@ -63,11 +64,20 @@ class ParquetFiles:
         try:
             with (
                 self._filesystem.open_input_file(split.path) as file,
-                # Pages without a checksum read as they are.
-                pq.ParquetFile(file, metadata=footer, page_checksum_verification=True) as parquet,
+                pq.ParquetFile(
+                    file,
+                    metadata=footer,
+                    # It hides the latency of a remote store, and costs a copy.
+                    pre_buffer=not isinstance(self._filesystem, LocalFileSystem),
+                    # Pages without a checksum read as they are.
+                    page_checksum_verification=True,
+                ) as parquet,
             ):
                 for batch in parquet.iter_batches(
-                    CHUNK_ROWS, row_groups=groups, columns=list(columns), use_threads=False
+                    chunk_rows(len(columns), CHUNK_ROWS),
+                    row_groups=groups,
+                    columns=list(columns),
+                    use_threads=False,
                 ):
                     start = max(split.start - first, 0)
                     stop = min(split.stop - first, batch.num_rows)

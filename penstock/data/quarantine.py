@@ -35,20 +35,21 @@ class Quarantine:
         """Takes up the file at `path` where a former run left it; None: only counts."""
         self._path = path
         self._lock = threading.Lock()
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: dict[str, bytearray] = {}
+        """By file a bit for each line: all of a long file may be malformed."""
+        self._rows = 0
         if path is not None and path.exists():
             self._take_up(path)
 
     @property
     def rows(self) -> int:
         """Rows quarantined so far."""
-        return len(self._seen)
+        return self._rows
 
     def add(self, file: str, first_line: int, rows: Sequence[MalformedRow]) -> None:
         """Adds rows whose line numbers count from `first_line` of `file`."""
         with self._lock:
-            fresh = [row for row in rows if (file, first_line + row.line) not in self._seen]
-            self._seen.update((file, first_line + row.line) for row in fresh)
+            fresh = [row for row in rows if self._mark(file, first_line + row.line)]
             if self._path is None or not fresh:
                 return
             entries = [
@@ -66,6 +67,18 @@ class Quarantine:
             except OSError as error:
                 raise DataError(f"{self._path}: quarantine cannot be written: {error}") from None
 
+    def _mark(self, file: str, line: int) -> bool:
+        """Counts a line if it is new, and says whether it was."""
+        bits = self._seen.setdefault(file, bytearray())
+        byte, bit = line >> 3, 1 << (line & 7)
+        if byte >= len(bits):
+            bits.extend(bytes(byte + 1 - len(bits)))
+        if bits[byte] & bit:
+            return False
+        bits[byte] |= bit
+        self._rows += 1
+        return True
+
     def _take_up(self, path: Path) -> None:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
@@ -75,6 +88,9 @@ class Quarantine:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 entry = json.loads(line)
-                self._seen.add((entry["file"], entry["line"]))
+                file, row = str(entry["file"]), int(entry["line"])
+                if row < 0:
+                    raise ValueError(row)
+                self._mark(file, row)
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{path}:{number}: not a quarantine entry; move the file") from None

@@ -14,8 +14,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-CHUNK_ROWS = 32_768
-"""Rows that are decoded at once where the format lets us choose; bounds the memory of a reader."""
+CHUNK_ROWS = 65_536
+"""Most rows that are decoded at once where the format lets us choose."""
+_CHUNK_VALUES = 2**22
+"""Values, of all columns, that are decoded at once: 32 MiB if they have 8 bytes."""
+
+
+def chunk_rows(num_columns: int, most: int) -> int:
+    """Rows to decode at once: `most`, or fewer of wide rows, to bound the memory of a reader."""
+    return min(most, -(-_CHUNK_VALUES // max(1, num_columns)))
 
 
 @dataclass(frozen=True, slots=True)

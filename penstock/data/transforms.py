@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -188,6 +188,9 @@ def read_key_weights(
       BadValue: `index` is the row.
     """
     given, weights = one_array(keys), one_array(column)
+    if pa.types.is_null(given.type) and pa.types.is_null(weights.type):
+        # A file without any value does not say that its rows are lists; null lists they are.
+        return np.ones(len(given) if missing is not None else 0, dtype=np.float32)
     rows = np.arange(len(given))
     absent = np.zeros(len(given), dtype=bool)
     if is_list(given.type):
@@ -358,17 +361,23 @@ def read_numbers(column: pa.ChunkedArray | pa.Array) -> NDArray[np.floating]:
     return values
 
 
-def fill_numbers(
-    column: pa.ChunkedArray | pa.Array,
-    plan: _core.NumberPlan,
-    out: NDArray[np.float32],
-    position: int,
-) -> int:
-    """Writes the numbers of a column, filled and transformed, to `out[:, position]`.
+class NumberColumn(NamedTuple):
+    """A column of numbers as `_core.transform_numbers` takes it."""
 
-    Returns:
-      The first row whose number is missing where that is an error, or not finite after the
-      transforms; -1 if there is none.
+    values: NDArray[Any]
+    """[n] int32, int64, float32 or float64."""
+    valid: NDArray[np.uint8] | None
+    """Bits, from `first_bit` on, of the rows that are not null; None: all."""
+    first_bit: int
+    plan: _core.NumberPlan
+    position: int
+    """Column of the output."""
+
+
+def number_column(
+    column: pa.ChunkedArray | pa.Array, plan: _core.NumberPlan, position: int
+) -> NumberColumn:
+    """A view of a column of numbers.
 
     Raises:
       BadValue: as `number_array`.
@@ -378,11 +387,11 @@ def fill_numbers(
     low, high = array.offset, array.offset + len(array)
     values = np.frombuffer(data, dtype=_NUMBER_TYPES[array.type])[low:high]
     bits = None if array.null_count == 0 else np.frombuffer(valid, dtype=np.uint8)
-    return _core.transform_numbers(values, bits, low, plan, out, position)
+    return NumberColumn(values, bits, low, plan, position)
 
 
 def number_plan(fill: float | None, transforms: Sequence[Log | Clip | Scale]) -> _core.NumberPlan:
-    """What `fill_numbers` does: `fill` in place of a missing number, then `transforms` in order.
+    """What is done to a column of numbers: a fill of missing ones, then `transforms` in order.
 
     In float64, so that a result does not depend on how a file stores its numbers.
     """

@@ -1,19 +1,21 @@
 """Decoded rows, and how batches are cut from them.
 
-`Rows` is a decoded chunk, a `Window` joins chunks, `Samples` is a batch cut from it: numpy arrays.
+`Rows` is a decoded chunk, a `Window` joins chunks, `Samples` is a batch cut from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from penstock import _core
 from penstock.data.negatives import ItemRows, NegativeColumns, mixed_keys
@@ -56,22 +58,23 @@ class Rows:
 
 
 class Samples(NamedTuple):
-    """The arrays of a batch, as `penstock.types.Batch` names them."""
+    """The tensors of a batch, as `penstock.types.Batch` names them."""
 
-    dense: NDArray[np.float32]
-    values: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    key_weights: NDArray[np.float32] | None
-    labels: NDArray[np.float32]
-    weights: NDArray[np.float32] | None
-    event_time: NDArray[np.int64] | None
-    teacher: NDArray[np.float32] | None
+    dense: Tensor
+    values: Tensor
+    offsets: Tensor
+    key_weights: Tensor | None
+    labels: Tensor
+    weights: Tensor | None
+    event_time: Tensor | None
+    teacher: Tensor | None
     groups: Sequence[pa.Array]
 
 
 class Window:
     """Stretches of several chunks as one run of rows, from which batches are cut."""
 
+    num_rows: int
     items: NDArray[np.int64] | None
     """[num_rows] equal where the items are; None: no negatives are drawn."""
 
@@ -80,43 +83,35 @@ class Window:
         parts: Sequence[tuple[Rows, int, int]],
         negatives: NegativeColumns | None = None,
     ) -> None:
-        """Joins the rows [start, stop) of each of `parts`, in order. Keys are not copied."""
-        rows, starts, stops = zip(*parts, strict=True)
+        """Joins the rows [start, stop) of each of `parts`, in order. Next to nothing is copied."""
+        self._rows, starts, stops = zip(*parts, strict=True)
+        self.num_rows = sum(stops) - sum(starts)
+        self._num_features = len(self._rows[0].bags)
+        self._bags = _core.JaggedWindow(
+            [bags for part in self._rows for bags in part.bags], starts, stops
+        )
 
-        def join(arrays: list[Any]) -> Any:
-            if arrays[0] is None:
-                return None
-            if len(arrays) == 1:
-                return arrays[0][starts[0] : stops[0]]
-            return np.concatenate([a[i:j] for a, i, j in zip(arrays, starts, stops, strict=True)])
+        def join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+            stretches = [a[i:j] for a, i, j in zip(arrays, starts, stops, strict=True)]
+            return np.concatenate(stretches) if len(stretches) > 1 else stretches[0]
 
-        self._dense = join([part.dense for part in rows])
-        self._labels = join([part.labels for part in rows])
-        self._weights = join([part.weights for part in rows])
-        self._event_time = join([part.event_time for part in rows])
-        self._teacher = join([part.teacher for part in rows])
         self._groups = [
             pa.concat_arrays([
                 group.slice(i, j - i) for group, i, j in zip(column, starts, stops, strict=True)
             ])
-            for column in zip(*(part.groups for part in rows), strict=True)
+            for column in zip(*(part.groups for part in self._rows), strict=True)
         ]
-        self._bags = _core.JaggedWindow(
-            [bags for part in rows for bags in part.bags], starts, stops
-        )
-        self._num_features = len(rows[0].bags)
         self._negatives = negatives
-        drawing = [part.item_rows for part in rows if part.item_rows is not None]
+        drawing = [part.item_rows for part in self._rows if part.item_rows is not None]
         self.items = join([one.items for one in drawing]) if drawing else None
         self._cross_parts = [
             (join([values for values, _ in of_rows]), join([present for _, present in of_rows]))
             for of_rows in zip(*(one.parts for one in drawing), strict=True)
         ]
-        self.num_rows = int(self._labels.shape[0])
 
     def batches(
         self,
-        samples: NDArray[np.int64],
+        samples: NDArray[np.int64] | range,
         batch_size: int,
         drawn: NDArray[np.int64] | None = None,
     ) -> Iterator[Samples]:
@@ -125,69 +120,92 @@ class Window:
         All batches at once and feature by feature, so that each column stays in cache.
 
         Args:
-          samples: [S] numbers of rows; with `drawn` of samples, see `negatives.py`.
+          samples: [S] numbers of rows; with `drawn` of samples, see `negatives.py`. A range (of
+            step 1) is copied faster.
           batch_size: samples of each batch but the last.
           drawn: row from which each sample of the window takes its item; None: rows are samples.
         """
-        rows, items = samples, None
-        of_items: tuple[bool, ...] = ()
         if drawn is not None:
-            assert self._negatives is not None
-            rows, items = samples // self._negatives.samples_per_row, drawn[samples]
-            of_items = self._negatives.features
-        cut = _Cut(
-            *self._bags.cut(rows, batch_size, items, of_items),
-            num_features=self._num_features,
-            num_samples=len(rows),
-            batch_size=batch_size,
-        )
-
-        def take(array: Any) -> Any:
-            return None if array is None else array.take(rows, axis=0)
-
-        dense = take(self._dense)
-        if items is None:
-            labels = take(self._labels)
+            return self._batches_with_negatives(np.asarray(samples), batch_size, drawn)
+        if isinstance(samples, range):
+            places = self._bags.locate_run(samples.start, len(samples))
         else:
-            labels = self._take_items(samples, rows, items, dense, cut)
-        weights, event_time, teacher = map(take, (self._weights, self._event_time, self._teacher))
-        groups = [group.take(pa.array(rows)) for group in self._groups]
+            places = self._bags.locate(samples)
+        cut = self._cut(places, batch_size)
+        dense, labels = self._take(places, "dense"), self._take(places, "labels")
+        assert dense is not None and labels is not None
+        return self._split(places, samples, cut, dense, labels)
 
-        for number, low in enumerate(range(0, len(rows), batch_size)):
-            high = min(low + batch_size, len(rows))
-            keys, offsets = cut.batch(number)
-            yield Samples(
-                dense[low:high],
-                cut.values[keys],
-                offsets,
-                None if cut.weights is None else cut.weights[keys],
-                labels[low:high],
-                None if weights is None else weights[low:high],
-                None if event_time is None else event_time[low:high],
-                None if teacher is None else teacher[low:high],
-                [group.slice(low, high - low) for group in groups],
-            )
-
-    def _take_items(
-        self,
-        samples: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        items: NDArray[np.int64],
-        dense: NDArray[np.float32],
-        cut: _Cut,
-    ) -> NDArray[np.float32]:
-        """Puts the items' numbers and crosses in place of the rows' own; returns the labels."""
+    def _batches_with_negatives(
+        self, samples: NDArray[np.int64], batch_size: int, drawn: NDArray[np.int64]
+    ) -> Iterator[Samples]:
         negatives = self._negatives
         assert negatives is not None
+        rows, items = samples // negatives.samples_per_row, drawn[samples]
+        places, of_items = self._bags.locate(rows), self._bags.locate(items)
+        cut = self._cut(places, batch_size, of_items, negatives.features)
+        dense = self._take(places, "dense")
+        assert dense is not None
         if negatives.numeric:
             numeric = list(negatives.numeric)
-            dense[:, numeric] = self._dense[items[:, None], numeric]
+            other = self._take(of_items, "dense")
+            assert other is not None
+            dense[:, numeric] = other[:, numeric]
         parts = iter(self._cross_parts)
         for one in negatives.mixed:
             keys = mixed_keys(one, list(islice(parts, len(one.of_item))), rows, items)
             cut.values[cut.places_of(one.feature)] = keys
         is_positive: NDArray[np.bool_] = samples % negatives.samples_per_row == 0
-        return is_positive.astype(np.float32)
+        return self._split(places, rows, cut, dense, is_positive.astype(np.float32))
+
+    def _cut(
+        self,
+        places: _core.Places,
+        batch_size: int,
+        others: _core.Places | None = None,
+        of_others: Sequence[bool] = (),
+    ) -> _Cut:
+        return _Cut(
+            *self._bags.cut(places, batch_size, others, of_others),
+            num_features=self._num_features,
+            num_samples=len(places),
+            batch_size=batch_size,
+        )
+
+    def _take(self, places: _core.Places, name: str) -> NDArray[Any] | None:
+        """The rows of one of the plain arrays of `Rows`; None if there is none."""
+        parts = [getattr(rows, name) for rows in self._rows]
+        if parts[0] is None:
+            return None
+        return self._bags.take(places, parts)
+
+    def _split(
+        self,
+        places: _core.Places,
+        rows: NDArray[np.int64] | range,
+        cut: _Cut,
+        dense: NDArray[np.float32],
+        labels: NDArray[np.float32],
+    ) -> Iterator[Samples]:
+        """Cuts arrays of all samples into those of batches."""
+        size = cut.batch_size
+
+        def split_others(name: str) -> Iterable[Tensor | None]:
+            array = self._take(places, name)
+            return repeat(None) if array is None else split(array, size)
+
+        of_all = [
+            group.slice(rows.start, len(rows))
+            if isinstance(rows, range)
+            else group.take(pa.array(rows))
+            for group in self._groups
+        ]
+        groups = (
+            [group.slice(low, size) for group in of_all] for low in range(0, len(places), size)
+        )
+        weights, event_time, teacher = map(split_others, ("weights", "event_time", "teacher"))
+        columns = (split(dense, size), *cut.split(), split(labels, size))
+        return map(Samples, *columns, weights, event_time, teacher, groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,17 +220,18 @@ class _Cut:
     num_samples: int
     batch_size: int
 
-    def batch(self, number: int) -> tuple[slice, NDArray[np.int64]]:
-        """Where the keys of a batch lie, and its offsets."""
-        low = number * self.batch_size
-        high = min(low + self.batch_size, self.num_samples)
-        bags = self.num_features * (high - low)
+    def split(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor | None]]:
+        """Keys, offsets and weights (or None) of each batch."""
+        lows = np.arange(0, self.num_samples, self.batch_size)
+        bags = np.minimum(self.num_samples - lows, self.batch_size) * self.num_features
         if self.offsets is None or self.starts is None:
-            keys = slice(low * self.num_features, high * self.num_features)
-            return keys, _one_key_offsets(bags)
-        begin = low * self.num_features + number
-        keys = slice(int(self.starts[number]), int(self.starts[number + 1]))
-        return keys, self.offsets[begin : begin + bags + 1]
+            sizes = bags.tolist()
+            offsets: Iterable[Tensor] = map(_one_key_offsets, sizes)
+        else:
+            sizes = np.diff(self.starts).tolist()
+            offsets = split(self.offsets, (bags + 1).tolist())
+        weights = repeat(None) if self.weights is None else split(self.weights, sizes)
+        return split(self.values, sizes), offsets, weights
 
     def places_of(self, feature: int) -> NDArray[np.int64]:
         """[num_samples] where the keys of a feature of one key a bag lie in `values`."""
@@ -226,7 +245,13 @@ class _Cut:
         return np.repeat(firsts - lows, sizes) + np.arange(self.num_samples)
 
 
+def split(array: NDArray[Any], sizes: int | list[int]) -> tuple[Tensor, ...]:
+    """Views of an array, as tensors: of stretches of one size or of `sizes`."""
+    parts: tuple[Tensor, ...] = torch.split(torch.from_numpy(array), sizes)
+    return parts
+
+
 @lru_cache(maxsize=16)
-def _one_key_offsets(bags: int) -> NDArray[np.int64]:
+def _one_key_offsets(bags: int) -> Tensor:
     """Offsets of bags of one key; shared by all batches of that size."""
-    return np.arange(bags + 1)
+    return torch.arange(bags + 1)

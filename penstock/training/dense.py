@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -88,7 +89,7 @@ class DenseTrainer:
         if self.optimizer is None or not gradients:
             return 0.0
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
+        if not math.isfinite(float(norm)):
             raise NonFiniteError(self._describe_non_finite(step))
         if self._clip_gradient_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(

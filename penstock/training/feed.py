@@ -44,6 +44,7 @@ class Feed:
         self._collection = collection
         self._channel: Channel[_Copy] = Channel(_AHEAD)
         self._thread: threading.Thread | None = None
+        self._fed = self._feed()
 
     def __enter__(self) -> Feed:
         return self
@@ -54,7 +55,13 @@ class Feed:
         if self._thread is not None:
             self._thread.join()
 
-    def __iter__(self) -> Iterator[Fed]:
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> Fed:
+        return next(self._fed)
+
+    def _feed(self) -> Iterator[Fed]:
         if self._collection.device.type == "cpu":
             for batch in self._loader:
                 yield Fed(batch, on_device(batch, self._collection))

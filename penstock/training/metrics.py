@@ -16,6 +16,8 @@ from penstock.errors import DataError, NonFiniteError
 
 MAX_BINS = 1 << 20
 """Bins of the histogram behind the AUC; with them it takes 20 MB."""
+_PENDING_LOGITS = 1 << 16
+"""Samples kept as they came until they are summed: many small batches cost as one."""
 _PENDING_SAMPLES = 1 << 19
 """Samples kept as they came until they are sorted into the histogram."""
 
@@ -38,6 +40,10 @@ class BinaryMetrics:
         # Weighted sums of: loss, prediction, label, one; then the numbers of samples, positives.
         self._sums = torch.zeros(6, dtype=torch.float64)
         self._histogram = _ScoreHistogram(max_bins)
+        self._pending: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._num_pending = 0
+        self._num_in_histogram = 0
+        """Of the pending updates, the first so many."""
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Adds samples.
@@ -51,21 +57,44 @@ class BinaryMetrics:
           NonFiniteError: a logit is NaN or infinite.
           DataError: a label is NaN, which is how data without a label column reads.
         """
-        scores = logits.detach().to("cpu", torch.float32)
-        label = labels.detach().to("cpu", torch.float64)
-        if weights is None:
-            weight = torch.ones_like(label)
-        else:
-            weight = weights.detach().to("cpu", torch.float64)
-        if not bool(torch.isfinite(scores).all()):
+        scores = logits.detach().to("cpu", torch.float32, copy=True)
+        labels = labels.detach().to("cpu", torch.float32, copy=True)
+        # A sum is one pass; it is finite unless something is not, or all are huge.
+        if not math.isfinite(float(scores.sum())):
             bad = scores.numel() - int(torch.isfinite(scores).sum())
-            raise NonFiniteError(f"{bad} of {scores.numel()} logits are NaN or infinite")
-        if bool(torch.isnan(label).any()):
+            if bad:
+                raise NonFiniteError(f"{bad} of {scores.numel()} logits are NaN or infinite")
+        if math.isnan(float(labels.sum())):
             raise DataError("metrics need labels, but the data has no label column")
-        logit = scores.to(torch.float64)
+        if weights is not None:
+            weights = weights.detach().to("cpu", torch.float32, copy=True)
+        self._pending.append((scores, labels, weights))
+        self._num_pending += scores.numel()
+        if self._num_pending >= _PENDING_LOGITS:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Adds what is pending to the histogram and the sums."""
+        self._settle_histogram()
+        self._sums = self._all_sums()
+        self._pending.clear()
+        self._num_pending = self._num_in_histogram = 0
+
+    def _settle_histogram(self) -> None:
+        """Adds what is pending to the histogram alone: its weights do not depend on when."""
+        scores, label, weight = self._join_pending(self._num_in_histogram)
+        self._num_in_histogram = len(self._pending)
+        if scores.numel():
+            self._histogram.add(scores.to(torch.float32), label * weight, (1 - label) * weight)
+
+    def _all_sums(self) -> Tensor:
+        """The sums with those of what is pending, which stays so."""
+        if not self._pending:
+            return self._sums
+        logit, label, weight = self._join_pending()
         # -log(p) for label 1, -log(1 - p) for label 0, without computing p.
         loss = logit.clamp(min=0) - logit * label + torch.log1p(torch.exp(-logit.abs()))
-        self._sums += torch.stack((
+        return self._sums + torch.stack((
             (loss * weight).sum(),
             (torch.sigmoid(logit) * weight).sum(),
             (label * weight).sum(),
@@ -73,10 +102,26 @@ class BinaryMetrics:
             torch.tensor(label.numel(), dtype=torch.float64),
             (label > 0.5).sum(dtype=torch.float64),
         ))
-        self._histogram.add(scores, label * weight, (1 - label) * weight)
+
+    def _join_pending(self, start: int = 0) -> Tensor:
+        """[3, samples] float64: logits (of float32), labels, weights; from update `start` on."""
+        pending = self._pending[start:]
+        if not pending:
+            return torch.zeros(3, 0, dtype=torch.float64)
+        scores, labels, weights = zip(*pending, strict=True)
+        given = [
+            torch.ones_like(score) if weight is None else weight
+            for score, weight in zip(scores, weights, strict=True)
+        ]
+        return torch.stack([
+            torch.cat([part.to(torch.float64) for part in parts])
+            for parts in (scores, labels, given)
+        ])
 
     def merge(self, other: BinaryMetrics) -> None:
         """Adds all samples of `other`, which stays as it is."""
+        self._settle()
+        other._settle()
         self._sums += other._sums
         self._histogram.merge(other._histogram)
 
@@ -94,7 +139,8 @@ class BinaryMetrics:
           NaN where undefined: all of them without samples (or weight), auc and
           normalized_entropy with labels of one class, calibration without positives.
         """
-        loss, prediction, label, weight, samples, positives = self._sums.tolist()
+        self._settle_histogram()
+        loss, prediction, label, weight, samples, positives = self._all_sums().tolist()
         log_loss = loss / weight if weight else math.nan
         entropy = _entropy(label / weight) if weight else math.nan
         return {
@@ -114,15 +160,25 @@ class BinaryMetrics:
           mean prediction, mean label and weight. Equal scores lie in one bucket. The prediction is
           that of the first score of each bin of the histogram.
         """
+        self._settle_histogram()
         return self._histogram.buckets(count)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All state as tensors of fixed names; not shared with this object."""
-        return {"sums": self._sums.clone(), **self._histogram.state_dict()}
+        """All state as tensors of fixed names; not shared with this object.
+
+        What is pending stays so, that the sums are rounded as if nobody had asked.
+        """
+        self._settle_histogram()
+        pending = {"pending": self._join_pending()}
+        return {"sums": self._sums.clone(), **pending, **self._histogram.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state_dict`; replaces what was there."""
         self._sums = state["sums"].clone()
+        scores, labels, weights = state["pending"].clone()
+        self._pending = [(scores, labels, weights)] if len(scores) else []
+        self._num_pending = len(scores)
+        self._num_in_histogram = len(self._pending)
         self._histogram.load_state_dict(state)
 
 

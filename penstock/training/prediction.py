@@ -42,6 +42,9 @@ def write_scores(
     part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot write the scores: {error}") from None
+    try:
         tables = _tables(scored, objective, labels)
         rows = _write(tables, part)
         if not rows:

@@ -106,7 +106,7 @@ def train_step(
         if not math.isfinite(value):
             raise NonFiniteError(f"step {step}: the loss is {value}; {_place(batch)}")
         torch.autograd.backward(loss)
-        if leaf.grad is not None and not bool(leaf.grad.isfinite().all()):
+        if leaf.grad is not None and not is_finite(leaf.grad):
             raise NonFiniteError(
                 f"step {step}: the gradient of the embeddings is NaN or infinite; {_place(batch)}"
             )
@@ -119,6 +119,12 @@ def train_step(
             pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
         collection.apply_gradients()
     return StepResult(value, outputs.detach().cpu())
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    # A sum is one pass, and finite unless something is not, or all are huge.
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def look_up(collection: EmbeddingCollection, batch: Batch) -> Tensor:

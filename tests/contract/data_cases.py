@@ -119,7 +119,7 @@ def assert_same_batches(got: list[Batch], expected: list[Batch]) -> None:
     """Bit for bit, positions and origins included."""
     assert [batch.start for batch in got] == [batch.start for batch in expected]
     for one, other in zip(got, expected, strict=True):
-        assert (one.end, one.origin) == (other.end, other.origin)
+        assert (one.end, str(one.origin)) == (other.end, str(other.origin))
         assert one.sparse.features == other.sparse.features
         for a, b in zip(tensors(one), tensors(other), strict=True):
             assert (a is None and b is None) or torch.equal(a, b)

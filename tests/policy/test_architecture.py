@@ -31,7 +31,17 @@ MAY_IMPORT = {
         "report",
     },
     "cli_data": {"errors", "config", "data", "job_file", "report"},
-    "cli": {"errors", "config", "data", "training", "job_file", "report", "run", "cli_data"},
+    "cli": {
+        "_core",
+        "errors",
+        "config",
+        "data",
+        "training",
+        "job_file",
+        "report",
+        "run",
+        "cli_data",
+    },
 }
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 80

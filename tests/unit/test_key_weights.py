@@ -75,6 +75,13 @@ class TestReading:
         short = truncate(read, most, keep)
         assert bags_of(short, len(expected)) == [cut(bag, most, keep) for bag in expected]
 
+    @pytest.mark.parametrize(("missing", "expected"), [(None, []), (7, [1.0, 1.0])])
+    def test_columns_without_any_value_hold_null_lists(self, missing, expected):
+        nothing = pa.nulls(2)
+        assert read_key_weights(nothing, nothing, missing).tolist() == expected
+        keys = read_keys(nothing, [], missing)
+        assert len(keys.values) == len(expected)
+
     @pytest.mark.parametrize("missing", [None, 7])
     @pytest.mark.parametrize(
         "kind", [pa.int64(), pa.uint8(), pa.dictionary(pa.int8(), pa.int64()), pa.float32()]

@@ -256,3 +256,21 @@ def test_the_teachers_probabilities_keep_their_auc():
     metrics = BinaryMetrics()
     metrics.update(logits_of_probabilities(probabilities), labels)
     assert metrics.compute()["auc"] == pytest.approx(auc_of_scores(probabilities, labels), abs=1e-6)
+
+
+def test_asking_for_the_state_changes_no_bit_of_what_comes_out():
+    generator = torch.Generator().manual_seed(5)
+    asked, left_alone = BinaryMetrics(), BinaryMetrics()
+    for number in range(300):
+        logits = torch.randn(500, generator=generator)
+        labels = torch.bernoulli(torch.sigmoid(logits), generator=generator)
+        weights = torch.rand(500, generator=generator) if number % 3 else None
+        for metrics in (asked, left_alone):
+            metrics.update(logits, labels, weights)
+        if number % 7 == 0:
+            restored = BinaryMetrics()
+            restored.load_state_dict(asked.state_dict())
+            asked = restored
+        if number % 5 == 0:
+            asked.compute()
+    assert asked.compute() == left_alone.compute()
