@@ -73,7 +73,7 @@ def _vectors(values, slots, weights, place, inside, D: tl.constexpr, COLUMNS: tl
 
 
 @triton.jit
-def _pool_bags(
+def _pool_kernel(
     out,
     values,
     slots,
@@ -139,25 +139,6 @@ def _pool_bags(
     tl.store(target[:, None] + column[None, :], total, mask=inside, cache_modifier=".cs")
 
 
-@triton.jit
-def _pool_kernel(
-    out, values, slots, weights, scales, offsets, run_if, packed_feature, pooling, column_of,
-    max_keys, batch_size, stride,
-    D: tl.constexpr, COLUMNS: tl.constexpr, BAGS: tl.constexpr, KEYS: tl.constexpr,
-    ONE_HOT: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, SEQUENCES: tl.constexpr,
-    GATED: tl.constexpr,
-):  # fmt: skip
-    gate = 1
-    if GATED:
-        gate = tl.load(run_if)
-    if gate == 0:
-        return
-    _pool_bags(
-        out, values, slots, weights, scales, offsets, packed_feature, pooling, column_of, max_keys,
-        batch_size, stride, D, COLUMNS, BAGS, KEYS, ONE_HOT, WEIGHTED, SCALED, SEQUENCES,
-    )  # fmt: skip
-
-
 def bag_scales(plan: DevicePlan, batch: KeyedJagged) -> Tensor | None:
     """[P * B] float32: factors of weighted sums; None where the batch or the plan needs none."""
     if batch.weights is None or not plan.divides:
@@ -190,7 +171,6 @@ def pooled_forward(
     out: Tensor,
     *,
     one_hot: bool = False,
-    run_if: Tensor | None = None,
 ) -> None:
     """Pools the rows of `slots` into the plan's columns of `out`.
 
@@ -201,7 +181,6 @@ def pooled_forward(
       slots: [N] int32 by position in the packed keys; one below 0 adds nothing.
       out: [B, plan.stride] float32, contiguous; columns of other features are left alone.
       one_hot: every bag is known to hold one key, so that offsets need not be read.
-      run_if: [1] integer on the device: where it is 0, nothing is done.
 
     Effects: on the current stream, without synchronisation.
     """
@@ -225,7 +204,6 @@ def pooled_forward(
             slots if batch.weights is None else batch.weights,
             slots if scales is None else scales,
             batch.offsets,
-            slots if run_if is None else run_if,
             plan.packed_feature,
             plan.pooling,
             plan.column,
@@ -241,6 +219,5 @@ def pooled_forward(
         WEIGHTED=batch.weights is not None,
         SCALED=plan.divides,
         SEQUENCES=plan.has_sequences,
-        GATED=run_if is not None,
         num_warps=num_warps,
     )

@@ -52,16 +52,6 @@ def test_a_divisor_of_zero_gives_zeros(device):
     assert bool((out[:, :2] == 1).all()), "columns of others are left alone"
 
 
-def test_a_gate_of_zero_does_nothing(device):
-    lookup = make_lookup(8, 4, 5, device)
-    out = torch.full((4, lookup.plan.stride), 3.0, device=device)
-    gate = torch.zeros(1, dtype=torch.int64, device=device)
-    values = torch.randn(90, 8, device=device)
-    pool.pooled_forward(values, lookup.plan, lookup.batch, lookup.slots, out, run_if=gate)
-    assert bool((out == 3.0).all())
-    check(lookup, values, run_if=gate + 1)
-
-
 @pytest.mark.gpu
 def test_arenas_beyond_31_bits_and_millions_of_keys(device):
     plan = make_plan(128, (SUM, MEAN), device)
