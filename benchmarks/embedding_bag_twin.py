@@ -71,6 +71,12 @@ class EmbeddingBags(nn.Module):
             bag.weight = weight  # Features of one table share it.
             self.bags.append(bag)
 
+    device = torch.device("cpu")
+
+    def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
+        """The batch itself."""
+        return sparse
+
     def forward(self, sparse: KeyedJagged) -> Tensor:
         """Vectors of all features, [B, W] float32."""
         assert sparse.weights is None, "the twin knows no weights of keys"

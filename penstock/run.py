@@ -18,17 +18,16 @@ from rich.console import Console
 
 from penstock.config import Job
 from penstock.data.dataset import Dataset
-from penstock.data.loader import Loader
 from penstock.report.folder import RunFolder
 from penstock.report.run_report import RunReport
 from penstock.training.checkpoint import Checkpoints
 from penstock.training.evaluation import Evaluator, scored
+from penstock.training.feed import Fed, Feed
 from penstock.training.interruption import interruption
 from penstock.training.prediction import write_scores
 from penstock.training.setup import build
 from penstock.training.step import Clock, steps_s, train_step
 from penstock.training.trained import newest_of_run, open_trained
-from penstock.types import Batch
 
 
 def train(
@@ -182,16 +181,17 @@ class Run:
         window_is_open = self.window.compute()["samples"] > 0
         self.report.start(self.state.step, self.state.position.samples, window_is_open)
 
-    def remaining_batches(self) -> Loader:
+    def remaining_batches(self) -> Feed:
         """The batches from the current position to the end of the last epoch."""
         training = self.job.training
-        return self.dataset.batches(
+        loader = self.dataset.batches(
             "train",
             batch_size=training.batch_size,
             seed=training.seed,
             epochs=training.epochs,
             start=self.state.position,
         )
+        return Feed(loader, self.state.collection)
 
     def steps_left(self) -> int | None:
         """Steps until `max_steps`; None where the data alone ends the run."""
@@ -202,15 +202,15 @@ class Run:
         """Whether something that happens every so many steps happens after this one."""
         return every_steps is not None and self.state.step % every_steps == 0
 
-    def step(self, batch: Batch) -> None:
+    def step(self, fed: Fed) -> None:
         """Trains on one batch and moves on."""
-        state = self.state
+        state, batch = self.state, fed.batch
         result = train_step(
             state.model,
             self.objective,
             state.collection,
             self.trainer,
-            batch,
+            fed.there,
             state.step,
             self.clock,
         )

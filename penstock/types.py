@@ -78,6 +78,12 @@ class KeyedJagged:
     """[N] float32, finite, any sign: factor of each key's vector, by position in `values`; None:
     all 1.
     """
+    is_checked: bool = False
+    """Offsets and weights are known to be right, and bags to fit their sequences: a store on a GPU
+    need not wait to look at them. See `EmbeddingCollection.to_device`.
+    """
+    is_one_hot: bool = False
+    """Every bag is known to hold one key."""
 
     @property
     def batch_size(self) -> int:

@@ -121,12 +121,15 @@ class TrainingConfig(Config):
     metrics: MetricsConfig = MetricsConfig()
     log_every_steps: PositiveInt = 100
     checkpoint: CheckpointConfig = CheckpointConfig()
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")] = "cpu"
+    """Where tables and model live: cpu, or a GPU, cuda or cuda:1. A checkpoint fits any."""
     threads: Threads | None = None
     """Threads of torch and of the host store, each; null: the cores this process may use."""
     seed: Int64 = 0
     deterministic: bool = False
-    """Embedding updates have the same bits for any order of the samples of a batch; slower. The
-    number of threads never changes a bit of them."""
+    """Embedding updates have the same bits for any order of the samples of a batch, and on any
+    device given equal gradients; slower. The number of threads never changes a bit of them. On a
+    GPU torch's deterministic algorithms are used as well."""
 
 
 class TableDefaults(Config):

@@ -21,6 +21,7 @@ import difflib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +38,12 @@ from penstock.embedding.store import (
     PooledGradient,
     PoolingPlan,
     RowLayout,
+    Store,
     TableRows,
+    check_batch,
 )
 from penstock.errors import CapacityError, ConfigError
+from penstock.kernels.device import kernel_device
 from penstock.types import FeatureShape, KeyedJagged
 
 
@@ -78,7 +82,7 @@ class RetentionStats(NamedTuple):
 class _Group(NamedTuple):
     """Tables of one row layout: one store, one call for all of them."""
 
-    store: HostStore
+    store: Store
     plan: PoolingPlan
 
 
@@ -107,6 +111,7 @@ class EmbeddingCollection(nn.Module):
         seed: int = 0,
         num_threads: int | None = None,
         deterministic: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
         """Makes empty tables.
 
@@ -116,10 +121,12 @@ class EmbeddingCollection(nn.Module):
           seed: of the initial values.
           num_threads: threads of one look-up or update; None: the cores this process may use.
           deterministic: an update has the same bits for any order of the samples, too; it takes
-            longer. The number of threads never changes a bit.
+            longer. The number of threads never changes a bit; nor, in this mode, does the device.
+          device: where the rows live: `cpu`, or a GPU, `cuda` or `cuda:1`. Batches may be given on
+            the CPU all the same; the output is on this device.
 
         Raises:
-          ConfigError: a name twice, or a feature of an unknown table.
+          ConfigError: a name twice, or a feature of an unknown table; or no such GPU, or no Triton.
         """
         super().__init__()
         self.tables = tuple(tables)
@@ -136,8 +143,14 @@ class EmbeddingCollection(nn.Module):
         )
         """Of each feature, in the order of the output's columns."""
         self._width = sum(shape.width for shape in self.feature_shapes)
+        self.device = torch.device(device)
+        """Where the rows live, and the output."""
+        if self.device.type != "cpu":
+            self.device = kernel_device(device)
         self._sequences = torch.tensor(
-            [f for f, shape in enumerate(self.feature_shapes) if shape.length], dtype=torch.int64
+            [f for f, shape in enumerate(self.feature_shapes) if shape.length],
+            dtype=torch.int64,
+            device=self.device,
         )
         self.step = 0
         """Updates applied so far; schedules and Adam's bias correction count by it."""
@@ -152,13 +165,18 @@ class EmbeddingCollection(nn.Module):
             seed=seed,
             num_threads=num_threads or available_cores(),
             deterministic=deterministic,
+            device=torch.device(device),
         )
+        # In Triton's interpreter the device of a store on a GPU is the CPU.
+        self._is_on_gpu = torch.device(device).type != "cpu"
         self._pending: list[_Pending] = []
         self._outputs = _core.buffer_pool()
         # Autograd calls backward only where an input needs a gradient; the tables are none.
         self._anchor = torch.zeros(0, requires_grad=True)
 
-    def _make_groups(self, **options: Any) -> tuple[_Group, ...]:
+    def _make_groups(
+        self, *, num_threads: int, device: torch.device, **options: Any
+    ) -> tuple[_Group, ...]:
         widths = [shape.width for shape in self.feature_shapes]
         first_column = [sum(widths[:f]) for f in range(len(widths))]
         groups = []
@@ -172,8 +190,14 @@ class EmbeddingCollection(nn.Module):
                 for f, feature in enumerate(self.features)
                 if feature.table in number
             )
-            store = HostStore(tables, **options)
-            groups.append(_Group(store, PoolingPlan(served, self._width)))
+            plan = PoolingPlan(served, self._width)
+            if device.type == "cpu":
+                groups.append(_Group(HostStore(tables, num_threads=num_threads, **options), plan))
+            else:
+                # Needs Triton, which not everyone has.
+                from penstock.embedding.gpu_store import GpuStore
+
+                groups.append(_Group(GpuStore(tables, device=device, **options), plan))
         return tuple(groups)
 
     def forward(self, sparse: KeyedJagged) -> Tensor:
@@ -190,7 +214,7 @@ class EmbeddingCollection(nn.Module):
           ConfigError: other features, or keys and offsets of a wrong type or shape.
           CapacityError: no memory for a new row.
         """
-        self._check(sparse)
+        sparse = self.to_device(sparse)
         if self.training and torch.is_grad_enabled():
             self._advance()
             out: Tensor = _PooledLookup.apply(self._anchor, self, sparse)  # type: ignore[no-untyped-call]
@@ -198,6 +222,32 @@ class EmbeddingCollection(nn.Module):
         out, lookups = self._lookup(sparse, insert=False)
         self.num_missing += sum(lookup.num_missing for lookup in lookups)
         return out
+
+    def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
+        """The batch as the tables' device takes it, checked; on the CPU it is the batch itself.
+
+        `forward` does it too. Called ahead, on another stream and with pinned memory, the copy
+        runs beside the step before.
+
+        Raises:
+          ConfigError: as `forward`.
+        """
+        self._check(sparse)
+        if not self._is_on_gpu or (sparse.is_checked and sparse.values.device == self.device):
+            return sparse
+        for _, plan in self._groups:
+            check_batch(plan, sparse)
+        is_one_hot = bool((sparse.offsets.diff() == 1).all())
+        return replace(
+            sparse,
+            values=sparse.values.to(self.device, non_blocking=True),
+            offsets=sparse.offsets.to(self.device, non_blocking=True),
+            weights=None
+            if sparse.weights is None
+            else sparse.weights.to(self.device, non_blocking=True),
+            is_checked=True,
+            is_one_hot=is_one_hot,
+        )
 
     def sequence_lengths(self, sparse: KeyedJagged) -> Tensor:
         """Keys of each sample's sequences: what tells vectors from padding.
@@ -207,8 +257,8 @@ class EmbeddingCollection(nn.Module):
         """
         size = sparse.batch_size
         if not len(self._sequences):
-            return torch.zeros(size, 0, dtype=torch.int64)
-        lengths = sparse.offsets.diff().view(len(sparse.features), size)
+            return torch.zeros(size, 0, dtype=torch.int64, device=self.device)
+        lengths = sparse.offsets.to(self.device).diff().view(len(sparse.features), size)
         return lengths[self._sequences].t().contiguous()
 
     def apply_gradients(self) -> None:
@@ -231,7 +281,7 @@ class EmbeddingCollection(nn.Module):
         self._pending.clear()
 
     def export_table(self, table: str, batch_rows: int = 1 << 18) -> Iterator[TableRows]:
-        """Copies every row of a table once, in batches, in no particular order.
+        """Copies every row of a table once to the CPU, in batches, in no particular order.
 
         Raises:
           RuntimeError: a row was added or removed meanwhile.
@@ -242,7 +292,7 @@ class EmbeddingCollection(nn.Module):
             rows, cursor = store.export_batch(number, cursor, batch_rows)
             if not len(rows.keys):
                 return
-            yield rows
+            yield TableRows(*(None if part is None else part.cpu() for part in rows))  # type: ignore[arg-type]
 
     def export_candidates(self, table: str, batch_keys: int = 1 << 20) -> Iterator[Candidates]:
         """Copies the counted keys of a table, as `export_table` does its rows."""
@@ -252,7 +302,7 @@ class EmbeddingCollection(nn.Module):
             candidates, cursor = store.export_candidates(number, cursor, batch_keys)
             if not len(candidates.keys):
                 return
-            yield candidates
+            yield Candidates(*(part.cpu() for part in candidates))
 
     def import_candidates(self, table: str, candidates: Candidates) -> None:
         """Sets the counts of keys of a table with `min_count`."""
@@ -303,17 +353,23 @@ class EmbeddingCollection(nn.Module):
             store.advance(Clock(self.step, seconds))
 
     def _lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
-        rows = self._outputs.take_rows(sparse.batch_size, self._width)
-        if rows is None:
-            raise CapacityError(f"no memory for the output of a batch of {sparse.batch_size}")
-        out = torch.from_numpy(rows)
+        out = self._output(sparse.batch_size)
         lookups = [
             store.pooled_lookup(plan, sparse, insert=insert, out=out)
             for store, plan in self._groups
         ]
         return out, lookups
 
-    def _find_table(self, name: str) -> tuple[HostStore, int]:
+    def _output(self, size: int) -> Tensor:
+        """[B, W] float32, undefined."""
+        if self._is_on_gpu:
+            return torch.empty(size, self._width, device=self.device)
+        rows = self._outputs.take_rows(size, self._width)
+        if rows is None:
+            raise CapacityError(f"no memory for the output of a batch of {size}")
+        return torch.from_numpy(rows)
+
+    def _find_table(self, name: str) -> tuple[Store, int]:
         for store, _ in self._groups:
             for number, table in enumerate(store.tables):
                 if table.name == name:
@@ -328,9 +384,11 @@ class EmbeddingCollection(nn.Module):
             )
         for name, tensor in (("values", sparse.values), ("offsets", sparse.offsets)):
             is_flat = tensor.dim() == 1 and tensor.is_contiguous()
-            if tensor.dtype != torch.int64 or tensor.device.type != "cpu" or not is_flat:
+            is_near = tensor.device.type == "cpu" or tensor.device == self.device
+            if tensor.dtype != torch.int64 or not is_near or not is_flat:
+                or_device = f" or {self.device}" if self._is_on_gpu else ""
                 raise ConfigError(
-                    f"{name} of the batch: expected contiguous int64 [n] on the CPU, "
+                    f"{name} of the batch: expected contiguous int64 [n] on the CPU{or_device}, "
                     f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
         num_offsets, num_features = sparse.offsets.numel(), len(self._names)
@@ -358,7 +416,7 @@ class _PooledLookup(torch.autograd.Function):
         return None, None, None
 
 
-def _retention_stats(store: HostStore, number: int) -> RetentionStats:
+def _retention_stats(store: Store, number: int) -> RetentionStats:
     table, numbers = store.tables[number], store.retention_state(number).numbers
     candidates = store.num_candidates(number)
     used = store.num_rows(number) * (store.layout.row_bytes + ENTRY_BYTES)

@@ -34,6 +34,7 @@ from penstock.embedding.store import (
     RowLayout,
     StoreMemory,
     TableRows,
+    bad_offsets,
     check_finite_weights,
     check_sequences,
     check_weights,
@@ -245,10 +246,8 @@ class HostStore:
             lookup,
         )
         if status == _core.Status.BAD_OFFSETS:
-            raise ConfigError(
-                "offsets of the batch must rise from 0 to the number of keys "
-                f"({batch.values.numel()}), got {int(batch.offsets[0])} to {int(batch.offsets[-1])}"
-            )
+            ends = int(batch.offsets[0]), int(batch.offsets[-1])
+            raise bad_offsets(*ends, batch.values.numel())
         if status in {_core.Status.BAD_WEIGHTS, _core.Status.BAG_TOO_LONG}:
             check_sequences(plan, batch)
             check_finite_weights(batch)

@@ -273,6 +273,8 @@ class Hypers:
         optimizers = [table.optimizer for table in tables]
         self._distinct = list(dict.fromkeys(optimizers))
         self._of_table = np.array([self._distinct.index(each) for each in optimizers])
+        self.are_one = len(self._distinct) == 1
+        """All tables have the same settings."""
 
     def at(self, step: int) -> NDArray[np.float32]:
         """[T, fields of `Hyper`] float32 for the update number `step`, counted from 0."""

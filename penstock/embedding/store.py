@@ -136,7 +136,10 @@ class Store(Protocol):
     """Rows by (table, key). Calls may come from any thread; they run one at a time."""
 
     layout: RowLayout
-    tables: Sequence[TableConfig]
+
+    @property
+    def tables(self) -> Sequence[TableConfig]:
+        """In the order of their numbers."""
 
     def find(self, table: int, keys: Tensor) -> FindResult:
         """Reads rows; never inserts.
@@ -222,8 +225,10 @@ class Store(Protocol):
 
     def apply_gradients(
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
-    ) -> int:
+    ) -> int | Tensor:
         """One optimizer step for each row touched, on the sum of its gradients; returns the rows.
+
+        A store on a GPU returns their number as a tensor [] on its device, so as not to wait.
 
         It is computed in float32; values of another dtype are then rounded by
         `rounding.round_update`, so that `step` must rise from update to update.
@@ -255,15 +260,45 @@ CURSOR_START = Cursor()
 
 def check_weights(batch: KeyedJagged) -> None:
     """Refuses weights that are not one float32 a key. Whether they are finite is not looked at."""
-    weights = batch.weights
+    weights, device = batch.weights, batch.values.device
     if weights is None:
         return
     is_flat = weights.shape == batch.values.shape and weights.is_contiguous()
-    if weights.dtype != torch.float32 or weights.device.type != "cpu" or not is_flat:
+    if weights.dtype != torch.float32 or weights.device != device or not is_flat:
+        where = "the CPU" if device.type == "cpu" else str(device)
         raise ConfigError(
-            f"weights of the batch: expected contiguous float32 {list(batch.values.shape)} on the "
-            f"CPU, one a key, got {weights.dtype} {list(weights.shape)} on {weights.device}"
+            f"weights of the batch: expected contiguous float32 {list(batch.values.shape)} on "
+            f"{where}, one a key, got {weights.dtype} {list(weights.shape)} on {weights.device}"
         )
+
+
+def check_batch(plan: PoolingPlan, batch: KeyedJagged) -> None:
+    """Refuses what cannot be looked up; all that `KeyedJagged.is_checked` promises.
+
+    Raises:
+      ConfigError: see `Store.pooled_lookup`.
+    """
+    check_weights(batch)
+    if not batch.is_checked:
+        check_offsets(batch)
+        check_sequences(plan, batch)
+        check_finite_weights(batch)
+
+
+def check_offsets(batch: KeyedJagged) -> None:
+    """Refuses offsets that do not rise from 0 to the number of keys."""
+    offsets, num_keys = batch.offsets, batch.values.numel()
+    ends = int(offsets[0]), int(offsets[-1])
+    if ends != (0, num_keys) or bool((offsets.diff() < 0).any()):
+        raise bad_offsets(*ends, num_keys)
+
+
+def bad_offsets(first: int, last: int, num_keys: int) -> ConfigError:
+    """What is wrong with offsets from `first` to `last`."""
+    return ConfigError(
+        f"offsets of the batch must rise from 0 to the number of keys ({num_keys}), got "
+        f"{first} to {last}"
+    )
 
 
 def check_finite_weights(batch: KeyedJagged) -> None:

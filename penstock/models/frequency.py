@@ -52,14 +52,15 @@ class FrequencySketch(nn.Module):
         # Of equal places all are given the same number.
         self.counts[places] *= self.keep**age
         self.counted_at[places] = self.step.to(torch.int32)
-        self.counts.index_add_(0, places, torch.ones(places.numel()))
+        self.counts.index_add_(0, places, torch.ones_like(self.counts[places]))
         of_rows = self.counts[places].view(len(_MULTIPLIERS), -1)
         return torch.log(of_rows.min(0).values / self.total).to(torch.float32)
 
     def _places(self, items: Tensor) -> Tensor:
         """[rows, B] of the counters of each item."""
-        multipliers = torch.tensor(_MULTIPLIERS).unsqueeze(1)
+        multipliers = torch.tensor(_MULTIPLIERS, device=items.device).unsqueeze(1)
         mixed = items * multipliers
         mixed = (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * multipliers
         bucket = ((mixed >> 24) & 0xFFFFFFFFFF) % self.buckets
-        return bucket + torch.arange(len(_MULTIPLIERS)).unsqueeze(1) * self.buckets
+        rows = torch.arange(len(_MULTIPLIERS), device=items.device)
+        return bucket + rows.unsqueeze(1) * self.buckets

@@ -9,6 +9,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 import penstock
 from penstock.embedding.collection import available_cores
 
@@ -20,9 +22,13 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str | int]:
-    """CPU model, usable cores, and memory of the machine in bytes."""
+    """CPU model, usable cores, and memory of the machine in bytes; the GPU where one is in use."""
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return {"cpu": _cpu_model(), "cores": available_cores(), "memory_bytes": pages * page_bytes}
+    found: dict[str, str | int] = {"cpu": _cpu_model(), "cores": available_cores()}
+    found["memory_bytes"] = pages * page_bytes
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def peak_memory_bytes() -> int:

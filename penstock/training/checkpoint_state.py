@@ -114,7 +114,10 @@ def _describe(tensor: Tensor) -> str:
 
 
 def random_state() -> bytes:
-    """State of the global generators of torch (CPU), numpy and Python, as JSON."""
+    """State of the global generators of torch, numpy and Python, as JSON.
+
+    Of the current GPU too, where one is in use.
+    """
     version, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     assert isinstance(numpy_state, dict)
@@ -124,6 +127,8 @@ def random_state() -> bytes:
         "numpy": {**numpy_state, "state": inner},
         "python": [version, list(words), gauss],
     }
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        content["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     return json.dumps(content).encode() + b"\n"
 
 
@@ -132,6 +137,9 @@ def set_random_state(raw: bytes) -> None:
     content = json.loads(raw)
     state = bytearray.fromhex(content["torch"])
     torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
+    if "cuda" in content and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state = bytearray.fromhex(content["cuda"])
+        torch.cuda.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
     inner = content["numpy"]["state"]
     key = np.array(inner["key"], dtype=np.uint32)
     np.random.set_state({**content["numpy"], "state": {**inner, "key": key}})

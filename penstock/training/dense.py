@@ -24,7 +24,7 @@ def build_optimizer(
     owned = list(parameters)
     # One kernel for all elements: 4 times as fast as torch's default on a CPU, for MLPs of this
     # size. Only Adagrad lacks it on a GPU.
-    fused = all(parameter.device.type == "cpu" for parameter in owned)
+    fused = config.kind != "adagrad" or all(each.device.type == "cpu" for each in owned)
     rate, decay = config.learning_rate, config.weight_decay
     match config.kind:
         case "adam":

@@ -16,6 +16,7 @@ from penstock.config import MetricsConfig, TrainingConfig
 from penstock.data.dataset import Dataset
 from penstock.embedding.collection import EmbeddingCollection
 from penstock.models import TwoTower
+from penstock.training.feed import on_device
 from penstock.training.grouped_metrics import SLICE_BINS, GroupedAUC, SliceMetrics
 from penstock.training.items import Catalogue
 from penstock.training.metrics import MAX_BINS, BinaryMetrics, logits_of_probabilities
@@ -185,9 +186,9 @@ class Scored(NamedTuple):
 
     batch: Batch
     inputs: tuple[Tensor, ...]
-    """See `model_inputs`."""
+    """See `model_inputs`; on the collection's device."""
     outputs: Tensor
-    """[B] or [B, L] float32."""
+    """[B] or [B, L] float32, on the CPU."""
 
 
 def scored(
@@ -201,9 +202,10 @@ def scored(
     with evaluation_mode(model, collection):
         for batch in batches:
             with torch.no_grad():
-                inputs = model_inputs(collection, batch, look_up(collection, batch))
+                there = on_device(batch, collection)
+                inputs = model_inputs(collection, there, look_up(collection, there))
                 outputs = model(*inputs)
-            yield Scored(batch, inputs, outputs)
+            yield Scored(batch, inputs, outputs.cpu())
 
 
 @contextmanager

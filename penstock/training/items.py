@@ -37,14 +37,15 @@ def item_ids(sparse: KeyedJagged, features: Sequence[int]) -> Tensor:
     Returns:
       [B] int64. The order of the keys of a bag counts; their weights do not.
     """
-    size = sparse.batch_size
-    bags = _take(sparse, features, torch.arange(size))
+    size, device = sparse.batch_size, sparse.values.device
+    bags = _take(sparse, features, torch.arange(size, device=device))
     lengths = bags.lengths.flatten()
-    bag = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    place = torch.arange(len(bag)) - (lengths.cumsum(0) - lengths)[bag]
-    of_bag = torch.zeros(len(lengths), dtype=torch.int64)
+    bag = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    place = torch.arange(len(bag), device=device) - (lengths.cumsum(0) - lengths)[bag]
+    of_bag = torch.zeros(len(lengths), dtype=torch.int64, device=device)
     of_bag.index_add_(0, bag, _mixed(bags.keys + (place + 1) * _GOLDEN))
-    of_bag += torch.arange(len(features)).repeat_interleave(size) * _GOLDEN + lengths
+    number = torch.arange(len(features), device=device).repeat_interleave(size)
+    of_bag += number * _GOLDEN + lengths
     return _mixed(of_bag).view(len(features), size).sum(0)
 
 
@@ -148,7 +149,8 @@ def _by_feature(old_lengths: Tensor, new_lengths: Tensor, old: Tensor, new: Tens
 
 def _take(sparse: KeyedJagged, features: Sequence[int], rows: Tensor) -> _Bags:
     """The bags of some features of some samples."""
-    chosen = torch.tensor(features, dtype=torch.int64).unsqueeze(1) * sparse.batch_size + rows
+    numbers = torch.tensor(features, dtype=torch.int64, device=rows.device)
+    chosen = numbers.unsqueeze(1) * sparse.batch_size + rows
     return _keys_at(sparse.values, sparse.weights, sparse.offsets, chosen)
 
 
@@ -166,7 +168,7 @@ def _keys_at(keys: Tensor, weights: Tensor | None, offsets: Tensor, bags: Tensor
     firsts, lengths = offsets[bags].flatten(), offsets.diff()[bags]
     flat = lengths.flatten()
     places = torch.repeat_interleave(firsts - (flat.cumsum(0) - flat), flat)
-    places += torch.arange(len(places))
+    places += torch.arange(len(places), device=places.device)
     return _Bags(keys[places], lengths, None if weights is None else weights[places])
 
 

@@ -38,6 +38,8 @@ MAY_CHANGE = (
     "training.log_every_steps",
     "training.metrics.*",
     "training.checkpoint.*",
+    # The same rows and weights, to float tolerance.
+    "training.device",
     "training.threads",
     "table *.optimizer.learning_rate",
     "table *.optimizer.weight_decay",

@@ -59,13 +59,14 @@ class Recall:
 
         Args:
           batch: with labels.
-          inputs: of the model.
+          inputs: of the model, on its device.
         """
         dense, embeddings = inputs
         chosen = batch.labels > 0.5
         with torch.no_grad():
-            users = self._model.users(dense[chosen], embeddings[chosen])
-            items = self._model.items(embeddings[chosen])
+            there = chosen.to(dense.device)
+            users = self._model.users(dense[there], embeddings[there])
+            items = self._model.items(embeddings[there])
         ids = item_ids(batch.sparse, self._model.item_features)[chosen]
         ranks = self._ranks(users, items, ids)
         weight = torch.ones(len(ids)) if batch.weights is None else batch.weights[chosen]
@@ -93,7 +94,8 @@ class Recall:
         place = torch.searchsorted(self._catalogue.ids, ids)
         known = place.clamp(max=max(len(self._vectors) - 1, 0))
         is_known = self._catalogue.ids[known] == ids if len(self._vectors) else ids != ids
-        ranks = torch.zeros(len(ids))
+        known, is_known = known.to(users.device), is_known.to(users.device)
+        ranks = torch.zeros(len(ids), device=users.device)
         # In blocks of scores that stay in cache: four times as fast as one large product.
         for low in range(0, len(ids), _BLOCK):
             rows = slice(low, low + _BLOCK)
@@ -105,4 +107,4 @@ class Recall:
                 mine = (is_known[rows] & (at >= 0) & (at < scores.shape[1])).nonzero()[:, 0]
                 scores[mine, at[mine]] = -torch.inf
                 ranks[rows] += 0.5 * ((scores > best).sum(1) + (scores >= worst).sum(1))
-        return ranks
+        return ranks.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,10 +35,12 @@ def build(job: Job, dataset: Dataset) -> Untrained:
     """Makes tables, model and optimizer: a pure function of the job and the columns of its data.
 
     Effects: seeds the global generators of torch, numpy and Python, which a custom model may use,
-    and sets the number of torch's threads.
+    and sets the number of torch's threads; for a deterministic job on a GPU, also torch's
+    deterministic algorithms.
 
     Raises:
-      ConfigError: the model does not fit the columns, or a table is declared wrongly.
+      ConfigError: the model does not fit the columns, a table is declared wrongly, or the device
+        is not there.
       CapacityError: the model's parameters do not fit into memory.
     """
     threads = job.training.threads or available_cores()
@@ -49,15 +52,21 @@ def build(job: Job, dataset: Dataset) -> Untrained:
         seed=job.training.seed,
         num_threads=threads,
         deterministic=job.training.deterministic,
+        device=job.training.device,
     )
+    if collection.device.type == "cuda" and job.training.deterministic:
+        # Read by cuBLAS when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     labels = job.data.labels
     try:
         model = build_model(
             job.model, len(dataset.numeric), collection.feature_shapes, num_tasks=len(labels)
-        )
+        ).to(collection.device)
     except RuntimeError as error:
-        # Torch has no class of its own for this.
-        if "allocate memory" not in str(error):
+        # On the CPU torch has no class of its own for this.
+        is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not is_memory:
             raise
         raise CapacityError(
             "no memory for the parameters of the model; give it narrower layers (model)"

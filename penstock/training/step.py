@@ -66,7 +66,7 @@ class StepResult:
     loss: float
     """Of the objective."""
     outputs: Tensor
-    """[B] or [B, L] float32 of the model, detached."""
+    """[B] or [B, L] float32 of the model, detached, on the CPU."""
 
 
 def train_step(
@@ -88,7 +88,7 @@ def train_step(
       objective: from the model and the batch to the loss.
       collection: the embedding tables; in training mode.
       trainer: updates the model's parameters.
-      batch: the samples.
+      batch: the samples, on the collection's device (`feed.on_device`).
       step: number of this step, from 0.
       clock: gets the time spent.
 
@@ -118,7 +118,7 @@ def train_step(
         if leaf.grad is not None and pooled.requires_grad:
             pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
         collection.apply_gradients()
-    return StepResult(value, outputs.detach())
+    return StepResult(value, outputs.detach().cpu())
 
 
 def is_finite(values: Tensor) -> bool:

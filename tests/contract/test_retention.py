@@ -14,7 +14,6 @@ from penstock.config import (
     TableConfig,
 )
 from penstock.embedding import retention
-from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import Clock
 from penstock.embedding.store import (
@@ -26,18 +25,11 @@ from penstock.embedding.store import (
 )
 from penstock.errors import CapacityError, ConfigError
 from penstock.types import Jagged, KeyedJagged
+from tests.contract.stores import is_slow, open_store
 
-STORES = {
-    "dict": DictStore,
-    "host-1": lambda tables, **options: HostStore(tables, num_threads=1, **options),
-    "host-3": lambda tables, **options: HostStore(tables, num_threads=3, **options),
-}
+__all__ = ["open_store"]
+
 PLAN = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 1)
-
-
-@pytest.fixture(params=STORES)
-def open_store(request):
-    return STORES[request.param]
 
 
 def table(rows=None, optimizer=None, **fields):
@@ -104,7 +96,7 @@ def test_the_default_row_has_an_optimizer_state(open_store):
 
 def test_probability_admits_its_share_whatever_the_key_and_tries_again(open_store):
     store = open_store([table(admission=AdmitAtRandom(probability=0.3))])
-    n = 3_000 if open_store is DictStore else 200_000
+    n = 3_000 if is_slow(open_store) else 200_000
     keys = torch.arange(n) * 0x9E3779B97F4A7C
     store.advance(Clock(5))
     store.find_or_insert(0, keys)
@@ -304,8 +296,9 @@ def test_what_is_exported_goes_on_where_it_was(open_store):
     )
     rng = np.random.default_rng(3)
     store = open_store([rule])
-    steps = [(rng.zipf(1.3, 30) % 200).tolist() for _ in range(80)]
-    for step in range(40):
+    half = 12 if is_slow(open_store) else 40
+    steps = [(rng.zipf(1.3, 30) % 200).tolist() for _ in range(2 * half)]
+    for step in range(half):
         train(store, steps[step], step)
     copy = open_store([rule])
     copy.set_retention_state(0, store.retention_state(0))
@@ -314,7 +307,7 @@ def test_what_is_exported_goes_on_where_it_was(open_store):
     copy.insert_or_assign(0, rows)
     copy.import_candidates(0, candidates)
     assert len(candidates.keys)
-    for step in range(40, 80):
+    for step in range(half, 2 * half):
         assert train(store, steps[step], step) == train(copy, steps[step], step)
         assert held(store) == held(copy)
         assert numbers(store) == numbers(copy)

@@ -40,11 +40,16 @@ def contents(out):
     }
 
 
+def bits(tensor):
+    """Its bytes; numpy knows no bfloat16."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def differences(left, right, path=""):
     """Paths at which two trees of tensors and plain values are not the same bits."""
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         same = (left.dtype, left.shape) == (right.dtype, right.shape)
-        return [] if same and left.numpy().tobytes() == right.numpy().tobytes() else [path]
+        return [] if same and bits(left) == bits(right) else [path]
     if isinstance(left, dict) and isinstance(right, dict) and set(left) == set(right):
         return [bad for key in left for bad in differences(left[key], right[key], f"{path}/{key}")]
     if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):

@@ -61,13 +61,14 @@ def test_nothing_is_updated(poisoned, tmp_path, quiet):
     with story.open_run(poisoned, tmp_path / "run", console=quiet) as run:
         run.begin(resume=False)
         with run.remaining_batches() as batches:
-            for batch in batches:
+            for fed in batches:
+                batch = fed.batch
                 if batch.start.samples <= BAD_ROWS.start < batch.end.samples:
                     break
-                run.step(batch)
+                run.step(fed)
         before = snapshot(run.state)
         with pytest.raises(NonFiniteError):
-            run.step(batch)
+            run.step(fed)
         after = snapshot(run.state)
     assert before["step"] == after["step"]
     assert all(torch.equal(a, b) for a, b in zip(before["dense"], after["dense"], strict=True))

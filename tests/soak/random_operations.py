@@ -156,13 +156,24 @@ def train_step(stores, rng, span, step):
     return len(batch.values)
 
 
+def open_host_store(tables, *, seed):
+    """With one to four threads."""
+    return HostStore(tables, seed=seed, num_threads=1 + seed % 4)
+
+
 def run_with_rules(
-    operations: int, seed: int, rule: str, *, span: int = 3000, report=lambda done: None
+    operations: int,
+    seed: int,
+    rule: str,
+    *,
+    span: int = 3000,
+    report=lambda done: None,
+    open_store=open_host_store,
 ) -> int:
     """As `run`, on tables with admission, eviction and budgets, and with training steps."""
     rng = np.random.default_rng(seed)
     tables = tables_with(rule)
-    host = HostStore(tables, seed=seed, num_threads=int(rng.integers(1, 5)))
+    host = open_store(tables, seed=seed)
     oracle = DictStore(tables, seed=seed)
     stores = (host, oracle)
     done = step = 0
@@ -208,7 +219,14 @@ def assigned(store, table, rows):
         return str(error)
 
 
-def run(operations: int, seed: int, *, span: int = 20_000, report=lambda done: None) -> int:
+def run(
+    operations: int,
+    seed: int,
+    *,
+    span: int = 20_000,
+    report=lambda done: None,
+    open_store=open_host_store,
+) -> int:
     """Runs about `operations` of them; returns how many were done."""
     rng = np.random.default_rng(seed)
     optimizer = Adagrad(initial_accumulator=0.5)
@@ -216,7 +234,7 @@ def run(operations: int, seed: int, *, span: int = 20_000, report=lambda done: N
         TableConfig(name="a", dim=3, optimizer=optimizer, initializer=Normal()),
         TableConfig(name="b", dim=3, optimizer=optimizer, initializer=Uniform()),
     ]
-    host = HostStore(tables, seed=seed, num_threads=int(rng.integers(1, 5)))
+    host = open_store(tables, seed=seed)
     oracle = DictStore(tables, seed=seed)
     done = 0
     while done < operations:

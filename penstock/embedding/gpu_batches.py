@@ -1,0 +1,206 @@
+"""What a GPU store makes of plans and batches: arrays on its device, and what a look-up leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from penstock.config import TableConfig
+from penstock.embedding.optimizer import Hypers
+from penstock.embedding.store import PoolingPlan
+from penstock.errors import ConfigError
+from penstock.kernels.group import group_keys
+from penstock.kernels.index import KeyBatch, Misses
+from penstock.kernels.occurrences import GradientPart, Grouping
+from penstock.kernels.plan import POOLING_CODES, DevicePlan, FeatureOnDevice
+from penstock.types import KeyedJagged
+
+_FEWEST_KEYS = 1 << 17
+"""Fewer keys are sorted sooner than two streams have met."""
+
+
+class GpuLookup:
+    """What an update needs of a look-up."""
+
+    def __init__(self, batch: KeyedJagged, slots: Tensor, erase_version: int) -> None:
+        self.batch = batch
+        """On the store's device."""
+        self.slots = slots
+        """[N] int32 by position in the packed keys; -1: no row."""
+        self.erase_version = erase_version
+        """Slots hold as long as no row was erased since."""
+        self.misses: Misses | None = None
+        """Keys read without a row (`insert` was False)."""
+        self._grouping: Grouping | None = None
+        self._is_grouped: torch.cuda.Event | None = None
+
+    @cached_property
+    def num_missing(self) -> int:
+        """Keys read without a row; waits for the device."""
+        return 0 if self.misses is None else int(self.misses.number)
+
+    def found_again(self, slots: Tensor, erase_version: int) -> None:
+        """Takes slots of a later search; every key that gets a row has one now."""
+        self.slots, self.erase_version = slots, erase_version
+        self.misses = self._grouping = self._is_grouped = None
+        self.__dict__.pop("num_missing", None)
+
+    def group_ahead(self, plan: DevicePlan, num_slots: int, *, needs_tables: bool) -> None:
+        """Sorts the keys by row for the update, beside what follows on the current stream.
+
+        Args:
+          plan: of the look-up.
+          num_slots: slots are below.
+          needs_tables: see `group_keys`.
+        """
+        device = self.slots.device
+        if device.type != "cuda" or len(self.slots) < _FEWEST_KEYS:
+            return
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        part = GradientPart(self.batch, self.slots, self.slots)
+        with torch.cuda.stream(stream):
+            self._grouping = group_keys(
+                plan,
+                [part],
+                needs_tables=needs_tables,
+                num_slots=num_slots,
+                one_hot=self.batch.is_one_hot,
+            )
+            self._is_grouped = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._is_grouped.record(stream)
+        weights = [] if self.batch.weights is None else [self.batch.weights]
+        for tensor in (self.slots, self.batch.values, self.batch.offsets, *weights):
+            tensor.record_stream(stream)
+
+    def grouped(self) -> Grouping | None:
+        """What `group_ahead` made, for the current stream."""
+        if self._grouping is None or self._is_grouped is None:
+            return None
+        stream = torch.cuda.current_stream(self.slots.device)
+        stream.wait_event(self._is_grouped)
+        for part in self._grouping:
+            if isinstance(part, Tensor):
+                part.record_stream(stream)
+        return self._grouping
+
+
+class PlanCache:
+    """Plans on the device, each made once."""
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self._dim = dim
+        self._device = device
+        self._made: dict[tuple[PoolingPlan, int], DevicePlan] = {}
+        self._last: tuple[PoolingPlan, int, DevicePlan] | None = None
+
+    def get(self, plan: PoolingPlan, num_packed: int) -> DevicePlan:
+        """The plan for batches of `num_packed` features."""
+        last = self._last
+        # A plan of many features takes longer to hash than a kernel to start.
+        if last is None or last[0] is not plan or last[1] != num_packed:
+            last = self._last = plan, num_packed, self._get(plan, num_packed)
+        return last[2]
+
+    def _get(self, plan: PoolingPlan, num_packed: int) -> DevicePlan:
+        name = plan, num_packed
+        if name not in self._made:
+            features = [
+                FeatureOnDevice(
+                    feature.packed_feature,
+                    feature.table,
+                    POOLING_CODES[feature.pooling],
+                    feature.column,
+                    feature.max_keys or 0,
+                )
+                for feature in plan.features
+            ]
+            self._made[name] = DevicePlan.make(
+                features,
+                num_packed=num_packed,
+                stride=plan.stride,
+                dim=self._dim,
+                device=self._device,
+            )
+        return self._made[name]
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # Before the gathering of vectors, whose programs would else take every processor first.
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
+def on_device(batch: KeyedJagged, device: torch.device) -> KeyedJagged:
+    """The batch on a device; copies from pinned memory are not waited for."""
+    if batch.values.device == device:
+        return batch
+    weights = None if batch.weights is None else batch.weights.to(device, non_blocking=True)
+    return replace(
+        batch,
+        values=batch.values.to(device, non_blocking=True),
+        offsets=batch.offsets.to(device, non_blocking=True),
+        weights=weights,
+    )
+
+
+def keys_of(plan: DevicePlan, batch: KeyedJagged) -> KeyBatch:
+    """Keys and tables of a batch on the device."""
+    return KeyBatch(batch.values, batch.offsets, plan.table_of_packed, batch.batch_size)
+
+
+class HypersOnDevice:
+    """Optimizer settings of the tables of one store, copied when they change."""
+
+    def __init__(self, tables: Sequence[TableConfig], device: torch.device) -> None:
+        self._hypers = Hypers(tables)
+        self._device = device
+        self._bytes = b""
+        self._copy = torch.empty(0)
+        self.are_one = self._hypers.are_one
+
+    def at(self, step: int) -> Tensor:
+        """[T, fields of `Hyper`] float32 for the update number `step`; [1, ...]: all alike."""
+        hypers = self._hypers.at(step)
+        hypers = hypers[:1] if self.are_one else hypers
+        content = hypers.tobytes()
+        if content != self._bytes:
+            self._copy = torch.from_numpy(hypers).to(self._device)
+            self._bytes = content
+        return self._copy
+
+
+class Counters:
+    """Zeros on the device, one at a time: a thousand are cleared together."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._left: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        """[1] int64 zero that nobody else has."""
+        if not self._left:
+            zeros = torch.zeros(1024, 1, dtype=torch.int64, device=self._device)
+            self._left = list(zeros.unbind())
+        return self._left.pop()
+
+
+def given(
+    device: torch.device, rows: Tensor, dtype: torch.dtype, width: int, count: int, name: str
+) -> Tensor:
+    """Columns of rows [count, width], on the device.
+
+    Raises:
+      ConfigError: they are of another type or shape.
+    """
+    dtypes = dict.fromkeys((dtype, torch.float32) if dtype.is_floating_point else (dtype,))
+    if rows.dtype not in dtypes or rows.shape != (count, width):
+        raise ConfigError(
+            f"{name}: expected {' or '.join(map(str, dtypes))} of shape {[count, width]}, got "
+            f"{rows.dtype} {list(rows.shape)}"
+        )
+    return rows.detach().to(device)

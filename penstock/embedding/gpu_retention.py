@@ -1,0 +1,394 @@
+"""Which keys have rows in a GPU store: admission, eviction, budgets, by vectors on the device.
+
+Decisions are those of the other stores (retention.py, csrc/host_store_retention.cc), key by key.
+They are made for a whole call at once, and wait for the device: only stores with rules do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
+from penstock.embedding.retention import (
+    EVICTED_BEYOND_NEED,
+    MAX_COUNT,
+    NUMBERS,
+    UNLIMITED,
+    Clock,
+    Limits,
+    admission_seed,
+    admission_threshold,
+    over_budget,
+    retains,
+    sweep_period,
+)
+from penstock.errors import CapacityError
+from penstock.kernels.index import Index, KeyBatch, Misses
+from penstock.kernels.occurrences import UsageRules
+from penstock.kernels.reference_index import find, mix64
+
+_NO_LIMIT = 2**62
+_LOWEST = -(2**63)
+_WORD = 0xFFFFFFFF
+NOW, STEP, SWEPT, FULL, ADMITTED, REFUSED, EVICTED, EVICTED_AGE, DROPPED = range(len(NUMBERS))
+
+
+class Access(NamedTuple):
+    """What rules need of the store."""
+
+    entries: Index
+    usage: Tensor
+    """[slots, 0, 1 or 2] int32."""
+    rows_of_table: Tensor
+    """[T] int64."""
+    absent: Tensor
+    """[T] int32: slot of the table's default row; -1: it refuses no key."""
+    erase: Callable[[int, Tensor], int]
+    """Removes keys [n] int64 of a table."""
+
+
+class _Newcomers(NamedTuple):
+    """The different keys of a call that have no row; in the order of table and key."""
+
+    keys: Tensor
+    """[U] int64."""
+    tables: Tensor
+    """[U] int64."""
+    counts: Tensor
+    """[U] int64 occurrences in the call."""
+    which: Tensor
+    """[M] int64: of each miss, its newcomer."""
+
+
+class Rules:
+    """The rules of the tables of one store, and what they remember."""
+
+    def __init__(
+        self, tables: Sequence[TableConfig], limits: Sequence[Limits], seed: int, now: Tensor
+    ) -> None:
+        """Nothing is counted yet.
+
+        Args:
+          tables: of the store, in order.
+          limits: of each.
+          seed: of the draws.
+          now: [T] int64 on the store's device; kept at the time.
+        """
+        device = now.device
+        self._tables = tuple(tables)
+        self._limits = tuple(limits)
+        self._now = now
+        self.counts = Index(device)
+        """(table, key) -> count, of keys without a row."""
+        self._num_counted = np.zeros(len(tables), dtype=np.int64)
+        self._numbers = np.zeros((len(tables), len(NUMBERS)), dtype=np.int64)
+        self._step = 0
+        thresholds, least, halves, seeds = [], [], [], []
+        for table in tables:
+            admission, eviction = table.admission, table.eviction
+            at_random = isinstance(admission, AdmitAtRandom)
+            thresholds.append(admission_threshold(admission) if at_random else UNLIMITED)  # type: ignore[arg-type]
+            least.append(admission.min_count if isinstance(admission, AdmitFrequent) else 0)
+            halves.append((eviction and eviction.half_life) or 0)
+            seeds.append(admission_seed(seed, table.name))
+        self._admit_below = _words(thresholds, device) ^ _LOWEST
+        self._draws = torch.tensor([one != UNLIMITED for one in thresholds], device=device)
+        self._seeds = _words(seeds, device)
+        self._min_counts = torch.tensor(least, device=device)
+        self._counted = np.array(least) > 0
+        self._retains = torch.tensor([retains(table) for table in tables], device=device)
+        self.usage_rules = UsageRules(now, torch.tensor(halves, device=device))
+        """By what an update marks rows as used."""
+
+    # --- what is remembered ---------------------------------------------------------------------
+
+    def num_candidates(self, table: int) -> int:
+        """Keys of a table that are counted but have no row."""
+        return int(self._num_counted[table])
+
+    def evicted(self, table: int) -> int:
+        """Rows of a table that have left since the beginning."""
+        return int(self._numbers[table, EVICTED])
+
+    def numbers_of(self, table: int) -> dict[str, int]:
+        """By the names of `NUMBERS`."""
+        return dict(zip(NUMBERS, self._numbers[table].tolist(), strict=True))
+
+    def set_numbers(self, table: int, numbers: dict[str, int]) -> None:
+        """Inverse of `numbers_of`; also sets the time."""
+        self._numbers[table] = [numbers[name] for name in NUMBERS]
+        self._step = max(self._step, int(self._numbers[table, STEP]))
+        self._now[table] = int(self._numbers[table, NOW])
+
+    def import_counts(self, batch: KeyBatch, counts: Tensor, misses: Misses, table: int) -> None:
+        """Sets the counts of keys of a table; those that have a row are passed over."""
+        places = misses.places[: int(misses.number)].sort().values
+        keys, counts = batch.keys[places], counts[places]
+        limit = self._limits[table].max_candidates
+        _, entry = find(self.counts.entries, self.counts.salt, keys, torch.full_like(keys, table))
+        is_new = self._counts_of(keys, torch.full_like(keys, table)) < 0
+        self._set_counts(entry[~is_new], counts[~is_new])
+        new = is_new.nonzero()[:, 0]
+        room = max(0, limit - self.num_candidates(table))
+        self._add_counts(keys[new[:room]], torch.full_like(new[:room], table), counts[new[:room]])
+        if len(new) > room:
+            raise CapacityError(over_budget(self._tables[table], self._limits[table]))
+
+    # --- admission ------------------------------------------------------------------------------
+
+    def admit(
+        self, access: Access, batch: KeyBatch, slots: Tensor, misses: Misses, *, explicit: bool
+    ) -> Misses:
+        """Which of the missing keys get rows; counts the others, and makes room.
+
+        Args:
+          access: to the store.
+          batch: keys and tables.
+          slots: [N] int32 of the batch; refused keys get their table's default row, or -1 if the
+            call is explicit.
+          misses: keys without a row.
+          explicit: every key is admitted for which there is room.
+        """
+        places = misses.places[: int(misses.number)]
+        one = _newcomers(batch, places)
+        counted = self._counts_of(one.keys, one.tables)
+        is_counted = counted >= 0
+        least = self._min_counts[one.tables]
+        total = (one.counts + counted.clamp(min=0)).clamp(max=MAX_COUNT)
+        wanted = torch.ones_like(is_counted)
+        if not explicit:
+            wanted = (total >= least) & self._draw(one)
+        uncounted = ~wanted & ~is_counted & (least > 0)
+        gets_row = self._within_budget(access, batch, slots, one, wanted)
+        # Counts: those that get rows give up their places first.
+        if bool((is_counted & gets_row).any()):
+            self._forget(one, is_counted & gets_row)
+        if not explicit:
+            still = is_counted & ~gets_row
+            if bool(still.any()):
+                _, entry = find(
+                    self.counts.entries, self.counts.salt, one.keys[still], one.tables[still]
+                )
+                self._set_counts(entry, total[still])
+            self._count(one, uncounted, total)
+            self._tally(one, gets_row)
+        refused = places[~gets_row[one.which]]
+        instead = access.absent[batch.tables_of(refused)]
+        slots[refused] = torch.full_like(instead, -1) if explicit else instead
+        admitted = places[gets_row[one.which]]
+        return Misses(admitted, torch.tensor([len(admitted)], device=places.device))
+
+    def stay_away(
+        self, batch: KeyBatch, slots: Tensor, before: Tensor, misses: Misses, absent: Tensor
+    ) -> Misses:
+        """Which rows that left since the look-up begin anew: those of tables without rules.
+
+        Args:
+          batch: keys and tables.
+          slots: [N] int32 as found now; keys that read a default row get it again.
+          before: [N] int32 as the look-up found them.
+          misses: keys that have no row now; gradients of other keys are dropped, and counted.
+          absent: [T] int32 slots of default rows.
+        """
+        everywhere = torch.arange(len(slots), device=slots.device)
+        table = batch.tables_of(everywhere)
+        default = absent[table.clamp(min=0)]
+        on_default = (table >= 0) & (default >= 0) & (before == default)
+        slots[on_default] = default[on_default]
+        places = misses.places[: int(misses.number)]
+        places = places[slots[places] < 0]
+        tables = batch.tables_of(places)
+        stays_away = self._retains[tables]
+        self._numbers[:, DROPPED] += self._by_table(tables[stays_away])
+        left = places[~stays_away]
+        return Misses(left, torch.tensor([len(left)], device=slots.device))
+
+    def _draw(self, one: _Newcomers) -> Tensor:
+        """[U] bool: whether chance admits the keys at this step."""
+        step = torch.tensor(self._step, device=one.keys.device)
+        bits = mix64(one.keys ^ mix64(step ^ self._seeds)[one.tables]) ^ _LOWEST
+        return ~self._draws[one.tables] | (bits < self._admit_below[one.tables])
+
+    def _within_budget(
+        self, access: Access, batch: KeyBatch, slots: Tensor, one: _Newcomers, wanted: Tensor
+    ) -> Tensor:
+        """[U] bool: wanted newcomers for which there is room; rows are evicted for them."""
+        wanting = self._by_table(one.tables[wanted])
+        rows = access.rows_of_table.cpu().numpy()
+        gets_row = wanted.clone()
+        for table, limits in enumerate(self._limits):
+            if limits.max_rows == UNLIMITED or not wanting[table]:
+                continue
+            room = limits.max_rows - int(rows[table])
+            missing = int(wanting[table]) - room
+            if missing > 0 and self._tables[table].eviction is not None:
+                count = missing + limits.max_rows // EVICTED_BEYOND_NEED
+                room += self._evict_lowest(access, table, count, batch, slots)
+            if wanting[table] > room:
+                those = (wanted & (one.tables == table)).nonzero()[:, 0]
+                gets_row[those[_precedence(one.keys[those]).argsort()[room:]]] = False
+        return gets_row
+
+    def _tally(self, one: _Newcomers, gets_row: Tensor) -> None:
+        self._numbers[:, ADMITTED] += self._by_table(one.tables[gets_row])
+        refused = torch.zeros(len(self._tables), dtype=torch.int64, device=one.keys.device)
+        refused.index_add_(0, one.tables[~gets_row], one.counts[~gets_row])
+        # Tables without rules refuse no key.
+        self._numbers[:, REFUSED] += refused.cpu().numpy()
+
+    # --- counts of keys without a row -----------------------------------------------------------
+
+    def _counts_of(self, keys: Tensor, tables: Tensor) -> Tensor:
+        """[n] int64 counts; -1: not counted."""
+        if not self._num_counted.any():
+            return torch.full_like(keys, -1)
+        return find(self.counts.entries, self.counts.salt, keys, tables)[0]
+
+    def _set_counts(self, entry: Tensor, counts: Tensor) -> None:
+        meta = self.counts.entries[:, 1]
+        meta[entry] = (meta[entry] >> 40 << 40) | counts
+
+    def _count(self, one: _Newcomers, uncounted: Tensor, total: Tensor) -> None:
+        """Begins to count keys, as far as there are places for them."""
+        waiting = self._by_table(one.tables[uncounted])
+        for table, limits in enumerate(self._limits):
+            places = limits.max_candidates - int(self._num_counted[table])
+            if waiting[table] > places:
+                self._numbers[table, FULL] = 1
+                those = (uncounted & (one.tables == table)).nonzero()[:, 0]
+                uncounted[those[_precedence(one.keys[those]).argsort()[places:]]] = False
+        self._add_counts(one.keys[uncounted], one.tables[uncounted], total[uncounted])
+
+    def _add_counts(self, keys: Tensor, tables: Tensor, counts: Tensor) -> None:
+        """Counts keys that are not counted, and differ."""
+        if not len(keys):
+            return
+        self.counts.reserve(int(self._num_counted.sum()) + len(keys))
+        # One packed feature a table; keys come in its order.
+        order = tables.argsort(stable=True)
+        number = len(self._tables)
+        ends = torch.bincount(tables, minlength=number).cumsum(0)
+        offsets = torch.cat([ends.new_zeros(1), ends])
+        numbers = torch.arange(number, dtype=torch.int32, device=keys.device)
+        batch = KeyBatch(keys[order], offsets, numbers, 1)
+        everything = torch.arange(len(keys), device=keys.device)
+        misses = Misses(everything, torch.tensor([len(keys)], device=keys.device))
+        found = torch.empty(len(keys), dtype=torch.int32, device=keys.device)
+        claims = self.counts.claim(batch, misses, found, keys.new_zeros(1))
+        self.counts.settle(batch, misses, claims, counts[order])
+        self._num_counted += self._by_table(tables)
+
+    def _forget(self, one: _Newcomers, those: Tensor) -> None:
+        numbers = self._by_table(one.tables[those])
+        for table in numbers.nonzero()[0].tolist():
+            self.counts.erase(one.keys[those & (one.tables == table)].contiguous(), table)
+        self._num_counted -= numbers
+
+    # --- eviction and time ----------------------------------------------------------------------
+
+    def _evict_lowest(
+        self, access: Access, table: int, count: int, batch: KeyBatch, slots: Tensor
+    ) -> int:
+        """Removes the rows that come first in the order of eviction; those of the batch stay."""
+        keys, theirs = access.entries.export(table, 0, access.entries.capacity)
+        stays = torch.zeros(len(access.usage), dtype=torch.bool, device=keys.device)
+        everywhere = torch.arange(len(slots), device=slots.device)
+        in_use = slots[(batch.tables_of(everywhere) == table) & (slots >= 0)]
+        stays[in_use.long()] = True
+        may_leave = ~stays[theirs]
+        keys, theirs = keys[may_leave], theirs[may_leave]
+        last_use, uses = self._usage_of(access, table, theirs)
+        order = _precedence(keys).argsort()
+        order = order[last_use[order].argsort(stable=True)]
+        order = order[uses[order].argsort(stable=True)][:count]
+        return self._evict(access, table, keys[order], last_use[order])
+
+    def _usage_of(self, access: Access, table: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """[n] int64 last use, [n] int64 uses as aged by now; 0 where uses do not count."""
+        marks = access.usage[slots].long() & _WORD
+        eviction = self._tables[table].eviction
+        assert eviction is not None
+        if eviction.order != "lfu":
+            return marks[:, 0], torch.zeros_like(slots)
+        uses = marks[:, 1]
+        if eviction.half_life is not None:
+            now = int(self._numbers[table, NOW]) // eviction.half_life
+            halvings = now - marks[:, 0] // eviction.half_life
+            uses = torch.where(halvings > 31, 0, uses >> halvings.clamp(0, 31))
+        return marks[:, 0], uses
+
+    def _evict(self, access: Access, table: int, keys: Tensor, last_use: Tensor) -> int:
+        numbers = self._numbers[table]
+        numbers[EVICTED] += len(keys)
+        numbers[EVICTED_AGE] += int((int(numbers[NOW]) - last_use).sum())
+        return access.erase(table, keys) if len(keys) else 0
+
+    def advance(self, access: Access, clock: Clock) -> None:
+        """Moves the time on; rows beyond their `ttl` leave, counts are halved."""
+        halvings = np.zeros(len(self._tables), dtype=np.int64)
+        for number, table in enumerate(self._tables):
+            numbers, eviction, admission = self._numbers[number], table.eviction, table.admission
+            in_seconds = eviction is not None and eviction.unit == "seconds"
+            now = max(int(numbers[NOW]), clock.seconds if in_seconds else clock.step)
+            numbers[NOW] = now
+            if eviction is not None and eviction.ttl is not None:
+                period = sweep_period(eviction.ttl)
+                if now // period != numbers[SWEPT] // period:
+                    numbers[SWEPT] = now
+                    self._evict_expired(access, number, eviction.ttl)
+            if isinstance(admission, AdmitFrequent) and clock.step > numbers[STEP]:
+                times = int(numbers[FULL])
+                if admission.half_life_steps is not None:
+                    passed = clock.step // admission.half_life_steps
+                    passed -= int(numbers[STEP]) // admission.half_life_steps
+                    times = max(times, min(passed, 16))
+                halvings[number] = times
+                numbers[FULL] = 0
+            numbers[STEP] = max(int(numbers[STEP]), clock.step)
+        self._step = max(self._step, clock.step)
+        self._now.copy_(torch.from_numpy(self._numbers[:, NOW]))
+        if halvings.any():
+            self._halve(halvings)
+
+    def _evict_expired(self, access: Access, table: int, ttl: int) -> None:
+        keys, slots = access.entries.export(table, 0, access.entries.capacity)
+        last_use, _ = self._usage_of(access, table, slots)
+        gone = int(self._numbers[table, NOW]) - last_use > ttl
+        self._evict(access, table, keys[gone], last_use[gone])
+
+    def _halve(self, halvings: np.ndarray) -> None:
+        """Counts become 2^-n of what they were, by table; those that become 0 are forgotten."""
+        entries = self.counts.entries
+        keys, meta = entries[entries[:, 1] > 1].unbind(1)
+        tables = (meta >> 40) - 1
+        counts = (meta & _WORD) >> torch.from_numpy(halvings).to(keys.device)[tables]
+        left = counts > 0
+        self.counts = Index(keys.device)
+        self._num_counted[:] = 0
+        self._add_counts(keys[left], tables[left], counts[left])
+
+    def _by_table(self, tables: Tensor) -> np.ndarray:
+        """[T] int64: how many of `tables` [n] int64 are which."""
+        found: np.ndarray = torch.bincount(tables, minlength=len(self._tables)).cpu().numpy()
+        return found
+
+
+def _newcomers(batch: KeyBatch, places: Tensor) -> _Newcomers:
+    pairs = torch.stack([batch.tables_of(places), batch.keys[places]], 1)
+    unique, which, counts = torch.unique(pairs, dim=0, return_inverse=True, return_counts=True)
+    return _Newcomers(unique[:, 1].contiguous(), unique[:, 0].contiguous(), counts, which)
+
+
+def _precedence(keys: Tensor) -> Tensor:
+    """[n] int64 in the order of `retention.precedence`, whose words are unsigned."""
+    return mix64(keys) ^ _LOWEST
+
+
+def _words(words: Sequence[int], device: torch.device) -> Tensor:
+    """[n] int64 of the same bits as unsigned words."""
+    return torch.from_numpy(np.array(words, dtype=np.uint64).view(np.int64)).to(device)

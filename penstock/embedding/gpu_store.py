@@ -1,0 +1,500 @@
+"""Rows in the memory of a GPU: Triton kernels behind the store contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.config import TableConfig
+from penstock.embedding import initializer, optimizer
+from penstock.embedding.gpu_batches import (
+    Counters,
+    GpuLookup,
+    HypersOnDevice,
+    PlanCache,
+    given,
+    keys_of,
+    on_device,
+)
+from penstock.embedding.gpu_retention import Access, Rules
+from penstock.embedding.gpu_slots import SlotPool
+from penstock.embedding.retention import (
+    Clock,
+    RetentionState,
+    default_of,
+    limits_of,
+    over_budget,
+    refuses,
+    retains,
+)
+from penstock.embedding.store import (
+    Candidates,
+    Cursor,
+    FindResult,
+    PooledGradient,
+    PoolingPlan,
+    RowLayout,
+    StoreMemory,
+    TableRows,
+    check_batch,
+)
+from penstock.errors import CapacityError, ConfigError
+from penstock.kernels.device import kernel_device
+from penstock.kernels.find import IndexView, find_slots
+from penstock.kernels.index import Index, KeyBatch, Misses
+from penstock.kernels.occurrences import GradientPart
+from penstock.kernels.plan import DevicePlan
+from penstock.kernels.pool import pooled_forward
+from penstock.kernels.reference_index import is_consistent
+from penstock.kernels.rows import Initial, lend_rows, make_rows, read_initial
+from penstock.kernels.update import apply_gradients
+from penstock.types import KeyedJagged
+
+MAX_TABLES = 65_535
+_EXPORT_ENTRIES = 1 << 22
+
+
+class GpuStore:
+    """Satisfies `Store`. All tables must have one row layout.
+
+    Keys, rows and batches may be given on the CPU or on the store's device; what comes back is on
+    the store's device. Kernels run on torch's current stream.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        *,
+        seed: int = 0,
+        device: str | torch.device = "cuda",
+        max_bytes: int = 0,
+        deterministic: bool = False,
+        poison: bool = False,
+    ) -> None:
+        """Opens an empty store.
+
+        Args:
+          tables: of one row layout, with distinct names.
+          seed: of the initial values.
+          device: a GPU; `cpu` in Triton's interpreter alone.
+          max_bytes: most bytes of rows; 0: all memory of the GPU.
+          deterministic: gradients are summed in fixed point: the bits of an update are those of the
+            host store in this mode, whatever the order of the samples.
+          poison: memory that nobody has written reads as NaN: for tests.
+
+        Raises:
+          ConfigError: no such GPU, no Triton, or tables of several layouts.
+          CapacityError: the GPU has no memory left.
+        """
+        layouts = {RowLayout.of(table) for table in tables}
+        if len(layouts) != 1:
+            raise ConfigError(f"the tables of one store need one row layout, got {len(layouts)}")
+        if len(tables) > MAX_TABLES:
+            raise ConfigError(f"{len(tables)} tables of one row layout; at most {MAX_TABLES}")
+        self.device = kernel_device(device)
+        self.layout = layouts.pop()
+        self.tables: Sequence[TableConfig] = tuple(tables)
+        self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
+        self._hypers = HypersOnDevice(tables, self.device)
+        self._counters = Counters(self.device)
+        self._rule = optimizer.rule_of(tables[0].optimizer).code
+        self._needs_tables = self.layout.usage_dim > 0 or not self._hypers.are_one
+        self._clips = any(table.optimizer.clip_norm for table in tables)
+        self._deterministic = deterministic
+        self._plans = PlanCache(self.layout.dim, self.device)
+        self._content_version = self._erase_version = 0
+        refusing = [number for number, table in enumerate(tables) if refuses(table)]
+        absent = torch.full((len(tables),), -1, dtype=torch.int32)
+        absent[refusing] = torch.arange(len(refusing), dtype=torch.int32)
+        self._absent = absent.to(self.device)
+        try:
+            self._slots = SlotPool(
+                self.layout, len(refusing), self.device, max_bytes=max_bytes, poison=poison
+            )
+            self._index = Index(self.device)
+            self._rows_of_table = torch.zeros(len(tables), dtype=torch.int64, device=self.device)
+        except MemoryError:
+            raise CapacityError(f"no memory for a store on {self.device}; free some") from None
+        self._rows = self._slots.rows
+        self._initial = self._initial_of(seed)
+        for slot, number in enumerate(refusing):
+            self._rows.values[slot] = default_of(tables[number])
+            self._rows.state[slot] = optimizer.initial_state(tables[number].optimizer)
+            self._rows.usage[slot] = 0
+        self._rules = None
+        if any(retains(table) for table in tables):
+            self._rules = Rules(self.tables, self._limits, seed, self._initial.now)
+
+    def _initial_of(self, seed: int) -> Initial:
+        kinds, scales, states, seeds = [], [], [], []
+        for table in self.tables:
+            kinds.append(initializer.KINDS[type(table.initializer)])
+            scales.append(initializer.scale_of(table.initializer))
+            states.append(optimizer.initial_state(table.optimizer))
+            seeds.append(initializer.table_seed(seed, table.name))
+        arrays = (
+            torch.tensor(kinds, dtype=torch.int32),
+            torch.tensor(scales, dtype=torch.float32),
+            torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64)),
+            torch.tensor(states, dtype=torch.float32),
+            torch.zeros(len(self.tables), dtype=torch.int64),
+        )
+        return Initial(*(array.to(self.device) for array in arrays))
+
+    def find(self, table: int, keys: Tensor) -> FindResult:
+        """See `Store.find`."""
+        return self._find(table, keys, insert=False)
+
+    def find_or_insert(self, table: int, keys: Tensor) -> FindResult:
+        """See `Store.find_or_insert`."""
+        return self._find(table, keys, insert=True)
+
+    def _find(self, table: int, keys: Tensor, *, insert: bool) -> FindResult:
+        batch = self._of_table(table, keys)
+        slots, misses = self._index.find(batch, self._absent)
+        absent = misses.places[: int(misses.number)]
+        found = torch.ones(len(keys), dtype=torch.bool, device=self.device)
+        found[absent] = False
+        if insert:
+            self._insert(batch, slots, misses)
+        values, state = (part[slots.long().clamp(min=0)] for part in self._rows[:2])
+        values = values.float()
+        initial = (slots < 0).nonzero()[:, 0]
+        if len(initial):
+            first = read_initial(batch.keys[initial], table, self._initial, self._rows.values)
+            values[initial] = first.float()
+            state[initial] = self._initial.state[table]
+        return FindResult(values, state, found)
+
+    def insert_or_assign(self, table: int, rows: TableRows) -> int:
+        """See `Store.insert_or_assign`."""
+        batch, count = self._of_table(table, rows.keys), len(rows.keys)
+        values = given(
+            self.device, rows.values, self.layout.dtype, self.layout.dim, count, "values"
+        )
+        state = given(self.device, rows.state, torch.float32, self.layout.state_dim, count, "state")
+        before = self.num_rows(table)
+        left = 0 if self._rules is None else self._rules.evicted(table)
+        slots, misses = self._index.find(batch, self._none_absent)
+        self._insert(batch, slots, misses, explicit=True)
+        if self._rules is not None:
+            left = self._rules.evicted(table) - left
+        # Of equal keys the last one stays; those without a row are left out.
+        taken, which = torch.unique(slots, return_inverse=True)
+        last = torch.zeros_like(taken, dtype=torch.int64).scatter_reduce(
+            0, which, torch.arange(count, device=self.device), "amax"
+        )
+        last = last[taken >= 0]
+        taken = taken[taken >= 0].long()
+        self._rows.values[taken] = values[last].to(self.layout.dtype)
+        self._rows.state[taken] = state[last]
+        if self.layout.usage_dim:
+            usage = torch.zeros(count, self.layout.usage_dim, dtype=torch.int64, device=self.device)
+            usage[:, 0] = self._initial.now[table]
+            if rows.usage is not None:
+                usage = given(self.device, rows.usage, torch.int64, usage.shape[1], count, "usage")
+            self._rows.usage[taken] = usage[last].to(torch.int32)
+        if bool((slots < 0).any()):
+            raise CapacityError(over_budget(self.tables[table], self._limits[table]))
+        return self.num_rows(table) - before + left
+
+    def erase(self, table: int, keys: Tensor) -> int:
+        """See `Store.erase`."""
+        return self._erase(table, self._of_table(table, keys).keys)
+
+    def _erase(self, table: int, keys: Tensor) -> int:
+        self._content_version += 1
+        self._erase_version += 1
+        freed = self._index.erase(keys, table)
+        freed = freed[freed >= 0]
+        self._rows_of_table[table] -= len(freed)
+        self._slots.release(freed)
+        return len(freed)
+
+    def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
+        """See `Store.export_batch`."""
+        keys, slots, after = self._export(self._index, table, cursor, max_rows)
+        usage = None
+        if self.layout.usage_dim:
+            usage = self._rows.usage[slots].long() & 0xFFFFFFFF
+        rows = TableRows(keys, self._rows.values[slots], self._rows.state[slots], usage)
+        return rows, after
+
+    def _export(
+        self, index: Index, table: int, cursor: Cursor, most: int
+    ) -> tuple[Tensor, Tensor, Cursor]:
+        """Keys and payloads of a table, from the entry of the cursor on."""
+        self._check_table(table)
+        version = self._version if cursor.version is None else cursor.version
+        if version != self._version:
+            raise RuntimeError(
+                f"{self._name} changed while it was exported; begin the export again"
+            )
+        keys, payloads = [], []
+        position, found = cursor.position, 0
+        while position < index.capacity and found < most:
+            last = min(position + min(_EXPORT_ENTRIES, most - found), index.capacity)
+            part = index.export(table, position, last)
+            keys.append(part[0])
+            payloads.append(part[1])
+            position, found = last, found + len(part[0])
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        after = Cursor(position, version)
+        return torch.cat([nothing, *keys]), torch.cat([nothing, *payloads]), after
+
+    def num_rows(self, table: int) -> int:
+        """See `Store.num_rows`."""
+        self._check_table(table)
+        return int(self._rows_of_table[table])
+
+    def advance(self, clock: Clock) -> None:
+        """See `Store.advance`."""
+        if self._rules is not None:
+            self._rules.advance(self._access, clock)
+
+    def num_candidates(self, table: int) -> int:
+        """See `Store.num_candidates`."""
+        self._check_table(table)
+        return 0 if self._rules is None else self._rules.num_candidates(table)
+
+    def export_candidates(
+        self, table: int, cursor: Cursor, max_keys: int
+    ) -> tuple[Candidates, Cursor]:
+        """See `Store.export_candidates`."""
+        counts = self._empty if self._rules is None else self._rules.counts
+        keys, numbers, after = self._export(counts, table, cursor, max_keys)
+        return Candidates(keys, numbers), after
+
+    def import_candidates(self, table: int, candidates: Candidates) -> None:
+        """See `Store.import_candidates`."""
+        self._check_table(table)
+        batch = self._of_table(table, candidates.keys)
+        counts = candidates.counts.to(self.device)
+        if self._rules is not None:
+            self._content_version += 1
+            _, misses = self._index.find(batch, self._absent)
+            self._rules.import_counts(batch, counts, misses, table)
+
+    def retention_state(self, table: int) -> RetentionState:
+        """See `Store.retention_state`."""
+        self._check_table(table)
+        slot = int(self._absent[table])
+        if slot < 0:
+            first = default_of(self.tables[table])
+            value = torch.full((self.layout.dim,), first).to(self.layout.dtype).float()
+            initial = optimizer.initial_state(self.tables[table].optimizer)
+            state = torch.full((self.layout.state_dim,), initial)
+        else:
+            value = self._rows.values[slot].float().cpu()
+            state = self._rows.state[slot].cpu()
+        if self._rules is None:
+            return RetentionState(value, state)
+        return RetentionState(value, state, self._rules.numbers_of(table))
+
+    def set_retention_state(self, table: int, state: RetentionState) -> None:
+        """See `Store.set_retention_state`."""
+        self._check_table(table)
+        slot = int(self._absent[table])
+        if slot >= 0:
+            self._rows.values[slot] = state.default_value.to(self.layout.dtype).to(self.device)
+            self._rows.state[slot] = state.default_state.to(self.device)
+        if self._rules is not None:
+            self._rules.set_numbers(table, state.numbers)
+
+    def pooled_lookup(
+        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+    ) -> GpuLookup:
+        """See `Store.pooled_lookup`."""
+        assert out.is_contiguous()
+        assert out.shape == (batch.batch_size, plan.stride)
+        check_batch(plan, batch)
+        batch = on_device(batch, self.device)
+        on_gpu = self._plans.get(plan, len(batch.features))
+        keys = keys_of(on_gpu, batch)
+        slots, misses = self._find_batch(on_gpu, batch, self._absent)
+        lookup = GpuLookup(batch, slots, self._erase_version)
+        if insert:
+            self._insert(keys, slots, misses)
+            lookup.erase_version = self._erase_version
+            most = self._slots.most_slots
+            lookup.group_ahead(on_gpu, most, needs_tables=self._needs_tables)
+        else:
+            lookup.misses = misses
+            self._lend(keys, slots, misses, lookup.num_missing)
+        pooled_forward(self._rows.values, on_gpu, batch, slots, out, one_hot=batch.is_one_hot)
+        return lookup
+
+    def apply_gradients(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+    ) -> Tensor:
+        """See `Store.apply_gradients`."""
+        parts = []
+        on_gpu = None
+        for found, _, grad in gradients:
+            lookup = cast("GpuLookup", found)
+            on_gpu = self._plans.get(plan, len(lookup.batch.features))
+            self._refresh(on_gpu, lookup)
+            grad = grad.to(self.device)
+            parts.append(GradientPart(lookup.batch, lookup.slots, grad, lookup.grouped()))
+        if on_gpu is None or not on_gpu.num_features:
+            return torch.zeros((), dtype=torch.int64, device=self.device)
+        usage = None if self._rules is None else self._rules.usage_rules
+        return apply_gradients(
+            self._rows,
+            on_gpu,
+            parts,
+            self._hypers.at(step),
+            rule=self._rule,
+            step=step,
+            clips=self._clips,
+            deterministic=self._deterministic,
+            usage_rules=usage if self.layout.usage_dim else None,
+        ).long()
+
+    def _refresh(self, plan: DevicePlan, lookup: GpuLookup) -> None:
+        """Finds rows again if some were erased since; such a key gets a new row, or none."""
+        if lookup.erase_version == self._erase_version and lookup.num_missing == 0:
+            return
+        keys = keys_of(plan, lookup.batch)
+        slots, misses = self._find_batch(plan, lookup.batch, self._none_absent)
+        if self._rules is not None:
+            misses = self._rules.stay_away(keys, slots, lookup.slots, misses, self._absent)
+        self._insert(keys, slots, misses)
+        lookup.found_again(slots, self._erase_version)
+
+    def _find_batch(
+        self, plan: DevicePlan, batch: KeyedJagged, absent: Tensor
+    ) -> tuple[Tensor, Misses]:
+        """[N] int32 slots of a batch's keys, undefined for those of other stores; and misses."""
+        values, index = batch.values, self._index
+        slots = torch.empty(len(values), dtype=torch.int32, device=self.device)
+        misses = Misses(torch.empty_like(values), self._counters.take())
+        view = IndexView(index.entries, index.num_buckets, index.salt)
+        find_slots(view, plan, batch, absent, slots, *misses)
+        return slots, misses
+
+    def _insert(
+        self, batch: KeyBatch, slots: Tensor, misses: Misses, *, explicit: bool = False
+    ) -> None:
+        """Gives rows to missing keys, where admitted, and writes their slots."""
+        most = len(batch.keys)
+        if self._rules is not None:
+            most = int(misses.number)
+            if not most:
+                return
+            self._content_version += 1
+            misses = self._rules.admit(self._access, batch, slots, misses, explicit=explicit)
+            most = len(misses.places)
+        if not most:
+            return
+        rows = self._slots.most_rows
+        if not self._slots.has_room(most) or rows + most > self._index.room():
+            most = int(misses.number)
+            self._make_room(batch, misses, most, 4 * len(batch.keys))
+        claims = self._index.claim(batch, misses, slots, self._slots.allocated)
+        made = slots, self._rows_of_table, self._rows, self._initial
+        make_rows(self._index, batch, misses, claims, self._slots.slots, *made)
+        self._slots.take(most)
+
+    def _make_room(self, batch: KeyBatch, misses: Misses, most: int, wish: int) -> None:
+        """Makes room for `most` rows, and for `wish` if memory is plenty, so as not to ask again.
+
+        Raises:
+          CapacityError: there is none, not even for the different keys alone.
+        """
+        bytes_each = self.layout.row_bytes + 32
+        if self.device.type == "cuda":
+            wish = min(wish, torch.cuda.mem_get_info(self.device)[0] // 4 // bytes_each)
+        for wanted in (max(most, wish), most, None):
+            if wanted is None:
+                places = misses.places[: int(misses.number)]
+                pairs = torch.stack([batch.keys[places], batch.tables_of(places)], 1)
+                wanted = len(torch.unique(pairs, dim=0))
+            try:
+                self._slots.reserve(wanted)
+                self._index.reserve(self._slots.most_rows + wanted)
+            except MemoryError:
+                continue
+            return
+        rows = self._slots.num_rows()
+        raise CapacityError(
+            f"{self._name} cannot grow beyond {rows} rows: no memory on {self.device}; use a GPU "
+            "with more memory, smaller tables or max_bytes with eviction"
+        )
+
+    def _lend(self, batch: KeyBatch, slots: Tensor, misses: Misses, number: int) -> None:
+        """Lets missing keys read their initial values, from slots that are nobody's."""
+        if not number:
+            return
+        try:
+            first = self._slots.borrow(number)
+        except MemoryError:
+            raise CapacityError(
+                f"{self._name}: no memory on {self.device} for the initial values of {number} "
+                "keys; use smaller batches"
+            ) from None
+        lend_rows(batch, misses, first, slots, self._rows.values, self._initial)
+
+    def memory(self) -> StoreMemory:
+        """See `Store.memory`."""
+        rows, capacity = self._slots.num_rows(), self._slots.capacity
+        index_bytes = self._index.num_bytes
+        if self._rules is not None:
+            index_bytes += self._rules.counts.num_bytes
+        row_bytes = capacity * self.layout.row_bytes
+        return StoreMemory(rows, capacity - rows, capacity, index_bytes, row_bytes)
+
+    def check_invariants(self) -> None:
+        """See `Store.check_invariants`."""
+        index = self._index
+        assert is_consistent(index.entries, index.salt), "an entry is not found where it is"
+        meta = index.entries[:, 1]
+        live = meta[meta > 1]
+        self._slots.check(live & ((1 << 40) - 1))
+        rows = torch.bincount((live >> 40) - 1, minlength=len(self.tables))
+        assert torch.equal(rows, self._rows_of_table), "the row count of a table is wrong"
+        for number, limits in enumerate(self._limits):
+            assert int(rows[number]) <= limits.max_rows, "a table is beyond its budget"
+            assert self.num_candidates(number) <= limits.max_candidates, "too many are counted"
+        memory = self.memory()
+        assert memory.rows + memory.free_slots == memory.slot_capacity, memory
+
+    @property
+    def _name(self) -> str:
+        names = ", ".join(table.name for table in self.tables[:4])
+        more = ", ..." if len(self.tables) > 4 else ""
+        return f"store on {self.device} of {len(self.tables)} tables ({names}{more})"
+
+    @cached_property
+    def _none_absent(self) -> Tensor:
+        return torch.full_like(self._absent, -1)
+
+    @cached_property
+    def _empty(self) -> Index:
+        return Index(self.device)
+
+    @property
+    def _access(self) -> Access:
+        return Access(self._index, self._rows.usage, self._rows_of_table, self._absent, self._erase)
+
+    @property
+    def _version(self) -> int:
+        """Rises whenever rows come or go; waits for the device."""
+        return (self._content_version << 40) + int(self._slots.allocated)
+
+    def _of_table(self, table: int, keys: Tensor) -> KeyBatch:
+        self._check_table(table)
+        if keys.dtype != torch.int64 or keys.dim() != 1:
+            raise ConfigError(
+                f"keys: expected torch.int64 of shape ['n'], got {keys.dtype} {list(keys.shape)}"
+            )
+        return KeyBatch.of_table(keys.to(self.device).contiguous(), table)
+
+    def _check_table(self, table: int) -> None:
+        if not 0 <= table < len(self.tables):
+            raise ConfigError(f"table number {table} of a store with {len(self.tables)} tables")

@@ -1,0 +1,404 @@
+"""The index of a GPU store: (table, key) -> a number, by open addressing; see `probe` for entries.
+
+Keys of one call may repeat. An insertion claims its entry by one compare-and-swap with the key's
+place in the call; others that meet the claim compare keys there, so nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.kernels.device import is_interpreted
+from penstock.kernels.find import probe_slots, store_slots
+from penstock.kernels.probe import (
+    BUCKET,
+    CLAIMED,
+    ERASED,
+    PAYLOAD,
+    PAYLOAD_BITS,
+    TABLE_BITS,
+    find_entry,
+    next_bucket,
+    probe_start,
+    table_of,
+)
+
+MAX_LOAD = 0.9
+_BUCKET_ENTRIES = 8
+_FEWEST_BUCKETS = 509
+_KEYS = 2048 if is_interpreted() else 32
+"""Of one program, a warp. The interpreter takes its time by operations, whatever their size."""
+_WARPS = 1
+_PROGRAMS = 8448
+"""Of kernels that go over keys in strides: enough to fill any GPU, and cheap where there is nothing
+to do.
+"""
+
+
+class KeyBatch(NamedTuple):
+    """Keys and their tables: those of a packed batch, or of one table."""
+
+    keys: Tensor
+    """[N] int64."""
+    offsets: Tensor
+    """[F * B + 1] int64."""
+    tables: Tensor
+    """[F] int32: of each packed feature; -1: left out."""
+    batch_size: int
+    """B."""
+
+    @classmethod
+    def of_table(cls, keys: Tensor, table: int) -> KeyBatch:
+        """All keys of one table."""
+        offsets = torch.tensor([0, len(keys)], dtype=torch.int64, device=keys.device)
+        tables = torch.tensor([table], dtype=torch.int32, device=keys.device)
+        return cls(keys, offsets, tables, 1)
+
+    def tables_of(self, places: Tensor) -> Tensor:
+        """[n] int64: the tables of keys at `places` [n] int64."""
+        begins = self.offsets[:: self.batch_size][1:].contiguous()
+        return self.tables.long()[torch.searchsorted(begins, places, right=True)]
+
+
+class Misses(NamedTuple):
+    """Keys that were not found."""
+
+    places: Tensor
+    """[N] int64: the first `number` are places of keys in their call, in no particular order."""
+    number: Tensor
+    """[1] int64 how many."""
+
+
+class Claims(NamedTuple):
+    """What an insertion leaves for those who give it payloads."""
+
+    winner: Tensor
+    """[N] int64: place in the call of the key that has the entry; -1: the key was there."""
+    entry: Tensor
+    """[N] int64: of winners, their entry."""
+    rank: Tensor
+    """[N] int64: of winners, the value of the counter when they claimed."""
+
+
+@triton.jit
+def _find(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_features, count, found,
+          absent, missing, counter, BLOCK: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    active = n < count
+    table = table_of(tl.minimum(n, count - 1), offsets, batch_size, tables, num_features)
+    active = active & (table >= 0)
+    key = tl.load(keys + n, mask=active, other=0)
+    payload = probe_slots(entries, num_buckets, salt, key, table, active, BLOCK)
+    instead = tl.load(absent + table, mask=active & (payload < 0), other=-1)
+    store_slots(found, missing, counter, n, active, payload, instead)
+
+
+@triton.jit
+def _claim(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_features, missing,
+           num_missing, found, winner, entry, rank, allocated, BLOCK: tl.constexpr):  # fmt: skip
+    lane = tl.arange(0, 8)[None, :]
+    word = tl.arange(0, 16)[None, :]
+    count = tl.load(num_missing)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    while first < count:
+        i = first + tl.arange(0, BLOCK)
+        left = i < count
+        n = tl.load(missing + i, mask=left, other=0)
+        key = tl.load(keys + n, mask=left, other=0)
+        table = table_of(n, offsets, batch_size, tables, num_features)
+        tag = table.to(tl.int64) + 1
+        home, step = probe_start(key, table, salt, num_buckets)
+        bucket = home
+        # The first free entry on the way, and what it holds.
+        free = tl.full((BLOCK,), -1, tl.int64)
+        free_meta = tl.zeros((BLOCK,), tl.int64)
+        has_won = i < 0
+        mine = tl.zeros((BLOCK,), tl.int64)
+        while tl.max(left.to(tl.int32), 0) > 0:
+            place = entries + bucket[:, None] * 16 + word
+            words = tl.load(place, mask=left[:, None], other=0, volatile=True)
+            their_key, meta = tl.split(tl.reshape(words, (BLOCK, 8, 2)))
+            is_table = ((meta >> PAYLOAD_BITS) & TABLE_BITS) == tag[:, None]
+            is_claimed = is_table & (meta >= CLAIMED)
+            # The key of a claimed entry may not be written yet: it is in the call.
+            in_call = tl.load(keys + (meta & PAYLOAD), mask=is_claimed, other=0)
+            their_key = tl.where(is_claimed, in_call, their_key)
+            is_it = is_table & (their_key == key[:, None])
+            # One number tells all: what stands for the key, or -1 to -8 for the first empty entry,
+            # or -9 to -16 for the first erased one where none is empty.
+            free_rank = tl.where(meta == 0, -1 - lane, tl.where(meta == ERASED, -9 - lane, -99))
+            code = tl.max(tl.where(is_it, meta, free_rank.to(tl.int64)), 1)
+            is_found = left & (code > 0)
+            was_there = is_found & (code < CLAIMED)
+            tl.store(found + n, (code & PAYLOAD).to(tl.int32), mask=was_there)
+            tl.store(winner + n, tl.where(was_there, -1, code & PAYLOAD), mask=is_found)
+            left = left & (is_found == 0)
+            is_empty = code >= -8
+            is_new = left & (free < 0) & (code >= -16)
+            its_lane = tl.where(is_empty, -1 - code, -9 - code)
+            free = tl.where(is_new, bucket * 8 + its_lane, free)
+            free_meta = tl.where(is_new, tl.where(is_empty, 0, ERASED), free_meta)
+            wants = left & is_empty
+            if tl.max(wants.to(tl.int32), 0) > 0:
+                target = tl.where(wants, free, bucket * 8)
+                # No entry is ever -1.
+                expected = tl.where(wants, free_meta, -1)
+                claim = (tag << PAYLOAD_BITS) | n | CLAIMED
+                old = tl.atomic_cas(entries + target * 2 + 1, expected, claim, sem="relaxed")
+                won = wants & (old == expected)
+                has_won = has_won | won
+                mine = tl.where(won, target, mine)
+                left = left & (won == 0)
+            # Beaten to it: perhaps by an equal key. Look again from the beginning.
+            bucket = tl.where(wants, home, next_bucket(bucket, step, num_buckets))
+            free = tl.where(wants, -1, free)
+        wins = has_won.to(tl.int64)
+        total = tl.sum(wins, 0)
+        if total > 0:
+            base = tl.atomic_add(allocated, total, sem="relaxed")
+            tl.store(rank + n, base + tl.cumsum(wins, 0) - wins, mask=has_won)
+            tl.store(winner + n, n, mask=has_won)
+            tl.store(entry + n, mine, mask=has_won)
+            # While it is claimed nobody reads it.
+            tl.store(entries + mine * 2, key, mask=has_won)
+        first += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
+@triton.jit
+def _settle(entries, offsets, tables, batch_size, num_features, missing, num_missing, winner,
+            entry, payloads, BLOCK: tl.constexpr):  # fmt: skip
+    count = tl.load(num_missing)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    while first < count:
+        i = first + tl.arange(0, BLOCK)
+        active = i < count
+        n = tl.load(missing + i, mask=active, other=0)
+        won = active & (tl.load(winner + n, mask=active, other=-1) == n)
+        table = table_of(n, offsets, batch_size, tables, num_features)
+        payload = tl.load(payloads + n, mask=won, other=0)
+        place = tl.load(entry + n, mask=won, other=0)
+        meta = ((table.to(tl.int64) + 1) << PAYLOAD_BITS) | payload
+        tl.store(entries + place * 2 + 1, meta, mask=won)
+        first += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
+@triton.jit
+def _erase(entries, num_buckets, salt, keys, count, table, erased, freed, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    active = n < count
+    key = tl.load(keys + n, mask=active, other=0)
+    tables = tl.full((BLOCK,), 0, tl.int32) + table
+    payload, entry = find_entry(entries, num_buckets, salt, key, tables, active, BLOCK)
+    is_there = payload >= 0
+    meta = ((tables.to(tl.int64) + 1) << PAYLOAD_BITS) | payload
+    expected = tl.where(is_there, meta, -1)
+    gone = tl.full((BLOCK,), 0, tl.int64) + ERASED
+    old = tl.atomic_cas(entries + entry * 2 + 1, expected, gone, sem="relaxed")
+    # Of equal keys one erases it.
+    is_mine = is_there & (old == expected)
+    tl.store(erased + n, tl.where(is_mine, entry, -1), mask=active)
+    tl.store(freed + n, tl.where(is_mine, payload, -1), mask=active)
+
+
+@triton.jit
+def _sweep(entries, erased, count, still, BLOCK: tl.constexpr):
+    """Empties the erased entries of buckets that no probe has ever gone beyond."""
+    lane = tl.arange(0, 8)
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.load(erased + n, mask=n < count, other=-1)
+    active = entry >= 0
+    place = (entry // BUCKET)[:, None] * 8 + lane[None, :]
+    meta = tl.load(entries + place * 2 + 1, mask=active[:, None], other=1)
+    is_end = tl.max((meta == 0).to(tl.int32), 1) > 0
+    nothing = tl.zeros((BLOCK,), tl.int64)
+    tl.store(entries + entry * 2 + 1, nothing, mask=active & is_end)
+    stays = tl.sum((active & (is_end == 0)).to(tl.int64), 0)
+    tl.atomic_add(still, stays, sem="relaxed")
+
+
+@triton.jit
+def _rehash(old_entries, old_capacity, entries, num_buckets, salt, BLOCK: tl.constexpr):
+    lane = tl.arange(0, 8)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(old_entries + i * 2, mask=i < old_capacity, other=0)
+    meta = tl.load(old_entries + i * 2 + 1, mask=i < old_capacity, other=0)
+    left = meta > ERASED
+    table = tl.where(left, (meta >> PAYLOAD_BITS) - 1, 0)
+    bucket, step = probe_start(key, table, salt, num_buckets)
+    while tl.max(left.to(tl.int32), 0) > 0:
+        place = bucket[:, None] * 8 + lane[None, :]
+        theirs = tl.load(entries + place * 2 + 1, mask=left[:, None], other=1, volatile=True)
+        first_free = tl.min(tl.where(theirs == 0, lane[None, :], 8), 1)
+        wants = left & (first_free < 8)
+        target = bucket * 8 + tl.where(wants, first_free, 0)
+        expected = tl.where(wants, tl.zeros((BLOCK,), tl.int64), -1)
+        old = tl.atomic_cas(entries + target * 2 + 1, expected, meta, sem="relaxed")
+        won = wants & (old == 0)
+        tl.store(entries + target * 2, key, mask=won)
+        left = left & (won == 0)
+        bucket = tl.where(wants, bucket, next_bucket(bucket, step, num_buckets))
+
+
+class Index:
+    """(table, key) -> payload, a number from 0 to 2^31 - 1, on one device.
+
+    The caller knows how many keys there are at most, and calls `reserve` before it inserts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.salt = int.from_bytes(os.urandom(8), "little", signed=True) | 1
+        self.entries = torch.zeros(
+            _FEWEST_BUCKETS * _BUCKET_ENTRIES, 2, dtype=torch.int64, device=device
+        )
+        self.num_erased = 0
+        """Erased entries that still take room, at most."""
+
+    @property
+    def capacity(self) -> int:
+        """Entries."""
+        return len(self.entries)
+
+    @property
+    def num_buckets(self) -> int:
+        """A probe begins at one of them."""
+        return self.capacity // _BUCKET_ENTRIES
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory."""
+        return 16 * self.capacity
+
+    def room(self) -> int:
+        """How many keys it may hold as it is."""
+        return int(MAX_LOAD * self.capacity) - self.num_erased
+
+    def reserve(self, keys: int) -> None:
+        """Makes room for so many keys in all; payloads stay, entries move.
+
+        Raises:
+          MemoryError: the device has no memory for it. Nothing changed.
+        """
+        if keys <= self.room():
+            return
+        capacity = self.capacity
+        if keys > 0.6 * capacity:
+            capacity = max(int(keys / 0.75), int(1.5 * capacity))
+            capacity = _BUCKET_ENTRIES * prime_from(-(-capacity // _BUCKET_ENTRIES))
+        try:
+            entries = torch.zeros(capacity, 2, dtype=torch.int64, device=self.entries.device)
+        except torch.OutOfMemoryError:
+            raise MemoryError(f"an index of {capacity} entries") from None
+        old = self.entries
+        _rehash[(triton.cdiv(len(old), _KEYS),)](
+            old, len(old), entries, capacity // _BUCKET_ENTRIES, self.salt, BLOCK=_KEYS,
+            num_warps=_WARPS,
+        )  # fmt: skip
+        self.entries, self.num_erased = entries, 0
+
+    def find(self, batch: KeyBatch, absent: Tensor) -> tuple[Tensor, Misses]:
+        """Payloads of keys.
+
+        Args:
+          batch: keys and tables.
+          absent: [T] int32, what to give for an absent key of each table.
+
+        Returns:
+          [N] int32, undefined for keys of no table; and which keys are absent.
+        """
+        keys = batch.keys
+        found = torch.empty(len(keys), dtype=torch.int32, device=keys.device)
+        misses = Misses(torch.empty_like(keys), keys.new_zeros(1))
+        if len(keys):
+            _find[(triton.cdiv(len(keys), _KEYS),)](
+                self.entries, self.num_buckets, self.salt, *_arguments(batch), len(keys), found,
+                absent, misses.places, misses.number, BLOCK=_KEYS, num_warps=_WARPS,
+            )  # fmt: skip
+        return found, misses
+
+    def claim(self, batch: KeyBatch, misses: Misses, found: Tensor, allocated: Tensor) -> Claims:
+        """Gives entries to keys that have none; of equal keys one is the winner.
+
+        Args:
+          batch: keys and tables.
+          misses: those to insert. Among them may be keys that are there.
+          found: [N] int32 gets the payload of keys that are there.
+          allocated: [1] int64 counter, rises by the number of winners.
+
+        Returns:
+          Who has which entry; `settle` must follow before anything else.
+        """
+        claims = Claims(*torch.empty(3, len(batch.keys), dtype=torch.int64, device=found.device))
+        if len(batch.keys):
+            _claim[_strides(batch)](
+                self.entries, self.num_buckets, self.salt, *_arguments(batch), misses.places,
+                misses.number, found, claims.winner, claims.entry, claims.rank, allocated,
+                BLOCK=_KEYS, num_warps=_WARPS,
+            )  # fmt: skip
+        return claims
+
+    def settle(self, batch: KeyBatch, misses: Misses, claims: Claims, payloads: Tensor) -> None:
+        """Writes the entries of the winners.
+
+        Args:
+          batch: keys and tables.
+          misses: as given to `claim`.
+          claims: from `claim`.
+          payloads: [N] int64, read where a winner is.
+        """
+        if len(batch.keys):
+            _settle[_strides(batch)](
+                self.entries, *_arguments(batch)[1:], misses.places, misses.number, claims.winner,
+                claims.entry, payloads, BLOCK=_KEYS, num_warps=1,
+            )  # fmt: skip
+
+    def erase(self, keys: Tensor, table: int) -> Tensor:
+        """Removes keys of a table.
+
+        Args:
+          keys: [n] int64, duplicates allowed.
+          table: its number.
+
+        Returns:
+          [n] int64: the payload of each key that was there, once; -1 for the others.
+        """
+        erased, freed = torch.empty_like(keys), torch.empty_like(keys)
+        if not len(keys):
+            return freed
+        grid = (triton.cdiv(len(keys), _KEYS),)
+        _erase[grid](
+            self.entries, self.num_buckets, self.salt, keys, len(keys), table, erased, freed,
+            BLOCK=_KEYS, num_warps=_WARPS,
+        )  # fmt: skip
+        still = keys.new_zeros(1)
+        _sweep[grid](self.entries, erased, len(keys), still, BLOCK=_KEYS, num_warps=_WARPS)
+        self.num_erased += int(still)
+        return freed
+
+    def export(self, table: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Keys [n] int64 and payloads [n] int64 of a table in the entries [first, last)."""
+        part = self.entries[first:last]
+        part = part[(part[:, 1] >> 40) == table + 1]
+        return part[:, 0].contiguous(), part[:, 1] & ((1 << 40) - 1)
+
+
+def _arguments(batch: KeyBatch) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    return batch.keys, batch.offsets, batch.tables, batch.batch_size, len(batch.tables)
+
+
+def _strides(batch: KeyBatch) -> tuple[int]:
+    return (min(_PROGRAMS, triton.cdiv(len(batch.keys), _KEYS)),)
+
+
+def prime_from(number: int) -> int:
+    """The least prime that is not below `number`."""
+    number = max(2, number)
+    while any(number % factor == 0 for factor in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return number

@@ -1,0 +1,35 @@
+"""Sizes of tiles: how many vectors a program holds in registers at once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+SMALLEST_COLUMNS = 16
+ELEMENTS_PER_WARP = 1024
+"""Floats of a tile: eight loads of 16 bytes a thread, none of which waits for another."""
+REGISTERS = 80
+"""Of a thread of updates, at most: so that enough warps wait for memory at once."""
+
+
+def power_of_two(dim: int) -> int:
+    """Columns of a tile for vectors of `dim`: a power of two, at least `SMALLEST_COLUMNS`."""
+    return max(SMALLEST_COLUMNS, 1 << (dim - 1).bit_length())
+
+
+@lru_cache(maxsize=16)
+def programs_of(device: torch.device) -> int:
+    """Programs of a kernel that goes over its work in strides: some waves of a full device."""
+    if device.type != "cuda":
+        return 4
+    return 64 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def warp_tile(columns: int) -> tuple[int, int]:
+    """Vectors of a tile, a power of two, and warps that hold it.
+
+    One warp: many small programs hide the time that each waits for memory. More where a vector is
+    larger than a tile.
+    """
+    return max(1, ELEMENTS_PER_WARP // columns), 1 if columns <= 2 * ELEMENTS_PER_WARP else 4

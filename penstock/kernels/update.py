@@ -1,0 +1,313 @@
+"""Updates: gradients summed by row, one optimizer step a row, in place.
+
+A program, one warp, takes some pieces of segments (see `Grouping`): the short ones, which most rows
+of a batch have, some at once; the others a few places at a time. Pieces that are whole segments end
+in a step of their row; the sums of others go to scratch memory, and a second kernel adds them up.
+
+In deterministic mode sums are in fixed point (`fixed_point`), and rules in the host's arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.kernels.fixed_point import (
+    from_units,
+    in_units,
+    largest_kernel,
+    largest_share,
+    scratch_row,
+    share_of,
+    spread_largest_kernel,
+    units_exponent,
+)
+from penstock.kernels.group import ENTERS, group_keys
+from penstock.kernels.launch import launch
+from penstock.kernels.occurrences import (
+    SHORT,
+    WINDOW,
+    GradientPart,
+    Grouping,
+    RowArrays,
+    RuleOptions,
+    UsageRules,
+)
+from penstock.kernels.plan import DevicePlan
+from penstock.kernels.reference_update import step_seed
+from penstock.kernels.rules import step_rows
+from penstock.kernels.tiles import (
+    ELEMENTS_PER_WARP,
+    REGISTERS,
+    power_of_two,
+    programs_of,
+    warp_tile,
+)
+
+
+@triton.jit
+def _load_pieces(piece, count, last, kinds, places, slots, BACK: tl.constexpr):
+    """Pieces `piece` [R] of the list at the front or the back; kind 0 beyond its end."""
+    number = last - piece if BACK else piece
+    kind = tl.load(kinds + number, mask=piece < count, other=0)
+    place = tl.load(places + number, mask=piece < count, other=0)
+    slot = tl.load(slots + number, mask=piece < count, other=0)
+    return kind, place, slot
+
+
+@triton.jit
+def _step_pieces(
+    values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots, tables,
+    count, last, hypers, step_seed, now, half_life,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BACK: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr, TABLES: tl.constexpr,
+    RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr, ONE_HYPER: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    """This program's part of one of the two lists."""
+    column = tl.arange(0, COLUMNS)
+    is_column = (column < D)[None, :]
+    begin, stride = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+    piece = begin + tl.arange(0, ROWS)
+    kind, place, slot = _load_pieces(piece, count, last, kinds, places, slots, BACK)
+    for _ in range(begin, count, stride):
+        # What comes next is known before this is done.
+        next_kind, next_place, next_slot = _load_pieces(
+            piece + stride, count, last, kinds, places, slots, BACK
+        )
+        length = kind & (ENTERS - 1)
+        is_whole = (kind > 0) & (kind < ENTERS)
+        row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
+        w = tl.load(row, mask=is_whole[:, None] & is_column, other=0.0).to(tl.float32)
+        table = slot
+        if TABLES:
+            number = last - piece if BACK else piece
+            table = tl.load(tables + number, mask=kind > 0, other=0)
+        there = scratch_row(place, kind, WINDOW)
+        if EXACT:
+            most = largest_share(grad, sources, factors, place, length, D, COLUMNS, KEYS, FACTORS)
+            most = tl.where(is_whole, most, tl.load(largest + there, mask=kind >= ENTERS, other=0))
+            exponent = units_exponent(most)[:, None]
+            total = tl.zeros((ROWS, COLUMNS), tl.int64)
+        else:
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        longest = tl.max(length) if BACK else KEYS
+        for n in range(0, longest, KEYS):
+            # In order; none of these loads waits for another.
+            for k in tl.static_range(KEYS):
+                at = n + k
+                share = share_of(
+                    grad, sources, factors, place + at, at < length, D, COLUMNS, FACTORS
+                )
+                total += in_units(share, exponent) if EXACT else share
+        if tl.max(kind) >= ENTERS:
+            part = scratch + there[:, None] * D + column[None, :]
+            tl.store(part, total, mask=(kind >= ENTERS)[:, None] & is_column)
+        gradient = from_units(total, most[:, None]) if EXACT else total
+        step_rows(
+            values, state, usage, slot, is_whole, w, gradient, table, hypers, step_seed, now,
+            half_life, D, COLUMNS, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+        )  # fmt: skip
+        kind, place, slot = next_kind, next_place, next_slot
+        piece += stride
+
+
+@triton.jit
+def _pieces_kernel(
+    values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots, tables,
+    counts, last, hypers, step_seed, now, half_life,
+    D: tl.constexpr, COLUMNS: tl.constexpr, SHORT_ROWS: tl.constexpr, SHORT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr,
+    TABLES: tl.constexpr, RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr,
+    ONE_HYPER: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    # The long ones first: what takes longest should not come last.
+    _step_pieces(
+        values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots,
+        tables, tl.load(counts + 1), last, hypers, step_seed, now, half_life, D, COLUMNS, ROWS,
+        KEYS, True, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+    )  # fmt: skip
+    _step_pieces(
+        values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots,
+        tables, tl.load(counts), last, hypers, step_seed, now, half_life, D, COLUMNS, SHORT_ROWS,
+        SHORT, False, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _long_kernel(
+    values,
+    state,
+    usage,
+    scratch,
+    largest,
+    long_places,
+    counts,
+    hypers,
+    step_seed,
+    now,
+    half_life,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TABLES: tl.constexpr,
+    RULE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    EXACT: tl.constexpr,
+    ONE_HYPER: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Segments of several pieces: adds their sums and takes the step."""
+    column = tl.arange(0, COLUMNS)
+    one = tl.zeros((1,), tl.int32)
+    for number in range(tl.program_id(0), tl.load(counts + 2), tl.num_programs(0)):
+        place = tl.load(long_places + 4 * number + one)
+        last = tl.load(long_places + 4 * number + 1)
+        slot = tl.load(long_places + 4 * number + 2 + one)
+        begin, end = tl.load(long_places + 4 * number) // WINDOW, last // WINDOW
+        is_row = one == 0
+        row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
+        w = tl.load(row, mask=(column < D)[None, :], other=0.0).to(tl.float32)
+        first = scratch + (place // WINDOW).to(tl.int64)[:, None] * (2 * D) + D + column[None, :]
+        total = tl.load(first, mask=(column < D)[None, :], other=0)
+        for window in range(begin + 1, end + 1, PARTS):
+            part = window + tl.arange(0, PARTS)
+            there = scratch + part.to(tl.int64)[:, None] * (2 * D) + column[None, :]
+            is_there = (part <= end)[:, None] & (column < D)[None, :]
+            total += tl.sum(tl.load(there, mask=is_there, other=0), 0)[None, :]
+        table = slot
+        if TABLES:
+            table = tl.load(long_places + 4 * number + 3 + one)
+        gradient = total
+        if EXACT:
+            most = tl.load(largest + (place // WINDOW).to(tl.int64) * 2 + 1)
+            gradient = from_units(total, most[:, None])
+        step_rows(
+            values, state, usage, slot, is_row, w, gradient, table, hypers, step_seed, now,
+            half_life, D, COLUMNS, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+        )  # fmt: skip
+
+
+def apply_gradients(
+    rows: RowArrays,
+    plan: DevicePlan,
+    parts: Sequence[GradientPart],
+    hypers: Tensor,
+    *,
+    rule: int,
+    step: int,
+    clips: bool = True,
+    deterministic: bool = False,
+    usage_rules: UsageRules | None = None,
+) -> Tensor:
+    """One optimizer step of each row of the look-ups' slots, on the sum of its gradients.
+
+    Args:
+      rows: changed in place.
+      plan: of all parts.
+      parts: look-ups with their gradients. If there are several, gradients are copied together.
+      hypers: [T, HYPER_FIELDS] float32, or [1, HYPER_FIELDS] where all tables have the same.
+      rule: number of the optimizer.
+      step: number of the update; it decides how narrow values are rounded.
+      clips: whether the clip norm of any table is above 0.
+      deterministic: the bits of csrc/row_kernels.cc, whatever the order of the samples.
+      usage_rules: where rows have marks of use.
+
+    Returns:
+      [] int32, rows updated, on the device.
+
+    Effects: on the current stream, without synchronisation.
+    """
+    words = rows.usage.shape[1]
+    assert (words > 0) == (usage_rules is not None)
+    options = RuleOptions(rule, clips, deterministic, len(hypers) == 1, words)
+    grouping = parts[0].grouping if len(parts) == 1 else None
+    if grouping is None:
+        one_hot = parts[0].batch.is_one_hot
+        grouping = group_keys(plan, parts, needs_tables=options.needs_tables, one_hot=one_hot)
+    grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])
+    numbers = (hypers, _signed_word(step_seed(step)), *(usage_rules or (hypers, hypers)))
+    if len(grouping.sources):
+        _step(rows, plan.dim, grouping, grad, numbers, options)
+    return grouping.counts[3]
+
+
+def _signed_word(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _step(
+    rows: RowArrays,
+    dim: int,
+    grouping: Grouping,
+    grad: Tensor,
+    numbers: tuple[Tensor | int, ...],
+    options: RuleOptions,
+) -> None:
+    num_keys, device = len(grouping.sources), grad.device
+    columns = power_of_two(dim)
+    vectors, num_warps = warp_tile(columns)
+    windows = triton.cdiv(num_keys, WINDOW)
+    scratch_type = torch.int64 if options.exact else torch.float32
+    scratch = torch.empty(2 * windows, dim, dtype=scratch_type, device=device)
+    largest = torch.empty(2 * windows if options.exact else 0, dtype=torch.int32, device=device)
+    sources, factors, places, kinds, slots, tables, long_places, counts = grouping
+    shares = (grad, sources, sources if factors is None else factors)
+    keys = min(8, vectors)
+    tile = {"D": dim, "COLUMNS": columns, "WINDOW": WINDOW}
+    some = {**tile, "ROWS": vectors // keys, "KEYS": keys, "FACTORS": factors is not None}
+    compiled = {**options.compiled(), "num_warps": num_warps}
+    if not options.exact and columns <= ELEMENTS_PER_WARP:
+        compiled["maxnreg"] = REGISTERS
+    grid = (min(num_keys, programs_of(device)),)
+    long_grid = (min(windows, programs_of(device)),)
+    if options.exact:
+        launch(
+            largest_kernel,
+            grid,
+            (
+                largest,
+                *shares,
+                places,
+                kinds,
+                counts,
+                num_keys,
+            ),
+            **some,
+            num_warps=num_warps,
+        )
+        launch(
+            spread_largest_kernel,
+            long_grid,
+            (
+                largest,
+                long_places,
+                counts,
+            ),
+            WINDOW=WINDOW,
+            PARTS=128,
+        )
+    launch(_pieces_kernel, grid, (
+        *rows, grad, scratch, largest, *shares[1:], places, kinds, slots, tables, counts,
+        num_keys - 1, *numbers,),  SHORT_ROWS=max(1, vectors // SHORT), SHORT=SHORT, **some,
+        **compiled)  # fmt: skip
+    launch(
+        _long_kernel,
+        long_grid,
+        (
+            *rows,
+            scratch,
+            largest,
+            long_places,
+            counts,
+            *numbers,
+        ),
+        PARTS=vectors,
+        **tile,
+        **compiled,
+    )

@@ -1,0 +1,135 @@
+"""Batches on the device of a run: copied there beside the step before, checked on the way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from penstock.data.channel import Channel, Closed, Ended
+from penstock.data.loader import Loader
+from penstock.embedding.collection import EmbeddingCollection
+from penstock.types import Batch
+
+_AHEAD = 2
+
+
+class Fed(NamedTuple):
+    """A batch, twice."""
+
+    batch: Batch
+    """On the CPU, as metrics read it."""
+    there: Batch
+    """What the step reads: `dense`, `sparse`, `labels`, `weights` are on the run's device."""
+
+
+class _Copy(NamedTuple):
+    fed: Fed
+    done: torch.cuda.Event | None
+
+
+class Feed:
+    """The batches of a loader, on the device of a collection.
+
+    On a GPU a thread checks the keys, pins the memory and copies on a stream of its own, up to two
+    batches ahead. To be used as a context manager, which also closes the loader.
+    """
+
+    def __init__(self, loader: Loader, collection: EmbeddingCollection) -> None:
+        self._loader = loader
+        self._collection = collection
+        self._channel: Channel[_Copy] = Channel(_AHEAD)
+        self._thread: threading.Thread | None = None
+        self._fed = self._feed()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+        self._loader.close()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> Fed:
+        return next(self._fed)
+
+    def _feed(self) -> Iterator[Fed]:
+        if self._collection.device.type == "cpu":
+            for batch in self._loader:
+                yield Fed(batch, on_device(batch, self._collection))
+            return
+        self._thread = threading.Thread(target=self._copy_all, name="penstock-feed", daemon=True)
+        self._thread.start()
+        while True:
+            try:
+                fed, done = self._channel.get()
+            except Ended:
+                return
+            assert done is not None
+            stream = torch.cuda.current_stream(self._collection.device)
+            stream.wait_event(done)
+            for tensor in _tensors(fed.there):
+                tensor.record_stream(stream)
+            yield fed
+
+    def _copy_all(self) -> None:
+        stream = torch.cuda.Stream(self._collection.device)  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.stream(stream):
+                for batch in self._loader:
+                    fed = Fed(batch, on_device(_pinned(batch), self._collection))
+                    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    done.record(stream)
+                    self._channel.put(_Copy(fed, done))
+            self._channel.end()
+        except Closed:
+            return
+        except BaseException as error:
+            self._channel.fail(error)
+
+
+def on_device(batch: Batch, collection: EmbeddingCollection) -> Batch:
+    """The batch with what a step reads on the device of the collection.
+
+    Raises:
+      ConfigError: its keys do not fit the collection.
+    """
+    device = collection.device
+    weights = batch.weights
+    return replace(
+        batch,
+        dense=batch.dense.to(device, non_blocking=True),
+        sparse=collection.to_device(batch.sparse) if collection.features else batch.sparse,
+        labels=batch.labels.to(device, non_blocking=True),
+        weights=None if weights is None else weights.to(device, non_blocking=True),
+    )
+
+
+def _pinned(batch: Batch) -> Batch:
+    weights, sparse = batch.weights, batch.sparse
+    return replace(
+        batch,
+        dense=batch.dense.pin_memory(),
+        sparse=replace(
+            sparse,
+            values=sparse.values.pin_memory(),
+            offsets=sparse.offsets.pin_memory(),
+            weights=None if sparse.weights is None else sparse.weights.pin_memory(),
+        ),
+        labels=batch.labels.pin_memory(),
+        weights=None if weights is None else weights.pin_memory(),
+    )
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    sparse = batch.sparse
+    found = (batch.dense, batch.labels, batch.weights, sparse.values, sparse.offsets)
+    return [each for each in (*found, sparse.weights) if each is not None and each.is_cuda]

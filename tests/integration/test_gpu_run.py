@@ -1,0 +1,94 @@
+"""Jobs on a GPU, or in Triton's interpreter where there is none."""
+
+import pytest
+import torch
+from run_contents import contents, differences
+
+from penstock import run as story
+from penstock.config import AdmitFrequent, Eviction, parse_job
+
+pytest.importorskip("triton")
+ON_GPU = torch.cuda.is_available()
+STEPS = 200 if ON_GPU else 6
+
+
+def on(device, job, **training):
+    """The job on a device, short enough for the interpreter."""
+    changes = {
+        "device": device,
+        "deterministic": True,
+        "max_steps": STEPS,
+        "epochs": 10,
+        "evaluate_every_steps": None,
+        **training,
+    }
+    fields = job.model_dump(mode="json")
+    fields["training"] |= changes
+    fields["training"]["checkpoint"] = {"every_steps": STEPS // 2}
+    fields["data"]["source"]["rows"] = 6000 if ON_GPU else 1500
+    return parse_job(fields)
+
+
+@pytest.fixture
+def small_job(small_job):
+    """With narrow rows."""
+    defaults = small_job.table_defaults.model_copy(update={"dtype": "bfloat16"})
+    return small_job.model_copy(update={"table_defaults": defaults})
+
+
+def log_losses(out):
+    return [line["log_loss"] for line in contents(out)["lines"] if "log_loss" in line]
+
+
+def test_a_job_learns_the_same_on_either_device(small_job, tmp_path, quiet):
+    for device in ("cpu", "cuda"):
+        story.train(on(device, small_job), tmp_path / device, console=quiet)
+    if not ON_GPU:
+        # The dense part runs on the CPU in both: not a bit differs.
+        assert not differences(contents(tmp_path / "cpu"), contents(tmp_path / "cuda"))
+    losses = [torch.tensor(log_losses(tmp_path / device)) for device in ("cpu", "cuda")]
+    assert len(losses[0])
+    # fp32 matrix products in another order, and bfloat16 rows rounded from what they give.
+    torch.testing.assert_close(losses[0], losses[1], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize(("first", "then"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_checkpoint_moves_between_devices(small_job, tmp_path, quiet, first, then):
+    story.train(on(first, small_job, max_steps=STEPS // 2), tmp_path / "run", console=quiet)
+    before = contents(tmp_path / "run")
+    job = on(then, small_job, max_steps=STEPS // 2 + 1)
+    story.train(job, tmp_path / "run", resume=True, console=quiet)
+    assert contents(tmp_path / "run")["step"] == before["step"] + 1
+    whole = tmp_path / "whole"
+    story.train(on(first, small_job, max_steps=STEPS // 2 + 1), whole, console=quiet)
+    if not ON_GPU:
+        # Two runs log at other steps than one.
+        assert set(differences(contents(tmp_path / "run"), contents(whole))) <= {"/lines"}
+    for name, table in contents(whole)["tables"].items():
+        keys = contents(tmp_path / "run")["tables"][name]["keys"]
+        assert torch.equal(keys, table["keys"])
+
+
+def test_kill_and_resume_have_the_bits_of_one_run(small_job, tmp_path, quiet, monkeypatch):
+    defaults = small_job.table_defaults.model_copy(
+        update={
+            "admission": AdmitFrequent(min_count=2, half_life_steps=8),
+            "max_bytes": 200 * (24 + 4 * 26),
+            "eviction": Eviction(order="lfu", half_life=10, ttl=20),
+        }
+    )
+    job = on("cuda", small_job.model_copy(update={"table_defaults": defaults}))
+    story.train(job, tmp_path / "whole", console=quiet)
+    real = story.train_step
+
+    def crash(*arguments):
+        if arguments[5] == STEPS - 2:
+            raise RuntimeError("the power went")
+        return real(*arguments)
+
+    monkeypatch.setattr(story, "train_step", crash)
+    with pytest.raises(RuntimeError, match="the power went"):
+        story.train(job, tmp_path / "run", console=quiet)
+    monkeypatch.setattr(story, "train_step", real)
+    story.train(job, tmp_path / "run", resume=True, console=quiet)
+    assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole"))
