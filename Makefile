@@ -17,8 +17,9 @@ $(STAMP): $(SOURCES)
 demo: $(STAMP)
 	$(BIN)/penstock train jobs/synthetic.yaml
 
+# A process a core, and one thread in each: torch's threads would only get in each other's way.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
