@@ -103,6 +103,8 @@ def on_device(batch: Batch, collection: EmbeddingCollection) -> Batch:
       ConfigError: its keys do not fit the collection.
     """
     device = collection.device
+    if device.type == "cpu":
+        return batch  # the look-up checks it
     weights = batch.weights
     return replace(
         batch,

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from run_contents import contents, differences
+from stopped_runs import crash, with_rules
 
 from penstock import run as story
-from penstock.config import AdmitFrequent, Eviction, parse_job
+from penstock.config import parse_job
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -70,25 +71,8 @@ def test_a_checkpoint_moves_between_devices(small_job, tmp_path, quiet, first, t
 
 
 def test_kill_and_resume_have_the_bits_of_one_run(small_job, tmp_path, quiet, monkeypatch):
-    defaults = small_job.table_defaults.model_copy(
-        update={
-            "admission": AdmitFrequent(min_count=2, half_life_steps=8),
-            "max_bytes": 200 * (24 + 4 * 26),
-            "eviction": Eviction(order="lfu", half_life=10, ttl=20),
-        }
-    )
-    job = on("cuda", small_job.model_copy(update={"table_defaults": defaults}))
+    job = on("cuda", with_rules(small_job))
     story.train(job, tmp_path / "whole", console=quiet)
-    real = story.train_step
-
-    def crash(*arguments):
-        if arguments[5] == STEPS - 2:
-            raise RuntimeError("the power went")
-        return real(*arguments)
-
-    monkeypatch.setattr(story, "train_step", crash)
-    with pytest.raises(RuntimeError, match="the power went"):
-        story.train(job, tmp_path / "run", console=quiet)
-    monkeypatch.setattr(story, "train_step", real)
+    crash(job, tmp_path / "run", STEPS - 2, monkeypatch, quiet)
     story.train(job, tmp_path / "run", resume=True, console=quiet)
     assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from run_contents import contents, differences
+from stopped_runs import crash
 
 from penstock import run as story
 from penstock.config import parse_job
@@ -89,17 +90,8 @@ def test_from_the_job_to_the_scores(penstock, fields, tmp_path):
 def test_resumed_run_has_the_same_bits(fields, tmp_path, quiet, monkeypatch, step):
     job = parse_job(fields)
     story.train(job, tmp_path / "whole", console=quiet)
-    out, real = tmp_path / "run", story.train_step
-
-    def crash(*arguments):
-        if arguments[5] == step:
-            raise RuntimeError("the power went")
-        return real(*arguments)
-
-    monkeypatch.setattr(story, "train_step", crash)
-    with pytest.raises(RuntimeError, match="the power went"):
-        story.train(job, out, console=quiet)
-    monkeypatch.setattr(story, "train_step", real)
+    out = tmp_path / "run"
+    crash(job, out, step, monkeypatch, quiet)
     story.train(job, out, resume=True, console=quiet)
     assert not differences(contents(out), contents(tmp_path / "whole"))
 

@@ -10,10 +10,11 @@ import threading
 import pytest
 import yaml
 from run_contents import contents, differences
+from stopped_runs import crash, with_rules
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from penstock import run as story
-from penstock.config import AdmitFrequent, Eviction, parse_job
+from penstock.config import parse_job
 from penstock.errors import CheckpointError, ConfigError
 from penstock.training.interruption import interruption
 
@@ -27,17 +28,8 @@ def whole(small_job, tmp_path, quiet):
 
 @pytest.mark.parametrize("step", [6, 9, 12, 20, 35])
 def test_after_a_crash(small_job, tmp_path, quiet, whole, monkeypatch, step):
-    out, real = tmp_path / "run", story.train_step
-
-    def crash(model, objective, collection, trainer, batch, at, clock):
-        if at == step:
-            raise RuntimeError("the power went")
-        return real(model, objective, collection, trainer, batch, at, clock)
-
-    monkeypatch.setattr(story, "train_step", crash)
-    with pytest.raises(RuntimeError, match="the power went"):
-        story.train(small_job, out, console=quiet)
-    monkeypatch.setattr(story, "train_step", real)
+    out = tmp_path / "run"
+    crash(small_job, out, step, monkeypatch, quiet)
     story.train(small_job, out, resume=True, console=quiet)
     assert not differences(contents(out), whole)
     events = EventAccumulator(str(out / "tensorboard"))
@@ -48,26 +40,9 @@ def test_after_a_crash(small_job, tmp_path, quiet, whole, monkeypatch, step):
 
 def test_after_a_crash_with_admission_and_eviction(small_job, tmp_path, quiet, monkeypatch):
     """Counts, marks of use, default rows and clocks are part of a checkpoint."""
-    defaults = small_job.table_defaults.model_copy(
-        update={
-            "admission": AdmitFrequent(min_count=2, half_life_steps=8),
-            "max_bytes": 200 * (24 + 4 * 26),
-            "eviction": Eviction(order="lfu", half_life=10, ttl=20),
-        }
-    )
-    job = small_job.model_copy(update={"table_defaults": defaults})
+    job = with_rules(small_job)
     story.train(job, tmp_path / "whole", console=quiet)
-    real = story.train_step
-
-    def crash(*arguments):
-        if arguments[5] == 20:
-            raise RuntimeError("the power went")
-        return real(*arguments)
-
-    monkeypatch.setattr(story, "train_step", crash)
-    with pytest.raises(RuntimeError, match="the power went"):
-        story.train(job, tmp_path / "run", console=quiet)
-    monkeypatch.setattr(story, "train_step", real)
+    crash(job, tmp_path / "run", 20, monkeypatch, quiet)
     summary = story.train(job, tmp_path / "run", resume=True, console=quiet)
     assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole"))
     tables = summary["tables"].values()

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from run_contents import contents, differences
+from stopped_runs import crash
 
 from penstock import run as story
 from penstock.config import parse_job
@@ -109,17 +110,7 @@ def test_a_stopped_run_ends_with_the_same_bits(fields, tmp_path, quiet, monkeypa
     fields["training"]["max_steps"] = 20
     job = parse_job(fields)
     story.train(job, tmp_path / "whole", console=quiet)
-    real = story.train_step
-
-    def crash(*arguments):
-        if arguments[5] == 15:
-            raise RuntimeError("the power went")
-        return real(*arguments)
-
-    monkeypatch.setattr(story, "train_step", crash)
-    with pytest.raises(RuntimeError):
-        story.train(job, tmp_path / "run", console=quiet)
-    monkeypatch.setattr(story, "train_step", real)
+    crash(job, tmp_path / "run", 15, monkeypatch, quiet)
     story.train(job, tmp_path / "run", resume=True, console=quiet)
     whole, resumed = contents(tmp_path / "whole"), contents(tmp_path / "run")
     assert not differences(resumed, whole)
