@@ -255,4 +255,5 @@ NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);
   bind_columns(m);
   bind_host_store(m);
+  bind_launcher(m);
 }

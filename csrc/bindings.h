@@ -22,4 +22,7 @@ using OutRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 // Column functions of the data plane.
 void bind_columns(nb::module_& m);
 
+// Launches of GPU kernels.
+void bind_launcher(nb::module_& m);
+
 }  // namespace penstock

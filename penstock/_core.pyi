@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 class Status(enum.Enum):
     OK = 0
@@ -312,3 +313,55 @@ def find_non_object(bytes: NDArray[np.uint8]) -> int:
 
 def count_newlines(bytes: NDArray[np.uint8]) -> int:
     """Number of bytes equal to 10."""
+
+class KernelLauncher:
+    """Starts compiled GPU kernels through the driver, by what their compiled form depends on."""
+
+    def __init__(self, launch: int = 0) -> None:
+        """Finds the driver.
+
+        Args:
+          launch: address of a function to call instead of `cuLaunchKernel`; for tests.
+
+        Raises:
+          RuntimeError: there is none on this machine.
+        """
+
+    def launch(
+        self, kernel: int, stream: int, grid: tuple[int, ...], arguments: tuple[Tensor | int, ...]
+    ) -> bool:
+        """Starts a form that was added for a kernel's number; False: none fits.
+
+        Args:
+          kernel: number.
+          stream: address of a CUDA stream.
+          grid: one to three numbers of programs.
+          arguments: all that are no constants of the source.
+
+        Raises:
+          RuntimeError: the driver refuses, or reports an earlier kernel's failure.
+        """
+
+    def add(
+        self,
+        kernel: int,
+        arguments: tuple[Tensor | int, ...],
+        types: Sequence[str],
+        function: int,
+        threads: int,
+        shared_bytes: int,
+    ) -> None:
+        """Notes a compiled form for arguments of these kinds.
+
+        Args:
+          kernel: number, from 0.
+          arguments: like those of later launches: tensors of the same dtypes and alignment,
+            integers that are 1, divisible by 16 and within 32 bits alike.
+          types: of each argument, as Triton names them; `constexpr`: compiled in.
+          function: address of the driver's function.
+          threads: of one program.
+          shared_bytes: of one program.
+
+        Raises:
+          ValueError: arguments and types do not go together.
+        """

@@ -49,38 +49,46 @@ class GpuLookup:
         self.misses = self._grouping = self._is_grouped = None
         self.__dict__.pop("num_missing", None)
 
-    def group_ahead(self, plan: DevicePlan, num_slots: int, *, needs_tables: bool) -> None:
-        """Sorts the keys by row for the update, beside what follows on the current stream.
+    def group_ahead(
+        self, plan: DevicePlan, num_slots: int, counts: Tensor, *, needs_tables: bool
+    ) -> None:
+        """Sorts the keys by row for the update, if they are many beside what follows.
 
         Args:
           plan: of the look-up.
           num_slots: slots are below.
+          counts: [4] int32 zeros, nobody else's, made on the current stream.
           needs_tables: see `group_keys`.
         """
-        device = self.slots.device
-        if device.type != "cuda" or len(self.slots) < _FEWEST_KEYS:
-            return
-        stream = _side_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        part = GradientPart(self.batch, self.slots, self.slots)
-        with torch.cuda.stream(stream):
-            self._grouping = group_keys(
+
+        def group() -> Grouping:
+            return group_keys(
                 plan,
-                [part],
+                [GradientPart(self.batch, self.slots, self.slots)],
                 needs_tables=needs_tables,
                 num_slots=num_slots,
                 one_hot=self.batch.is_one_hot,
+                counts=counts,
             )
+
+        device = self.slots.device
+        if device.type != "cuda" or self.slots.numel() < _FEWEST_KEYS:
+            self._grouping = group()
+            return
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._grouping = group()
             self._is_grouped = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._is_grouped.record(stream)
         weights = [] if self.batch.weights is None else [self.batch.weights]
-        for tensor in (self.slots, self.batch.values, self.batch.offsets, *weights):
+        for tensor in (self.slots, counts, self.batch.values, self.batch.offsets, *weights):
             tensor.record_stream(stream)
 
     def grouped(self) -> Grouping | None:
         """What `group_ahead` made, for the current stream."""
         if self._grouping is None or self._is_grouped is None:
-            return None
+            return self._grouping
         stream = torch.cuda.current_stream(self.slots.device)
         stream.wait_event(self._is_grouped)
         for part in self._grouping:
@@ -175,16 +183,18 @@ class HypersOnDevice:
 
 
 class Counters:
-    """Zeros on the device, one at a time: a thousand are cleared together."""
+    """Zeros on the device, some at a time: a thousand times as many are cleared together."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, size: int, dtype: torch.dtype) -> None:
         self._device = device
+        self._size = size
+        self._dtype = dtype
         self._left: list[Tensor] = []
 
     def take(self) -> Tensor:
-        """[1] int64 zero that nobody else has."""
+        """[size] zeros that nobody else has."""
         if not self._left:
-            zeros = torch.zeros(1024, 1, dtype=torch.int64, device=self._device)
+            zeros = torch.zeros(1024, self._size, dtype=self._dtype, device=self._device)
             self._left = list(zeros.unbind())
         return self._left.pop()
 

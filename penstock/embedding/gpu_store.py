@@ -101,7 +101,8 @@ class GpuStore:
         self.tables: Sequence[TableConfig] = tuple(tables)
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
         self._hypers = HypersOnDevice(tables, self.device)
-        self._counters = Counters(self.device)
+        self._miss_counters = Counters(self.device, 1, torch.int64)
+        self._piece_counters = Counters(self.device, 4, torch.int32)
         self._rule = optimizer.rule_of(tables[0].optimizer).code
         self._needs_tables = self.layout.usage_dim > 0 or not self._hypers.are_one
         self._clips = any(table.optimizer.clip_norm for table in tables)
@@ -321,8 +322,8 @@ class GpuStore:
         if insert:
             self._insert(keys, slots, misses)
             lookup.erase_version = self._erase_version
-            most = self._slots.most_slots
-            lookup.group_ahead(on_gpu, most, needs_tables=self._needs_tables)
+            most, counts = self._slots.most_slots, self._piece_counters.take()
+            lookup.group_ahead(on_gpu, most, counts, needs_tables=self._needs_tables)
         else:
             lookup.misses = misses
             self._lend(keys, slots, misses, lookup.num_missing)
@@ -342,7 +343,7 @@ class GpuStore:
             grad = grad.to(self.device)
             parts.append(GradientPart(lookup.batch, lookup.slots, grad, lookup.grouped()))
         if on_gpu is None or not on_gpu.num_features:
-            return torch.zeros((), dtype=torch.int64, device=self.device)
+            return torch.zeros((), dtype=torch.int32, device=self.device)
         usage = None if self._rules is None else self._rules.usage_rules
         return apply_gradients(
             self._rows,
@@ -354,7 +355,7 @@ class GpuStore:
             clips=self._clips,
             deterministic=self._deterministic,
             usage_rules=usage if self.layout.usage_dim else None,
-        ).long()
+        )
 
     def _refresh(self, plan: DevicePlan, lookup: GpuLookup) -> None:
         """Finds rows again if some were erased since; such a key gets a new row, or none."""
@@ -372,8 +373,8 @@ class GpuStore:
     ) -> tuple[Tensor, Misses]:
         """[N] int32 slots of a batch's keys, undefined for those of other stores; and misses."""
         values, index = batch.values, self._index
-        slots = torch.empty(len(values), dtype=torch.int32, device=self.device)
-        misses = Misses(torch.empty_like(values), self._counters.take())
+        slots = torch.empty_like(values, dtype=torch.int32)
+        misses = Misses(torch.empty_like(values), self._miss_counters.take())
         view = IndexView(index.entries, index.num_buckets, index.salt)
         find_slots(view, plan, batch, absent, slots, *misses)
         return slots, misses
@@ -382,20 +383,20 @@ class GpuStore:
         self, batch: KeyBatch, slots: Tensor, misses: Misses, *, explicit: bool = False
     ) -> None:
         """Gives rows to missing keys, where admitted, and writes their slots."""
-        most = len(batch.keys)
+        most = batch.keys.numel()
         if self._rules is not None:
             most = int(misses.number)
             if not most:
                 return
             self._content_version += 1
             misses = self._rules.admit(self._access, batch, slots, misses, explicit=explicit)
-            most = len(misses.places)
+            most = misses.places.numel()
         if not most:
             return
         rows = self._slots.most_rows
         if not self._slots.has_room(most) or rows + most > self._index.room():
             most = int(misses.number)
-            self._make_room(batch, misses, most, 4 * len(batch.keys))
+            self._make_room(batch, misses, most, 4 * batch.keys.numel())
         claims = self._index.claim(batch, misses, slots, self._slots.allocated)
         made = slots, self._rows_of_table, self._rows, self._initial
         make_rows(self._index, batch, misses, claims, self._slots.slots, *made)

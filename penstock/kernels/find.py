@@ -119,13 +119,13 @@ def find_slots(
 
     Effects: on the current stream, without synchronisation.
     """
-    num_keys = len(batch.values)
+    num_keys = batch.values.numel()
     if not num_keys or not plan.num_features:
         return
-    per_feature = triton.cdiv(num_keys, len(plan.table_of_packed))
+    per_feature = -(-num_keys // plan.table_of_packed.numel())
     launch(
         _find_kernel,
-        (triton.cdiv(per_feature, _KEYS), plan.num_features),
+        (-(-per_feature // _KEYS), plan.num_features),
         (
             slots,
             missing,

@@ -16,13 +16,21 @@ _LARGEST: tl.constexpr = tl.constexpr(0x7F7FFFFF)
 
 
 @triton.jit
-def share_of(grad, sources, factors, place, inside, D: tl.constexpr, COLUMNS: tl.constexpr,
+def sources_of(sources, place, first, length, KEYS: tl.constexpr):
+    """Where the gradients of the keys `first` to `first + KEYS` of pieces begin, each [R]."""
+    found = ()
+    for k in tl.static_range(KEYS):
+        found = found + (tl.load(sources + place + first + k, mask=first + k < length, other=0),)
+    return found
+
+
+@triton.jit
+def share_of(grad, source, factors, place, inside, D: tl.constexpr, COLUMNS: tl.constexpr,
              FACTORS: tl.constexpr):  # fmt: skip
     """[R, COLUMNS] float32: what the keys at `place` [R] add to the gradient of their row."""
     column = tl.arange(0, COLUMNS)[None, :]
-    source = tl.load(sources + place, mask=inside, other=0).to(tl.int64)
     is_there = inside[:, None] & (column < D)
-    share = tl.load(grad + source[:, None] + column, mask=is_there, other=0.0)
+    share = tl.load(grad + source.to(tl.int64)[:, None] + column, mask=is_there, other=0.0)
     if FACTORS:
         share = share * tl.load(factors + place, mask=inside, other=0.0)[:, None]
     return share
@@ -46,9 +54,10 @@ def largest_share(grad, sources, factors, place, length, D: tl.constexpr, COLUMN
     """[R] int32: the largest magnitude of each piece."""
     most = tl.zeros(place.shape, tl.int32)
     for n in range(0, tl.max(length), KEYS):
+        source = sources_of(sources, place, n, length, KEYS)
         for k in tl.static_range(KEYS):
-            at = n + k
-            share = share_of(grad, sources, factors, place + at, at < length, D, COLUMNS, FACTORS)
+            inside = n + k < length
+            share = share_of(grad, source[k], factors, place + n + k, inside, D, COLUMNS, FACTORS)
             most = tl.maximum(most, tl.max(_magnitude(share), 1))
     return most
 
@@ -87,8 +96,7 @@ def largest_kernel(
     grad,
     sources,
     factors,
-    places,
-    kinds,
+    pieces,
     counts,
     num_keys,
     D: tl.constexpr,
@@ -104,9 +112,9 @@ def largest_kernel(
     for start in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         piece = start + tl.arange(0, ROWS)
         number = tl.where(piece < num_short, piece, num_keys - 1 - (piece - num_short))
-        kind = tl.load(kinds + number, mask=piece < count, other=0)
+        kind = tl.load(pieces + num_keys + number, mask=piece < count, other=0)
         is_part = kind >= ENTERS
-        place = tl.load(places + number, mask=is_part, other=0)
+        place = tl.load(pieces + number, mask=is_part, other=0)
         length = tl.where(is_part, kind & (ENTERS - 1), 0)
         most = largest_share(grad, sources, factors, place, length, D, COLUMNS, KEYS, FACTORS)
         tl.store(largest + scratch_row(place, kind, WINDOW), most, mask=is_part)

@@ -42,6 +42,35 @@ def last_not_above(numbers, low, high, wanted, is_wanted):
 
 
 @triton.jit
+def bag_of(offsets, num_bags, num_keys, position, is_key):
+    """[B] int32: the bag of each key of a batch.
+
+    Begins where it would be if all bags were of one size, and widens the search from there: bags
+    of one size take three loads, others some more, and none as many as a search among all bags.
+    """
+    none = position * 0
+    share = (none + num_bags).to(tl.float32) / (none + num_keys).to(tl.float32)
+    low = tl.minimum((position.to(tl.float32) * share).to(tl.int32), num_bags - 1)
+    high = low + 1
+    reach = none + 1
+    is_above = is_key & (tl.load(offsets + low, mask=is_key, other=0) > position)
+    while tl.max(is_above.to(tl.int32)) > 0:
+        high = tl.where(is_above, low, high)
+        low = tl.where(is_above, tl.maximum(low - reach, 0), low)
+        reach = reach * 2
+        is_above = is_above & (tl.load(offsets + low, mask=is_above, other=0) > position)
+    is_inside = is_key & (high < num_bags)
+    is_below = is_inside & (tl.load(offsets + high, mask=is_inside, other=0) <= position)
+    while tl.max(is_below.to(tl.int32)) > 0:
+        low = tl.where(is_below, high, low)
+        high = tl.where(is_below, tl.minimum(high + reach, num_bags), high)
+        reach = reach * 2
+        is_inside = is_below & (high < num_bags)
+        is_below = is_inside & (tl.load(offsets + high, mask=is_inside, other=0) <= position)
+    return last_not_above(offsets, low, high, position, is_key)
+
+
+@triton.jit
 def _describe_kernel(
     sources,
     factors,
@@ -73,8 +102,7 @@ def _describe_kernel(
     # In 32 bits, as N is: divisions of 64 would take longer than all else.
     position = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     is_key = position < num_keys
-    low = tl.zeros((KEYS,), tl.int32)
-    bag = last_not_above(offsets, low, low + num_bags, position, is_key)
+    bag = bag_of(offsets, num_bags, num_keys, position, is_key)
     packed = bag // batch_size
     sample = bag - packed * batch_size
     feature = tl.load(feature_of_packed + packed, mask=is_key, other=-1)
@@ -134,10 +162,7 @@ def _earlier(a, b):
 def _list_kernel(
     sources,
     factors,
-    places,
-    kinds,
-    slots,
-    tables,
+    pieces,
     long_places,
     counts,
     words,
@@ -159,6 +184,9 @@ def _list_kernel(
     FACTORS: tl.constexpr,
     TABLES: tl.constexpr,
 ):
+    kinds = pieces + num_keys
+    slots = kinds + num_keys
+    tables = slots + num_keys
     place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     is_key = place < num_keys
     word = tl.load(words + place, mask=is_key, other=-1)
@@ -191,7 +219,7 @@ def _list_kernel(
     first_short = tl.atomic_add(counts, tl.max(shorts), sem="relaxed")
     first_other = tl.atomic_add(counts + 1, tl.max(others), sem="relaxed")
     number = tl.where(is_short, first_short + shorts - 1, num_keys - first_other - others)
-    tl.store(places + number, place, mask=is_first)
+    tl.store(pieces + number, place, mask=is_first)
     tl.store(kinds + number, kind, mask=is_first)
     tl.store(slots + number, slot, mask=is_first)
     if TABLES:
@@ -259,11 +287,11 @@ def _described(
     batch, (words, sources, tables, factors) = part.batch, into
     assert sources is not None
     scales = bag_scales(plan, batch)
-    num_keys = len(batch.values)
+    num_keys = batch.values.numel()
     slot_bits, table_bits = bits
     launch(
         _describe_kernel,
-        (triton.cdiv(num_keys, _KEYS),),
+        (-(-num_keys // _KEYS),),
         (
             sources,
             sources if factors is None else factors,
@@ -279,7 +307,7 @@ def _described(
             plan.column,
             num_keys,
             batch.batch_size,
-            len(batch.offsets) - 1,
+            batch.offsets.numel() - 1,
             plan.stride,
             first_row,
             slot_bits,
@@ -301,6 +329,7 @@ def group_keys(
     needs_tables: bool,
     num_slots: int = 1 << 31,
     one_hot: bool = False,
+    counts: Tensor | None = None,
 ) -> Grouping:
     """Groups the keys of look-ups by slot.
 
@@ -311,14 +340,16 @@ def group_keys(
       num_slots: slots are below. If they leave bits for it, keys are sorted by table first: the
         gradients of one feature are few enough for the cache, those of all are not.
       one_hot: every bag is known to hold one key.
+      counts: [4] int32 zeros, nobody else's, to save a launch.
 
     Effects: on the current stream, without synchronisation.
     """
     device = parts[0].slots.device
     if one_hot and plan.serves_all and len(parts) == 1 and parts[0].batch.weights is None:
         slots, batch_size = parts[0].slots, parts[0].batch.batch_size
-        return _listed(plan, _Arrays(slots, None, None, None), 31, batch_size, needs_tables)
-    sizes = [len(part.slots) for part in parts]
+        words = _Arrays(slots, None, None, None)
+        return _listed(plan, words, 31, batch_size, counts, needs_tables=needs_tables)
+    sizes = [part.slots.numel() for part in parts]
     num_keys = sum(sizes)
     rows = sum(part.batch.batch_size for part in parts)
     has_factors = plan.divides or any(part.batch.weights is not None for part in parts)
@@ -336,31 +367,33 @@ def group_keys(
             into = whole.part(slice(start, start + size))
             _described(plan, part, row, into, bits)
         start, row = start + size, row + part.batch.batch_size
-    return _listed(plan, whole, slot_bits, rows, needs_tables)
+    return _listed(plan, whole, slot_bits, rows, counts, needs_tables=needs_tables)
 
 
 def _listed(
-    plan: DevicePlan, unsorted: _Arrays, slot_bits: int, rows: int, needs_tables: bool
+    plan: DevicePlan,
+    unsorted: _Arrays,
+    slot_bits: int,
+    rows: int,
+    counts: Tensor | None,
+    *,
+    needs_tables: bool,
 ) -> Grouping:
     words, order = sort_words(unsorted.words)
-    num_keys, device = len(words), words.device
-    lists = torch.empty(4, num_keys, dtype=torch.int32, device=device)
+    num_keys, device = words.numel(), words.device
     source_type = _source_type(plan, rows)
     factors = unsorted.factors
     grouping = Grouping(
         torch.empty(num_keys, dtype=source_type, device=device),
         None if factors is None else torch.empty_like(factors),
-        lists[0],
-        lists[1],
-        lists[2],
-        lists[3],
+        torch.empty(4, num_keys, dtype=torch.int32, device=device),
         torch.empty(num_keys // WINDOW + 1, 4, dtype=torch.int32, device=device),
-        torch.zeros(4, dtype=torch.int32, device=device),
+        torch.zeros(4, dtype=torch.int32, device=device) if counts is None else counts,
     )
     if num_keys:
         launch(
             _list_kernel,
-            (triton.cdiv(num_keys, _PLACES),),
+            (-(-num_keys // _PLACES),),
             (
                 grouping.sources,
                 grouping.sources if grouping.factors is None else grouping.factors,

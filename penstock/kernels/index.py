@@ -17,6 +17,7 @@ from torch import Tensor
 
 from penstock.kernels.device import is_interpreted
 from penstock.kernels.find import probe_slots, store_slots
+from penstock.kernels.launch import launch
 from penstock.kernels.probe import (
     BUCKET,
     CLAIMED,
@@ -36,7 +37,7 @@ _FEWEST_BUCKETS = 509
 _KEYS = 2048 if is_interpreted() else 32
 """Of one program, a warp. The interpreter takes its time by operations, whatever their size."""
 _WARPS = 1
-_PROGRAMS = 8448
+_PROGRAMS = 4224
 """Of kernels that go over keys in strides: enough to fill any GPU, and cheap where there is nothing
 to do.
 """
@@ -79,12 +80,23 @@ class Misses(NamedTuple):
 class Claims(NamedTuple):
     """What an insertion leaves for those who give it payloads."""
 
-    winner: Tensor
-    """[N] int64: place in the call of the key that has the entry; -1: the key was there."""
-    entry: Tensor
-    """[N] int64: of winners, their entry."""
-    rank: Tensor
-    """[N] int64: of winners, the value of the counter when they claimed."""
+    of_keys: Tensor
+    """[3, N] int64: `winner`, `entry`, `rank`."""
+
+    @property
+    def winner(self) -> Tensor:
+        """[N] int64: place in the call of the key that has the entry; -1: the key was there."""
+        return self.of_keys[0]
+
+    @property
+    def entry(self) -> Tensor:
+        """[N] int64: of winners, their entry."""
+        return self.of_keys[1]
+
+    @property
+    def rank(self) -> Tensor:
+        """[N] int64: of winners, the value of the counter when they claimed."""
+        return self.of_keys[2]
 
 
 @triton.jit
@@ -102,7 +114,9 @@ def _find(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_fea
 
 @triton.jit
 def _claim(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_features, missing,
-           num_missing, found, winner, entry, rank, allocated, BLOCK: tl.constexpr):  # fmt: skip
+           num_missing, found, winner, num_keys, allocated, BLOCK: tl.constexpr):  # fmt: skip
+    entry = winner + num_keys
+    rank = entry + num_keys
     lane = tl.arange(0, 8)[None, :]
     word = tl.arange(0, 16)[None, :]
     count = tl.load(num_missing)
@@ -173,7 +187,8 @@ def _claim(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_fe
 
 @triton.jit
 def _settle(entries, offsets, tables, batch_size, num_features, missing, num_missing, winner,
-            entry, payloads, BLOCK: tl.constexpr):  # fmt: skip
+            num_keys, payloads, BLOCK: tl.constexpr):  # fmt: skip
+    entry = winner + num_keys
     count = tl.load(num_missing)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     while first < count:
@@ -275,6 +290,10 @@ class Index:
         """Memory."""
         return 16 * self.capacity
 
+    @property
+    def _view(self) -> tuple[Tensor, int, int]:
+        return self.entries, self.num_buckets, self.salt
+
     def room(self) -> int:
         """How many keys it may hold as it is."""
         return int(MAX_LOAD * self.capacity) - self.num_erased
@@ -296,10 +315,13 @@ class Index:
         except torch.OutOfMemoryError:
             raise MemoryError(f"an index of {capacity} entries") from None
         old = self.entries
-        _rehash[(triton.cdiv(len(old), _KEYS),)](
-            old, len(old), entries, capacity // _BUCKET_ENTRIES, self.salt, BLOCK=_KEYS,
+        launch(
+            _rehash,
+            (triton.cdiv(len(old), _KEYS),),
+            (old, len(old), entries, capacity // _BUCKET_ENTRIES, self.salt),
+            BLOCK=_KEYS,
             num_warps=_WARPS,
-        )  # fmt: skip
+        )
         self.entries, self.num_erased = entries, 0
 
     def find(self, batch: KeyBatch, absent: Tensor) -> tuple[Tensor, Misses]:
@@ -316,10 +338,13 @@ class Index:
         found = torch.empty(len(keys), dtype=torch.int32, device=keys.device)
         misses = Misses(torch.empty_like(keys), keys.new_zeros(1))
         if len(keys):
-            _find[(triton.cdiv(len(keys), _KEYS),)](
-                self.entries, self.num_buckets, self.salt, *_arguments(batch), len(keys), found,
-                absent, misses.places, misses.number, BLOCK=_KEYS, num_warps=_WARPS,
-            )  # fmt: skip
+            launch(
+                _find,
+                (triton.cdiv(len(keys), _KEYS),),
+                (*self._view, *_arguments(batch), len(keys), found, absent, *misses),
+                BLOCK=_KEYS,
+                num_warps=_WARPS,
+            )
         return found, misses
 
     def claim(self, batch: KeyBatch, misses: Misses, found: Tensor, allocated: Tensor) -> Claims:
@@ -334,13 +359,16 @@ class Index:
         Returns:
           Who has which entry; `settle` must follow before anything else.
         """
-        claims = Claims(*torch.empty(3, len(batch.keys), dtype=torch.int64, device=found.device))
-        if len(batch.keys):
-            _claim[_strides(batch)](
-                self.entries, self.num_buckets, self.salt, *_arguments(batch), misses.places,
-                misses.number, found, claims.winner, claims.entry, claims.rank, allocated,
-                BLOCK=_KEYS, num_warps=_WARPS,
-            )  # fmt: skip
+        num_keys = batch.keys.numel()
+        claims = Claims(torch.empty(3, num_keys, dtype=torch.int64, device=found.device))
+        if num_keys:
+            launch(
+                _claim,
+                _strides(batch),
+                (*self._view, *_arguments(batch), *misses, found, *claims, num_keys, allocated),
+                BLOCK=_KEYS,
+                num_warps=_WARPS,
+            )
         return claims
 
     def settle(self, batch: KeyBatch, misses: Misses, claims: Claims, payloads: Tensor) -> None:
@@ -353,10 +381,13 @@ class Index:
           payloads: [N] int64, read where a winner is.
         """
         if len(batch.keys):
-            _settle[_strides(batch)](
-                self.entries, *_arguments(batch)[1:], misses.places, misses.number, claims.winner,
-                claims.entry, payloads, BLOCK=_KEYS, num_warps=1,
-            )  # fmt: skip
+            launch(
+                _settle,
+                _strides(batch),
+                (self.entries, *_arguments(batch)[1:], *misses, *claims, len(batch.keys), payloads),
+                BLOCK=_KEYS,
+                num_warps=_WARPS,
+            )
 
     def erase(self, keys: Tensor, table: int) -> Tensor:
         """Removes keys of a table.
@@ -372,12 +403,11 @@ class Index:
         if not len(keys):
             return freed
         grid = (triton.cdiv(len(keys), _KEYS),)
-        _erase[grid](
-            self.entries, self.num_buckets, self.salt, keys, len(keys), table, erased, freed,
-            BLOCK=_KEYS, num_warps=_WARPS,
-        )  # fmt: skip
+        of_keys = keys, len(keys), table, erased, freed
+        launch(_erase, grid, (*self._view, *of_keys), BLOCK=_KEYS, num_warps=_WARPS)
         still = keys.new_zeros(1)
-        _sweep[grid](self.entries, erased, len(keys), still, BLOCK=_KEYS, num_warps=_WARPS)
+        of_erased = self.entries, erased, len(keys), still
+        launch(_sweep, grid, of_erased, BLOCK=_KEYS, num_warps=_WARPS)
         self.num_erased += int(still)
         return freed
 
@@ -389,11 +419,12 @@ class Index:
 
 
 def _arguments(batch: KeyBatch) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    return batch.keys, batch.offsets, batch.tables, batch.batch_size, len(batch.tables)
+    keys, offsets, tables, batch_size = batch
+    return keys, offsets, tables, batch_size, tables.numel()
 
 
 def _strides(batch: KeyBatch) -> tuple[int]:
-    return (min(_PROGRAMS, triton.cdiv(len(batch.keys), _KEYS)),)
+    return (min(_PROGRAMS, -(-batch.keys.numel() // _KEYS)),)
 
 
 def prime_from(number: int) -> int:

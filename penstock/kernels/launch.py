@@ -1,27 +1,28 @@
 """Starts kernels with less work for the host than Triton's own launch.
 
-Triton works out anew at every launch which compiled form fits the arguments, in more time than a
-small kernel runs. Here that is one look-up by what it depends on.
+Triton works out anew at every launch which compiled form fits the arguments, and asks the driver
+about every pointer, in more time than a small kernel runs. Here a form is compiled and first
+started by Triton; from then on `_core.KernelLauncher` finds it by what it depends on.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-_INT32 = 1 << 31
+from penstock import _core
+
+_numbers: dict[tuple[Any, ...], int] = {}
+"""Of kernels, by identity, device and constants: kernels are never freed."""
 
 
-def _kind(argument: Tensor | int) -> object:
-    """What the compiled form depends on: see Triton's specialization of arguments."""
-    if isinstance(argument, int):
-        is_wide = not -_INT32 <= argument < _INT32
-        return (argument == 1) + 2 * (argument % 16 == 0) + 4 * is_wide
-    return argument.dtype, argument.data_ptr() % 16 == 0
+@lru_cache(maxsize=1)
+def _launcher() -> _core.KernelLauncher:
+    return _core.KernelLauncher()
 
 
 def launch(
@@ -31,7 +32,7 @@ def launch(
 
     Args:
       kernel: made by `triton.jit`; its constants come last.
-      grid: numbers of programs.
+      grid: numbers of programs, none 0.
       arguments: all that are no constants, in order; the first is a tensor.
       constants: by name, and options of the compiler.
     """
@@ -41,13 +42,28 @@ def launch(
     first = arguments[0]
     assert isinstance(first, Tensor)
     device = first.device.index
-    name = (kernel, device, *constants.values(), *map(_kind, arguments))
-    known = _compiled.get(name)
-    if known is None:
-        made = kernel[grid](*arguments, **constants)
-        tail = tuple(constants[each] for each in kernel.arg_names[len(arguments) :])
-        _compiled[name] = made, tail
-        return
-    made, tail = known
+    name = (id(kernel), device, *constants.values())
+    number = _numbers.get(name)
+    if number is None:
+        number = _numbers[name] = len(_numbers)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    made[(*grid, 1, 1)[:3]](*arguments, *tail, stream=stream)
+    if not _launcher().launch(number, stream, grid, arguments):
+        _start_first(kernel, grid, arguments, constants, number)
+
+
+def _start_first(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Tensor | int, ...],
+    constants: dict[str, Any],
+    number: int,
+) -> None:
+    """Compiles the form for these arguments, starts it, and notes it where it is a plain one."""
+    made = kernel[grid](*arguments, **constants)
+    metadata = made.metadata
+    scratch = metadata.global_scratch_size + getattr(metadata, "profile_scratch_size", 0)
+    if scratch or metadata.num_ctas != 1:
+        return
+    types = list(made.src.signature.values())[: len(arguments)]
+    threads = metadata.num_warps * metadata.target.warp_size
+    _launcher().add(number, arguments, types, made.function, threads, metadata.shared)

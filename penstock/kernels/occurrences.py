@@ -52,14 +52,9 @@ class Grouping(NamedTuple):
     """[N] int32 or int64 by place: first element of the gradient, as one array."""
     factors: Tensor | None
     """[N] float32 by place: of the gradient; None: all 1."""
-    places: Tensor
-    """[N] int32: first place of each piece."""
-    kinds: Tensor
-    """[N] int32: length; + `ENTERS` if the segment began before; + `LEAVES` if it goes on after."""
-    slots: Tensor
-    """[N] int32"""
-    tables: Tensor
-    """[N] int32; undefined where rows do not need them."""
+    pieces: Tensor
+    """[4, N] int32: of each piece its first place; its kind (length, + `ENTERS` if the segment
+    began before, + `LEAVES` if it goes on after); slot; table, undefined where nobody needs it."""
     long_places: Tensor
     """[N / WINDOW + 1, 4] int32 of segments of several pieces: first place, last place, slot,
     table.

@@ -143,12 +143,12 @@ def bag_scales(plan: DevicePlan, batch: KeyedJagged) -> Tensor | None:
     """[P * B] float32: factors of weighted sums; None where the batch or the plan needs none."""
     if batch.weights is None or not plan.divides:
         return None
-    num_bags = len(batch.offsets) - 1
+    num_bags = batch.offsets.numel() - 1
     scales = torch.empty(num_bags, dtype=torch.float32, device=batch.offsets.device)
     if num_bags:
         launch(
             _bag_scales_kernel,
-            (triton.cdiv(num_bags, 128),),
+            (-(-num_bags // 128),),
             (
                 scales,
                 batch.weights,
@@ -190,13 +190,13 @@ def pooled_forward(
     scales = bag_scales(plan, batch)
     columns = power_of_two(plan.dim)
     vectors, num_warps = warp_tile(columns)
-    per_bag = len(batch.values) / (len(batch.offsets) - 1)
+    per_bag = batch.values.numel() / (batch.offsets.numel() - 1)
     # About as many keys at once as a bag has: more would be masked, fewer wait for one another.
     keys = 1 if one_hot or per_bag <= 1 else min(4, vectors)
     bags = max(1, vectors // 2 if keys == 1 else vectors // keys)
     launch(
         _pool_kernel,
-        (triton.cdiv(size, bags), plan.num_features),
+        (-(-size // bags), plan.num_features),
         (
             out,
             values,

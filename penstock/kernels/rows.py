@@ -10,6 +10,7 @@ from torch import Tensor
 
 from penstock.kernels.device import is_interpreted
 from penstock.kernels.index import Claims, Index, KeyBatch, Misses
+from penstock.kernels.launch import launch
 from penstock.kernels.occurrences import RowArrays
 from penstock.kernels.probe import PAYLOAD_BITS, initial_values, narrowed, row_seed, table_of
 
@@ -42,10 +43,12 @@ class Slots(NamedTuple):
 
 @triton.jit
 def _make_rows(entries, keys, offsets, tables, batch_size, num_features, missing, num_missing,
-               winner, entry, rank, free, num_free, first_unused, found, rows_of_table,
+               winner, num_keys, free, num_free, first_unused, found, rows_of_table,
                values, state, usage, kinds, scales, seeds, states, nows,
                D: tl.constexpr, S: tl.constexpr, U: tl.constexpr, COLUMNS: tl.constexpr,
                STATES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    entry = winner + num_keys
+    rank = entry + num_keys
     count = tl.load(num_missing)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     while first < count:
@@ -159,16 +162,35 @@ def make_rows(
       rows: where.
       initial: what they begin with.
     """
-    if not len(batch.keys):
+    num_keys = batch.keys.numel()
+    if not num_keys:
         return
     dims = [part.shape[1] for part in rows]
-    grid = (min(_PROGRAMS, triton.cdiv(len(batch.keys), _ROWS)),)
-    _make_rows[grid](
-        index.entries, batch.keys, batch.offsets, batch.tables, batch.batch_size,
-        len(batch.tables), misses.places, misses.number, *claims, slots.free, len(slots.free),
-        slots.first_unused, found, rows_of_table, *rows, *initial, *dims,
-        COLUMNS=_columns(dims[0]), STATES=_columns(dims[1]), BLOCK=_ROWS, num_warps=4,
-    )  # fmt: skip
+    of_slots = slots.free, slots.free.numel(), slots.first_unused
+    launch(
+        _make_rows,
+        (min(_PROGRAMS, -(-num_keys // _ROWS)),),
+        (
+            index.entries,
+            *batch,
+            batch.tables.numel(),
+            *misses,
+            *claims,
+            num_keys,
+            *of_slots,
+            found,
+            rows_of_table,
+            *rows,
+            *initial,
+        ),
+        D=dims[0],
+        S=dims[1],
+        U=dims[2],
+        COLUMNS=_columns(dims[0]),
+        STATES=_columns(dims[1]),
+        BLOCK=_ROWS,
+        num_warps=4,
+    )
 
 
 def lend_rows(
@@ -184,13 +206,15 @@ def lend_rows(
       values: [slots, D].
       initial: what rows begin with.
     """
-    grid = (min(_PROGRAMS, triton.cdiv(len(batch.keys), _ROWS)),)
-    _lend_rows[grid](
-        batch.keys, batch.offsets, batch.tables, batch.batch_size, len(batch.tables),
-        misses.places, misses.number, first, found, values, initial.kind, initial.scale,
-        initial.seed, D=values.shape[1], COLUMNS=_columns(values.shape[1]), BLOCK=_ROWS,
+    launch(
+        _lend_rows,
+        (min(_PROGRAMS, -(-batch.keys.numel() // _ROWS)),),
+        (*batch, batch.tables.numel(), *misses, first, found, values, *initial[:3]),
+        D=values.shape[1],
+        COLUMNS=_columns(values.shape[1]),
+        BLOCK=_ROWS,
         num_warps=4,
-    )  # fmt: skip
+    )
 
 
 def read_initial(keys: Tensor, table: int, initial: Initial, like: Tensor) -> Tensor:
@@ -209,10 +233,15 @@ def read_initial(keys: Tensor, table: int, initial: Initial, like: Tensor) -> Te
     out = like.new_empty(len(keys), dim)
     if len(keys):
         columns = _columns(dim)
-        _read_initial[(triton.cdiv(len(keys), _ROWS), triton.cdiv(dim, columns))](
-            keys, len(keys), table, initial.kind, initial.scale, initial.seed, out, D=dim,
-            COLUMNS=columns, BLOCK=_ROWS, num_warps=4,
-        )  # fmt: skip
+        launch(
+            _read_initial,
+            (triton.cdiv(len(keys), _ROWS), triton.cdiv(dim, columns)),
+            (keys, len(keys), table, *initial[:3], out),
+            D=dim,
+            COLUMNS=columns,
+            BLOCK=_ROWS,
+            num_warps=4,
+        )
     return out
 
 

@@ -40,14 +40,14 @@ def sort_words(words: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
       [N] int32 words in rising order, and [N] int32 or int64 the positions that they come from.
     """
-    num = len(words)
+    num = words.numel()
     if not 0 < num <= MOST_COUNTED:
         return torch.sort(words, stable=True)
-    sorted_words, order = torch.empty(2, num, dtype=torch.int32, device=words.device)
+    sorted_words, order = torch.empty_like(words), torch.empty_like(words)
     mine = 16
     launch(
         _rank_kernel,
-        (triton.cdiv(num, mine),),
+        (-(-num // mine),),
         (
             sorted_words,
             order,

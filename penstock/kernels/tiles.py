@@ -11,6 +11,8 @@ ELEMENTS_PER_WARP = 1024
 """Floats of a tile: eight loads of 16 bytes a thread, none of which waits for another."""
 REGISTERS = 80
 """Of a thread of updates, at most: so that enough warps wait for memory at once."""
+WIDE_REGISTERS = 128
+"""The same where a row has as much state as values, or more: what waits is larger then."""
 
 
 def power_of_two(dim: int) -> int:

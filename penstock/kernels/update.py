@@ -23,6 +23,7 @@ from penstock.kernels.fixed_point import (
     largest_share,
     scratch_row,
     share_of,
+    sources_of,
     spread_largest_kernel,
     units_exponent,
 )
@@ -43,6 +44,7 @@ from penstock.kernels.rules import step_rows
 from penstock.kernels.tiles import (
     ELEMENTS_PER_WARP,
     REGISTERS,
+    WIDE_REGISTERS,
     power_of_two,
     programs_of,
     warp_tile,
@@ -50,19 +52,24 @@ from penstock.kernels.tiles import (
 
 
 @triton.jit
-def _load_pieces(piece, count, last, kinds, places, slots, BACK: tl.constexpr):
-    """Pieces `piece` [R] of the list at the front or the back; kind 0 beyond its end."""
-    number = last - piece if BACK else piece
-    kind = tl.load(kinds + number, mask=piece < count, other=0)
-    place = tl.load(places + number, mask=piece < count, other=0)
-    slot = tl.load(slots + number, mask=piece < count, other=0)
-    return kind, place, slot
+def _load_pieces(pieces, num_keys, piece, count, BACK: tl.constexpr, TABLES: tl.constexpr):
+    """Kind, place, slot and table of pieces `piece` [R] of one list; kind 0 beyond its end."""
+    place_of = pieces + (num_keys - 1 - piece if BACK else piece)
+    kind_of = place_of + num_keys
+    slot_of = kind_of + num_keys
+    place = tl.load(place_of, mask=piece < count, other=0)
+    kind = tl.load(kind_of, mask=piece < count, other=0)
+    slot = tl.load(slot_of, mask=piece < count, other=0)
+    table = slot
+    if TABLES:
+        table = tl.load(slot_of + num_keys, mask=piece < count, other=0)
+    return kind, place, slot, table
 
 
 @triton.jit
 def _step_pieces(
-    values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots, tables,
-    count, last, hypers, step_seed, now, half_life,
+    values, state, usage, grad, scratch, largest, sources, factors, pieces, count, num_keys, hypers,
+    step_seed, now, half_life,
     D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BACK: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr, TABLES: tl.constexpr,
     RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr, ONE_HYPER: tl.constexpr,
@@ -73,20 +80,19 @@ def _step_pieces(
     is_column = (column < D)[None, :]
     begin, stride = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
     piece = begin + tl.arange(0, ROWS)
-    kind, place, slot = _load_pieces(piece, count, last, kinds, places, slots, BACK)
+    # What comes next is known before this is done: two pieces ahead where they lie, one ahead where
+    # their gradients do.
+    kind, place, slot, table = _load_pieces(pieces, num_keys, piece, count, BACK, TABLES)
+    source = sources_of(sources, place, 0, kind & (ENTERS - 1), KEYS)
+    next_kind, next_place, next_slot, next_table = _load_pieces(
+        pieces, num_keys, piece + stride, count, BACK, TABLES
+    )
     for _ in range(begin, count, stride):
-        # What comes next is known before this is done.
-        next_kind, next_place, next_slot = _load_pieces(
-            piece + stride, count, last, kinds, places, slots, BACK
-        )
+        next_source = sources_of(sources, next_place, 0, next_kind & (ENTERS - 1), KEYS)
         length = kind & (ENTERS - 1)
         is_whole = (kind > 0) & (kind < ENTERS)
         row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
         w = tl.load(row, mask=is_whole[:, None] & is_column, other=0.0).to(tl.float32)
-        table = slot
-        if TABLES:
-            number = last - piece if BACK else piece
-            table = tl.load(tables + number, mask=kind > 0, other=0)
         there = scratch_row(place, kind, WINDOW)
         if EXACT:
             most = largest_share(grad, sources, factors, place, length, D, COLUMNS, KEYS, FACTORS)
@@ -97,13 +103,15 @@ def _step_pieces(
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
         longest = tl.max(length) if BACK else KEYS
         for n in range(0, longest, KEYS):
+            following = sources_of(sources, place, n + KEYS, length, KEYS)
             # In order; none of these loads waits for another.
             for k in tl.static_range(KEYS):
-                at = n + k
+                inside = n + k < length
                 share = share_of(
-                    grad, sources, factors, place + at, at < length, D, COLUMNS, FACTORS
+                    grad, source[k], factors, place + n + k, inside, D, COLUMNS, FACTORS
                 )
                 total += in_units(share, exponent) if EXACT else share
+            source = following
         if tl.max(kind) >= ENTERS:
             part = scratch + there[:, None] * D + column[None, :]
             tl.store(part, total, mask=(kind >= ENTERS)[:, None] & is_column)
@@ -112,14 +120,18 @@ def _step_pieces(
             values, state, usage, slot, is_whole, w, gradient, table, hypers, step_seed, now,
             half_life, D, COLUMNS, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
         )  # fmt: skip
-        kind, place, slot = next_kind, next_place, next_slot
+        kind, place, slot, table = next_kind, next_place, next_slot, next_table
+        source = next_source
         piece += stride
+        next_kind, next_place, next_slot, next_table = _load_pieces(
+            pieces, num_keys, piece + stride, count, BACK, TABLES
+        )
 
 
 @triton.jit
 def _pieces_kernel(
-    values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots, tables,
-    counts, last, hypers, step_seed, now, half_life,
+    values, state, usage, grad, scratch, largest, sources, factors, pieces, counts, num_keys,
+    hypers, step_seed, now, half_life,
     D: tl.constexpr, COLUMNS: tl.constexpr, SHORT_ROWS: tl.constexpr, SHORT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr,
     TABLES: tl.constexpr, RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr,
@@ -127,14 +139,14 @@ def _pieces_kernel(
 ):  # fmt: skip
     # The long ones first: what takes longest should not come last.
     _step_pieces(
-        values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots,
-        tables, tl.load(counts + 1), last, hypers, step_seed, now, half_life, D, COLUMNS, ROWS,
-        KEYS, True, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+        values, state, usage, grad, scratch, largest, sources, factors, pieces, tl.load(counts + 1),
+        num_keys, hypers, step_seed, now, half_life, D, COLUMNS, ROWS, KEYS, True, WINDOW, FACTORS,
+        TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
     )  # fmt: skip
     _step_pieces(
-        values, state, usage, grad, scratch, largest, sources, factors, places, kinds, slots,
-        tables, tl.load(counts), last, hypers, step_seed, now, half_life, D, COLUMNS, SHORT_ROWS,
-        SHORT, False, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+        values, state, usage, grad, scratch, largest, sources, factors, pieces, tl.load(counts),
+        num_keys, hypers, step_seed, now, half_life, D, COLUMNS, SHORT_ROWS, SHORT, False, WINDOW,
+        FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
     )  # fmt: skip
 
 
@@ -232,7 +244,7 @@ def apply_gradients(
         grouping = group_keys(plan, parts, needs_tables=options.needs_tables, one_hot=one_hot)
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])
     numbers = (hypers, _signed_word(step_seed(step)), *(usage_rules or (hypers, hypers)))
-    if len(grouping.sources):
+    if grouping.sources.numel():
         _step(rows, plan.dim, grouping, grad, numbers, options)
     return grouping.counts[3]
 
@@ -249,21 +261,23 @@ def _step(
     numbers: tuple[Tensor | int, ...],
     options: RuleOptions,
 ) -> None:
-    num_keys, device = len(grouping.sources), grad.device
+    num_keys, device = grouping.sources.numel(), grad.device
     columns = power_of_two(dim)
     vectors, num_warps = warp_tile(columns)
-    windows = triton.cdiv(num_keys, WINDOW)
+    windows = -(-num_keys // WINDOW)
     scratch_type = torch.int64 if options.exact else torch.float32
     scratch = torch.empty(2 * windows, dim, dtype=scratch_type, device=device)
-    largest = torch.empty(2 * windows if options.exact else 0, dtype=torch.int32, device=device)
-    sources, factors, places, kinds, slots, tables, long_places, counts = grouping
+    sources, factors, pieces, long_places, counts = grouping
+    largest = pieces  # where it is not read
+    if options.exact:
+        largest = torch.empty(2 * windows, dtype=torch.int32, device=device)
     shares = (grad, sources, sources if factors is None else factors)
     keys = min(8, vectors)
     tile = {"D": dim, "COLUMNS": columns, "WINDOW": WINDOW}
     some = {**tile, "ROWS": vectors // keys, "KEYS": keys, "FACTORS": factors is not None}
-    compiled = {**options.compiled(), "num_warps": num_warps}
+    compiled = options.compiled()
     if not options.exact and columns <= ELEMENTS_PER_WARP:
-        compiled["maxnreg"] = REGISTERS
+        compiled["maxnreg"] = REGISTERS if rows.state.shape[1] <= 1 else WIDE_REGISTERS
     grid = (min(num_keys, programs_of(device)),)
     long_grid = (min(windows, programs_of(device)),)
     if options.exact:
@@ -273,8 +287,7 @@ def _step(
             (
                 largest,
                 *shares,
-                places,
-                kinds,
+                pieces,
                 counts,
                 num_keys,
             ),
@@ -292,10 +305,16 @@ def _step(
             WINDOW=WINDOW,
             PARTS=128,
         )
-    launch(_pieces_kernel, grid, (
-        *rows, grad, scratch, largest, *shares[1:], places, kinds, slots, tables, counts,
-        num_keys - 1, *numbers,),  SHORT_ROWS=max(1, vectors // SHORT), SHORT=SHORT, **some,
-        **compiled)  # fmt: skip
+    launch(
+        _pieces_kernel,
+        grid,
+        (*rows, grad, scratch, largest, *shares[1:], pieces, counts, num_keys, *numbers),
+        SHORT_ROWS=max(1, vectors // SHORT),
+        SHORT=SHORT,
+        **some,
+        **compiled,
+        num_warps=num_warps,
+    )
     launch(
         _long_kernel,
         long_grid,
@@ -307,7 +326,8 @@ def _step(
             counts,
             *numbers,
         ),
-        PARTS=vectors,
+        PARTS=4 * vectors,
         **tile,
         **compiled,
+        num_warps=4 * num_warps,
     )
