@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from penstock.kernels.occurrences import GradientPart, Grouping
 from penstock.kernels.plan import POOLING_CODES, DevicePlan, FeatureOnDevice
 from penstock.types import KeyedJagged
 
+_MOST_HYPER_ROWS = 1 << 14
 _FEWEST_KEYS = 1 << 17
 """Fewer keys are sorted sooner than two streams have met."""
 
@@ -162,24 +164,31 @@ def keys_of(plan: DevicePlan, batch: KeyedJagged) -> KeyBatch:
 
 
 class HypersOnDevice:
-    """Optimizer settings of the tables of one store, copied when they change."""
+    """Optimizer settings of the tables of one store; those of some steps are copied at once."""
 
     def __init__(self, tables: Sequence[TableConfig], device: torch.device) -> None:
         self._hypers = Hypers(tables)
         self._device = device
-        self._bytes = b""
-        self._copy = torch.empty(0)
         self.are_one = self._hypers.are_one
+        """Whether all tables have the same settings."""
+        rows = 1 if self.are_one else len(tables)
+        self._steps_at_once = max(1, min(64, _MOST_HYPER_ROWS // rows))
+        if self._hypers.are_constant:
+            self._steps_at_once = 1
+        self._first = 0
+        self._copies: Sequence[Tensor] = ()
 
     def at(self, step: int) -> Tensor:
         """[T, fields of `Hyper`] float32 for the update number `step`; [1, ...]: all alike."""
-        hypers = self._hypers.at(step)
-        hypers = hypers[:1] if self.are_one else hypers
-        content = hypers.tobytes()
-        if content != self._bytes:
-            self._copy = torch.from_numpy(hypers).to(self._device)
-            self._bytes = content
-        return self._copy
+        ahead = 0 if self._hypers.are_constant else step - self._first
+        if not 0 <= ahead < len(self._copies):
+            steps = range(step, step + self._steps_at_once)
+            rows = slice(0, 1) if self.are_one else slice(None)
+            hypers = np.stack([self._hypers.at(each)[rows] for each in steps])
+            # A copy from memory that is not pinned waits for the device: not one a step.
+            self._copies = torch.from_numpy(hypers).to(self._device).unbind()
+            self._first, ahead = step, 0
+        return self._copies[ahead]
 
 
 class Counters:

@@ -54,6 +54,7 @@ class SlotPool:
         ]
         self.rows = RowArrays(*(arena.tensor for arena in self._arenas))
         self.num_defaults = num_defaults
+        self.row_bytes = layout.row_bytes
         self._grow(max(1, num_defaults))
         self.allocated = torch.zeros(1, dtype=torch.int64, device=device)
         """[1] int64 slots taken since `free` was made; those of `free` first."""

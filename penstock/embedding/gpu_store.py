@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from penstock.config import TableConfig
-from penstock.embedding import initializer, optimizer
+from penstock.embedding import optimizer
 from penstock.embedding.gpu_batches import (
     Counters,
     GpuLookup,
@@ -22,6 +21,7 @@ from penstock.embedding.gpu_batches import (
     on_device,
 )
 from penstock.embedding.gpu_retention import Access, Rules
+from penstock.embedding.gpu_rows import KeyedRows, initial_of
 from penstock.embedding.gpu_slots import SlotPool
 from penstock.embedding.retention import (
     Clock,
@@ -45,13 +45,12 @@ from penstock.embedding.store import (
 )
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
-from penstock.kernels.find import IndexView, find_slots
 from penstock.kernels.index import Index, KeyBatch, Misses
 from penstock.kernels.occurrences import GradientPart
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.pool import pooled_forward
 from penstock.kernels.reference_index import is_consistent
-from penstock.kernels.rows import Initial, lend_rows, make_rows, read_initial
+from penstock.kernels.rows import read_initial
 from penstock.kernels.update import apply_gradients
 from penstock.types import KeyedJagged
 
@@ -101,7 +100,6 @@ class GpuStore:
         self.tables: Sequence[TableConfig] = tuple(tables)
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
         self._hypers = HypersOnDevice(tables, self.device)
-        self._miss_counters = Counters(self.device, 1, torch.int64)
         self._piece_counters = Counters(self.device, 4, torch.int32)
         self._rule = optimizer.rule_of(tables[0].optimizer).code
         self._needs_tables = self.layout.usage_dim > 0 or not self._hypers.are_one
@@ -113,39 +111,22 @@ class GpuStore:
         absent = torch.full((len(tables),), -1, dtype=torch.int32)
         absent[refusing] = torch.arange(len(refusing), dtype=torch.int32)
         self._absent = absent.to(self.device)
+        initial = initial_of(tables, seed, self.device)
         try:
             self._slots = SlotPool(
                 self.layout, len(refusing), self.device, max_bytes=max_bytes, poison=poison
             )
-            self._index = Index(self.device)
-            self._rows_of_table = torch.zeros(len(tables), dtype=torch.int64, device=self.device)
+            self._keyed = KeyedRows(self._slots, initial, len(tables), self._name, self.device)
         except MemoryError:
             raise CapacityError(f"no memory for a store on {self.device}; free some") from None
         self._rows = self._slots.rows
-        self._initial = self._initial_of(seed)
         for slot, number in enumerate(refusing):
             self._rows.values[slot] = default_of(tables[number])
             self._rows.state[slot] = optimizer.initial_state(tables[number].optimizer)
             self._rows.usage[slot] = 0
         self._rules = None
         if any(retains(table) for table in tables):
-            self._rules = Rules(self.tables, self._limits, seed, self._initial.now)
-
-    def _initial_of(self, seed: int) -> Initial:
-        kinds, scales, states, seeds = [], [], [], []
-        for table in self.tables:
-            kinds.append(initializer.KINDS[type(table.initializer)])
-            scales.append(initializer.scale_of(table.initializer))
-            states.append(optimizer.initial_state(table.optimizer))
-            seeds.append(initializer.table_seed(seed, table.name))
-        arrays = (
-            torch.tensor(kinds, dtype=torch.int32),
-            torch.tensor(scales, dtype=torch.float32),
-            torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64)),
-            torch.tensor(states, dtype=torch.float32),
-            torch.zeros(len(self.tables), dtype=torch.int64),
-        )
-        return Initial(*(array.to(self.device) for array in arrays))
+            self._rules = Rules(self.tables, self._limits, seed, initial.now)
 
     def find(self, table: int, keys: Tensor) -> FindResult:
         """See `Store.find`."""
@@ -157,7 +138,7 @@ class GpuStore:
 
     def _find(self, table: int, keys: Tensor, *, insert: bool) -> FindResult:
         batch = self._of_table(table, keys)
-        slots, misses = self._index.find(batch, self._absent)
+        slots, misses = self._keyed.index.find(batch, self._absent)
         absent = misses.places[: int(misses.number)]
         found = torch.ones(len(keys), dtype=torch.bool, device=self.device)
         found[absent] = False
@@ -167,9 +148,9 @@ class GpuStore:
         values = values.float()
         initial = (slots < 0).nonzero()[:, 0]
         if len(initial):
-            first = read_initial(batch.keys[initial], table, self._initial, self._rows.values)
+            first = read_initial(batch.keys[initial], table, self._keyed.initial, self._rows.values)
             values[initial] = first.float()
-            state[initial] = self._initial.state[table]
+            state[initial] = self._keyed.initial.state[table]
         return FindResult(values, state, found)
 
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
@@ -181,7 +162,7 @@ class GpuStore:
         state = given(self.device, rows.state, torch.float32, self.layout.state_dim, count, "state")
         before = self.num_rows(table)
         left = 0 if self._rules is None else self._rules.evicted(table)
-        slots, misses = self._index.find(batch, self._none_absent)
+        slots, misses = self._keyed.index.find(batch, self._none_absent)
         self._insert(batch, slots, misses, explicit=True)
         if self._rules is not None:
             left = self._rules.evicted(table) - left
@@ -196,7 +177,7 @@ class GpuStore:
         self._rows.state[taken] = state[last]
         if self.layout.usage_dim:
             usage = torch.zeros(count, self.layout.usage_dim, dtype=torch.int64, device=self.device)
-            usage[:, 0] = self._initial.now[table]
+            usage[:, 0] = self._keyed.initial.now[table]
             if rows.usage is not None:
                 usage = given(self.device, rows.usage, torch.int64, usage.shape[1], count, "usage")
             self._rows.usage[taken] = usage[last].to(torch.int32)
@@ -211,15 +192,11 @@ class GpuStore:
     def _erase(self, table: int, keys: Tensor) -> int:
         self._content_version += 1
         self._erase_version += 1
-        freed = self._index.erase(keys, table)
-        freed = freed[freed >= 0]
-        self._rows_of_table[table] -= len(freed)
-        self._slots.release(freed)
-        return len(freed)
+        return self._keyed.erase(table, keys)
 
     def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
         """See `Store.export_batch`."""
-        keys, slots, after = self._export(self._index, table, cursor, max_rows)
+        keys, slots, after = self._export(self._keyed.index, table, cursor, max_rows)
         usage = None
         if self.layout.usage_dim:
             usage = self._rows.usage[slots].long() & 0xFFFFFFFF
@@ -251,7 +228,7 @@ class GpuStore:
     def num_rows(self, table: int) -> int:
         """See `Store.num_rows`."""
         self._check_table(table)
-        return int(self._rows_of_table[table])
+        return int(self._keyed.of_table[table])
 
     def advance(self, clock: Clock) -> None:
         """See `Store.advance`."""
@@ -278,7 +255,7 @@ class GpuStore:
         counts = candidates.counts.to(self.device)
         if self._rules is not None:
             self._content_version += 1
-            _, misses = self._index.find(batch, self._absent)
+            _, misses = self._keyed.index.find(batch, self._absent)
             self._rules.import_counts(batch, counts, misses, table)
 
     def retention_state(self, table: int) -> RetentionState:
@@ -317,16 +294,21 @@ class GpuStore:
         batch = on_device(batch, self.device)
         on_gpu = self._plans.get(plan, len(batch.features))
         keys = keys_of(on_gpu, batch)
-        slots, misses = self._find_batch(on_gpu, batch, self._absent)
-        lookup = GpuLookup(batch, slots, self._erase_version)
+        if insert and self._rules is None and self._keyed.has_room(batch.values.numel()):
+            slots = self._keyed.find_or_make(on_gpu, batch, self._absent)
+            lookup = GpuLookup(batch, slots, self._erase_version)
+        else:
+            slots, misses = self._keyed.find(on_gpu, batch, self._absent)
+            lookup = GpuLookup(batch, slots, self._erase_version)
+            if insert:
+                self._insert(keys, slots, misses)
+                lookup.erase_version = self._erase_version
         if insert:
-            self._insert(keys, slots, misses)
-            lookup.erase_version = self._erase_version
             most, counts = self._slots.most_slots, self._piece_counters.take()
             lookup.group_ahead(on_gpu, most, counts, needs_tables=self._needs_tables)
         else:
             lookup.misses = misses
-            self._lend(keys, slots, misses, lookup.num_missing)
+            self._keyed.lend(keys, slots, misses, lookup.num_missing)
         pooled_forward(self._rows.values, on_gpu, batch, slots, out, one_hot=batch.is_one_hot)
         return lookup
 
@@ -362,89 +344,28 @@ class GpuStore:
         if lookup.erase_version == self._erase_version and lookup.num_missing == 0:
             return
         keys = keys_of(plan, lookup.batch)
-        slots, misses = self._find_batch(plan, lookup.batch, self._none_absent)
+        slots, misses = self._keyed.find(plan, lookup.batch, self._none_absent)
         if self._rules is not None:
             misses = self._rules.stay_away(keys, slots, lookup.slots, misses, self._absent)
         self._insert(keys, slots, misses)
         lookup.found_again(slots, self._erase_version)
 
-    def _find_batch(
-        self, plan: DevicePlan, batch: KeyedJagged, absent: Tensor
-    ) -> tuple[Tensor, Misses]:
-        """[N] int32 slots of a batch's keys, undefined for those of other stores; and misses."""
-        values, index = batch.values, self._index
-        slots = torch.empty_like(values, dtype=torch.int32)
-        misses = Misses(torch.empty_like(values), self._miss_counters.take())
-        view = IndexView(index.entries, index.num_buckets, index.salt)
-        find_slots(view, plan, batch, absent, slots, *misses)
-        return slots, misses
-
     def _insert(
         self, batch: KeyBatch, slots: Tensor, misses: Misses, *, explicit: bool = False
     ) -> None:
         """Gives rows to missing keys, where admitted, and writes their slots."""
-        most = batch.keys.numel()
         if self._rules is not None:
-            most = int(misses.number)
-            if not most:
+            if not int(misses.number):
                 return
             self._content_version += 1
             misses = self._rules.admit(self._access, batch, slots, misses, explicit=explicit)
-            most = misses.places.numel()
-        if not most:
-            return
-        rows = self._slots.most_rows
-        if not self._slots.has_room(most) or rows + most > self._index.room():
-            most = int(misses.number)
-            self._make_room(batch, misses, most, 4 * batch.keys.numel())
-        claims = self._index.claim(batch, misses, slots, self._slots.allocated)
-        made = slots, self._rows_of_table, self._rows, self._initial
-        make_rows(self._index, batch, misses, claims, self._slots.slots, *made)
-        self._slots.take(most)
-
-    def _make_room(self, batch: KeyBatch, misses: Misses, most: int, wish: int) -> None:
-        """Makes room for `most` rows, and for `wish` if memory is plenty, so as not to ask again.
-
-        Raises:
-          CapacityError: there is none, not even for the different keys alone.
-        """
-        bytes_each = self.layout.row_bytes + 32
-        if self.device.type == "cuda":
-            wish = min(wish, torch.cuda.mem_get_info(self.device)[0] // 4 // bytes_each)
-        for wanted in (max(most, wish), most, None):
-            if wanted is None:
-                places = misses.places[: int(misses.number)]
-                pairs = torch.stack([batch.keys[places], batch.tables_of(places)], 1)
-                wanted = len(torch.unique(pairs, dim=0))
-            try:
-                self._slots.reserve(wanted)
-                self._index.reserve(self._slots.most_rows + wanted)
-            except MemoryError:
-                continue
-            return
-        rows = self._slots.num_rows()
-        raise CapacityError(
-            f"{self._name} cannot grow beyond {rows} rows: no memory on {self.device}; use a GPU "
-            "with more memory, smaller tables or max_bytes with eviction"
-        )
-
-    def _lend(self, batch: KeyBatch, slots: Tensor, misses: Misses, number: int) -> None:
-        """Lets missing keys read their initial values, from slots that are nobody's."""
-        if not number:
-            return
-        try:
-            first = self._slots.borrow(number)
-        except MemoryError:
-            raise CapacityError(
-                f"{self._name}: no memory on {self.device} for the initial values of {number} "
-                "keys; use smaller batches"
-            ) from None
-        lend_rows(batch, misses, first, slots, self._rows.values, self._initial)
+        if misses.places.numel():
+            self._keyed.make(batch, slots, misses)
 
     def memory(self) -> StoreMemory:
         """See `Store.memory`."""
         rows, capacity = self._slots.num_rows(), self._slots.capacity
-        index_bytes = self._index.num_bytes
+        index_bytes = self._keyed.index.num_bytes
         if self._rules is not None:
             index_bytes += self._rules.counts.num_bytes
         row_bytes = capacity * self.layout.row_bytes
@@ -452,13 +373,13 @@ class GpuStore:
 
     def check_invariants(self) -> None:
         """See `Store.check_invariants`."""
-        index = self._index
+        index = self._keyed.index
         assert is_consistent(index.entries, index.salt), "an entry is not found where it is"
         meta = index.entries[:, 1]
         live = meta[meta > 1]
         self._slots.check(live & ((1 << 40) - 1))
         rows = torch.bincount((live >> 40) - 1, minlength=len(self.tables))
-        assert torch.equal(rows, self._rows_of_table), "the row count of a table is wrong"
+        assert torch.equal(rows, self._keyed.of_table), "the row count of a table is wrong"
         for number, limits in enumerate(self._limits):
             assert int(rows[number]) <= limits.max_rows, "a table is beyond its budget"
             assert self.num_candidates(number) <= limits.max_candidates, "too many are counted"
@@ -481,7 +402,9 @@ class GpuStore:
 
     @property
     def _access(self) -> Access:
-        return Access(self._index, self._rows.usage, self._rows_of_table, self._absent, self._erase)
+        return Access(
+            self._keyed.index, self._rows.usage, self._keyed.of_table, self._absent, self._erase
+        )
 
     @property
     def _version(self) -> int:

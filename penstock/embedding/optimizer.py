@@ -52,6 +52,8 @@ class OptimizerRule(ABC):
     config: type[Any]
     code: int
     """Number of the rule in csrc/row_kernels.h."""
+    follows_steps = False
+    """Whether `hyper` depends on the step."""
 
     @staticmethod
     @abstractmethod
@@ -123,6 +125,7 @@ class _RowWiseAdagrad(OptimizerRule):
 
 class _Adam(OptimizerRule):
     config, code = Adam, 3
+    follows_steps = True
 
     @staticmethod
     def state_dim(dim: int) -> int:
@@ -162,6 +165,7 @@ class _MomentumSgd(OptimizerRule):
 
 class _RowWiseAdam(OptimizerRule):
     config, code = RowWiseAdam, 5
+    follows_steps = True
     hyper = staticmethod(_Adam.hyper)
 
     @staticmethod
@@ -201,6 +205,7 @@ class _Ftrl(OptimizerRule):
 
 class _Lamb(OptimizerRule):
     config, code = LAMB, 7
+    follows_steps = True
 
     @staticmethod
     def state_dim(dim: int) -> int:
@@ -275,6 +280,11 @@ class Hypers:
         self._of_table = np.array([self._distinct.index(each) for each in optimizers])
         self.are_one = len(self._distinct) == 1
         """All tables have the same settings."""
+        self.are_constant = not any(
+            rule_of(each).follows_steps or each.schedule.warmup_steps or each.schedule.decay_steps
+            for each in self._distinct
+        )
+        """Every step has the same settings."""
 
     def at(self, step: int) -> NDArray[np.float32]:
         """[T, fields of `Hyper`] float32 for the update number `step`, counted from 0."""

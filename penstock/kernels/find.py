@@ -21,6 +21,9 @@ _SLOT: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 _KEYS = 16
 _WARPS = 1
 """Of one program: a warp reads its 16 buckets in four loads, none of which waits for another."""
+_TURNS = 4
+_FULL = 8192
+"""Programs that fill any GPU."""
 
 
 class IndexView(NamedTuple):
@@ -97,6 +100,15 @@ def _find_kernel(
         store_slots(slots, missing, counter, place, is_key, slot, instead)
 
 
+def programs_for(plan: DevicePlan, num_keys: int, keys: int) -> tuple[int, int]:
+    """Programs of a kernel that goes over each feature's keys in strides, some at a time.
+
+    Those of many keys take several turns each: to start a program takes as long as to find a few.
+    """
+    most = -(-num_keys // (plan.table_of_packed.numel() * keys))
+    return max(-(-most // _TURNS), min(most, _FULL // plan.num_features + 1)), plan.num_features
+
+
 def find_slots(
     index: IndexView,
     plan: DevicePlan,
@@ -122,10 +134,9 @@ def find_slots(
     num_keys = batch.values.numel()
     if not num_keys or not plan.num_features:
         return
-    per_feature = -(-num_keys // plan.table_of_packed.numel())
     launch(
         _find_kernel,
-        (-(-per_feature // _KEYS), plan.num_features),
+        programs_for(plan, num_keys, _KEYS),
         (
             slots,
             missing,

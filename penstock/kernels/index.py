@@ -1,7 +1,6 @@
 """The index of a GPU store: (table, key) -> a number, by open addressing; see `probe` for entries.
 
-Keys of one call may repeat. An insertion claims its entry by one compare-and-swap with the key's
-place in the call; others that meet the claim compare keys there, so nobody waits for anybody.
+Keys of one call may repeat; see `claim` for how equal ones agree on one entry.
 """
 
 from __future__ import annotations
@@ -15,16 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.claim import claim_kernel
 from penstock.kernels.device import is_interpreted
 from penstock.kernels.find import probe_slots, store_slots
 from penstock.kernels.launch import launch
 from penstock.kernels.probe import (
     BUCKET,
-    CLAIMED,
     ERASED,
-    PAYLOAD,
     PAYLOAD_BITS,
-    TABLE_BITS,
     find_entry,
     next_bucket,
     probe_start,
@@ -110,79 +107,6 @@ def _find(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_fea
     payload = probe_slots(entries, num_buckets, salt, key, table, active, BLOCK)
     instead = tl.load(absent + table, mask=active & (payload < 0), other=-1)
     store_slots(found, missing, counter, n, active, payload, instead)
-
-
-@triton.jit
-def _claim(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_features, missing,
-           num_missing, found, winner, num_keys, allocated, BLOCK: tl.constexpr):  # fmt: skip
-    entry = winner + num_keys
-    rank = entry + num_keys
-    lane = tl.arange(0, 8)[None, :]
-    word = tl.arange(0, 16)[None, :]
-    count = tl.load(num_missing)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    while first < count:
-        i = first + tl.arange(0, BLOCK)
-        left = i < count
-        n = tl.load(missing + i, mask=left, other=0)
-        key = tl.load(keys + n, mask=left, other=0)
-        table = table_of(n, offsets, batch_size, tables, num_features)
-        tag = table.to(tl.int64) + 1
-        home, step = probe_start(key, table, salt, num_buckets)
-        bucket = home
-        # The first free entry on the way, and what it holds.
-        free = tl.full((BLOCK,), -1, tl.int64)
-        free_meta = tl.zeros((BLOCK,), tl.int64)
-        has_won = i < 0
-        mine = tl.zeros((BLOCK,), tl.int64)
-        while tl.max(left.to(tl.int32), 0) > 0:
-            place = entries + bucket[:, None] * 16 + word
-            words = tl.load(place, mask=left[:, None], other=0, volatile=True)
-            their_key, meta = tl.split(tl.reshape(words, (BLOCK, 8, 2)))
-            is_table = ((meta >> PAYLOAD_BITS) & TABLE_BITS) == tag[:, None]
-            is_claimed = is_table & (meta >= CLAIMED)
-            # The key of a claimed entry may not be written yet: it is in the call.
-            in_call = tl.load(keys + (meta & PAYLOAD), mask=is_claimed, other=0)
-            their_key = tl.where(is_claimed, in_call, their_key)
-            is_it = is_table & (their_key == key[:, None])
-            # One number tells all: what stands for the key, or -1 to -8 for the first empty entry,
-            # or -9 to -16 for the first erased one where none is empty.
-            free_rank = tl.where(meta == 0, -1 - lane, tl.where(meta == ERASED, -9 - lane, -99))
-            code = tl.max(tl.where(is_it, meta, free_rank.to(tl.int64)), 1)
-            is_found = left & (code > 0)
-            was_there = is_found & (code < CLAIMED)
-            tl.store(found + n, (code & PAYLOAD).to(tl.int32), mask=was_there)
-            tl.store(winner + n, tl.where(was_there, -1, code & PAYLOAD), mask=is_found)
-            left = left & (is_found == 0)
-            is_empty = code >= -8
-            is_new = left & (free < 0) & (code >= -16)
-            its_lane = tl.where(is_empty, -1 - code, -9 - code)
-            free = tl.where(is_new, bucket * 8 + its_lane, free)
-            free_meta = tl.where(is_new, tl.where(is_empty, 0, ERASED), free_meta)
-            wants = left & is_empty
-            if tl.max(wants.to(tl.int32), 0) > 0:
-                target = tl.where(wants, free, bucket * 8)
-                # No entry is ever -1.
-                expected = tl.where(wants, free_meta, -1)
-                claim = (tag << PAYLOAD_BITS) | n | CLAIMED
-                old = tl.atomic_cas(entries + target * 2 + 1, expected, claim, sem="relaxed")
-                won = wants & (old == expected)
-                has_won = has_won | won
-                mine = tl.where(won, target, mine)
-                left = left & (won == 0)
-            # Beaten to it: perhaps by an equal key. Look again from the beginning.
-            bucket = tl.where(wants, home, next_bucket(bucket, step, num_buckets))
-            free = tl.where(wants, -1, free)
-        wins = has_won.to(tl.int64)
-        total = tl.sum(wins, 0)
-        if total > 0:
-            base = tl.atomic_add(allocated, total, sem="relaxed")
-            tl.store(rank + n, base + tl.cumsum(wins, 0) - wins, mask=has_won)
-            tl.store(winner + n, n, mask=has_won)
-            tl.store(entry + n, mine, mask=has_won)
-            # While it is claimed nobody reads it.
-            tl.store(entries + mine * 2, key, mask=has_won)
-        first += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
 @triton.jit
@@ -363,7 +287,7 @@ class Index:
         claims = Claims(torch.empty(3, num_keys, dtype=torch.int64, device=found.device))
         if num_keys:
             launch(
-                _claim,
+                claim_kernel,
                 _strides(batch),
                 (*self._view, *_arguments(batch), *misses, found, *claims, num_keys, allocated),
                 BLOCK=_KEYS,

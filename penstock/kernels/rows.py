@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -245,5 +246,6 @@ def read_initial(keys: Tensor, table: int, initial: Initial, like: Tensor) -> Te
     return out
 
 
+@lru_cache(maxsize=64)
 def _columns(dim: int) -> int:
     return min(128, int(triton.next_power_of_2(max(1, dim))))

@@ -44,7 +44,7 @@ def sort_words(words: Tensor) -> tuple[Tensor, Tensor]:
     if not 0 < num <= MOST_COUNTED:
         return torch.sort(words, stable=True)
     sorted_words, order = torch.empty_like(words), torch.empty_like(words)
-    mine = 16
+    mine = 8
     launch(
         _rank_kernel,
         (-(-num // mine),),
@@ -55,6 +55,7 @@ def sort_words(words: Tensor) -> tuple[Tensor, Tensor]:
             num,
         ),
         MINE=mine,
-        OTHERS=256,
+        OTHERS=1024,
+        num_warps=4,
     )
     return sorted_words, order

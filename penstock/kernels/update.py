@@ -10,6 +10,8 @@ In deterministic mode sums are in fixed point (`fixed_point`), and rules in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -151,6 +153,15 @@ def _pieces_kernel(
 
 
 @triton.jit
+def _parts(scratch, first, last, D: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """[PARTS, COLUMNS] sums of the pieces that enter the windows from `first` to `last`, or 0."""
+    window = first + tl.arange(0, PARTS)
+    column = tl.arange(0, COLUMNS)
+    there = scratch + window.to(tl.int64)[:, None] * (2 * D) + column[None, :]
+    return tl.load(there, mask=(window <= last)[:, None] & (column < D)[None, :], other=0)
+
+
+@triton.jit
 def _long_kernel(
     values,
     state,
@@ -187,11 +198,11 @@ def _long_kernel(
         w = tl.load(row, mask=(column < D)[None, :], other=0.0).to(tl.float32)
         first = scratch + (place // WINDOW).to(tl.int64)[:, None] * (2 * D) + D + column[None, :]
         total = tl.load(first, mask=(column < D)[None, :], other=0)
+        ahead = _parts(scratch, begin + 1, end, D, COLUMNS, PARTS)
         for window in range(begin + 1, end + 1, PARTS):
-            part = window + tl.arange(0, PARTS)
-            there = scratch + part.to(tl.int64)[:, None] * (2 * D) + column[None, :]
-            is_there = (part <= end)[:, None] & (column < D)[None, :]
-            total += tl.sum(tl.load(there, mask=is_there, other=0), 0)[None, :]
+            parts = ahead
+            ahead = _parts(scratch, window + PARTS, end, D, COLUMNS, PARTS)
+            total += tl.sum(parts, 0)[None, :]
         table = slot
         if TABLES:
             table = tl.load(long_places + 4 * number + 3 + one)
@@ -253,6 +264,33 @@ def _signed_word(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
+class _Compiled(NamedTuple):
+    """Constants of the kernels of an update."""
+
+    columns: int
+    pieces: dict[str, int]
+    long: dict[str, int]
+    largest: dict[str, int]
+
+
+@lru_cache(maxsize=256)
+def _compiled(dim: int, state_dim: int, options: RuleOptions, has_factors: bool) -> _Compiled:
+    columns = power_of_two(dim)
+    vectors, num_warps = warp_tile(columns)
+    keys = min(8, vectors)
+    tile = {"D": dim, "COLUMNS": columns, "WINDOW": WINDOW}
+    of_pieces = {**tile, "ROWS": vectors // keys, "KEYS": keys, "FACTORS": has_factors}
+    rule = {**options.compiled(), "num_warps": num_warps}
+    if not options.exact and columns <= ELEMENTS_PER_WARP:
+        rule["maxnreg"] = REGISTERS if state_dim <= 1 else WIDE_REGISTERS
+    return _Compiled(
+        columns,
+        {"SHORT_ROWS": max(1, vectors // SHORT), "SHORT": SHORT, **of_pieces, **rule},
+        {"PARTS": vectors, **tile, **rule},
+        {**of_pieces, "num_warps": num_warps},
+    )
+
+
 def _step(
     rows: RowArrays,
     dim: int,
@@ -262,46 +300,28 @@ def _step(
     options: RuleOptions,
 ) -> None:
     num_keys, device = grouping.sources.numel(), grad.device
-    columns = power_of_two(dim)
-    vectors, num_warps = warp_tile(columns)
+    sources, factors, pieces, long_places, counts = grouping
+    compiled = _compiled(dim, rows.state.shape[1], options, factors is not None)
     windows = -(-num_keys // WINDOW)
     scratch_type = torch.int64 if options.exact else torch.float32
     scratch = torch.empty(2 * windows, dim, dtype=scratch_type, device=device)
-    sources, factors, pieces, long_places, counts = grouping
     largest = pieces  # where it is not read
     if options.exact:
         largest = torch.empty(2 * windows, dtype=torch.int32, device=device)
     shares = (grad, sources, sources if factors is None else factors)
-    keys = min(8, vectors)
-    tile = {"D": dim, "COLUMNS": columns, "WINDOW": WINDOW}
-    some = {**tile, "ROWS": vectors // keys, "KEYS": keys, "FACTORS": factors is not None}
-    compiled = options.compiled()
-    if not options.exact and columns <= ELEMENTS_PER_WARP:
-        compiled["maxnreg"] = REGISTERS if rows.state.shape[1] <= 1 else WIDE_REGISTERS
-    grid = (min(num_keys, programs_of(device)),)
-    long_grid = (min(windows, programs_of(device)),)
+    programs = programs_of(device, compiled.columns)
+    grid, long_grid = (min(num_keys, programs),), (min(windows, programs),)
     if options.exact:
         launch(
             largest_kernel,
             grid,
-            (
-                largest,
-                *shares,
-                pieces,
-                counts,
-                num_keys,
-            ),
-            **some,
-            num_warps=num_warps,
+            (largest, *shares, pieces, counts, num_keys),
+            **compiled.largest,
         )
         launch(
             spread_largest_kernel,
             long_grid,
-            (
-                largest,
-                long_places,
-                counts,
-            ),
+            (largest, long_places, counts),
             WINDOW=WINDOW,
             PARTS=128,
         )
@@ -309,25 +329,11 @@ def _step(
         _pieces_kernel,
         grid,
         (*rows, grad, scratch, largest, *shares[1:], pieces, counts, num_keys, *numbers),
-        SHORT_ROWS=max(1, vectors // SHORT),
-        SHORT=SHORT,
-        **some,
-        **compiled,
-        num_warps=num_warps,
+        **compiled.pieces,
     )
     launch(
         _long_kernel,
         long_grid,
-        (
-            *rows,
-            scratch,
-            largest,
-            long_places,
-            counts,
-            *numbers,
-        ),
-        PARTS=4 * vectors,
-        **tile,
-        **compiled,
-        num_warps=4 * num_warps,
+        (*rows, scratch, largest, long_places, counts, *numbers),
+        **compiled.long,
     )

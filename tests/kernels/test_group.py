@@ -23,7 +23,10 @@ def _bags(out, offsets, num_bags, num_keys, KEYS: tl.constexpr):
         [90] + [0] * 40,
         [0, 0, 5, 0, 1, 0, 0, 84, 0],
         [1] * 30 + [200] + [1] * 30,
-        *(torch.arange(300).mul(rate).frac().mul(3 * rate).int().tolist() for rate in (0.7, 2.3, 9.1)),
+        *(
+            torch.arange(300).mul(rate).frac().mul(3 * rate).int().tolist()
+            for rate in (0.7, 2.3, 9.1)
+        ),
     ],
     ids=lambda sizes: f"{sum(sizes)} keys in {len(sizes)} bags",
 )

@@ -18,7 +18,7 @@ from penstock.config import (
     TableConfig,
     Uniform,
 )
-from penstock.embedding import EmbeddingCollection
+from penstock.embedding import EmbeddingCollection, optimizer
 from penstock.embedding.initializer import initial_values
 from penstock.types import Jagged, KeyedJagged
 
@@ -204,3 +204,13 @@ def test_every_hyper_parameter_changes_the_result(rule):
         collection.eval()
         results[str(setting)] = tuple(collection(batch).flatten().tolist())
     assert len(set(results.values())) == len(results), results
+
+
+@pytest.mark.parametrize(
+    "config", [rule.config for rule in optimizer._ALL], ids=lambda c: c.__name__
+)
+def test_settings_that_are_called_constant_are(config):
+    table = TableConfig(name="t", dim=4, optimizer=config())
+    hypers = optimizer.Hypers([table])
+    is_constant = all(np.array_equal(hypers.at(0), hypers.at(step)) for step in (1, 2, 1000, 10**9))
+    assert hypers.are_constant == is_constant

@@ -1,0 +1,172 @@
+"""The rows of a GPU store by key: the index, the slots, and what new rows begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.config import TableConfig
+from penstock.embedding import initializer, optimizer
+from penstock.embedding.gpu_batches import Counters
+from penstock.embedding.gpu_slots import SlotPool
+from penstock.errors import CapacityError
+from penstock.kernels.claim import find_or_claim
+from penstock.kernels.find import IndexView, find_slots
+from penstock.kernels.index import Claims, Index, KeyBatch, Misses
+from penstock.kernels.plan import DevicePlan
+from penstock.kernels.rows import Initial, lend_rows, make_rows
+from penstock.types import KeyedJagged
+
+
+def initial_of(tables: Sequence[TableConfig], seed: int, device: torch.device) -> Initial:
+    """What the rows of each table begin with, on the device."""
+    kinds, scales, states, seeds = [], [], [], []
+    for table in tables:
+        kinds.append(initializer.KINDS[type(table.initializer)])
+        scales.append(initializer.scale_of(table.initializer))
+        states.append(optimizer.initial_state(table.optimizer))
+        seeds.append(initializer.table_seed(seed, table.name))
+    arrays = (
+        torch.tensor(kinds, dtype=torch.int32),
+        torch.tensor(scales, dtype=torch.float32),
+        torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64)),
+        torch.tensor(states, dtype=torch.float32),
+        torch.zeros(len(tables), dtype=torch.int64),
+    )
+    return Initial(*(array.to(device) for array in arrays))
+
+
+class KeyedRows:
+    """Finds the rows of keys, and makes them."""
+
+    def __init__(
+        self, slots: SlotPool, initial: Initial, num_tables: int, name: str, device: torch.device
+    ) -> None:
+        """No rows yet.
+
+        Args:
+          slots: where rows go.
+          initial: what they begin with.
+          num_tables: of the store.
+          name: of the store, for messages.
+          device: of all arrays.
+        """
+        self.device = device
+        self.slots = slots
+        self.index = Index(device)
+        self.initial = initial
+        self.of_table = torch.zeros(num_tables, dtype=torch.int64, device=device)
+        """[T] int64 rows of each table."""
+        self._name = name
+        self._miss_counters = Counters(device, 1, torch.int64)
+
+    def has_room(self, rows: int) -> bool:
+        """Whether so many more rows fit for sure; does not wait."""
+        slots = self.slots
+        return slots.has_room(rows) and slots.most_rows + rows <= self.index.room()
+
+    def find(self, plan: DevicePlan, batch: KeyedJagged, absent: Tensor) -> tuple[Tensor, Misses]:
+        """[N] int32 slots of a batch's keys, undefined for those of other stores; and misses.
+
+        Args:
+          plan: features and tables.
+          batch: keys and offsets.
+          absent: [T] int32, what a missing key of each table gets.
+        """
+        slots, misses = self._nothing_found(batch)
+        find_slots(self._view, plan, batch, absent, slots, *misses)
+        return slots, misses
+
+    def find_or_make(self, plan: DevicePlan, batch: KeyedJagged, absent: Tensor) -> Tensor:
+        """[N] int32 slots of a batch's keys; missing ones get rows. There must be room for all."""
+        slots, misses = self._nothing_found(batch)
+        values = batch.values
+        claims = Claims(values.new_empty(3, values.numel()))
+        allocated = self.slots.allocated
+        find_or_claim(self._view, plan, batch, absent, slots, *misses, *claims, allocated)
+        keys = KeyBatch(values, batch.offsets, plan.table_of_packed, batch.batch_size)
+        self._make(keys, slots, misses, claims, values.numel())
+        return slots
+
+    def make(self, keys: KeyBatch, slots: Tensor, misses: Misses) -> None:
+        """Gives rows to missing keys and writes their slots; waits where room may be short.
+
+        Raises:
+          CapacityError: there is no memory. Nothing changed.
+        """
+        most = misses.places.numel()
+        if not self.has_room(most):
+            most = int(misses.number)
+            self._make_room(keys, misses, most, 4 * keys.keys.numel())
+        claims = self.index.claim(keys, misses, slots, self.slots.allocated)
+        self._make(keys, slots, misses, claims, most)
+
+    def lend(self, keys: KeyBatch, slots: Tensor, misses: Misses, number: int) -> None:
+        """Lets `number` missing keys read their initial values, from slots that are nobody's.
+
+        Raises:
+          CapacityError: there is no memory.
+        """
+        if not number:
+            return
+        try:
+            first = self.slots.borrow(number)
+        except MemoryError:
+            raise CapacityError(
+                f"{self._name}: no memory on {self.device} for the initial values of {number} "
+                "keys; use smaller batches"
+            ) from None
+        lend_rows(keys, misses, first, slots, self.slots.rows.values, self.initial)
+
+    def erase(self, table: int, keys: Tensor) -> int:
+        """Removes rows; waits for the device. Returns how many."""
+        freed = self.index.erase(keys, table)
+        freed = freed[freed >= 0]
+        self.of_table[table] -= len(freed)
+        self.slots.release(freed)
+        return len(freed)
+
+    @property
+    def _view(self) -> IndexView:
+        index = self.index
+        return IndexView(index.entries, index.num_buckets, index.salt)
+
+    def _nothing_found(self, batch: KeyedJagged) -> tuple[Tensor, Misses]:
+        values = batch.values
+        slots = torch.empty_like(values, dtype=torch.int32)
+        return slots, Misses(torch.empty_like(values), self._miss_counters.take())
+
+    def _make(
+        self, keys: KeyBatch, slots: Tensor, misses: Misses, claims: Claims, most: int
+    ) -> None:
+        made = slots, self.of_table, self.slots.rows, self.initial
+        make_rows(self.index, keys, misses, claims, self.slots.slots, *made)
+        self.slots.take(most)
+
+    def _make_room(self, keys: KeyBatch, misses: Misses, most: int, wish: int) -> None:
+        """Makes room for `most` rows, and for `wish` if memory is plenty, so as not to ask again.
+
+        Raises:
+          CapacityError: there is none, not even for the different keys alone.
+        """
+        bytes_each = self.slots.row_bytes + 32
+        if self.device.type == "cuda":
+            wish = min(wish, torch.cuda.mem_get_info(self.device)[0] // 4 // bytes_each)
+        for wanted in (max(most, wish), most, None):
+            if wanted is None:
+                places = misses.places[: int(misses.number)]
+                pairs = torch.stack([keys.keys[places], keys.tables_of(places)], 1)
+                wanted = len(torch.unique(pairs, dim=0))
+            try:
+                self.slots.reserve(wanted)
+                self.index.reserve(self.slots.most_rows + wanted)
+            except MemoryError:
+                continue
+            return
+        raise CapacityError(
+            f"{self._name} cannot grow beyond {self.slots.num_rows()} rows: no memory on "
+            f"{self.device}; use a GPU with more memory, smaller tables or max_bytes with eviction"
+        )
