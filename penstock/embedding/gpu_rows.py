@@ -64,9 +64,8 @@ class KeyedRows:
         self._miss_counters = Counters(device, 1, torch.int64)
 
     def has_room(self, rows: int) -> bool:
-        """Whether so many more rows fit for sure; does not wait."""
-        slots = self.slots
-        return slots.has_room(rows) and slots.most_rows + rows <= self.index.room()
+        """Whether so many more rows fit for sure; may wait for an insertion before."""
+        return self.slots.has_room(rows, self.index.room())
 
     def find(self, plan: DevicePlan, batch: KeyedJagged, absent: Tensor) -> tuple[Tensor, Misses]:
         """[N] int32 slots of a batch's keys, undefined for those of other stores; and misses.
@@ -144,7 +143,7 @@ class KeyedRows:
     ) -> None:
         made = slots, self.of_table, self.slots.rows, self.initial
         make_rows(self.index, keys, misses, claims, self.slots.slots, *made)
-        self.slots.take(most)
+        self.slots.take(most, self.index.room())
 
     def _make_room(self, keys: KeyBatch, misses: Misses, most: int, wish: int) -> None:
         """Makes room for `most` rows, and for `wish` if memory is plenty, so as not to ask again.

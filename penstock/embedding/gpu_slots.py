@@ -1,10 +1,15 @@
 """Slots of the rows of a GPU store: which are free, which are taken, without waiting for the GPU.
 
-Insertions count the rows they make on the device (`allocated`); the host knows a bound of it, and
-asks for the number itself only where the bound says that room may be short.
+Insertions count the rows they make on the device (`allocated`); the host knows a bound of it. Where
+the bound says that room may be short soon, the number itself is sent to the host after every
+insertion, and the host waits for the oldest of those on their way that says there is room: the GPU
+has later steps to work on meanwhile.
 """
 
 from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +22,17 @@ from penstock.kernels.rows import Slots
 MAX_SLOTS = 2**31 - 1
 _CALLS_AHEAD = 8
 """So many calls before room may be short, the host begins to ask how much is taken."""
+_MOST_ON_THEIR_WAY = 16
+
+
+class _Message(NamedTuple):
+    """A value of `allocated` on its way to the host."""
+
+    arrived: torch.cuda.Event
+    place: int
+    """In pinned memory."""
+    taken: int
+    """Rows that had been taken at most when it was sent."""
 
 
 class SlotPool:
@@ -60,11 +76,13 @@ class SlotPool:
         """[1] int64 slots taken since `free` was made; those of `free` first."""
         self.free = torch.empty(0, dtype=torch.int64, device=device)
         self.first_unused = num_defaults
-        self._num_pinned: Tensor | None = None
-        self._known_by: torch.cuda.Event | None = None
-        self._most_allocated = 0
-        # Keys inserted after the number that is on its way to the host was copied.
-        self._since_copy = 0
+        self._pinned: Tensor | None = None
+        self._messages: deque[_Message] = deque()
+        self._num_sent = 0
+        # Of all insertions, at most; `allocated` is no more than `_known` and what came after it.
+        self._taken = 0
+        self._known = 0
+        self._taken_when_known = 0
 
     @property
     def capacity(self) -> int:
@@ -78,7 +96,7 @@ class SlotPool:
 
     @property
     def most_rows(self) -> int:
-        """No more rows are there."""
+        """A bound of the rows."""
         return self.first_unused - self.num_defaults - len(self.free) + self._most_allocated
 
     @property
@@ -91,13 +109,20 @@ class SlotPool:
         self._learn(int(self.allocated))
         return self.most_rows
 
-    def has_room(self, rows: int) -> bool:
-        """Whether so many more rows fit into the memory that there is. Does not wait."""
-        if self._known_by is not None and self._known_by.query():  # type: ignore[no-untyped-call]
-            assert self._num_pinned is not None
-            self._most_allocated = int(self._num_pinned) + self._since_copy
-            self._known_by = None
-        return self._end_of(rows) <= self.capacity + self.num_defaults
+    def has_room(self, rows: int, most_rows: int) -> bool:
+        """Whether so many more rows fit into the memory that there is, and are `most_rows` then.
+
+        Waits for insertions before, one after the other, as long as they may say so.
+        """
+        while not self._fit(rows, most_rows):
+            if not self._messages:
+                return False
+            message = self._messages.popleft()
+            message.arrived.synchronize()
+            assert self._pinned is not None
+            self._known = int(self._pinned[message.place])
+            self._taken_when_known = message.taken
+        return True
 
     def reserve(self, rows: int) -> None:
         """Makes room for so many more rows; waits for the device.
@@ -108,19 +133,29 @@ class SlotPool:
         self._learn(int(self.allocated))
         self._grow(self._end_of(rows))
 
-    def take(self, rows: int) -> None:
-        """Notes that at most so many rows have been made; call it after the insertion."""
-        self._most_allocated += rows
-        self._since_copy += rows
+    def take(self, rows: int, most_rows: int) -> None:
+        """Notes that at most so many rows have been made; call it after the insertion.
+
+        Args:
+          rows: of this insertion, at most.
+          most_rows: as later calls of `has_room` will give it.
+        """
+        self._taken += rows
         # Only where it will be asked for soon: a copy costs the host as much as a kernel.
-        is_short = self._end_of(_CALLS_AHEAD * rows) > self.capacity + self.num_defaults
-        if is_short and self.allocated.is_cuda and self._known_by is None:
-            if self._num_pinned is None:
-                self._num_pinned = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-            self._num_pinned.copy_(self.allocated, non_blocking=True)
-            self._known_by = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._known_by.record()
-            self._since_copy = 0
+        if self.allocated.is_cuda and not self._fit(_CALLS_AHEAD * rows, most_rows):
+            self._send()
+
+    def _send(self) -> None:
+        if self._pinned is None:
+            self._pinned = torch.zeros(_MOST_ON_THEIR_WAY, dtype=torch.int64, pin_memory=True)
+        if len(self._messages) == _MOST_ON_THEIR_WAY:
+            return
+        place = self._num_sent % _MOST_ON_THEIR_WAY
+        self._num_sent += 1
+        self._pinned[place : place + 1].copy_(self.allocated, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        self._messages.append(_Message(arrived, place, self._taken))
 
     def release(self, slots: Tensor) -> None:
         """Gives slots back: [n] int64, distinct. Waits for the device."""
@@ -155,8 +190,17 @@ class SlotPool:
         uses[: self.num_defaults] += 1
         assert bool((uses == 1).all()), "a slot is used twice or lost"
 
+    @property
+    def _most_allocated(self) -> int:
+        return self._known + self._taken - self._taken_when_known
+
     def _learn(self, allocated: int) -> None:
-        self._most_allocated, self._since_copy, self._known_by = allocated, 0, None
+        self._known, self._taken_when_known = allocated, self._taken
+        self._messages.clear()
+
+    def _fit(self, rows: int, most_rows: int) -> bool:
+        has_memory = self._end_of(rows) <= self.capacity + self.num_defaults
+        return has_memory and self.most_rows + rows <= most_rows
 
     def _end_of(self, rows: int) -> int:
         """All slots are below it if so many more rows come."""

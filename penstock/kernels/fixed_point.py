@@ -6,8 +6,6 @@ the largest, then for the sum. Pieces of long segments learn the segment's large
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -20,9 +18,10 @@ _LARGEST: tl.constexpr = tl.constexpr(0x7F7FFFFF)
 @triton.jit
 def sources_of(sources, place, first, length, KEYS: tl.constexpr):
     """Where the gradients of the keys `first` to `first + KEYS` of pieces begin, each [R]."""
-    found: Any = ()
+    found = ()
     for k in tl.static_range(KEYS):
-        found = found + (tl.load(sources + place + first + k, mask=first + k < length, other=0),)
+        source = tl.load(sources + place + first + k, mask=first + k < length, other=0)
+        found = found + (source,)  # type: ignore[assignment]
     return found
 
 

@@ -52,6 +52,9 @@ from penstock.kernels.tiles import (
     warp_tile,
 )
 
+_LONG_PROGRAMS = 4224
+"""Enough to fill any GPU; most batches have fewer long segments."""
+
 
 @triton.jit
 def _load_pieces(pieces, num_keys, piece, count, BACK: tl.constexpr, TABLES: tl.constexpr):
@@ -310,7 +313,7 @@ def _step(
         largest = torch.empty(2 * windows, dtype=torch.int32, device=device)
     shares = (grad, sources, sources if factors is None else factors)
     programs = programs_of(device, compiled.columns)
-    grid, long_grid = (min(num_keys, programs),), (min(windows, programs),)
+    grid, long_grid = (min(num_keys, programs),), (min(windows, _LONG_PROGRAMS),)
     if options.exact:
         launch(
             largest_kernel,
