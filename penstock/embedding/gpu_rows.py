@@ -39,6 +39,9 @@ def initial_of(tables: Sequence[TableConfig], seed: int, device: torch.device) -
     return Initial(*(array.to(device) for array in arrays))
 
 
+_FEWEST_KEYS = 1 << 17
+
+
 class KeyedRows:
     """Finds the rows of keys, and makes them."""
 
@@ -83,10 +86,15 @@ class KeyedRows:
         """[N] int32 slots of a batch's keys; missing ones get rows. There must be room for all."""
         slots, misses = self._nothing_found(batch)
         values = batch.values
-        claims = Claims(values.new_empty(3, values.numel()))
-        allocated = self.slots.allocated
-        find_or_claim(self._view, plan, batch, absent, slots, *misses, *claims, allocated)
         keys = KeyBatch(values, batch.offsets, plan.table_of_packed, batch.batch_size)
+        allocated = self.slots.allocated
+        if values.numel() < _FEWEST_KEYS:
+            # One launch less; but many keys, most of which are there, are found faster alone.
+            claims = Claims(values.new_empty(3, values.numel()))
+            find_or_claim(self._view, plan, batch, absent, slots, *misses, *claims, allocated)
+        else:
+            find_slots(self._view, plan, batch, absent, slots, *misses)
+            claims = self.index.claim(keys, misses, slots, allocated)
         self._make(keys, slots, misses, claims, values.numel())
         return slots
 

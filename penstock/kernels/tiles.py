@@ -21,15 +21,11 @@ def power_of_two(dim: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def programs_of(device: torch.device, columns: int) -> int:
-    """Programs of a kernel that goes over vectors in strides: some waves of a full device.
-
-    More where vectors are long: a program's turns then differ more, and the last wave is shorter.
-    """
+def full_device(device: torch.device) -> int:
+    """Programs of one warp that run at once, at most."""
     if device.type != "cuda":
         return 4
-    waves = 8 if columns >= 64 else 3
-    return 32 * waves * torch.cuda.get_device_properties(device).multi_processor_count
+    return 32 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def warp_tile(columns: int) -> tuple[int, int]:

@@ -47,13 +47,13 @@ from penstock.kernels.tiles import (
     ELEMENTS_PER_WARP,
     REGISTERS,
     WIDE_REGISTERS,
+    full_device,
     power_of_two,
-    programs_of,
     warp_tile,
 )
 
-_LONG_PROGRAMS = 4224
-"""Enough to fill any GPU; most batches have fewer long segments."""
+_OTHER_WAVES, _SHORT_WAVES = 4, 2
+"""How often the programs of an update fill the device."""
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def _load_pieces(pieces, num_keys, piece, count, BACK: tl.constexpr, TABLES: tl.
 
 @triton.jit
 def _step_pieces(
-    values, state, usage, grad, scratch, largest, sources, factors, pieces, count, num_keys, hypers,
-    step_seed, now, half_life,
+    values, state, usage, grad, scratch, largest, sources, factors, pieces, count, num_keys,
+    program, programs, hypers, step_seed, now, half_life,
     D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BACK: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr, TABLES: tl.constexpr,
     RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr, ONE_HYPER: tl.constexpr,
@@ -83,7 +83,7 @@ def _step_pieces(
     """This program's part of one of the two lists."""
     column = tl.arange(0, COLUMNS)
     is_column = (column < D)[None, :]
-    begin, stride = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+    begin, stride = program * ROWS, programs * ROWS
     piece = begin + tl.arange(0, ROWS)
     # What comes next is known before this is done: two pieces ahead where they lie, one ahead where
     # their gradients do.
@@ -136,23 +136,31 @@ def _step_pieces(
 @triton.jit
 def _pieces_kernel(
     values, state, usage, grad, scratch, largest, sources, factors, pieces, counts, num_keys,
-    hypers, step_seed, now, half_life,
+    other_programs, hypers, step_seed, now, half_life,
     D: tl.constexpr, COLUMNS: tl.constexpr, SHORT_ROWS: tl.constexpr, SHORT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr,
     TABLES: tl.constexpr, RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr,
     ONE_HYPER: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    # The long ones first: what takes longest should not come last.
-    _step_pieces(
-        values, state, usage, grad, scratch, largest, sources, factors, pieces, tl.load(counts + 1),
-        num_keys, hypers, step_seed, now, half_life, D, COLUMNS, ROWS, KEYS, True, WINDOW, FACTORS,
-        TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
-    )  # fmt: skip
-    _step_pieces(
-        values, state, usage, grad, scratch, largest, sources, factors, pieces, tl.load(counts),
-        num_keys, hypers, step_seed, now, half_life, D, COLUMNS, SHORT_ROWS, SHORT, False, WINDOW,
-        FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
-    )  # fmt: skip
+    # Programs are started in order: those of the other pieces first, which differ in length, some
+    # pieces each, so that whoever is done early takes the next; then those of the short ones, which
+    # are all alike, in long strides.
+    program = tl.program_id(0)
+    if program < other_programs:
+        _step_pieces(
+            values, state, usage, grad, scratch, largest, sources, factors, pieces,
+            tl.load(counts + 1), num_keys, program, other_programs, hypers, step_seed, now,
+            half_life, D, COLUMNS, ROWS, KEYS, True, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT,
+            ONE_HYPER, WORDS,
+        )  # fmt: skip
+    else:
+        _step_pieces(
+            values, state, usage, grad, scratch, largest, sources, factors, pieces,
+            tl.load(counts), num_keys, program - other_programs,
+            tl.num_programs(0) - other_programs, hypers, step_seed, now, half_life, D, COLUMNS,
+            SHORT_ROWS, SHORT, False, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER,
+            WORDS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -312,12 +320,14 @@ def _step(
     if options.exact:
         largest = torch.empty(2 * windows, dtype=torch.int32, device=device)
     shares = (grad, sources, sources if factors is None else factors)
-    programs = programs_of(device, compiled.columns)
-    grid, long_grid = (min(num_keys, programs),), (min(windows, _LONG_PROGRAMS),)
+    full = full_device(device)
+    others = min(_OTHER_WAVES * full, num_keys // (SHORT + 1) + 1)
+    shorts = min(_SHORT_WAVES * full, -(-num_keys // compiled.pieces["SHORT_ROWS"]))
+    long_grid = (min(windows, full),)
     if options.exact:
         launch(
             largest_kernel,
-            grid,
+            (min(num_keys, 2 * full),),
             (largest, *shares, pieces, counts, num_keys),
             **compiled.largest,
         )
@@ -330,8 +340,8 @@ def _step(
         )
     launch(
         _pieces_kernel,
-        grid,
-        (*rows, grad, scratch, largest, *shares[1:], pieces, counts, num_keys, *numbers),
+        (others + shorts,),
+        (*rows, grad, scratch, largest, *shares[1:], pieces, counts, num_keys, others, *numbers),
         **compiled.pieces,
     )
     launch(
