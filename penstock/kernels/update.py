@@ -52,7 +52,7 @@ from penstock.kernels.tiles import (
     warp_tile,
 )
 
-_OTHER_WAVES, _SHORT_WAVES = 4, 2
+_OTHER_WAVES, _SHORT_WAVES, _LONG_WAVES = 8, 2, 3
 """How often the programs of an update fill the device."""
 
 
@@ -297,7 +297,7 @@ def _compiled(dim: int, state_dim: int, options: RuleOptions, has_factors: bool)
     return _Compiled(
         columns,
         {"SHORT_ROWS": max(1, vectors // SHORT), "SHORT": SHORT, **of_pieces, **rule},
-        {"PARTS": vectors, **tile, **rule},
+        {"PARTS": 2 * vectors, **tile, **options.compiled(), "num_warps": num_warps},
         {**of_pieces, "num_warps": num_warps},
     )
 
@@ -323,7 +323,7 @@ def _step(
     full = full_device(device)
     others = min(_OTHER_WAVES * full, num_keys // (SHORT + 1) + 1)
     shorts = min(_SHORT_WAVES * full, -(-num_keys // compiled.pieces["SHORT_ROWS"]))
-    long_grid = (min(windows, full),)
+    long_grid = (min(windows, _LONG_WAVES * full),)
     if options.exact:
         launch(
             largest_kernel,
