@@ -77,12 +77,17 @@ class GpuLookup:
         if device.type != "cuda" or self.slots.numel() < _FEWEST_KEYS:
             self._grouping = group()
             return
-        stream = _side_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        stream, begin, self._is_grouped = _side(device)
+        current = torch.cuda.current_stream(device)
+        begin.record(current)
+        stream.wait_event(begin)
+        # Not by a context manager, which takes as long as three kernels to start.
+        torch.cuda.set_stream(stream)
+        try:
             self._grouping = group()
-            self._is_grouped = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._is_grouped.record(stream)
+        finally:
+            torch.cuda.set_stream(current)
         weights = [] if self.batch.weights is None else [self.batch.weights]
         for tensor in (self.slots, counts, self.batch.values, self.batch.offsets, *weights):
             tensor.record_stream(stream)
@@ -91,11 +96,9 @@ class GpuLookup:
         """What `group_ahead` made, for the current stream."""
         if self._grouping is None or self._is_grouped is None:
             return self._grouping
-        stream = torch.cuda.current_stream(self.slots.device)
-        stream.wait_event(self._is_grouped)
-        for part in self._grouping:
-            if isinstance(part, Tensor):
-                part.record_stream(stream)
+        # What the grouping holds is made on the side stream, and freed for it alone: the next one
+        # begins there by waiting for all that this stream has begun with it.
+        torch.cuda.current_stream(self.slots.device).wait_event(self._is_grouped)
         return self._grouping
 
 
@@ -140,9 +143,14 @@ class PlanCache:
 
 
 @lru_cache(maxsize=16)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
+    """A stream beside the current one; events of when it may begin, and when it is done.
+
+    One of each is enough: all that a stream does after an event was after the one before it too.
+    """
     # Before the gathering of vectors, whose programs would else take every processor first.
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    return stream, torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def on_device(batch: KeyedJagged, device: torch.device) -> KeyedJagged:

@@ -17,7 +17,7 @@ from penstock.kernels.claim import find_or_claim
 from penstock.kernels.find import IndexView, find_slots
 from penstock.kernels.index import Claims, Index, KeyBatch, Misses
 from penstock.kernels.plan import DevicePlan
-from penstock.kernels.rows import Initial, lend_rows, make_rows
+from penstock.kernels.rows import Count, Initial, lend_rows, make_rows
 from penstock.types import KeyedJagged
 
 
@@ -150,8 +150,9 @@ class KeyedRows:
         self, keys: KeyBatch, slots: Tensor, misses: Misses, claims: Claims, most: int
     ) -> None:
         made = slots, self.of_table, self.slots.rows, self.initial
-        make_rows(self.index, keys, misses, claims, self.slots.slots, *made)
-        self.slots.take(most, self.index.room())
+        count = Count(self.slots.allocated, self.slots.message, self.slots.num_insertions + 1)
+        make_rows(self.index, keys, misses, claims, self.slots.slots, *made, count)
+        self.slots.take(most)
 
     def _make_room(self, keys: KeyBatch, misses: Misses, most: int, wish: int) -> None:
         """Makes room for `most` rows, and for `wish` if memory is plenty, so as not to ask again.

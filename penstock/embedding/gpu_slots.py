@@ -1,15 +1,15 @@
 """Slots of the rows of a GPU store: which are free, which are taken, without waiting for the GPU.
 
-Insertions count the rows they make on the device (`allocated`); the host knows a bound of it. Where
-the bound says that room may be short soon, the number itself is sent to the host after every
-insertion, and the host waits for the oldest of those on their way that says there is room: the GPU
+Insertions count the rows they make on the device (`allocated`); the host knows a bound of it. Every
+insertion writes the count to memory of the host as well, with its own number. Where the bound says
+that there is no room, the host waits for a count that says there is, the oldest that may: the GPU
 has later steps to work on meanwhile.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,22 +17,13 @@ from torch import Tensor
 from penstock.embedding.store import RowLayout
 from penstock.kernels.arena import Arena
 from penstock.kernels.occurrences import RowArrays
-from penstock.kernels.rows import Slots
+from penstock.kernels.rows import COUNT_BITS, Slots
 
 MAX_SLOTS = 2**31 - 1
-_CALLS_AHEAD = 8
-"""So many calls before room may be short, the host begins to ask how much is taken."""
-_MOST_ON_THEIR_WAY = 16
-
-
-class _Message(NamedTuple):
-    """A value of `allocated` on its way to the host."""
-
-    arrived: torch.cuda.Event
-    place: int
-    """In pinned memory."""
-    taken: int
-    """Rows that had been taken at most when it was sent."""
+_POLL_S = 20e-6
+_POLLS = 500
+"""After so many the device is waited for, which raises what went wrong there."""
+_COUNT_BITS = int(COUNT_BITS.value)
 
 
 class SlotPool:
@@ -76,9 +67,12 @@ class SlotPool:
         """[1] int64 slots taken since `free` was made; those of `free` first."""
         self.free = torch.empty(0, dtype=torch.int64, device=device)
         self.first_unused = num_defaults
-        self._pinned: Tensor | None = None
-        self._messages: deque[_Message] = deque()
-        self._num_sent = 0
+        self.message = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        """[1] int64 on the host: number of an insertion, and `allocated` after it."""
+        self._message = self.message.numpy()
+        self.num_insertions = 0
+        # Number of each insertion whose count has not been read, and rows taken with it at most.
+        self._awaited: deque[tuple[int, int]] = deque()
         # Of all insertions, at most; `allocated` is no more than `_known` and what came after it.
         self._taken = 0
         self._known = 0
@@ -114,15 +108,27 @@ class SlotPool:
 
         Waits for insertions before, one after the other, as long as they may say so.
         """
+        polls = 0
         while not self._fit(rows, most_rows):
-            if not self._messages:
+            if not self._awaited:
                 return False
-            message = self._messages.popleft()
-            message.arrived.synchronize()
-            assert self._pinned is not None
-            self._known = int(self._pinned[message.place])
-            self._taken_when_known = message.taken
+            if not self._read():
+                polls += 1
+                if polls > _POLLS:
+                    torch.cuda.synchronize(self.allocated.device)
+                else:
+                    time.sleep(_POLL_S)
         return True
+
+    def _read(self) -> bool:
+        """Takes in the newest count that has come; False: none since the last."""
+        word = int(self._message[0])
+        number, has_come = word >> _COUNT_BITS, False
+        while self._awaited and self._awaited[0][0] <= number:
+            self._taken_when_known = self._awaited.popleft()[1]
+            self._known = word & ((1 << _COUNT_BITS) - 1)
+            has_come = True
+        return has_come
 
     def reserve(self, rows: int) -> None:
         """Makes room for so many more rows; waits for the device.
@@ -133,29 +139,15 @@ class SlotPool:
         self._learn(int(self.allocated))
         self._grow(self._end_of(rows))
 
-    def take(self, rows: int, most_rows: int) -> None:
+    def take(self, rows: int) -> None:
         """Notes that at most so many rows have been made; call it after the insertion.
 
-        Args:
-          rows: of this insertion, at most.
-          most_rows: as later calls of `has_room` will give it.
+        Its kernel must have written `message` with the number `num_insertions` + 1.
         """
         self._taken += rows
-        # Only where it will be asked for soon: a copy costs the host as much as a kernel.
-        if self.allocated.is_cuda and not self._fit(_CALLS_AHEAD * rows, most_rows):
-            self._send()
-
-    def _send(self) -> None:
-        if self._pinned is None:
-            self._pinned = torch.zeros(_MOST_ON_THEIR_WAY, dtype=torch.int64, pin_memory=True)
-        if len(self._messages) == _MOST_ON_THEIR_WAY:
-            return
-        place = self._num_sent % _MOST_ON_THEIR_WAY
-        self._num_sent += 1
-        self._pinned[place : place + 1].copy_(self.allocated, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        self._messages.append(_Message(arrived, place, self._taken))
+        self.num_insertions += 1
+        self._awaited.append((self.num_insertions, self._taken))
+        self._read()
 
     def release(self, slots: Tensor) -> None:
         """Gives slots back: [n] int64, distinct. Waits for the device."""
@@ -196,7 +188,7 @@ class SlotPool:
 
     def _learn(self, allocated: int) -> None:
         self._known, self._taken_when_known = allocated, self._taken
-        self._messages.clear()
+        self._awaited.clear()
 
     def _fit(self, rows: int, most_rows: int) -> bool:
         has_memory = self._end_of(rows) <= self.capacity + self.num_defaults

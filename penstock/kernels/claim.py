@@ -114,7 +114,7 @@ def claim_entries(
         tl.store(entries + mine * 2, key, mask=has_won)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "num_keys"])
 def claim_kernel(
     entries, num_buckets, salt, keys, offsets, tables, batch_size, num_features, missing,
     num_missing, found, winner, num_keys, allocated, BLOCK: tl.constexpr,
@@ -135,7 +135,7 @@ def claim_kernel(
         first += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "num_keys"])
 def _find_or_claim_kernel(
     slots, missing, counter, entries, num_buckets, salt, keys, offsets, packed_feature, table_of,
     absent, batch_size, winner, num_keys, allocated, KEYS: tl.constexpr,

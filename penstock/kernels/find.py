@@ -68,7 +68,7 @@ def store_slots(slots, missing, counter, place, is_key, slot, instead):
         tl.store(missing + rank, place, mask=is_missing)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def _find_kernel(
     slots,
     missing,

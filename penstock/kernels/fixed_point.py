@@ -91,7 +91,7 @@ def from_units(units, largest):
     return tl.where(largest <= _LARGEST, total, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def largest_kernel(
     largest,
     grad,

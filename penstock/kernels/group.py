@@ -70,7 +70,7 @@ def bag_of(offsets, num_bags, num_keys, position, is_key):
     return last_not_above(offsets, low, high, position, is_key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys", "batch_size", "num_bags", "first_row"])
 def _describe_kernel(
     sources,
     factors,
@@ -158,7 +158,7 @@ def _earlier(a, b):
     return tl.minimum(a, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys", "batch_size"])
 def _list_kernel(
     sources,
     factors,

@@ -96,7 +96,7 @@ class Claims(NamedTuple):
         return self.of_keys[2]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "count"])
 def _find(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_features, count, found,
           absent, missing, counter, BLOCK: tl.constexpr):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -109,7 +109,7 @@ def _find(entries, num_buckets, salt, keys, offsets, tables, batch_size, num_fea
     store_slots(found, missing, counter, n, active, payload, instead)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "num_keys"])
 def _settle(entries, offsets, tables, batch_size, num_features, missing, num_missing, winner,
             num_keys, payloads, BLOCK: tl.constexpr):  # fmt: skip
     entry = winner + num_keys

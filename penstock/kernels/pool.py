@@ -20,7 +20,7 @@ _SQRT_N: tl.constexpr = tl.constexpr(2)
 _SMALLEST_DIVISOR: tl.constexpr = tl.constexpr(2.0**-126)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_bags", "batch_size"])
 def _bag_scales_kernel(
     scales,
     weights,
@@ -72,7 +72,7 @@ def _vectors(values, slots, weights, place, inside, D: tl.constexpr, COLUMNS: tl
     return vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def _pool_kernel(
     out,
     values,

@@ -17,6 +17,8 @@ from penstock.kernels.probe import PAYLOAD_BITS, initial_values, narrowed, row_s
 
 _ROWS = 256 if is_interpreted() else 16
 _PROGRAMS = 2048
+COUNT_BITS = tl.constexpr(32)
+"""Of the word that tells the host how many rows there are, below the insertion's number."""
 
 
 class Initial(NamedTuple):
@@ -34,6 +36,17 @@ class Initial(NamedTuple):
     """[T] int64: the time, in the unit of the table's eviction."""
 
 
+class Count(NamedTuple):
+    """How the host learns how many rows there are."""
+
+    allocated: Tensor
+    """[1] int64 rows made so far, on the device."""
+    message: Tensor
+    """[1] int64 in memory of the host that the device may write: `number`, then `allocated`."""
+    number: int
+    """Of this insertion; below 2^31."""
+
+
 class Slots(NamedTuple):
     """Where new rows go: rank r takes `free[r]`, beyond those `first_unused` and following."""
 
@@ -42,16 +55,20 @@ class Slots(NamedTuple):
     first_unused: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "num_keys", "num_free", "first_unused", "number"])
 def _make_rows(entries, keys, offsets, tables, batch_size, num_features, missing, num_missing,
                winner, num_keys, free, num_free, first_unused, found, rows_of_table,
-               values, state, usage, kinds, scales, seeds, states, nows,
+               values, state, usage, kinds, scales, seeds, states, nows, allocated, message,
+               number,
                D: tl.constexpr, S: tl.constexpr, U: tl.constexpr, COLUMNS: tl.constexpr,
                STATES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     entry = winner + num_keys
     rank = entry + num_keys
     count = tl.load(num_missing)
     first = tl.program_id(0).to(tl.int64) * BLOCK
+    if tl.program_id(0) == 0:
+        # One word: the host must not see half of it.
+        tl.store(message, (first + number << COUNT_BITS) | tl.load(allocated))
     while first < count:
         i = first + tl.arange(0, BLOCK)
         active = i < count
@@ -98,7 +115,7 @@ def _make_rows(entries, keys, offsets, tables, batch_size, num_features, missing
         first += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "first_unused"])
 def _lend_rows(keys, offsets, tables, batch_size, num_features, missing, num_missing, first_unused,
                found, values, kinds, scales, seeds, D: tl.constexpr, COLUMNS: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
@@ -149,6 +166,7 @@ def make_rows(
     rows_of_table: Tensor,
     rows: RowArrays,
     initial: Initial,
+    count: Count,
 ) -> None:
     """Gives rows to the winners of `claims`, and their slots to all keys that met them.
 
@@ -162,6 +180,7 @@ def make_rows(
       rows_of_table: [T] int64, rises by the rows of each.
       rows: where.
       initial: what they begin with.
+      count: is written for the host.
     """
     num_keys = batch.keys.numel()
     if not num_keys:
@@ -183,6 +202,7 @@ def make_rows(
             rows_of_table,
             *rows,
             *initial,
+            *count,
         ),
         D=dims[0],
         S=dims[1],

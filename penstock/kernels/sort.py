@@ -14,7 +14,7 @@ MOST_COUNTED = 1 << 14
 sort takes a dozen."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])
 def _rank_kernel(sorted_words, order, words, num, MINE: tl.constexpr, OTHERS: tl.constexpr):
     position = tl.program_id(0) * MINE + tl.arange(0, MINE)
     is_mine = position < num

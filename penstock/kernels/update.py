@@ -133,7 +133,7 @@ def _step_pieces(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys", "other_programs", "step_seed"])
 def _pieces_kernel(
     values, state, usage, grad, scratch, largest, sources, factors, pieces, counts, num_keys,
     other_programs, hypers, step_seed, now, half_life,
@@ -172,7 +172,7 @@ def _parts(scratch, first, last, D: tl.constexpr, COLUMNS: tl.constexpr, PARTS: 
     return tl.load(there, mask=(window <= last)[:, None] & (column < D)[None, :], other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step_seed"])
 def _long_kernel(
     values,
     state,

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from penstock.kernels.arena import Arena
 from penstock.kernels.index import Index, KeyBatch, Misses, prime_from
 from penstock.kernels.occurrences import RowArrays
-from penstock.kernels.rows import Initial, Slots, make_rows, read_initial
+from penstock.kernels.rows import Count, Initial, Slots, make_rows, read_initial
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -216,14 +216,16 @@ def test_new_rows_begin_as_the_initializer_says(dtype, dim, state_dim, usage_dim
     inserter.index.reserve(1000)
     found, misses = inserter.find(batch)
     claims = inserter.index.claim(batch, misses, found, inserter.allocated)
-    make_rows(
-        inserter.index, batch, misses, claims, Slots(free, 100), found, rows_of_table, rows, initial
-    )
+    message = torch.zeros(1, dtype=torch.int64, pin_memory=DEVICE.type == "cuda")
+    count = Count(inserter.allocated, message, 2**31 - 1)
+    made = found, rows_of_table, rows, initial
+    make_rows(inserter.index, batch, misses, claims, Slots(free, 100), *made, count)
     again, misses = inserter.find(batch)
     assert int(misses.number) == 0
     assert torch.equal(again, found)
     tables = tables_of(batch)
     num = int(inserter.allocated)
+    assert int(message) == (2**31 - 1) << 32 | num
     used = torch.cat([free, torch.arange(100, 97 + num, device=DEVICE)])
     assert torch.equal(found.unique().long(), used.sort().values)
     assert rows_of_table.tolist() == [len(batch.keys[tables == t].unique()) for t in range(3)]
