@@ -52,8 +52,8 @@ from penstock.kernels.tiles import (
     warp_tile,
 )
 
-_OTHER_WAVES, _SHORT_WAVES, _LONG_WAVES = 8, 2, 3
-"""How often the programs of an update fill the device."""
+_SHORT_WAVES = 2
+"""How often the programs for short pieces fill the device."""
 
 
 @triton.jit
@@ -278,7 +278,9 @@ def _signed_word(word: int) -> int:
 class _Compiled(NamedTuple):
     """Constants of the kernels of an update."""
 
-    columns: int
+    other_waves: int
+    """How often the programs for other pieces fill the device."""
+    long_waves: int
     pieces: dict[str, int]
     long: dict[str, int]
     largest: dict[str, int]
@@ -294,8 +296,10 @@ def _compiled(dim: int, state_dim: int, options: RuleOptions, has_factors: bool)
     rule = {**options.compiled(), "num_warps": num_warps}
     if not options.exact and columns <= ELEMENTS_PER_WARP:
         rule["maxnreg"] = REGISTERS if state_dim <= 1 else WIDE_REGISTERS
+    is_wide = columns >= 64
     return _Compiled(
-        columns,
+        8 if is_wide else 2,  # a program takes fewer wide pieces at once
+        3 if is_wide else 1,
         {"SHORT_ROWS": max(1, vectors // SHORT), "SHORT": SHORT, **of_pieces, **rule},
         {"PARTS": 2 * vectors, **tile, **options.compiled(), "num_warps": num_warps},
         {**of_pieces, "num_warps": num_warps},
@@ -321,9 +325,9 @@ def _step(
         largest = torch.empty(2 * windows, dtype=torch.int32, device=device)
     shares = (grad, sources, sources if factors is None else factors)
     full = full_device(device)
-    others = min(_OTHER_WAVES * full, num_keys // (SHORT + 1) + 1)
+    others = min(compiled.other_waves * full, num_keys // (SHORT + 1) + 1)
     shorts = min(_SHORT_WAVES * full, -(-num_keys // compiled.pieces["SHORT_ROWS"]))
-    long_grid = (min(windows, _LONG_WAVES * full),)
+    long_grid = (min(windows, compiled.long_waves * full),)
     if options.exact:
         launch(
             largest_kernel,
