@@ -1,7 +1,7 @@
 """The C++ core (csrc/bindings.cc). Arrays are C-contiguous numpy arrays."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -294,6 +294,38 @@ def transform_numbers(
         the end; -1: there is none.
       row: its first such row.
     """
+
+class ColumnReader:
+    """The values of a Parquet column of numbers, row group after row group."""
+
+    def __init__(self, word_bytes: int, optional: bool) -> None:
+        """Of values of 4 or 8 bytes; `optional`: there may be nulls."""
+
+    def read(
+        self,
+        n: int,
+        next_chunk: Callable[[], tuple[NDArray[np.uint8], int, bool]],
+        open_page: Callable[[NDArray[np.uint8], int, int | None, int | None], NDArray[np.uint8]],
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, int]:
+        """Reads the next `n` values.
+
+        Args:
+          n: how many.
+          next_chunk: gives the bytes of the column in the next row group, how many values it has
+            there, and whether its pages are not compressed.
+          open_page: gives a page, uncompressed: of the page as it lies in the file, how many bytes
+            to leave out in front, how many bytes the rest has uncompressed (None: it is not
+            compressed), and the CRC-32 of the page (None: not known). Not called where there is
+            nothing to do.
+
+        Returns:
+          values: [bytes] 0 where they are null.
+          valid: [bits / 8] set where there is no null; None unless `optional`.
+          nulls: how many.
+
+        Raises:
+          ValueError: the pages are damaged.
+        """
 
 def shuffle(key0: int, key1: int, n: int) -> NDArray[np.int64]:
     """[n] a random order of 0 to n - 1: the one that sorts the bits of numpy's Philox.
