@@ -56,20 +56,24 @@ def plain_columns(footer: pq.FileMetaData) -> dict[str, PlainColumn]:
     return found
 
 
+class ChunkPlace(NamedTuple):
+    """Where a column of a row group lies in its file."""
+
+    begin: int
+    size: int
+    rows: int
+    codec: str | None
+
+
 class ColumnReader:
     """Reads one column of several row groups in order. Use it from one thread."""
 
     def __init__(
-        self,
-        file: pa.NativeFile,
-        footer: pq.FileMetaData,
-        column: PlainColumn,
-        groups: Sequence[int],
+        self, file: pa.NativeFile, column: PlainColumn, chunks: Sequence[ChunkPlace]
     ) -> None:
         self._file = file
-        self._footer = footer
-        self._column = column
-        self._groups = iter(groups)
+        self._kind = column.kind
+        self._chunks = iter(chunks)
         self._codec: pa.Codec | None = None
         self._reader = _core.ColumnReader(column.word_bytes, column.optional)
 
@@ -81,17 +85,16 @@ class ColumnReader:
         """
         values, valid, nulls = self._reader.read(n, self._next_chunk, self._open_page)
         bits = pa.py_buffer(valid) if nulls else None
-        return pa.Array.from_buffers(self._column.kind, n, [bits, pa.py_buffer(values)], nulls)
+        return pa.Array.from_buffers(self._kind, n, [bits, pa.py_buffer(values)], nulls)
 
     def _next_chunk(self) -> tuple[NDArray[np.uint8], int, bool]:
-        chunk = self._footer.row_group(next(self._groups)).column(self._column.leaf)
-        codec = _CODECS[chunk.compression]
-        self._codec = None if codec is None else pa.Codec(codec)
-        begin = chunk.data_page_offset
-        if chunk.has_dictionary_page:
-            begin = min(begin, chunk.dictionary_page_offset)
-        given = self._file.read_at(chunk.total_compressed_size, begin)
-        return np.frombuffer(given, dtype=np.uint8), chunk.num_values, codec is None
+        chunk = next(self._chunks)
+        if chunk.codec is None:
+            self._codec = None
+        elif self._codec is None or self._codec.name != chunk.codec:
+            self._codec = pa.Codec(chunk.codec)
+        given = self._file.read_at(chunk.size, chunk.begin)
+        return np.frombuffer(given, dtype=np.uint8), chunk.rows, chunk.codec is None
 
     def _open_page(
         self, page: NDArray[np.uint8], skip: int, plain_bytes: int | None, checksum: int | None
@@ -113,18 +116,25 @@ def open_columns(
     groups: Sequence[int],
 ) -> dict[str, ColumnReader]:
     """Readers of those of the columns `names` that the core can decode in these row groups."""
-    plain = {name: known[name] for name in names if name in known}
+    chunks: dict[str, list[ChunkPlace]] = {name: [] for name in names if name in known}
     for group in map(footer.row_group, groups):
         rows = group.num_rows
-        for name, column in list(plain.items()):
-            if not _is_plain(group.column(column.leaf), rows):
-                del plain[name]
-    return {name: ColumnReader(file, footer, one, groups) for name, one in plain.items()}
+        for name in list(chunks):
+            place = _place_of(group.column(known[name].leaf), rows)
+            if place is None:
+                del chunks[name]
+            else:
+                chunks[name].append(place)
+    return {name: ColumnReader(file, known[name], places) for name, places in chunks.items()}
 
 
-def _is_plain(chunk: pq.ColumnChunkMetaData, rows: int) -> bool:
-    return (
-        chunk.num_values == rows
-        and chunk.compression in _CODECS
-        and _ENCODINGS.issuperset(chunk.encodings)
-    )
+def _place_of(chunk: pq.ColumnChunkMetaData, rows: int) -> ChunkPlace | None:
+    """None where the core cannot decode it."""
+    codec = chunk.compression
+    good = codec in _CODECS and _ENCODINGS.issuperset(chunk.encodings)
+    if not good or chunk.num_values != rows:
+        return None
+    begin = chunk.data_page_offset
+    if chunk.has_dictionary_page:
+        begin = min(begin, chunk.dictionary_page_offset)
+    return ChunkPlace(begin, chunk.total_compressed_size, rows, _CODECS[codec])

@@ -15,6 +15,12 @@ from penstock.errors import DataError
 KINDS = ("int32", "int64", "uint32", "uint64", "float32", "float64")
 
 
+@pytest.fixture(autouse=True)
+def _small_row_groups(monkeypatch):
+    """Files of tests are small."""
+    monkeypatch.setattr("penstock.data.parquet._LEAST_GROUP_ROWS", 1)
+
+
 def decode(path, names, sizes=(2**62,)):
     """The columns as the core reads them, `sizes` rows at a time in turn."""
     footer = pq.read_metadata(path)
@@ -230,6 +236,22 @@ def test_a_checksum_of_a_compressed_page(tmp_path, version):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="a page does not match its checksum"):
         decode(path, ["a"])
+
+
+def test_small_row_groups_are_left_to_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setattr("penstock.data.parquet._LEAST_GROUP_ROWS", 100)
+    monkeypatch.setattr("penstock.data.parquet_columns.ColumnReader.read", None)
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"a": numbers("int64", 990, 50, 0.1)})
+    for size, works in ((99, True), (990, False)):
+        pq.write_table(table, path, row_group_size=size)
+        source = ParquetFiles(ParquetSource(format="parquet", path=str(path)))
+        chunks = source.read(source.splits()[0], ["a"])
+        if works:
+            assert pa.concat_tables([chunk.table for chunk in chunks])["a"].equals(table["a"])
+        else:
+            with pytest.raises(TypeError):
+                next(chunks)
 
 
 def test_a_file_that_became_shorter(tmp_path):
