@@ -101,11 +101,23 @@ class CompactReader {
       case kUuid: return advance(16);
       case kBinary: return advance(varint());
       case kStruct:
-        if (depth >= kDeepest) break;
-        return read_struct([](int64_t, Type) { return false; }, depth + 1);
-      default: break;  // no page header holds lists or maps
+        if (depth < kDeepest) return read_struct([](int64_t, Type) { return false; }, depth + 1);
+        break;
+      case kList: case kSet:
+        if (depth < kDeepest) return skip_list(depth + 1);
+        break;
+      default: break;  // no page header holds maps
     }
     ok_ = false;
+  }
+
+  void skip_list(int depth) {
+    const uint8_t head = byte();
+    const auto of = static_cast<Type>(head & 15);
+    const uint64_t size = head >> 4 == 15 ? varint() : head >> 4;
+    // Within a list a truth value has a byte, so that each element has one at least.
+    const bool is_byte = of == kTrue || of == kFalse;
+    for (uint64_t i = 0; ok_ && i < size; ++i) is_byte ? advance(1) : skip(of, depth);
   }
 
   const uint8_t *at_, *end_;
@@ -148,7 +160,6 @@ template <int kWidth>
 void unpack_groups(const uint8_t* packed, size_t groups, uint32_t* out) {
   constexpr uint64_t kMask = (uint64_t{1} << kWidth) - 1;
   for (size_t g = 0; g < groups; ++g, packed += kWidth, out += 8) {
-#pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) {
       out[k] = static_cast<uint32_t>(load_word(packed + k * kWidth / 8) >> (k * kWidth & 7) & kMask);
     }
@@ -212,7 +223,6 @@ PENSTOCK_CLONES uint32_t find_largest(const uint32_t* values, size_t n) {
 // out[i] = the value of the dictionary, which need not be aligned, at indices[i].
 template <typename Word>
 void look_up(const uint8_t* dictionary, const uint32_t* indices, size_t n, Word* out) {
-#pragma GCC unroll 8
   for (size_t i = 0; i < n; ++i) std::memcpy(out + i, dictionary + indices[i] * sizeof(Word), sizeof(Word));
 }
 
@@ -221,7 +231,6 @@ template <typename Word>
 void spread(const Word* dense, const uint8_t* bits, size_t n, Word* out) {
   for (size_t i = 0; i < n; i += 8) {
     const Word byte = bits[i / 8];
-#pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) {
       const Word bit = byte >> k & 1;
       out[i + static_cast<size_t>(k)] = *dense & (0 - bit);
