@@ -295,6 +295,13 @@ def transform_numbers(
       row: its first such row.
     """
 
+def uncompress_snappy(block: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """[size] what a Snappy block of so many bytes holds.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+
 class ColumnReader:
     """The values of a Parquet column of numbers, row group after row group."""
 
@@ -304,7 +311,7 @@ class ColumnReader:
     def read(
         self,
         n: int,
-        next_chunk: Callable[[], tuple[NDArray[np.uint8], int, bool]],
+        next_chunk: Callable[[], tuple[NDArray[np.uint8], int, int]],
         open_page: Callable[[NDArray[np.uint8], int, int | None, int | None], NDArray[np.uint8]],
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, int]:
         """Reads the next `n` values.
@@ -312,11 +319,11 @@ class ColumnReader:
         Args:
           n: how many.
           next_chunk: gives the bytes of the column in the next row group, how many values it has
-            there, and whether its pages are not compressed.
-          open_page: gives a page, uncompressed: of the page as it lies in the file, how many bytes
-            to leave out in front, how many bytes the rest has uncompressed (None: it is not
-            compressed), and the CRC-32 of the page (None: not known). Not called where there is
-            nothing to do.
+            there, and whether its pages are not compressed (0), by Snappy (1) or otherwise (2).
+          open_page: called where a page has a checksum or is compressed otherwise; gives it
+            uncompressed. Its arguments: the page as it lies in the file, how many bytes to leave
+            out in front, how many bytes the rest has uncompressed (None: it is not compressed), and
+            the CRC-32 of the page (None: not known).
 
         Returns:
           values: [bytes] 0 where they are null.

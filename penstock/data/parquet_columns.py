@@ -87,14 +87,15 @@ class ColumnReader:
         bits = pa.py_buffer(valid) if nulls else None
         return pa.Array.from_buffers(self._kind, n, [bits, pa.py_buffer(values)], nulls)
 
-    def _next_chunk(self) -> tuple[NDArray[np.uint8], int, bool]:
+    def _next_chunk(self) -> tuple[NDArray[np.uint8], int, int]:
         chunk = next(self._chunks)
         if chunk.codec is None:
             self._codec = None
         elif self._codec is None or self._codec.name != chunk.codec:
             self._codec = pa.Codec(chunk.codec)
         given = self._file.read_at(chunk.size, chunk.begin)
-        return np.frombuffer(given, dtype=np.uint8), chunk.rows, chunk.codec is None
+        codec = {None: 0, "snappy": 1}.get(chunk.codec, 2)
+        return np.frombuffer(given, dtype=np.uint8), chunk.rows, codec
 
     def _open_page(
         self, page: NDArray[np.uint8], skip: int, plain_bytes: int | None, checksum: int | None

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock import _core
 from penstock.config import ParquetSource
 from penstock.data.parquet import ParquetFiles
 from penstock.data.parquet_columns import open_columns, plain_columns
@@ -221,6 +222,44 @@ def test_damaged_files_are_errors(tmp_path, codec, version):
             assert str(error).startswith(f"{path}: cannot be read: ")
             errors += 1
     assert errors > 20
+
+
+pieces = st.lists(
+    st.tuples(st.binary(min_size=1, max_size=90), st.integers(1, 80)), min_size=0, max_size=12
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pieces=pieces, noise=st.integers(0, 100_000))
+def test_snappy_blocks(pieces, noise):
+    data = b"".join(piece * times for piece, times in pieces)
+    data += np.random.default_rng(noise).bytes(noise) + data
+    block = np.frombuffer(pa.Codec("snappy").compress(data, asbytes=True), dtype=np.uint8)
+    assert _core.uncompress_snappy(block, len(data)).tobytes() == data
+    for size in {max(len(data) - 1, 0), len(data) + 1} - {len(data)}:
+        with pytest.raises(ValueError, match="damaged"):
+            _core.uncompress_snappy(block, size)
+    with pytest.raises(ValueError, match="damaged"):
+        _core.uncompress_snappy(block[:-1], len(data))
+
+
+def test_damaged_snappy_blocks():
+    rng = np.random.default_rng(3)
+    codec, wrong = pa.Codec("snappy"), 0
+    for _ in range(2000):
+        data = np.tile(rng.integers(0, 9, rng.integers(1, 40)), 20).astype(np.uint8).tobytes()
+        block = np.frombuffer(codec.compress(data, asbytes=True), dtype=np.uint8).copy()
+        # The size in front, of up to two bytes, stays.
+        block[rng.integers(2, block.size, 2)] = rng.integers(0, 256, 2)
+        try:
+            expected = codec.decompress(block, len(data), asbytes=True)
+        except OSError:
+            wrong += 1
+            with pytest.raises(ValueError, match="damaged"):
+                _core.uncompress_snappy(block, len(data))
+        else:
+            assert _core.uncompress_snappy(block, len(data)).tobytes() == expected
+    assert wrong > 100
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
