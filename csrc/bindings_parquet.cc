@@ -1,6 +1,7 @@
 // Reading Parquet columns in Python. The interpreter lock is released while values are decoded.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,9 +11,11 @@
 #include <stdexcept>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "buffer_pool.h"
+#include "parquet_footer.h"
 #include "parquet_pages.h"
 #include "snappy.h"
 
@@ -168,9 +171,24 @@ class PyColumnReader {
   Codec codec_ = Codec::kNone;
 };
 
+// [row groups, wanted, 6], see _core.pyi.
+nb::ndarray<nb::numpy, int64_t, nb::ndim<3>> py_column_chunks(In<uint8_t> footer, const std::vector<int64_t>& wanted) {
+  std::vector<ColumnChunk> chunks;
+  check(!wanted.empty() && parse_column_chunks(footer.data(), footer.size(), wanted, &chunks), "the footer is damaged");
+  auto [data, owner] = make_memory<int64_t>(chunks.size() * 6);
+  int64_t* field = data;
+  for (const ColumnChunk& chunk : chunks) {
+    for (const int64_t value : {chunk.num_values, chunk.data_page, chunk.dictionary_page, chunk.bytes, chunk.codec, chunk.encodings}) {
+      *field++ = value;
+    }
+  }
+  return {data, {chunks.size() / wanted.size(), wanted.size(), 6}, owner};
+}
+
 }  // namespace
 
 void bind_parquet(nb::module_& m) {
+  m.def("column_chunks", &py_column_chunks, "footer"_a, "wanted"_a);
   m.def(
       "uncompress_snappy",
       [](In<uint8_t> block, size_t size) {

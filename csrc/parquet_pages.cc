@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "clones.h"
+#include "compact_reader.h"
 
 namespace penstock {
 namespace {
@@ -14,7 +15,6 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "Parquet's words are little-endian");
 
 constexpr size_t kTile = 1024;
-constexpr int kDeepest = 16;  // of structs in a header; statistics are one deep
 
 uint64_t load_word(const uint8_t* at) {
   uint64_t word;
@@ -29,100 +29,6 @@ uint64_t load_word(const uint8_t* at, const uint8_t* end) {
   if (at < end) std::memcpy(&word, at, static_cast<size_t>(end - at));
   return word;
 }
-
-// Thrift's compact protocol, as far as a page header needs it.
-class CompactReader {
- public:
-  CompactReader(const uint8_t* at, const uint8_t* end) : at_(at), end_(end) {}
-
-  bool ok() const { return ok_; }
-  const uint8_t* at() const { return at_; }
-
-  enum Type : uint8_t { kStop, kTrue, kFalse, kByte, kI16, kI32, kI64, kDouble, kBinary, kList, kSet, kMap, kStruct, kUuid };
-
-  // Calls visit(id, type) for every field of a struct; what it does not read (false) is skipped.
-  template <typename Visit>
-  void read_struct(Visit visit, int depth = 0) {
-    int64_t id = 0;
-    while (ok_) {
-      const uint8_t head = byte();
-      const auto type = static_cast<Type>(head & 15);
-      if (!ok_ || type == kStop) return;
-      id = head >> 4 ? id + (head >> 4) : integer();
-      if (!visit(id, type)) skip(type, depth);
-    }
-  }
-
-  bool read(Type type, int32_t* value) {
-    if (type != kI32 && type != kI16) return false;
-    *value = static_cast<int32_t>(integer());
-    return true;
-  }
-
-  static bool read(Type type, bool* value) {
-    if (type != kTrue && type != kFalse) return false;
-    *value = type == kTrue;
-    return true;
-  }
-
- private:
-  uint8_t byte() {
-    if (at_ == end_) ok_ = false;
-    return ok_ ? *at_++ : 0;
-  }
-
-  uint64_t varint() {
-    uint64_t value = 0;
-    for (int shift = 0; shift < 64; shift += 7) {
-      const uint8_t part = byte();
-      value |= static_cast<uint64_t>(part & 0x7f) << shift;
-      if (!(part & 0x80)) return value;
-    }
-    ok_ = false;
-    return 0;
-  }
-
-  int64_t integer() {
-    const uint64_t zigzag = varint();
-    return static_cast<int64_t>(zigzag >> 1 ^ (0 - (zigzag & 1)));
-  }
-
-  void advance(uint64_t bytes) {
-    ok_ = ok_ && bytes <= static_cast<uint64_t>(end_ - at_);
-    if (ok_) at_ += bytes;
-  }
-
-  void skip(Type type, int depth) {
-    switch (type) {
-      case kTrue: case kFalse: return;
-      case kByte: return advance(1);
-      case kI16: case kI32: case kI64: integer(); return;
-      case kDouble: return advance(8);
-      case kUuid: return advance(16);
-      case kBinary: return advance(varint());
-      case kStruct:
-        if (depth < kDeepest) return read_struct([](int64_t, Type) { return false; }, depth + 1);
-        break;
-      case kList: case kSet:
-        if (depth < kDeepest) return skip_list(depth + 1);
-        break;
-      default: break;  // no page header holds maps
-    }
-    ok_ = false;
-  }
-
-  void skip_list(int depth) {
-    const uint8_t head = byte();
-    const auto of = static_cast<Type>(head & 15);
-    const uint64_t size = head >> 4 == 15 ? varint() : head >> 4;
-    // Within a list a truth value has a byte, so that each element has one at least.
-    const bool is_byte = of == kTrue || of == kFalse;
-    for (uint64_t i = 0; ok_ && i < size; ++i) is_byte ? advance(1) : skip(of, depth);
-  }
-
-  const uint8_t *at_, *end_;
-  bool ok_ = true;
-};
 
 using Type = CompactReader::Type;
 

@@ -295,6 +295,22 @@ def transform_numbers(
       row: its first such row.
     """
 
+def column_chunks(footer: NDArray[np.uint8], wanted: Sequence[int]) -> NDArray[np.int64]:
+    """Where columns of a Parquet file lie, of the bytes of its footer.
+
+    Args:
+      footer: FileMetaData of parquet.thrift, in Thrift's compact protocol.
+      wanted: numbers of columns among those that have values, ascending, at least one.
+
+    Returns:
+      [row groups, columns, 6]: values; bytes of the file at which data pages and the dictionary
+      page begin; bytes in all; number of the codec; a bit for the number of each encoding. -1:
+      not said, as of columns that are encrypted or lie in another file.
+
+    Raises:
+      ValueError: the footer is damaged.
+    """
+
 def uncompress_snappy(block: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """[size] what a Snappy block of so many bytes holds.
 

@@ -90,7 +90,7 @@ class ParquetFiles:
         readers = {}
         # Elsewhere pyarrow reads what lies together at once, which hides latency.
         if local and left >= _LEAST_GROUP_ROWS * len(groups):
-            readers = open_columns(file, footer, self._plain(path), columns, groups)
+            readers = open_columns(file, self._plain(path), columns, groups)
         names = [name for name in columns if name not in readers]
         if readers and not names:
             while left:
@@ -132,7 +132,8 @@ class ParquetFiles:
             raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
     def _plain_columns(self, path: str) -> dict[str, PlainColumn]:
-        return plain_columns(self._footer(path))
+        with self._filesystem.open_input_file(path) as file:
+            return plain_columns(file, self._footer(path))
 
     def _read_footer(self, path: str) -> pq.FileMetaData:
         try:

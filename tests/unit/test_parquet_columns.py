@@ -27,7 +27,7 @@ def decode(path, names, sizes=(2**62,)):
     footer = pq.read_metadata(path)
     groups = range(footer.num_row_groups)
     with pa.OSFile(str(path)) as file:
-        readers = open_columns(file, footer, plain_columns(footer), names, groups)
+        readers = open_columns(file, plain_columns(file, footer), names, groups)
         assert list(readers) == list(names)
         pieces, left = [], footer.num_rows
         while left:
@@ -165,7 +165,7 @@ def test_the_rest_is_left_to_pyarrow(tmp_path):
     footer = pq.read_metadata(path)
     with pa.OSFile(str(path)) as file:
         names = table.schema.names
-        assert list(open_columns(file, footer, plain_columns(footer), names, [0, 1, 2])) == [
+        assert list(open_columns(file, plain_columns(file, footer), names, [0, 1, 2])) == [
             "plain",
             "a.b",
         ]
