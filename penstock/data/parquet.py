@@ -113,6 +113,9 @@ class ParquetFiles:
                 for name, reader in readers.items():
                     arrays[name] = reader.read(batch.num_rows)
                 yield pa.table(arrays)
+                left -= batch.num_rows
+        if left:
+            raise ValueError("row groups have fewer rows than the footer says")
 
     def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
         """Looks at the minima and maxima that the files keep."""

@@ -293,6 +293,26 @@ def test_small_row_groups_are_left_to_pyarrow(tmp_path, monkeypatch):
                 next(chunks)
 
 
+def test_a_row_group_shorter_than_the_footer_says(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"a": numbers("int64", 300, 200, 0)}), path)
+    data = bytearray(path.read_bytes())
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    # 300 and 302 as Thrift writes them; several fields are 300, one of them the row group's rows.
+    for place in range(footer, len(data)):
+        if data[place : place + 2] == b"\xd8\x04":
+            path.write_bytes(data[:place] + b"\xdc\x04" + data[place + 2 :])
+            group = pq.read_metadata(path).row_group(0)
+            if group.num_rows == 302 and group.column(0).num_values == 300:
+                break
+    else:
+        pytest.fail("the footer does not say how many rows there are")
+    source = ParquetFiles(ParquetSource(format="parquet", path=str(path)))
+    assert source.count_rows(source.splits()[0]) == 302
+    with pytest.raises(DataError, match="fewer rows than the footer says"):
+        list(source.read(source.splits()[0], ["a"]))
+
+
 def test_a_file_that_became_shorter(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"a": numbers("int64", 3000, 2000, 0)}), path)
