@@ -135,7 +135,9 @@ class ColumnReader:
         return pa.Array.from_buffers(self._kind, n, [bits, pa.py_buffer(values)], nulls)
 
     def _next_chunk(self) -> tuple[NDArray[np.uint8], int, int]:
-        chunk = next(self._chunks)
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            raise ValueError("columns of a row group are of different length")
         if chunk.codec is None:
             self._codec = None
         elif self._codec is None or self._codec.name != chunk.codec:

@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 
 from penstock import _core
 from penstock.config import ParquetSource
+from penstock.data import Dataset
 from penstock.data.parquet import ParquetFiles
 from penstock.data.parquet_columns import open_columns, plain_columns
 from penstock.errors import DataError
+from tests.contract.data_cases import (
+    assert_resumes_everywhere,
+    assert_same_batches,
+    make_job,
+    make_table,
+    read_all,
+    write_case,
+)
 
 KINDS = ("int32", "int64", "uint32", "uint64", "float32", "float64")
 
@@ -192,6 +201,19 @@ def test_one_row_group_in_pieces(tmp_path, monkeypatch):
     assert pa.concat_tables(tables)["a"].equals(table["a"])
 
 
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_batches_are_those_of_pyarrow(tmp_path, monkeypatch, shuffled):
+    """Bit for bit, and a run that one has begun the other ends."""
+    job = make_job(write_case("parquet", make_table(700), tmp_path))
+    options = {} if shuffled else {"shuffle": False}
+    ours = read_all(Dataset.open(job), **options)
+    assert_resumes_everywhere(Dataset.open(job), **options)
+    monkeypatch.setattr("penstock.data.parquet._LEAST_GROUP_ROWS", 2**62)
+    assert_same_batches(ours, read_all(Dataset.open(job), **options))
+    rest = read_all(Dataset.open(job), start=ours[2].end, **options)
+    assert_same_batches(ours[3:], rest)
+
+
 @pytest.mark.parametrize("codec", ["none", "snappy", "zstd"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_damaged_files_are_errors(tmp_path, codec, version):
@@ -311,6 +333,16 @@ def test_a_row_group_shorter_than_the_footer_says(tmp_path):
     assert source.count_rows(source.splits()[0]) == 302
     with pytest.raises(DataError, match="fewer rows than the footer says"):
         list(source.read(source.splits()[0], ["a"]))
+
+
+def test_more_rows_than_there_are(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"a": numbers("int64", 300, 200, 0)}), path)
+    with pa.OSFile(str(path)) as file:
+        known = plain_columns(file, pq.read_metadata(path))
+        reader = open_columns(file, known, ["a"], [0])["a"]
+        with pytest.raises(ValueError, match="different length"):
+            reader.read(301)
 
 
 def test_a_file_that_became_shorter(tmp_path):
