@@ -5,6 +5,9 @@
 #include <nanobind/ndarray.h>
 
 #include <cstddef>
+#include <memory>
+#include <new>
+#include <utility>
 
 #include "buffer_pool.h"
 
@@ -19,8 +22,48 @@ using Out = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using InRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+template <typename T>
+using NewArray = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
+
+// From here on an array comes from the pool: its threads give it back to others, whose heaps would fault it in anew.
+inline constexpr size_t kPooledBytes = size_t{128} << 10;
+inline constexpr size_t kMaxIdleBytes = size_t{256} << 20;
+
+inline BufferPool& array_pool() {
+  static const auto pool = std::make_shared<BufferPool>(kMaxIdleBytes);
+  return *pool;
+}
+
+// Uninitialised memory and what frees it.
+template <typename T>
+std::pair<T*, nb::capsule> make_memory(size_t n) {
+  if (n * sizeof(T) < kPooledBytes) {
+    std::unique_ptr<T[]> memory(new T[n]);
+    T* const data = memory.get();
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    memory.release();
+    return {data, owner};
+  }
+  std::unique_ptr<BufferPool::Loan> loan = array_pool().take(n * sizeof(T));
+  if (!loan) throw std::bad_alloc();
+  T* const data = reinterpret_cast<T*>(loan->region.data());
+  nb::capsule owner(loan.get(), [](void* p) noexcept { delete static_cast<BufferPool::Loan*>(p); });
+  loan.release();
+  return {data, owner};
+}
+
+// An uninitialised numpy array of `n` elements; `data` is where to write them.
+template <typename T>
+NewArray<T> make_array(size_t n, T** data) {
+  auto [memory, owner] = make_memory<T>(n);
+  *data = memory;
+  return NewArray<T>(memory, {n}, owner);
+}
+
 // Column functions of the data plane.
 void bind_columns(nb::module_& m);
+// Its reader of Parquet pages.
+void bind_parquet(nb::module_& m);
 
 // Launches of GPU kernels.
 void bind_launcher(nb::module_& m);

@@ -27,40 +27,6 @@ namespace {
 
 using InArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 
-template <typename T>
-using NewArray = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
-
-// From here on an array comes from the pool: its threads give it back to others, whose heaps would fault it in anew.
-constexpr size_t kPooledBytes = size_t{128} << 10;
-constexpr size_t kMaxIdleBytes = size_t{256} << 20;
-
-// Uninitialised memory and what frees it.
-template <typename T>
-std::pair<T*, nb::capsule> make_memory(size_t n) {
-  static const auto pool = std::make_shared<BufferPool>(kMaxIdleBytes);
-  if (n * sizeof(T) < kPooledBytes) {
-    std::unique_ptr<T[]> memory(new T[n]);
-    T* const data = memory.get();
-    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-    memory.release();
-    return {data, owner};
-  }
-  std::unique_ptr<BufferPool::Loan> loan = pool->take(n * sizeof(T));
-  if (!loan) throw std::bad_alloc();
-  T* const data = reinterpret_cast<T*>(loan->region.data());
-  nb::capsule owner(loan.get(), [](void* p) noexcept { delete static_cast<BufferPool::Loan*>(p); });
-  loan.release();
-  return {data, owner};
-}
-
-// An uninitialised numpy array of `n` elements; `data` is where to write them.
-template <typename T>
-NewArray<T> make_array(size_t n, T** data) {
-  auto [memory, owner] = make_memory<T>(n);
-  *data = memory;
-  return NewArray<T>(memory, {n}, owner);
-}
-
 template <typename Offset>
 size_t num_strings(const In<Offset>& offsets, const In<uint8_t>& bytes) {
   const size_t n = offsets.size();

@@ -7,15 +7,10 @@
 #include <cstring>
 #include <limits>
 
+#include "clones.h"
+
 namespace penstock {
 namespace {
-
-// The same code for several instruction sets, where the compiler knows how; no result depends on which.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PENSTOCK_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
-#else
-#define PENSTOCK_CLONES
-#endif
 
 constexpr size_t kTile = 256, kCacheLine = 64;
 constexpr uint32_t kInfinity = 0x7f800000, kWithoutSign = 0x7fffffff;
