@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "data": {"errors", "types", "config", "_core"},
     "models": {"errors", "types", "config"},
-    "kernels": {"errors", "types", "config"},
+    "kernels": {"errors", "types", "config", "_core"},
     "embedding": {"errors", "types", "config", "kernels", "_core"},
     "training": {"errors", "types", "config", "data", "embedding", "models"},
     "job_file": {"errors", "config"},
