@@ -1,6 +1,6 @@
 // Finds the rows of many keys so that their cache misses overlap; part of row_kernels.cc, in the namespace of its build.
 //
-// A key's line of the index is prefetched some groups of keys before it is compared, and its row some before it is read.
+// A key's line of the index is prefetched some keys before it is compared, and its row some keys before it is read.
 // Whether a line has the key cannot be foreseen, so that is no branch: the number of a key is written both to those found and
 // to those that come late, and one of the two counts it. A late key looks at one more line each time it comes up.
 #pragma once
@@ -105,15 +105,27 @@ template <typename Tables>
   }
 }
 
+// Prefetches a row, or the one line of the index that a late key waits for; which of the two is no branch.
+template <int kLocality>
+[[gnu::always_inline]] inline void prefetch_next(bool is_found, const void* row, const Entry* line, uint32_t value_bytes) {
+  const char* address = static_cast<const char*>(is_found ? row : line);
+  const size_t step = is_found ? 64 : 0;
+  const char* const last = address + (is_found ? value_bytes - 1 : 0);
+  __builtin_prefetch(address, 0, kLocality);
+  for (uint32_t begin = 64; begin < value_bytes; begin += 64) __builtin_prefetch(address += step, 0, kLocality);
+  // Bytes that do not fill lines may reach into one more.
+  if (value_bytes % 64 != 0) __builtin_prefetch(last, 0, kLocality);
+}
+
 // Keys on their way from one step to the next: their numbers, and where the next step finds them.
 template <typename Place>
 struct Ring {
   Place place[kRing];
   uint32_t number[kRing];
 
-  [[gnu::always_inline]] void put(uint64_t at, Place where, int64_t i) {
-    place[at % kRing] = where;
-    number[at % kRing] = static_cast<uint32_t>(i);
+  [[gnu::always_inline]] void put(int64_t at, Place where, int64_t i) {
+    place[at & (kRing - 1)] = where;
+    number[at & (kRing - 1)] = static_cast<uint32_t>(i);
   }
 };
 
@@ -128,11 +140,11 @@ template <bool kCopies, typename Tables, typename Copy>
   Ring<const void*> found;
   Ring<const Entry*> late;
   // Apart from the rings, so that they stay in registers.
-  uint64_t found_begin = 0, found_end = 0, late_begin = 0, late_end = 0;
+  int64_t found_begin = 0, found_end = 0, late_begin = 0, late_end = 0;
   int64_t absent = 0;
   const auto compare = [&](int64_t first, int64_t n) __attribute__((always_inline)) {
     for (int64_t i = first; i < first + n; ++i) {
-      const Entry* const line = lines[i % kRing];
+      const Entry* const line = lines[i & (kRing - 1)];
       const uint32_t is_match = match_line(line, keys[i], tables[i]);
       const uint32_t slot = matched_slot(line, is_match);
       // An entry may count a key that has no row; it is late, and absent in the end.
@@ -143,13 +155,13 @@ template <bool kCopies, typename Tables, typename Copy>
       late.put(late_end, line, i);
       found_end += kCopies & is_found;
       late_end += !is_found;
-      prefetch_bytes<0, kLocality>(is_found ? row : line + kLineEntries, value_bytes);
+      prefetch_next<kLocality>(is_found, row, line + kLineEntries, value_bytes);
     }
   };
   const auto compare_late = [&](int64_t n) __attribute__((always_inline)) {
     for (; n > 0; --n, ++late_begin) {
-      const int64_t i = late.number[late_begin % kRing];
-      const Entry* line = late.place[late_begin % kRing];
+      const int64_t i = late.number[late_begin & (kRing - 1)];
+      const Entry* line = late.place[late_begin & (kRing - 1)];
       const bool is_absent = has_empty(line);
       line = tables.index.next_line(line, tables.index.hash(keys[i], tables[i]));
       const uint32_t is_match = match_line(line, keys[i], tables[i]);
@@ -162,37 +174,34 @@ template <bool kCopies, typename Tables, typename Copy>
       found_end += kCopies & is_found;
       late_end += !is_found & !is_absent;
       absent += is_absent;
-      prefetch_bytes<0, kLocality>(is_found ? row : line + kLineEntries, value_bytes);
+      prefetch_next<kLocality>(is_found, row, line + kLineEntries, value_bytes);
     }
   };
   const auto copy = [&](int64_t n) __attribute__((always_inline)) {
-    for (; n > 0; --n, ++found_begin) copy_row(found.number[found_begin % kRing], found.place[found_begin % kRing]);
-  };
-  const auto at_most = [](int64_t n, uint64_t left) { return n < static_cast<int64_t>(left) ? n : static_cast<int64_t>(left); };
-  // Late keys wait for company, unless there are no others to come.
-  const auto finish = [&](uint64_t waiting) __attribute__((always_inline)) {
-    while (late_end - late_begin > waiting) {
-      compare_late(at_most(kGroup, late_end - late_begin));
-      while (kCopies && found_end - found_begin >= kRowAhead + kGroup) copy(kGroup);
+    for (; n > 0; --n, ++found_begin) {
+      const int64_t at = found_begin & (kRing - 1);
+      copy_row(found.number[at], found.place[at]);
     }
-    while (kCopies && found_end - found_begin >= kRowAhead + kGroup) copy(kGroup);
   };
-  int64_t begun = 0, compared = 0;
-  for (; begun + kGroup <= count; begun += kGroup) {
-    prefetch_lines(tables, keys, begun, kGroup, lines + begun % kRing);
-    if (begun < kLineAhead) continue;
-    compare(compared, kGroup);
-    compared += kGroup;
-    finish(2 * kGroup - 1);
-  }
-  prefetch_lines(tables, keys, begun, count - begun, lines + begun % kRing);
-  for (int64_t n; compared < count; compared += n) {
-    n = at_most(kGroup, static_cast<uint64_t>(count - compared));
+  const auto at_most = [](int64_t n, int64_t left) __attribute__((always_inline)) { return n < left ? n : left; };
+  for (int64_t begun = 0, compared = 0; compared < count;) {
+    if (begun < count) {
+      const int64_t n = at_most(kGroup, count - begun);
+      prefetch_lines(tables, keys, begun, n, lines + (begun & (kRing - 1)));
+      begun += n;
+      if (begun < count && begun <= kLineAhead) continue;
+    }
+    const int64_t n = at_most(kGroup, count - compared);
     compare(compared, n);
-    finish(2 * kGroup - 1);
+    compared += n;
+    // Those that come late, and rows, wait for company unless there are no others to come.
+    const int64_t late_wait = compared < count ? 2 * kGroup : 1, row_wait = compared < count ? kRowAhead + kGroup : 1;
+    for (int64_t size; (size = late_end - late_begin) >= late_wait;) {
+      compare_late(at_most(kGroup, size));
+      if (kCopies && found_end - found_begin >= kRowAhead + kGroup) copy(kGroup);
+    }
+    for (int64_t size; (size = found_end - found_begin) >= row_wait;) copy(at_most(kGroup, size));
   }
-  finish(0);
-  copy(static_cast<int64_t>(found_end - found_begin));
   return absent;
 }
 

@@ -54,14 +54,14 @@ template <int D, ValueType kType>
 int64_t look_up_run(const IndexView& index, const Rows& rows, const uint64_t* keys, uint32_t table, int64_t count,
                     uint32_t* slots, int64_t stride, bool stream, float* out) {
   const Shape<D> shape(rows.dim);
-  const auto copy = [&](int64_t i, const void* row) __attribute__((always_inline)) {
+  using Element = typename Stored<kType>::Element;
+  const auto copy = [&](int64_t i, const void* place) __attribute__((always_inline)) {
+    const Element* const row = static_cast<const Element*>(place);
     const Target target{out + i * stride, stream};
-    for (int c = 0; c < num_chunks(shape); ++c) {
-      // The sum of a bag of one: 0 + -0 is 0.
-      target.write(shape, 0, c, Lanes{} + Stored<kType>::load(shape, static_cast<const typename Stored<kType>::Element*>(row), c));
-    }
+    // The sum of a bag of one: 0 + -0 is 0.
+    for (int c = 0; c < num_chunks(shape); ++c) target.write(shape, 0, c, Lanes{} + Stored<kType>::load(shape, row, c));
   };
-  const uint32_t value_bytes = D == 0 ? rows.value_bytes : static_cast<uint32_t>(D * sizeof(typename Stored<kType>::Element));
+  const uint32_t value_bytes = D == 0 ? rows.value_bytes : static_cast<uint32_t>(D * sizeof(Element));
   const int64_t absent = probe<true>(rows, keys, OneTable(index, table), count, value_bytes, slots, copy);
 #if defined(__AVX512F__) || defined(__AVX2__)
   if (stream) _mm_sfence();
