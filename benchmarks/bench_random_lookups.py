@@ -3,8 +3,10 @@
     python benchmarks/bench_random_lookups.py [--json] [--check]
 
 The gather knows where its rows are; a look-up must find out, which takes one more cache line from
-memory (of the index) than the row's own. Both take turns on other random keys each time, with all
-cores, into an output that is written around the caches. Needs a C++ compiler (`c++`) on x86-64.
+memory (of the index) than the row's own. `two_lines` is the machine's limit for that: a loop that
+reads each row's place from a random line of another array, as large as the index, without a key to
+hash or to compare. All take turns on other random keys each time, with all cores, into an output
+that is written around the caches. Needs a C++ compiler (`c++`) on x86-64.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ GOAL = 0.7
 """Speed over the bare gather's, at least."""
 SCATTER = 0x5851F42D4C957F2D
 """Odd, so that its multiples are distinct 64-bit keys."""
+LINE_BYTES = 64
+CONTESTANTS = ("lookup", "gather", "two_lines")
 
 
 def compile_gather() -> ctypes.CDLL:
@@ -47,44 +51,86 @@ def compile_gather() -> ctypes.CDLL:
     return loaded
 
 
+class Machine:
+    """What the machine can do with so many rows, and an index of so many bytes, in its memory."""
+
+    def __init__(self, library: ctypes.CDLL, dim: int, rows: int, index_bytes: int) -> None:
+        self._library = library
+        self._dim = dim
+        self._lines = index_bytes // LINE_BYTES
+        sizes = (rows * dim, self._lines * (LINE_BYTES // 4))
+        self._rows, self._index = (library.allocate(ctypes.c_int64(size)) for size in sizes)
+        if not self._rows or not self._index:
+            raise MemoryError(f"no memory for {rows} rows of {dim} floats; use --rows")
+        self._sizes = ((self._rows, sizes[0]), (self._index, sizes[1]))
+
+    def gather(self, places: np.ndarray, threads: int, out: torch.Tensor) -> None:
+        self._call(self._library.gather, (places,), threads, out)
+
+    def two_lines(
+        self, lines: np.ndarray, places: np.ndarray, threads: int, out: torch.Tensor
+    ) -> None:
+        index = ctypes.c_void_p(self._index)
+        self._call(self._library.two_lines, (index, lines, places), threads, out)
+
+    def random_lines(self, count: int, generator: torch.Generator) -> np.ndarray:
+        """Numbers of lines of the index, for two_lines."""
+        return torch.randint(self._lines, (count,), generator=generator).numpy().astype(np.uint32)
+
+    def close(self) -> None:
+        for address, size in self._sizes:
+            self._library.release(ctypes.c_void_p(address), ctypes.c_int64(size))
+
+    def _call(self, function, arrays: tuple, threads: int, out: torch.Tensor) -> None:
+        addresses = [
+            array.ctypes.data_as(ctypes.c_void_p) if isinstance(array, np.ndarray) else array
+            for array in arrays
+        ]
+        function(
+            ctypes.c_void_p(self._rows),
+            ctypes.c_int64(self._dim),
+            *addresses,
+            ctypes.c_int64(len(out)),
+            ctypes.c_int64(threads),
+            ctypes.c_void_p(out.data_ptr()),
+        )
+
+
 def run_case(library: ctypes.CDLL, dim: int, rows: int, threads: int, turns: int) -> dict:
-    """Milliseconds of both, turn by turn."""
+    """Milliseconds of all, turn by turn."""
     table = TableConfig(name="t", dim=dim, optimizer=SGD())
     store = HostStore([table], num_threads=threads)
     for part in torch.arange(rows).split(1 << 18):
         batch = KeyedJagged.pack({"f": Jagged.from_dense(part * SCATTER)})
         plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), dim)
         store.pooled_lookup(plan, batch, insert=True, out=torch.empty(len(part), dim))
-    bare = library.allocate(ctypes.c_int64(rows * dim))
-    if not bare:
-        raise MemoryError(f"no memory for {rows} rows of {dim} floats; use --rows")
+    machine = Machine(library, dim, rows, store.memory().index_bytes)
     generator = torch.Generator().manual_seed(0)
     out = torch.zeros(LOOKUPS, dim)
-    times: dict[str, list[float]] = {"lookup": [], "gather": []}
+    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for turn in range(turns + 1):
         numbers = torch.randint(rows, (LOOKUPS,), generator=generator)
         batch = KeyedJagged.pack({"f": Jagged.from_dense(numbers * SCATTER)})
         places = numbers.numpy().astype(np.uint32)
+        lines = machine.random_lines(LOOKUPS, generator)
         begin = time.perf_counter()
         lookup = store.pooled_lookup(plan, batch, insert=False, out=out)
-        middle = time.perf_counter()
-        library.gather(
-            ctypes.c_void_p(bare),
-            ctypes.c_int64(dim),
-            places.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_int64(LOOKUPS),
-            ctypes.c_int64(threads),
-            ctypes.c_void_p(out.data_ptr()),
-        )
+        looked_up = time.perf_counter()
+        machine.gather(places, threads, out)
+        gathered = time.perf_counter()
+        machine.two_lines(lines, places, threads, out)
         end = time.perf_counter()
         assert lookup.num_missing == 0
         if turn:  # the first one warms up
-            times["lookup"].append((middle - begin) * 1e3)
-            times["gather"].append((end - middle) * 1e3)
-    library.release(ctypes.c_void_p(bare), ctypes.c_int64(rows * dim))
-    shares = [g / k for g, k in zip(times["gather"], times["lookup"], strict=True)]
-    result = {"case": f"D{dim}, {rows / 1e6:g} M rows", "share_of_gather": np.median(shares)}
-    result["share_range"] = [min(shares), max(shares)]
+            spans = (looked_up - begin, gathered - looked_up, end - gathered)
+            for name, span in zip(CONTESTANTS, spans, strict=True):
+                times[name].append(span * 1e3)
+    machine.close()
+    result = {"case": f"D{dim}, {rows / 1e6:g} M rows"}
+    for limit in ("gather", "two_lines"):
+        shares = [k / t for k, t in zip(times[limit], times["lookup"], strict=True)]
+        result[f"share_of_{limit}"] = np.median(shares)
+        result[f"share_of_{limit}_range"] = [min(shares), max(shares)]
     for name, each in times.items():
         result[f"{name}_ms"] = np.median(each)
         result[f"{name}_ns_a_row"] = np.median(each) * 1e6 / LOOKUPS

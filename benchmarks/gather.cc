@@ -1,5 +1,7 @@
-// A bare gather: rows of floats by number, prefetched, into an output that is written around the caches. Nothing can look
-// rows up faster than the machine does this.
+// What the machine can do, without anything to compute: rows of floats by number, prefetched, into an output that is
+// written around the caches. Once with the rows' places known (gather), and once with each row's place read from a line of
+// another array first (two_lines), which is the limit of any look-up whose index lies outside the rows and whose keys come
+// in random order.
 #include <immintrin.h>
 #include <sys/mman.h>
 
@@ -10,20 +12,51 @@
 
 namespace {
 
+constexpr int64_t kAhead = 16;
+
+[[gnu::always_inline]] inline void prefetch_row(const float* row, int64_t dim) {
+  for (int64_t column = 0; column < dim; column += 16) __builtin_prefetch(row + column);
+}
+
+[[gnu::always_inline]] inline void stream_row(const float* row, int64_t dim, float* out) {
+  for (int64_t column = 0; column < dim; column += 4) _mm_stream_ps(out + column, _mm_loadu_ps(row + column));
+}
+
 void gather_part(const float* rows, int64_t dim, const uint32_t* numbers, int64_t first, int64_t last, float* out) {
-  constexpr int64_t kAhead = 16;
-  const auto prefetch = [&](int64_t i) __attribute__((always_inline)) {
-    for (int64_t column = 0; column < dim; column += 16) __builtin_prefetch(rows + numbers[i] * dim + column);
-  };
-  for (int64_t i = first; i < last && i < first + kAhead; ++i) prefetch(i);
+  for (int64_t i = first; i < last && i < first + kAhead; ++i) prefetch_row(rows + numbers[i] * dim, dim);
   for (int64_t i = first; i < last; ++i) {
-    if (i + kAhead < last) prefetch(i + kAhead);
-    const float* const row = rows + numbers[i] * dim;
-    for (int64_t column = 0; column < dim; column += 4) {
-      _mm_stream_ps(out + i * dim + column, _mm_loadu_ps(row + column));
+    if (i + kAhead < last) prefetch_row(rows + numbers[i + kAhead] * dim, dim);
+    stream_row(rows + numbers[i] * dim, dim, out + i * dim);
+  }
+  _mm_sfence();
+}
+
+// Three steps of one key are kAhead keys apart: its line of the index, its row, its output.
+void two_lines_part(const float* rows, int64_t dim, const uint32_t* index, const uint32_t* lines, const uint32_t* numbers,
+                    int64_t first, int64_t last, float* out) {
+  uint32_t places[kAhead] = {};
+  for (int64_t i = first; i < last + 2 * kAhead; ++i) {
+    if (i < last) __builtin_prefetch(index + int64_t{lines[i]} * 16);
+    const int64_t found = i - kAhead, done = found - kAhead;
+    if (done >= first) stream_row(rows + int64_t{places[done % kAhead]} * dim, dim, out + done * dim);
+    if (found >= first && found < last) {
+      // The line holds zeros, which the compiler does not know: the place is not there before the line is.
+      places[found % kAhead] = numbers[found] + index[int64_t{lines[found]} * 16];
+      prefetch_row(rows + int64_t{places[found % kAhead]} * dim, dim);
     }
   }
   _mm_sfence();
+}
+
+// Calls part(first, last) for equal parts of [0, count), each on a thread.
+template <typename Part>
+void in_threads(int64_t count, int64_t num_threads, const Part& part) {
+  std::vector<std::thread> threads;
+  for (int64_t t = 1; t < num_threads; ++t) {
+    threads.emplace_back(part, count * t / num_threads, count * (t + 1) / num_threads);
+  }
+  part(int64_t{0}, count / num_threads);
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace
@@ -43,12 +76,15 @@ void release(float* data, int64_t count) { munmap(data, count * sizeof(float)); 
 
 // rows [*, dim], dim a multiple of 16; out [count, dim], 16-byte aligned.
 void gather(const float* rows, int64_t dim, const uint32_t* numbers, int64_t count, int64_t num_threads, float* out) {
-  std::vector<std::thread> threads;
-  for (int64_t t = 1; t < num_threads; ++t) {
-    threads.emplace_back(gather_part, rows, dim, numbers, count * t / num_threads, count * (t + 1) / num_threads, out);
-  }
-  gather_part(rows, dim, numbers, 0, count / num_threads, out);
-  for (std::thread& thread : threads) thread.join();
+  in_threads(count, num_threads, [=](int64_t first, int64_t last) { gather_part(rows, dim, numbers, first, last, out); });
+}
+
+// The same from rows whose places are learnt from index [*, 16], of zeros: row i's from line lines[i].
+void two_lines(const float* rows, int64_t dim, const uint32_t* index, const uint32_t* lines, const uint32_t* numbers,
+               int64_t count, int64_t num_threads, float* out) {
+  in_threads(count, num_threads, [=](int64_t first, int64_t last) {
+    two_lines_part(rows, dim, index, lines, numbers, first, last, out);
+  });
 }
 
 }  // extern "C"

@@ -7,12 +7,15 @@ namespace penstock {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ULL;
 
+constexpr uint64_t kMixFirst = 0xFF51AFD7ED558CCDULL;
+constexpr uint64_t kMixSecond = 0xC4CEB9FE1A85EC53ULL;
+
 // Finalizer of MurmurHash3: a bijection of 64-bit words. FORMAT: never change; initial values depend on it.
 static inline uint64_t mix64(uint64_t x) {
   x ^= x >> 33;
-  x *= 0xFF51AFD7ED558CCDULL;
+  x *= kMixFirst;
   x ^= x >> 33;
-  x *= 0xC4CEB9FE1A85EC53ULL;
+  x *= kMixSecond;
   return x ^ (x >> 33);
 }
 

@@ -1,17 +1,11 @@
 #include "host_store.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
 namespace penstock {
 namespace {
 
-constexpr int64_t kTileBytes = 256 << 10;  // rows of one tile: found and prefetched, then pooled, within the L2 cache
-constexpr size_t kStreamBytes = 1 << 20;  // an output larger than this will not stay in the caches anyway
-constexpr float kLargestFloat = std::numeric_limits<float>::max();
 constexpr int64_t kMinUnitKeys = 2048;     // fewer keys are not worth another pass over a table's slots
 constexpr int64_t kMaxUnitKeys = 16384;    // the grouping of more keys leaves the L2 cache
 
@@ -73,166 +67,6 @@ bool HostStore::open() {
 
 bool HostStore::commit_slots(uint64_t slots) {
   return values_.commit(slots * value_bytes_) && states_.commit(slots * (state_dim_ + usage_dim_) * sizeof(float));
-}
-
-bool HostStore::classify(PackedKeys* batch) {
-  const int64_t bags = batch->num_bags();
-  if (batch->offsets[0] != 0 || batch->offsets[bags] != batch->num_keys) return false;
-  constexpr int64_t kBagsPerTask = 1 << 15;
-  std::atomic<bool> is_rising{true}, is_one_hot{true};
-  pool_.run((bags + kBagsPerTask - 1) / kBagsPerTask, [&](int64_t task, int) {
-    const int64_t last = std::min((task + 1) * kBagsPerTask, bags);
-    int64_t falls = 0, others = 0;
-    for (int64_t bag = task * kBagsPerTask; bag < last; ++bag) {
-      const int64_t size = batch->offsets[bag + 1] - batch->offsets[bag];
-      falls += size < 0;
-      others += size != 1;
-    }
-    if (falls != 0) is_rising = false;
-    if (others != 0) is_one_hot = false;
-  });
-  batch->is_one_hot = is_one_hot;
-  return is_rising;
-}
-
-bool HostStore::has_finite_weights(const PackedKeys& batch) {
-  if (batch.weights == nullptr) return true;
-  constexpr int64_t kKeysPerTask = 1 << 16;
-  std::atomic<bool> is_finite{true};
-  pool_.run((batch.num_keys + kKeysPerTask - 1) / kKeysPerTask, [&](int64_t task, int) {
-    const int64_t last = std::min((task + 1) * kKeysPerTask, batch.num_keys);
-    bool mine = true;
-    for (int64_t n = task * kKeysPerTask; n < last; ++n) mine &= std::abs(batch.weights[n]) <= kLargestFloat;
-    if (!mine) is_finite = false;
-  });
-  return is_finite;
-}
-
-// Offsets must rise.
-static bool sequences_fit(const PoolingPlan& plan, const PackedKeys& batch) {
-  for (int64_t f = 0; f < plan.num_features; ++f) {
-    if (plan.pooling[f] != Pooling::kSequence) continue;
-    const int64_t first = plan.packed_feature[f] * batch.batch_size;
-    int64_t longest = 0;
-    for (int64_t bag = first; bag < first + batch.batch_size; ++bag) {
-      longest = std::max(longest, batch.begin(bag + 1) - batch.begin(bag));
-    }
-    if (longest > plan.max_keys[f]) return false;
-  }
-  return true;
-}
-
-std::vector<Tile> HostStore::lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const {
-  const int64_t size = batch.batch_size;
-  if (plan.num_features == 0) return {};  // tables that no feature of this batch reads
-  const int64_t keys_per_tile = std::clamp<int64_t>(kTileBytes / int64_t{value_bytes_}, 64, 2048);
-  // Whole cache lines are written feature by feature, so that one table's hot rows stay in the cache; where features
-  // share cache lines of the output, all features of a few samples go together.
-  const int64_t features = dim_ % 16 == 0 ? 1 : plan.num_features;
-  const int64_t for_balance = size * plan.num_features / features / (int64_t{8} * num_threads()) + 1;
-  std::vector<Tile> tiles;
-  for (int64_t first = 0; first < plan.num_features; first += features) {
-    const int64_t last = std::min(first + features, plan.num_features);
-    int64_t keys = 0;
-    for (int64_t f = first; f < last; ++f) {
-      const int64_t bag = plan.packed_feature[f] * size;
-      keys += batch.begin(bag + size) - batch.begin(bag);
-    }
-    const int64_t per_sample = std::max<int64_t>(1, keys / std::max<int64_t>(1, size));
-    const int64_t samples = std::clamp<int64_t>(keys_per_tile / per_sample, 1, for_balance);
-    for (int64_t b = 0; b < size; b += samples) tiles.push_back({first, last, b, std::min(b + samples, size)});
-  }
-  return tiles;
-}
-
-bool HostStore::flush(ThreadScratch& scratch) {
-  KeyChunk& chunk = *scratch.chunk;
-  const int64_t absent =
-      kernels_.find(index_.view(), rows(), chunk.keys, chunk.tables, chunk.count, chunk.slots);
-  for (int64_t i = 0; i < chunk.count; ++i) *chunk.targets[i] = chunk.slots[i];
-  if (absent != 0) {
-    for (int64_t i = 0; i < chunk.count; ++i) {
-      if (chunk.slots[i] == kNoSlot) scratch.misses.push_back({chunk.keys[i], chunk.tables[i], chunk.targets[i]});
-    }
-  }
-  chunk.count = 0;
-  return absent != 0;
-}
-
-bool HostStore::find_keys(const int64_t* keys, int64_t count, uint32_t table, uint32_t* slots,
-                          ThreadScratch& scratch) {
-  KeyChunk& chunk = *scratch.chunk;
-  bool has_misses = false;
-  for (int64_t first = 0; first < count;) {
-    const int64_t size = std::min(count - first, KeyChunk::kCapacity - chunk.count);
-    for (int64_t i = 0; i < size; ++i) {
-      chunk.keys[chunk.count + i] = static_cast<uint64_t>(keys[first + i]);
-      chunk.tables[chunk.count + i] = table;
-      chunk.targets[chunk.count + i] = slots + first + i;
-    }
-    chunk.count += size;
-    first += size;
-    if (chunk.count == KeyChunk::kCapacity) has_misses |= flush(scratch);
-  }
-  return has_misses;
-}
-
-bool HostStore::find_tile(const PoolingPlan& plan, const PackedKeys& batch, const Tile& tile, uint32_t* slots,
-                          ThreadScratch& scratch) {
-  bool has_misses = false;
-  for (int64_t f = tile.first_feature; f < tile.last_feature; ++f) {
-    const int64_t bag = plan.packed_feature[f] * batch.batch_size;
-    const int64_t first = batch.begin(bag + tile.begin);
-    const int64_t count = batch.begin(bag + tile.end) - first;
-    has_misses |= find_keys(batch.keys + first, count, plan.table[f], slots + first, scratch);
-  }
-  return flush(scratch) || has_misses;
-}
-
-Status HostStore::pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool insert, float* out, Lookup* lookup) {
-  const std::lock_guard<std::mutex> guard(call_);
-  if (!classify(&batch)) return Status::kBadOffsets;
-  if (!sequences_fit(plan, batch)) return Status::kBagTooLong;
-  if (!has_finite_weights(batch)) return Status::kBadWeights;
-  const std::vector<Tile> tiles = lookup_tiles(plan, batch);
-  const bool stream = static_cast<size_t>(batch.batch_size * plan.stride) * sizeof(float) > kStreamBytes;
-  lookup->slots.resize(static_cast<size_t>(batch.num_keys));
-  lookup->erase_version = erase_version_;
-  lookup->is_one_hot = batch.is_one_hot;
-  tile_has_misses_.assign(tiles.size(), 0);
-  for (ThreadScratch& scratch : scratch_) scratch.misses.clear();
-  const auto pool_tile = [&](int64_t tile) {
-    kernels_.pool(rows(), plan, batch, lookup->slots.data(), initializers_.data(), tiles[tile], stream, out);
-  };
-  pool_.run(static_cast<int64_t>(tiles.size()), [&](int64_t tile, int thread) {
-    std::vector<Miss>& misses = scratch_[thread].misses;
-    const size_t before = misses.size();
-    const bool has_misses = find_tile(plan, batch, tiles[tile], lookup->slots.data(), scratch_[thread]);
-    if (has_misses && insert) {
-      tile_has_misses_[tile] = 1;
-      return;
-    }
-    for (size_t i = before; i < misses.size(); ++i) *misses[i].slot = default_slots_[misses[i].table];
-    pool_tile(tile);
-  });
-  lookup->num_missing = 0;
-  for (const ThreadScratch& scratch : scratch_) lookup->num_missing += static_cast<int64_t>(scratch.misses.size());
-  if (!insert || lookup->num_missing == 0) return Status::kOk;
-  std::vector<SlotSpan> in_use;
-  if (retains_) {
-    for (int64_t f = 0; f < plan.num_features; ++f) {
-      const int64_t bag = plan.packed_feature[f] * batch.batch_size, first = batch.begin(bag);
-      in_use.push_back({lookup->slots.data() + first, batch.begin(bag + batch.batch_size) - first});
-    }
-  }
-  const Status status = insert_misses(Insert::kAdmitted, in_use);
-  if (status != Status::kOk) return status;
-  lookup->erase_version = erase_version_;
-  lookup->num_missing = 0;
-  pool_.run(static_cast<int64_t>(tiles.size()), [&](int64_t tile, int) {
-    if (tile_has_misses_[tile]) pool_tile(tile);
-  });
-  return Status::kOk;
 }
 
 Status HostStore::take_slot(ShardSlots& shard, uint32_t* slot) {

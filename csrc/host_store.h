@@ -173,7 +173,7 @@ class HostStore {
     const uint32_t* slots;
     int64_t count;
   };
-  // Keys on their way to the find kernel.
+  // Keys of short runs on their way to the find kernel.
   struct KeyChunk {
     static constexpr int64_t kCapacity = 1024;
     uint64_t keys[kCapacity];
@@ -193,6 +193,15 @@ class HostStore {
     std::vector<uint32_t> freed;
   };
 
+  // What a tile has to pool after its keys were found: scratch_[thread].misses[first .. last), and the others too unless
+  // they are pooled already.
+  struct TileMisses {
+    int thread;
+    bool others_are_pooled;
+    size_t first;
+    size_t last;
+  };
+
   // Keys of one table of the plan that one thread updates: those of `part` among `parts`, by slot.
   struct Unit {
     uint32_t table;
@@ -202,10 +211,18 @@ class HostStore {
     int64_t last;
   };
 
-  bool find_tile(const PoolingPlan& plan, const PackedKeys& batch, const Tile& tile, uint32_t* slots,
+  // host_store_lookup.cc
+  void find_tile(const PoolingPlan& plan, const PackedKeys& batch, const Tile& tile, uint32_t* slots,
                  ThreadScratch& scratch);
-  bool find_keys(const int64_t* keys, int64_t count, uint32_t table, uint32_t* slots, ThreadScratch& scratch);
-  bool flush(ThreadScratch& scratch);
+  // Finds and pools in one pass, where each bag is one key: no other wait for a row than that of the machine.
+  void look_up_tile(const PoolingPlan& plan, const PackedKeys& batch, const Tile& tile, uint32_t* slots, bool stream,
+                    float* out, ThreadScratch& scratch);
+  void pool_missed(const PoolingPlan& plan, const PackedKeys& batch, const TileMisses& missed, const Tile& tile,
+                   const uint32_t* slots, bool stream, float* out);
+  // Some keys may wait in the thread's chunk until it is flushed.
+  void find_keys(const int64_t* keys, int64_t count, uint32_t table, uint32_t* slots, ThreadScratch& scratch);
+  void flush(ThreadScratch& scratch);
+  static void note_misses(const uint64_t* keys, int64_t count, uint32_t table, uint32_t* slots, ThreadScratch& scratch);
   enum class Insert { kNever, kAdmitted, kAll };
   Status locate(uint32_t table, const int64_t* keys, int64_t count, Insert insert, std::vector<uint32_t>* slots);
   std::vector<int64_t> sort_misses();
@@ -284,7 +301,7 @@ class HostStore {
   std::vector<ThreadScratch> scratch_;
   std::vector<Miss> sorted_misses_;
   std::vector<std::vector<Newcomer>> newcomers_ = std::vector<std::vector<Newcomer>>(kNumShards);
-  std::vector<uint8_t> tile_has_misses_;
+  std::vector<TileMisses> tile_misses_;
 };
 
 }  // namespace penstock

@@ -46,13 +46,24 @@ struct IndexView {
   uint64_t salt;  // odd
 
   // Each table has a random-looking mask of its own: keys of one pattern in many tables do not meet.
-  [[gnu::always_inline]] uint64_t hash(uint64_t key, uint32_t table) const {
-    return mix64(key ^ (salt * (2 * uint64_t{table} + 1)));
-  }
+  [[gnu::always_inline]] uint64_t mask(uint32_t table) const { return salt * (2 * uint64_t{table} + 1); }
+  [[gnu::always_inline]] uint64_t hash(uint64_t key, uint32_t table) const { return mix64(key ^ mask(table)); }
   [[gnu::always_inline]] Entry* shard(uint64_t hash) const { return entries + (hash >> (64 - kShardBits)) * capacity; }
   [[gnu::always_inline]] uint64_t home(uint64_t hash) const {
     const uint64_t lines = capacity / kLineEntries;
     return kLineEntries * static_cast<uint64_t>((static_cast<unsigned __int128>(hash << kShardBits) * lines) >> 64);
+  }
+  // The line after `line`, which a key of that hash may be in.
+  [[gnu::always_inline]] const Entry* next_line(const Entry* line, uint64_t hash) const {
+    const Entry* const first = shard(hash);
+    const Entry* const next = line + kLineEntries;
+    return next == first + capacity ? first : next;
+  }
+  // Where that is among the cache lines of all shards. As capacities are whole lines, it takes one multiplication:
+  // hash * lines of all shards / 2^64 is shard * lines of a shard + the other bits * lines of a shard / 2^(64 - kShardBits).
+  [[gnu::always_inline]] uint64_t num_lines() const { return kNumShards * capacity / kLineEntries; }
+  [[gnu::always_inline]] static uint64_t line(uint64_t hash, uint64_t num_lines) {
+    return static_cast<uint64_t>((static_cast<unsigned __int128>(hash) * num_lines) >> 64);
   }
 };
 

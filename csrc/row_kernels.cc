@@ -7,6 +7,7 @@
 #include "lanes.h"
 #include "narrow_lanes.h"
 #include "optimizer_rules.h"
+#include "probe.h"
 
 namespace penstock {
 namespace PENSTOCK_ISA {
@@ -16,47 +17,12 @@ namespace {
 
 int64_t find(const IndexView& index, const Rows& rows, const uint64_t* keys, const uint32_t* tables, int64_t count,
              uint32_t* slots) {
-  constexpr int kAhead = 16;  // probes in flight: about as many as a core has line fill buffers
-  const Entry* home[kAhead];
-  const auto begin = [&](int64_t i) {
-    const uint64_t hash = index.hash(keys[i], tables[i]);
-    const Entry* const entry = index.shard(hash) + index.home(hash);
-    __builtin_prefetch(entry, 0, 3);
-    home[i % kAhead] = entry;
-  };
-  const int64_t ahead = count < kAhead ? count : kAhead;
-  for (int64_t i = 0; i < ahead; ++i) begin(i);
-  int64_t absent = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const Entry* line = home[i % kAhead];
-    if (i + kAhead < count) begin(i + kAhead);
-    const uint64_t key = keys[i];
-    const uint64_t table = tables[i];
-    uint32_t slot = kNoSlot;
-    for (const Entry* shard_end = nullptr;;) {
-      // Which entry of a line it is cannot be foreseen, so that is no branch.
-      uint32_t is_match = 0, is_empty = 0;
-      for (uint32_t e = 0; e < kLineEntries; ++e) {
-        is_match |= static_cast<uint32_t>((line[e].key == key) & (line[e].meta >> 48 == table)) << e;
-        is_empty |= line[e].is_empty();
-      }
-      if (is_match != 0) [[likely]] {
-        slot = line[__builtin_ctz(is_match)].slot();
-        break;
-      }
-      if (is_empty != 0) break;
-      if (shard_end == nullptr) shard_end = index.shard(index.hash(key, tables[i])) + index.capacity;
-      line += kLineEntries;
-      if (line == shard_end) line = shard_end - index.capacity;
-    }
-    slots[i] = slot;
-    if (slot == kNoSlot) {
-      ++absent;
-    } else {
-      prefetch_bytes<0, 2>(rows.value(slot), rows.value_bytes);
-    }
-  }
-  return absent;
+  return probe<false>(rows, keys, TableOfEach{index, tables}, count, rows.value_bytes, slots, [](int64_t, const void*) {});
+}
+
+int64_t find_run(const IndexView& index, const Rows& rows, const uint64_t* keys, uint32_t table, int64_t count,
+                 uint32_t* slots) {
+  return probe<false>(rows, keys, OneTable(index, table), count, rows.value_bytes, slots, [](int64_t, const void*) {});
 }
 
 template <ValueType kType, typename S>
@@ -83,6 +49,25 @@ struct Target {
     }
   }
 };
+
+template <int D, ValueType kType>
+int64_t look_up_run(const IndexView& index, const Rows& rows, const uint64_t* keys, uint32_t table, int64_t count,
+                    uint32_t* slots, int64_t stride, bool stream, float* out) {
+  const Shape<D> shape(rows.dim);
+  using Element = typename Stored<kType>::Element;
+  const auto copy = [&](int64_t i, const void* place) __attribute__((always_inline)) {
+    const Element* const row = static_cast<const Element*>(place);
+    const Target target{out + i * stride, stream};
+    // The sum of a bag of one: 0 + -0 is 0.
+    for (int c = 0; c < num_chunks(shape); ++c) target.write(shape, 0, c, Lanes{} + Stored<kType>::load(shape, row, c));
+  };
+  const uint32_t value_bytes = D == 0 ? rows.value_bytes : static_cast<uint32_t>(D * sizeof(Element));
+  const int64_t absent = probe<true>(rows, keys, OneTable(index, table), count, value_bytes, slots, copy);
+#if defined(__AVX512F__) || defined(__AVX2__)
+  if (stream) _mm_sfence();
+#endif
+  return absent;
+}
 
 // A bag with weights, or a sequence: bag (f, keys [first, last)). Out of line, so that pool() stays what it is without.
 template <int D, ValueType kType>
@@ -299,7 +284,12 @@ void initialize(const Rows& rows, const Initializer& init, uint64_t key, void* v
 }
 
 template <int D, typename Optimizer>
-constexpr RowKernels kKernels = {find, pool<D, ValueType::kFloat32>, update<D, Optimizer>, initialize};
+constexpr RowKernels kKernels = {find,
+                                find_run,
+                                look_up_run<D, ValueType::kFloat32>,
+                                pool<D, ValueType::kFloat32>,
+                                update<D, Optimizer>,
+                                initialize};
 
 template <int D>
 RowKernels kernels_of(OptimizerKind optimizer) {
@@ -327,8 +317,14 @@ RowKernels kernels_of(OptimizerKind optimizer) {
 template <int D>
 RowKernels kernels_of(ValueType type, OptimizerKind optimizer) {
   RowKernels kernels = kernels_of<D>(optimizer);
-  if (type == ValueType::kBFloat16) kernels.pool = pool<D, ValueType::kBFloat16>;
-  if (type == ValueType::kFloat16) kernels.pool = pool<D, ValueType::kFloat16>;
+  if (type == ValueType::kBFloat16) {
+    kernels.look_up_run = look_up_run<D, ValueType::kBFloat16>;
+    kernels.pool = pool<D, ValueType::kBFloat16>;
+  }
+  if (type == ValueType::kFloat16) {
+    kernels.look_up_run = look_up_run<D, ValueType::kFloat16>;
+    kernels.pool = pool<D, ValueType::kFloat16>;
+  }
   return kernels;
 }
 

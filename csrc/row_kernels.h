@@ -132,6 +132,14 @@ struct RowKernels {
   int64_t (*find)(const IndexView& index, const Rows& rows, const uint64_t* keys, const uint32_t* tables, int64_t count,
                   uint32_t* slots);
 
+  // The same for keys of one table.
+  int64_t (*find_run)(const IndexView& index, const Rows& rows, const uint64_t* keys, uint32_t table, int64_t count,
+                      uint32_t* slots);
+
+  // The same, and what pool() makes of a bag of one key, without a weight, into out [count, stride] for those with a row.
+  int64_t (*look_up_run)(const IndexView& index, const Rows& rows, const uint64_t* keys, uint32_t table, int64_t count,
+                         uint32_t* slots, int64_t stride, bool stream, float* out);
+
   // Pools a tile into out [B, stride]; a key without a row reads as its initial value.
   void (*pool)(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, const uint32_t* slots,
                const Initializer* initializers, const Tile& tile, bool stream, float* out);

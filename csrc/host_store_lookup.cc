@@ -1,0 +1,224 @@
+// Looks batches up, tile by tile: finds the rows of the keys and pools them.
+#include "host_store.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+namespace penstock {
+namespace {
+
+constexpr int64_t kTileBytes = 256 << 10;  // rows of one tile: found and prefetched, then pooled, within the L2 cache
+constexpr size_t kStreamBytes = 1 << 20;  // an output larger than this will not stay in the caches anyway
+constexpr int64_t kMinRun = 64;  // keys of one table that are worth a pass of their own; fewer go with those of others
+constexpr float kLargestFloat = std::numeric_limits<float>::max();
+
+}  // namespace
+
+bool HostStore::classify(PackedKeys* batch) {
+  const int64_t bags = batch->num_bags();
+  if (batch->offsets[0] != 0 || batch->offsets[bags] != batch->num_keys) return false;
+  constexpr int64_t kBagsPerTask = 1 << 15;
+  std::atomic<bool> is_rising{true}, is_one_hot{true};
+  pool_.run((bags + kBagsPerTask - 1) / kBagsPerTask, [&](int64_t task, int) {
+    const int64_t first = task * kBagsPerTask, last = std::min(first + kBagsPerTask, bags);
+    // Most often every bag so far holds one key, which takes no comparison of 64-bit numbers to see.
+    int64_t differences = batch->offsets[last] ^ last;
+    for (int64_t bag = first; bag < last; ++bag) differences |= batch->offsets[bag] ^ bag;
+    if (differences == 0) return;
+    int64_t falls = 0, others = 0;
+    for (int64_t bag = first; bag < last; ++bag) {
+      const int64_t size = batch->offsets[bag + 1] - batch->offsets[bag];
+      falls += size < 0;
+      others += size != 1;
+    }
+    if (falls != 0) is_rising = false;
+    if (others != 0) is_one_hot = false;
+  });
+  batch->is_one_hot = is_one_hot;
+  return is_rising;
+}
+
+bool HostStore::has_finite_weights(const PackedKeys& batch) {
+  if (batch.weights == nullptr) return true;
+  constexpr int64_t kKeysPerTask = 1 << 16;
+  std::atomic<bool> is_finite{true};
+  pool_.run((batch.num_keys + kKeysPerTask - 1) / kKeysPerTask, [&](int64_t task, int) {
+    const int64_t last = std::min((task + 1) * kKeysPerTask, batch.num_keys);
+    bool mine = true;
+    for (int64_t n = task * kKeysPerTask; n < last; ++n) mine &= std::abs(batch.weights[n]) <= kLargestFloat;
+    if (!mine) is_finite = false;
+  });
+  return is_finite;
+}
+
+// Offsets must rise.
+static bool sequences_fit(const PoolingPlan& plan, const PackedKeys& batch) {
+  for (int64_t f = 0; f < plan.num_features; ++f) {
+    if (plan.pooling[f] != Pooling::kSequence) continue;
+    const int64_t first = plan.packed_feature[f] * batch.batch_size;
+    int64_t longest = 0;
+    for (int64_t bag = first; bag < first + batch.batch_size; ++bag) {
+      longest = std::max(longest, batch.begin(bag + 1) - batch.begin(bag));
+    }
+    if (longest > plan.max_keys[f]) return false;
+  }
+  return true;
+}
+
+std::vector<Tile> HostStore::lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const {
+  const int64_t size = batch.batch_size;
+  if (plan.num_features == 0) return {};  // tables that no feature of this batch reads
+  const int64_t keys_per_tile = std::clamp<int64_t>(kTileBytes / int64_t{value_bytes_}, 64, 2048);
+  // Whole cache lines are written feature by feature, so that one table's hot rows stay in the cache; where features
+  // share cache lines of the output, all features of a few samples go together.
+  const int64_t features = dim_ % 16 == 0 ? 1 : plan.num_features;
+  const int64_t for_balance = size * plan.num_features / features / (int64_t{8} * num_threads()) + 1;
+  std::vector<Tile> tiles;
+  for (int64_t first = 0; first < plan.num_features; first += features) {
+    const int64_t last = std::min(first + features, plan.num_features);
+    int64_t keys = 0;
+    for (int64_t f = first; f < last; ++f) {
+      const int64_t bag = plan.packed_feature[f] * size;
+      keys += batch.begin(bag + size) - batch.begin(bag);
+    }
+    const int64_t per_sample = std::max<int64_t>(1, keys / std::max<int64_t>(1, size));
+    const int64_t samples = std::clamp<int64_t>(keys_per_tile / per_sample, 1, for_balance);
+    for (int64_t b = 0; b < size; b += samples) tiles.push_back({first, last, b, std::min(b + samples, size)});
+  }
+  return tiles;
+}
+
+void HostStore::note_misses(const uint64_t* keys, int64_t count, uint32_t table, uint32_t* slots, ThreadScratch& scratch) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (slots[i] == kNoSlot) scratch.misses.push_back({keys[i], table, slots + i});
+  }
+}
+
+void HostStore::flush(ThreadScratch& scratch) {
+  KeyChunk& chunk = *scratch.chunk;
+  const int64_t absent =
+      kernels_.find(index_.view(), rows(), chunk.keys, chunk.tables, chunk.count, chunk.slots);
+  for (int64_t i = 0; i < chunk.count; ++i) *chunk.targets[i] = chunk.slots[i];
+  if (absent != 0) {
+    for (int64_t i = 0; i < chunk.count; ++i) {
+      if (chunk.slots[i] == kNoSlot) scratch.misses.push_back({chunk.keys[i], chunk.tables[i], chunk.targets[i]});
+    }
+  }
+  chunk.count = 0;
+}
+
+void HostStore::find_keys(const int64_t* signed_keys, int64_t count, uint32_t table, uint32_t* slots,
+                          ThreadScratch& scratch) {
+  const uint64_t* const keys = reinterpret_cast<const uint64_t*>(signed_keys);
+  if (count >= kMinRun) {
+    const int64_t absent = kernels_.find_run(index_.view(), rows(), keys, table, count, slots);
+    if (absent != 0) note_misses(keys, count, table, slots, scratch);
+    return;
+  }
+  KeyChunk& chunk = *scratch.chunk;
+  if (chunk.count + count > KeyChunk::kCapacity) flush(scratch);
+  std::copy_n(keys, count, chunk.keys + chunk.count);
+  std::fill_n(chunk.tables + chunk.count, count, table);
+  for (int64_t i = 0; i < count; ++i) chunk.targets[chunk.count + i] = slots + i;
+  chunk.count += count;
+}
+
+void HostStore::find_tile(const PoolingPlan& plan, const PackedKeys& batch, const Tile& tile, uint32_t* slots,
+                          ThreadScratch& scratch) {
+  for (int64_t f = tile.first_feature; f < tile.last_feature; ++f) {
+    const int64_t bag = plan.packed_feature[f] * batch.batch_size;
+    const int64_t first = batch.begin(bag + tile.begin);
+    const int64_t count = batch.begin(bag + tile.end) - first;
+    find_keys(batch.keys + first, count, plan.table[f], slots + first, scratch);
+  }
+  flush(scratch);
+}
+
+void HostStore::look_up_tile(const PoolingPlan& plan, const PackedKeys& batch, const Tile& tile, uint32_t* slots,
+                             bool stream, float* out, ThreadScratch& scratch) {
+  const int64_t count = tile.end - tile.begin;
+  for (int64_t f = tile.first_feature; f < tile.last_feature; ++f) {
+    const int64_t first = plan.packed_feature[f] * batch.batch_size + tile.begin;
+    const uint64_t* const keys = reinterpret_cast<const uint64_t*>(batch.keys) + first;
+    const int64_t absent = kernels_.look_up_run(index_.view(), rows(), keys, plan.table[f], count, slots + first,
+                                                plan.stride, stream, out + tile.begin * plan.stride + plan.column[f]);
+    if (absent != 0) note_misses(keys, count, plan.table[f], slots + first, scratch);
+  }
+}
+
+void HostStore::pool_missed(const PoolingPlan& plan, const PackedKeys& batch, const TileMisses& missed,
+                            const Tile& tile, const uint32_t* slots, bool stream, float* out) {
+  const auto pool = [&](const Tile& part, bool stream_part) {
+    kernels_.pool(rows(), plan, batch, slots, initializers_.data(), part, stream_part, out);
+  };
+  const int64_t keys = (tile.end - tile.begin) * (tile.last_feature - tile.first_feature);
+  if (!missed.others_are_pooled || 4 * (missed.last - missed.first) > static_cast<size_t>(keys)) {
+    pool(tile, stream);
+    return;
+  }
+  for (size_t i = missed.first; i < missed.last; ++i) {
+    const int64_t position = scratch_[missed.thread].misses[i].slot - slots;
+    for (int64_t f = tile.first_feature; f < tile.last_feature; ++f) {
+      const int64_t b = position - plan.packed_feature[f] * batch.batch_size;
+      if (b >= tile.begin && b < tile.end) pool({f, f + 1, b, b + 1}, false);
+    }
+  }
+}
+
+Status HostStore::pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool insert, float* out, Lookup* lookup) {
+  const std::lock_guard<std::mutex> guard(call_);
+  if (!classify(&batch)) return Status::kBadOffsets;
+  if (!sequences_fit(plan, batch)) return Status::kBagTooLong;
+  if (!has_finite_weights(batch)) return Status::kBadWeights;
+  const std::vector<Tile> tiles = lookup_tiles(plan, batch);
+  const bool stream = static_cast<size_t>(batch.batch_size * plan.stride) * sizeof(float) > kStreamBytes;
+  lookup->slots.resize(static_cast<size_t>(batch.num_keys));
+  lookup->erase_version = erase_version_;
+  lookup->is_one_hot = batch.is_one_hot;
+  uint32_t* const slots = lookup->slots.data();
+  tile_misses_.resize(tiles.size());
+  for (ThreadScratch& scratch : scratch_) scratch.misses.clear();
+  const bool is_plain = batch.is_one_hot && batch.weights == nullptr &&
+                        std::find(plan.pooling, plan.pooling + plan.num_features, Pooling::kSequence) ==
+                            plan.pooling + plan.num_features;
+  pool_.run(static_cast<int64_t>(tiles.size()), [&](int64_t number, int thread) {
+    ThreadScratch& scratch = scratch_[thread];
+    const Tile& tile = tiles[number];
+    TileMisses& missed = tile_misses_[number];
+    missed = {thread, is_plain && tile.end - tile.begin >= kMinRun, scratch.misses.size(), 0};
+    if (missed.others_are_pooled) {
+      look_up_tile(plan, batch, tile, slots, stream, out, scratch);
+    } else {
+      find_tile(plan, batch, tile, slots, scratch);
+    }
+    missed.last = scratch.misses.size();
+    if (insert && missed.first != missed.last) return;
+    for (size_t i = missed.first; i < missed.last; ++i) {
+      *scratch.misses[i].slot = default_slots_[scratch.misses[i].table];
+    }
+    pool_missed(plan, batch, missed, tile, slots, stream, out);
+  });
+  lookup->num_missing = 0;
+  for (const ThreadScratch& scratch : scratch_) lookup->num_missing += static_cast<int64_t>(scratch.misses.size());
+  if (!insert || lookup->num_missing == 0) return Status::kOk;
+  std::vector<SlotSpan> in_use;
+  if (retains_) {
+    for (int64_t f = 0; f < plan.num_features; ++f) {
+      const int64_t bag = plan.packed_feature[f] * batch.batch_size, first = batch.begin(bag);
+      in_use.push_back({lookup->slots.data() + first, batch.begin(bag + batch.batch_size) - first});
+    }
+  }
+  const Status status = insert_misses(Insert::kAdmitted, in_use);
+  if (status != Status::kOk) return status;
+  lookup->erase_version = erase_version_;
+  lookup->num_missing = 0;
+  pool_.run(static_cast<int64_t>(tiles.size()), [&](int64_t tile, int) {
+    const TileMisses& missed = tile_misses_[tile];
+    if (missed.first != missed.last) pool_missed(plan, batch, missed, tiles[tile], slots, stream, out);
+  });
+  return Status::kOk;
+}
+
+}  // namespace penstock
