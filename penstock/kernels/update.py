@@ -298,8 +298,8 @@ def _compiled(dim: int, state_dim: int, options: RuleOptions, has_factors: bool)
         rule["maxnreg"] = REGISTERS if state_dim <= 1 else WIDE_REGISTERS
     is_wide = columns >= 64
     return _Compiled(
-        8 if is_wide else 2,  # a program takes fewer wide pieces at once
-        3 if is_wide else 1,
+        8 if is_wide else 4,  # a program takes fewer wide pieces at once
+        3,
         {"SHORT_ROWS": max(1, vectors // SHORT), "SHORT": SHORT, **of_pieces, **rule},
         {"PARTS": 2 * vectors, **tile, **options.compiled(), "num_warps": num_warps},
         {**of_pieces, "num_warps": num_warps},
