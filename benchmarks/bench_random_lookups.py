@@ -32,7 +32,7 @@ from penstock.types import Jagged, KeyedJagged
 ROWS = 20_000_000
 LOOKUPS = 1_000_000
 GOAL = 0.7
-"""Speed over the bare gather's, at least."""
+"""Speed over the bare gather's, at least; over that of two_lines where that is no faster itself."""
 SCATTER = 0x5851F42D4C957F2D
 """Odd, so that its multiples are distinct 64-bit keys."""
 LINE_BYTES = 64
@@ -131,6 +131,8 @@ def run_case(library: ctypes.CDLL, dim: int, rows: int, threads: int, turns: int
         shares = [k / t for k, t in zip(times[limit], times["lookup"], strict=True)]
         result[f"share_of_{limit}"] = np.median(shares)
         result[f"share_of_{limit}_range"] = [min(shares), max(shares)]
+    of_gather = [g / t for g, t in zip(times["gather"], times["two_lines"], strict=True)]
+    result["two_lines_share_of_gather"] = np.median(of_gather)
     for name, each in times.items():
         result[f"{name}_ms"] = np.median(each)
         result[f"{name}_ns_a_row"] = np.median(each) * 1e6 / LOOKUPS
@@ -147,7 +149,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a case")
     parser.add_argument("--check", action="store_true", help="exit 1 if a case misses its goal")
     parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--rows", type=int, help="where 20 M rows of the case do not fit twice")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
@@ -161,8 +163,10 @@ def main() -> None:
             print(json.dumps({**result, "commit": commit(), "hardware": machine}), flush=True)
         else:
             print(result, flush=True)
-        if result["share_of_gather"] < GOAL:
-            missed.append(f"{result['case']}: {result['share_of_gather']:.2f}, goal {GOAL}")
+        limit = "gather" if result["two_lines_share_of_gather"] >= GOAL else "two_lines"
+        if result[f"share_of_{limit}"] < GOAL:
+            share = result[f"share_of_{limit}"]
+            missed.append(f"{result['case']}: {share:.2f} of {limit}, goal {GOAL}")
     if arguments.check:
         end_check(missed)
 
