@@ -149,6 +149,8 @@ class KeyedRows:
     def _make(
         self, keys: KeyBatch, slots: Tensor, misses: Misses, claims: Claims, most: int
     ) -> None:
+        if not keys.keys.numel():
+            return  # no kernel runs that could report
         made = slots, self.of_table, self.slots.rows, self.initial
         count = Count(self.slots.allocated, self.slots.message, self.slots.num_insertions + 1)
         make_rows(self.index, keys, misses, claims, self.slots.slots, *made, count)

@@ -112,12 +112,14 @@ class SlotPool:
         while not self._fit(rows, most_rows):
             if not self._awaited:
                 return False
-            if not self._read():
-                polls += 1
-                if polls > _POLLS:
-                    torch.cuda.synchronize(self.allocated.device)
-                else:
-                    time.sleep(_POLL_S)
+            if self._read():
+                continue
+            polls += 1
+            if polls <= _POLLS:
+                time.sleep(_POLL_S)
+                continue
+            torch.cuda.synchronize(self.allocated.device)
+            assert self._read(), "an insertion has not reported its rows"
         return True
 
     def _read(self) -> bool:

@@ -454,3 +454,16 @@ def test_a_row_costs_its_floats_and_at_most_32_bytes():
         overheads.append((memory.rows, overhead))
     # Fewer rows share a last page of 2 MiB.
     assert max(overhead for rows, overhead in overheads if rows >= 800_000) <= 32, overheads
+
+
+def test_a_batch_without_keys_before_one_that_needs_room(open_store):
+    store = open_store(two_tables(dim=4))
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 4)
+    empty = KeyedJagged.pack({
+        "f": Jagged(torch.empty(0, dtype=torch.int64), torch.zeros(4).long())
+    })
+    for first in (0, 500, 1500, 3500):
+        store.pooled_lookup(plan, empty, insert=True, out=torch.empty(3, 4))
+        keys = KeyedJagged.pack({"f": Jagged.from_dense(torch.arange(first, 2 * first + 500))})
+        store.pooled_lookup(plan, keys, insert=True, out=torch.empty(first + 500, 4))
+        assert store.num_rows(0) == 2 * first + 500
