@@ -132,15 +132,16 @@ void bind_host_store(nb::module_& m) {
           "__init__",
           [](HostStore* self, uint32_t dim, int value_type, uint32_t state_dim, uint32_t usage_dim, int optimizer,
              const std::vector<std::tuple<int, float, float, uint64_t, RetentionPolicy>>& tables, int num_threads,
-             uint64_t max_bytes) {
+             uint64_t max_bytes, const std::string& most_isa) {
             std::vector<TableRules> rules;
             for (const auto& [kind, scale, state, seed, retention] : tables) {
               rules.push_back({{static_cast<InitializerKind>(kind), scale, state, seed}, retention});
             }
             new (self) HostStore(dim, static_cast<ValueType>(value_type), state_dim, usage_dim,
-                                 static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes);
+                                 static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes, most_isa);
           },
-          nb::kw_only(), "dim"_a, "value_type"_a, "state_dim"_a, "usage_dim"_a, "optimizer"_a, "tables"_a, "num_threads"_a, "max_bytes"_a)
+          nb::kw_only(), "dim"_a, "value_type"_a, "state_dim"_a, "usage_dim"_a, "optimizer"_a, "tables"_a, "num_threads"_a, "max_bytes"_a,
+          "most_isa"_a)
       .def("open", &HostStore::open)
       .def(
           "pooled_lookup",

@@ -66,7 +66,8 @@ class HostStore {
  public:
   // Tables are numbered as in `tables`. max_bytes bounds the arenas' address range; 0: twice the machine's memory.
   HostStore(uint32_t dim, ValueType type, uint32_t state_dim, uint32_t usage_dim, OptimizerKind optimizer,
-            const std::vector<TableRules>& tables, int num_threads, uint64_t max_bytes);
+            const std::vector<TableRules>& tables, int num_threads, uint64_t max_bytes,
+            std::string_view most_isa);
 
   // False: no memory or address space.
   bool open();

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "hashing.h"
 #include "index.h"
@@ -154,8 +155,10 @@ struct RowKernels {
   void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, void* value, float* state);
 };
 
-// Kernels for the best instruction set of this machine; `isa` is its name. Dim, type and optimizer are fixed per store.
-RowKernels select_row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer, const char** isa);
+// Kernels for the best instruction set of this machine, but for none above `most` if it is not empty; `isa` is its name.
+// Dim, type and optimizer are fixed per store.
+RowKernels select_row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer, std::string_view most,
+                              const char** isa);
 
 namespace isa_generic {
 RowKernels row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer);

@@ -2,14 +2,15 @@
 
 namespace penstock {
 
-RowKernels select_row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer, const char** isa) {
+RowKernels select_row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer, std::string_view most,
+                              const char** isa) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+  if ((most.empty() || most == "avx512") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     *isa = "avx512";
     return isa_avx512::row_kernels(dim, type, optimizer);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")) {
+  if (most != "generic" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")) {
     *isa = "avx2";
     return isa_avx2::row_kernels(dim, type, optimizer);
   }

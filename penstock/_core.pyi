@@ -56,6 +56,7 @@ class HostStore:
         tables: Sequence[tuple[int, float, float, int, RetentionPolicy]],
         num_threads: int,
         max_bytes: int,
+        most_isa: str,
     ) -> None: ...
     def open(self) -> bool: ...
     def pooled_lookup(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class HostStore:
         num_threads: int = 1,
         max_bytes: int = 0,
         deterministic: bool = False,
+        most_isa: Literal["generic", "avx2", "avx512"] | None = None,
     ) -> None:
         """Opens an empty store.
 
@@ -68,6 +69,7 @@ class HostStore:
           max_bytes: most bytes of rows; 0: twice the machine's memory.
           deterministic: gradients are summed in fixed point, so that the bits of an update do not
             depend on the order of the samples either (on the number of threads they never do).
+          most_isa: no instruction set above it is used, to test the others; None: the best.
         """
         layouts = {RowLayout.of(table) for table in tables}
         if len(layouts) != 1:
@@ -97,6 +99,7 @@ class HostStore:
             ],
             num_threads=num_threads,
             max_bytes=max_bytes,
+            most_isa=most_isa or "",
         )
         if not self._core.open():
             raise CapacityError(

@@ -55,6 +55,8 @@ STORES = {
     "dict": DictStore,
     "host-1": lambda tables, **options: HostStore(tables, num_threads=1, **options),
     "host-3": lambda tables, **options: HostStore(tables, num_threads=3, **options),
+    "host-generic": lambda tables, **options: HostStore(tables, most_isa="generic", **options),
+    "host-avx2": lambda tables, **options: HostStore(tables, most_isa="avx2", **options),
     "gpu": OnCpu,
 }
 

@@ -138,3 +138,12 @@ def test_bags_of_one_key_are_told_from_others(odd):
     sizes = offsets.diff().float()
     assert torch.equal(out, (0.5 * sizes)[:, None].expand(-1, 16))
     assert store.num_rows(0) == 0
+
+
+def test_no_instruction_set_above_the_wanted_one_is_used():
+    tables = [TableConfig(name="t", dim=4, optimizer=SGD())]
+    order = ("generic", "avx2", "avx512")
+    best = HostStore(tables).isa
+    for most in order:
+        expected = min(most, best, key=order.index)
+        assert HostStore(tables, most_isa=most).isa == expected
