@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from penstock.embedding.gpu_store import GpuStore
 from penstock.embedding.store import PooledGradient
-from penstock.kernels.find import IndexView, find_slots
+from penstock.kernels.find import find_slots
 from penstock.kernels.index import Index, KeyBatch, Misses, prime_from
 from penstock.kernels.plan import DevicePlan, FeatureOnDevice
 from penstock.types import KeyedJagged
@@ -267,7 +267,7 @@ def index_rates(num_keys: int) -> list[dict]:
         slots = torch.empty(2 * chunk, dtype=torch.int32, device=DEVICE)
         missing, counter = torch.empty_like(sets[0]), sets[0].new_zeros(1)
         asked = [one_table(keys) for keys in sets]
-        view = IndexView(index.entries, index.num_buckets, index.salt)
+        view = index.view
 
         def find(i, view=view, asked=asked, absent=absent, out=(slots, missing, counter)):
             find_slots(view, *asked[i % INDEX_SETS], absent, *out)

@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a case")
     parser.add_argument("--check", action="store_true", help="exit 1 if a case misses its goal")
     parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--rows", type=int, help="where 20 M rows of the case do not fit twice")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()

@@ -27,10 +27,10 @@ using NewArray = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
 
 // From here on an array comes from the pool: its threads give it back to others, whose heaps would fault it in anew.
 inline constexpr size_t kPooledBytes = size_t{128} << 10;
-inline constexpr size_t kMaxIdleBytes = size_t{256} << 20;
+inline constexpr size_t kMaxIdleArrayBytes = size_t{256} << 20;
 
 inline BufferPool& array_pool() {
-  static const auto pool = std::make_shared<BufferPool>(kMaxIdleBytes);
+  static const auto pool = std::make_shared<BufferPool>(kMaxIdleArrayBytes);
   return *pool;
 }
 

@@ -21,8 +21,10 @@ from penstock.kernels.plan import POOLING_CODES, DevicePlan, FeatureOnDevice
 from penstock.types import KeyedJagged
 
 _MOST_HYPER_ROWS = 1 << 14
-_FEWEST_KEYS = 1 << 17
-"""Fewer keys are sorted sooner than two streams have met."""
+MANY_KEYS = 1 << 17
+"""From here on the GPU is the limit of a step, not the host that starts its kernels: it is worth
+more launches, or a second stream.
+"""
 
 
 class GpuLookup:
@@ -74,7 +76,7 @@ class GpuLookup:
             )
 
         device = self.slots.device
-        if device.type != "cuda" or self.slots.numel() < _FEWEST_KEYS:
+        if device.type != "cuda" or self.slots.numel() < MANY_KEYS:
             self._grouping = group()
             return
         stream, begin, self._is_grouped = _side(device)

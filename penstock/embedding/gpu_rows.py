@@ -10,11 +10,11 @@ from torch import Tensor
 
 from penstock.config import TableConfig
 from penstock.embedding import initializer, optimizer
-from penstock.embedding.gpu_batches import Counters
+from penstock.embedding.gpu_batches import MANY_KEYS, Counters, keys_of
 from penstock.embedding.gpu_slots import SlotPool
 from penstock.errors import CapacityError
 from penstock.kernels.claim import find_or_claim
-from penstock.kernels.find import IndexView, find_slots
+from penstock.kernels.find import find_slots
 from penstock.kernels.index import Claims, Index, KeyBatch, Misses
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.rows import Count, Initial, lend_rows, make_rows
@@ -37,9 +37,6 @@ def initial_of(tables: Sequence[TableConfig], seed: int, device: torch.device) -
         torch.zeros(len(tables), dtype=torch.int64),
     )
     return Initial(*(array.to(device) for array in arrays))
-
-
-_FEWEST_KEYS = 1 << 17
 
 
 class KeyedRows:
@@ -79,21 +76,21 @@ class KeyedRows:
           absent: [T] int32, what a missing key of each table gets.
         """
         slots, misses = self._nothing_found(batch)
-        find_slots(self._view, plan, batch, absent, slots, *misses)
+        find_slots(self.index.view, plan, batch, absent, slots, *misses)
         return slots, misses
 
     def find_or_make(self, plan: DevicePlan, batch: KeyedJagged, absent: Tensor) -> Tensor:
         """[N] int32 slots of a batch's keys; missing ones get rows. There must be room for all."""
         slots, misses = self._nothing_found(batch)
         values = batch.values
-        keys = KeyBatch(values, batch.offsets, plan.table_of_packed, batch.batch_size)
+        keys = keys_of(plan, batch)
         allocated = self.slots.allocated
-        if values.numel() < _FEWEST_KEYS:
+        if values.numel() < MANY_KEYS:
             # One launch less; but many keys, most of which are there, are found faster alone.
             claims = Claims(values.new_empty(3, values.numel()))
-            find_or_claim(self._view, plan, batch, absent, slots, *misses, *claims, allocated)
+            find_or_claim(self.index.view, plan, batch, absent, slots, *misses, *claims, allocated)
         else:
-            find_slots(self._view, plan, batch, absent, slots, *misses)
+            find_slots(self.index.view, plan, batch, absent, slots, *misses)
             claims = self.index.claim(keys, misses, slots, allocated)
         self._make(keys, slots, misses, claims, values.numel())
         return slots
@@ -135,11 +132,6 @@ class KeyedRows:
         self.of_table[table] -= len(freed)
         self.slots.release(freed)
         return len(freed)
-
-    @property
-    def _view(self) -> IndexView:
-        index = self.index
-        return IndexView(index.entries, index.num_buckets, index.salt)
 
     def _nothing_found(self, batch: KeyedJagged) -> tuple[Tensor, Misses]:
         values = batch.values

@@ -293,7 +293,6 @@ class GpuStore:
         check_batch(plan, batch)
         batch = on_device(batch, self.device)
         on_gpu = self._plans.get(plan, len(batch.features))
-        keys = keys_of(on_gpu, batch)
         if insert and self._rules is None and self._keyed.has_room(batch.values.numel()):
             slots = self._keyed.find_or_make(on_gpu, batch, self._absent)
             lookup = GpuLookup(batch, slots, self._erase_version)
@@ -301,14 +300,14 @@ class GpuStore:
             slots, misses = self._keyed.find(on_gpu, batch, self._absent)
             lookup = GpuLookup(batch, slots, self._erase_version)
             if insert:
-                self._insert(keys, slots, misses)
+                self._insert(keys_of(on_gpu, batch), slots, misses)
                 lookup.erase_version = self._erase_version
         if insert:
             most, counts = self._slots.most_slots, self._piece_counters.take()
             lookup.group_ahead(on_gpu, most, counts, needs_tables=self._needs_tables)
         else:
             lookup.misses = misses
-            self._keyed.lend(keys, slots, misses, lookup.num_missing)
+            self._keyed.lend(keys_of(on_gpu, batch), slots, misses, lookup.num_missing)
         pooled_forward(self._rows.values, on_gpu, batch, slots, out, one_hot=batch.is_one_hot)
         return lookup
 

@@ -47,6 +47,10 @@ MAX_TABLES = 65_535
 POOLING_CODES = {"sum": 0, "mean": 1, "sqrt_n": 2, "sequence": 3}
 
 
+ISAS = ("generic", "avx2", "avx512")
+"""Instruction sets that kernels are compiled for, each above the one before."""
+
+
 class HostStore:
     """Satisfies `Store`. All tables must have one row layout."""
 
@@ -76,6 +80,8 @@ class HostStore:
             raise ConfigError(f"the tables of one store need one row layout, got {len(layouts)}")
         if len(tables) > MAX_TABLES:
             raise ConfigError(f"{len(tables)} tables of one row layout; at most {MAX_TABLES}")
+        if most_isa not in (None, *ISAS):
+            raise ConfigError(f"most_isa: {most_isa!r}; one of {', '.join(ISAS)}")
         self.layout = layouts.pop()
         self.tables = tuple(tables)
         self._hypers = optimizer.Hypers(tables)

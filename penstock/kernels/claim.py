@@ -12,7 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels.find import IndexView, probe_slots, programs_for, store_slots
+from penstock.kernels.find import (
+    IndexView,
+    probe_slots,
+    programs_for,
+    search_arguments,
+    store_slots,
+)
 from penstock.kernels.launch import launch
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.probe import (
@@ -197,16 +203,7 @@ def find_or_claim(
         _find_or_claim_kernel,
         programs_for(plan, num_keys, _KEYS),
         (
-            slots,
-            missing,
-            counter,
-            *index,
-            batch.values,
-            batch.offsets,
-            plan.packed_feature,
-            plan.table,
-            absent,
-            batch.batch_size,
+            *search_arguments(index, plan, batch, absent, slots, missing, counter),
             claims,
             num_keys,
             allocated,

@@ -109,6 +109,20 @@ def programs_for(plan: DevicePlan, num_keys: int, keys: int) -> tuple[int, int]:
     return max(-(-most // _TURNS), min(most, _FULL // plan.num_features + 1)), plan.num_features
 
 
+def search_arguments(
+    index: IndexView,
+    plan: DevicePlan,
+    batch: KeyedJagged,
+    absent: Tensor,
+    slots: Tensor,
+    missing: Tensor,
+    counter: Tensor,
+) -> tuple[Tensor | int, ...]:
+    """What kernels that search all keys of a plan's features begin with; see `find_slots`."""
+    of_batch = batch.values, batch.offsets, plan.packed_feature, plan.table
+    return slots, missing, counter, *index, *of_batch, absent, batch.batch_size
+
+
 def find_slots(
     index: IndexView,
     plan: DevicePlan,
@@ -137,18 +151,7 @@ def find_slots(
     launch(
         _find_kernel,
         programs_for(plan, num_keys, _KEYS),
-        (
-            slots,
-            missing,
-            counter,
-            *index,
-            batch.values,
-            batch.offsets,
-            plan.packed_feature,
-            plan.table,
-            absent,
-            batch.batch_size,
-        ),
+        search_arguments(index, plan, batch, absent, slots, missing, counter),
         KEYS=_KEYS,
         num_warps=_WARPS,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from penstock.kernels.claim import claim_kernel
 from penstock.kernels.device import is_interpreted
-from penstock.kernels.find import probe_slots, store_slots
+from penstock.kernels.find import IndexView, probe_slots, store_slots
 from penstock.kernels.launch import launch
 from penstock.kernels.probe import (
     BUCKET,
@@ -215,8 +215,9 @@ class Index:
         return 16 * self.capacity
 
     @property
-    def _view(self) -> tuple[Tensor, int, int]:
-        return self.entries, self.num_buckets, self.salt
+    def view(self) -> IndexView:
+        """As probes read it, until the next `reserve`."""
+        return IndexView(self.entries, self.num_buckets, self.salt)
 
     def room(self) -> int:
         """How many keys it may hold as it is."""
@@ -265,7 +266,7 @@ class Index:
             launch(
                 _find,
                 (triton.cdiv(len(keys), _KEYS),),
-                (*self._view, *_arguments(batch), len(keys), found, absent, *misses),
+                (*self.view, *_arguments(batch), len(keys), found, absent, *misses),
                 BLOCK=_KEYS,
                 num_warps=_WARPS,
             )
@@ -289,7 +290,7 @@ class Index:
             launch(
                 claim_kernel,
                 _strides(batch),
-                (*self._view, *_arguments(batch), *misses, found, *claims, num_keys, allocated),
+                (*self.view, *_arguments(batch), *misses, found, *claims, num_keys, allocated),
                 BLOCK=_KEYS,
                 num_warps=_WARPS,
             )
@@ -328,7 +329,7 @@ class Index:
             return freed
         grid = (triton.cdiv(len(keys), _KEYS),)
         of_keys = keys, len(keys), table, erased, freed
-        launch(_erase, grid, (*self._view, *of_keys), BLOCK=_KEYS, num_warps=_WARPS)
+        launch(_erase, grid, (*self.view, *of_keys), BLOCK=_KEYS, num_warps=_WARPS)
         still = keys.new_zeros(1)
         of_erased = self.entries, erased, len(keys), still
         launch(_sweep, grid, of_erased, BLOCK=_KEYS, num_warps=_WARPS)

@@ -52,8 +52,8 @@ from penstock.kernels.tiles import (
     warp_tile,
 )
 
-_SHORT_WAVES = 2
-"""How often the programs for short pieces fill the device."""
+_SHORT_WAVES, _LONG_WAVES = 2, 3
+"""How often the programs for short pieces, and for segments of several, fill the device."""
 
 
 @triton.jit
@@ -280,7 +280,6 @@ class _Compiled(NamedTuple):
 
     other_waves: int
     """How often the programs for other pieces fill the device."""
-    long_waves: int
     pieces: dict[str, int]
     long: dict[str, int]
     largest: dict[str, int]
@@ -296,10 +295,8 @@ def _compiled(dim: int, state_dim: int, options: RuleOptions, has_factors: bool)
     rule = {**options.compiled(), "num_warps": num_warps}
     if not options.exact and columns <= ELEMENTS_PER_WARP:
         rule["maxnreg"] = REGISTERS if state_dim <= 1 else WIDE_REGISTERS
-    is_wide = columns >= 64
     return _Compiled(
-        8 if is_wide else 4,  # a program takes fewer wide pieces at once
-        3,
+        8 if columns >= 64 else 4,  # a program takes fewer wide pieces at once
         {"SHORT_ROWS": max(1, vectors // SHORT), "SHORT": SHORT, **of_pieces, **rule},
         {"PARTS": 2 * vectors, **tile, **options.compiled(), "num_warps": num_warps},
         {**of_pieces, "num_warps": num_warps},
@@ -327,7 +324,7 @@ def _step(
     full = full_device(device)
     others = min(compiled.other_waves * full, num_keys // (SHORT + 1) + 1)
     shorts = min(_SHORT_WAVES * full, -(-num_keys // compiled.pieces["SHORT_ROWS"]))
-    long_grid = (min(windows, compiled.long_waves * full),)
+    long_grid = (min(windows, _LONG_WAVES * full),)
     if options.exact:
         launch(
             largest_kernel,

@@ -6,8 +6,9 @@ import torch
 
 from penstock.config import SGD, AdmitFrequent, Constant, TableConfig, Uniform
 from penstock.embedding.dict_store import DictStore
-from penstock.embedding.host_store import HostStore
+from penstock.embedding.host_store import ISAS, HostStore
 from penstock.embedding.store import PooledFeature, PoolingPlan, TableRows
+from penstock.errors import ConfigError
 from penstock.types import Jagged, KeyedJagged
 from tests.contract.test_weighted_lookups import train
 
@@ -142,8 +143,9 @@ def test_bags_of_one_key_are_told_from_others(odd):
 
 def test_no_instruction_set_above_the_wanted_one_is_used():
     tables = [TableConfig(name="t", dim=4, optimizer=SGD())]
-    order = ("generic", "avx2", "avx512")
     best = HostStore(tables).isa
-    for most in order:
-        expected = min(most, best, key=order.index)
+    for most in ISAS:
+        expected = min(most, best, key=ISAS.index)
         assert HostStore(tables, most_isa=most).isa == expected
+    with pytest.raises(ConfigError, match="most_isa: 'avx'; one of generic, avx2, avx512"):
+        HostStore(tables, most_isa="avx")
