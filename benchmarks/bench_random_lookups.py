@@ -32,7 +32,7 @@ from penstock.types import Jagged, KeyedJagged
 ROWS = 20_000_000
 LOOKUPS = 1_000_000
 GOAL = 0.7
-"""Speed over the bare gather's, at least; over that of two_lines where that is no faster itself."""
+"""Speed over the bare gather's, at least."""
 SCATTER = 0x5851F42D4C957F2D
 """Odd, so that its multiples are distinct 64-bit keys."""
 LINE_BYTES = 64
@@ -163,10 +163,11 @@ def main() -> None:
             print(json.dumps({**result, "commit": commit(), "hardware": machine}), flush=True)
         else:
             print(result, flush=True)
-        limit = "gather" if result["two_lines_share_of_gather"] >= GOAL else "two_lines"
-        if result[f"share_of_{limit}"] < GOAL:
-            share = result[f"share_of_{limit}"]
-            missed.append(f"{result['case']}: {share:.2f} of {limit}, goal {GOAL}")
+        if result["share_of_gather"] < GOAL:
+            limit = f"two lines alone {result['two_lines_share_of_gather']:.2f}"
+            missed.append(
+                f"{result['case']}: {result['share_of_gather']:.2f}, goal {GOAL}; {limit}"
+            )
     if arguments.check:
         end_check(missed)
 
