@@ -239,6 +239,8 @@ void bind_host_store(nb::module_& m) {
            })
       .def("num_rows", &HostStore::num_rows)
       .def("longest_probe", &HostStore::longest_probe)
+      .def("row_slots",
+           [](const HostStore& self, uint32_t table, Out<uint32_t> slots) { self.row_slots(table, slots.data()); })
       .def("check_invariants", &HostStore::check_invariants, nb::call_guard<nb::gil_scoped_release>())
       .def("memory",
            [](const HostStore& self) {

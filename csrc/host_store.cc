@@ -9,11 +9,6 @@ namespace {
 constexpr int64_t kMinUnitKeys = 2048;     // fewer keys are not worth another pass over a table's slots
 constexpr int64_t kMaxUnitKeys = 16384;    // the grouping of more keys leaves the L2 cache
 
-uint32_t extent_rows(uint64_t handed_out) {
-  // A 64th of a shard's share at a time: little is handed out and unused, and the lock is seldom taken.
-  return static_cast<uint32_t>(std::clamp<uint64_t>(handed_out / kNumShards / 64, 16, 4096));
-}
-
 template <typename T>
 void ensure_size(std::vector<T>& v, size_t size) {
   if (v.size() < size) v.resize(std::max(size, v.size() + v.size() / 2));
@@ -70,7 +65,13 @@ bool HostStore::commit_slots(uint64_t slots) {
   return values_.commit(slots * value_bytes_) && states_.commit(slots * (state_dim_ + usage_dim_) * sizeof(float));
 }
 
-Status HostStore::take_slot(ShardSlots& shard, uint32_t* slot) {
+uint64_t HostStore::extent_rows() const {
+  // A 64th of a shard's share at a time: little is handed out and unused, and the lock is seldom taken.
+  return std::clamp<uint64_t>(slots_handed_out_ / kNumShards / 64 / kLeastExtent, 1, 256) * kLeastExtent;
+}
+
+Status HostStore::take_slot(uint32_t shard_number, uint32_t* slot) {
+  ShardSlots& shard = shards_[shard_number];
   if (!shard.free.empty()) {
     *slot = shard.free.back();
     shard.free.pop_back();
@@ -78,7 +79,7 @@ Status HostStore::take_slot(ShardSlots& shard, uint32_t* slot) {
   }
   if (shard.next == shard.end) {
     const std::lock_guard<std::mutex> guard(arena_growth_);
-    const uint64_t rows = extent_rows(slots_handed_out_);
+    const uint64_t rows = extent_rows();
     if (!free_slots_.empty()) {
       const auto first = free_slots_.end() - static_cast<int64_t>(std::min<uint64_t>(rows, free_slots_.size()));
       shard.free.assign(first, free_slots_.end());
@@ -89,6 +90,7 @@ Status HostStore::take_slot(ShardSlots& shard, uint32_t* slot) {
     }
     if (slots_handed_out_ + rows >= kNoSlot) return Status::kTooManyRows;
     if (!commit_slots(slots_handed_out_ + rows)) return Status::kOutOfMemory;
+    first_owner_.insert(first_owner_.end(), rows / kLeastExtent, static_cast<uint8_t>(shard_number));
     shard.next = static_cast<uint32_t>(slots_handed_out_);
     shard.end = static_cast<uint32_t>(slots_handed_out_ + rows);
     slots_handed_out_ += rows;
@@ -113,7 +115,7 @@ Status HostStore::insert_shard(uint32_t shard_number, const Miss* misses, int64_
       continue;
     }
     if (index_.is_full(shard_number)) return Status::kIndexFull;
-    const Status status = take_slot(shard, miss.slot);
+    const Status status = take_slot(shard_number, miss.slot);
     if (status != Status::kOk) return status;
     kernels_.initialize(rows(), initializers_[miss.table], miss.key, rows().value(*miss.slot), rows().state(*miss.slot));
     index_.insert(miss.key, Entry::pack(miss.table, *miss.slot), hash);

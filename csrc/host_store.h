@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -116,6 +115,9 @@ class HostStore {
   uint64_t content_version() const { return content_version_; }
 
   uint64_t num_rows(uint32_t table) const;
+
+  // Where the table's rows are, in the order of the index: slots [num_rows].
+  void row_slots(uint32_t table, uint32_t* slots) const;
   StoreMemory memory() const;
   uint64_t longest_probe() const { return index_.longest_probe(); }
   const char* isa() const { return isa_; }
@@ -131,6 +133,7 @@ class HostStore {
     uint32_t table;
     uint32_t* slot;  // where to write the answer
   };
+  static constexpr uint64_t kLeastExtent = 16;  // slots; all extents are multiples of it
   struct alignas(64) ShardSlots {
     std::vector<uint32_t> free;
     uint32_t next = 0;
@@ -253,7 +256,7 @@ class HostStore {
   void halve_counts(const std::vector<uint8_t>& halvings);
   uint64_t rank_of(uint32_t table, uint32_t slot) const;
   void mark_used(const uint32_t* slots, int64_t count, uint32_t table);
-  int64_t release_slots();
+  void return_freed_slots();
 
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
   void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
@@ -262,7 +265,8 @@ class HostStore {
   bool has_finite_weights(const PackedKeys& batch);
   // Into values of the given type: the store's, or fp32.
   void copy_rows(const uint32_t* slots, int64_t count, ValueType type, void* values, float* state);
-  Status take_slot(ShardSlots& shard, uint32_t* slot);
+  uint64_t extent_rows() const;  // slots that a shard takes at a time
+  Status take_slot(uint32_t shard_number, uint32_t* slot);
   Status refresh(const PoolingPlan& plan, LookupGradient& gradient);
   std::vector<Tile> lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const;
   bool commit_slots(uint64_t slots);
@@ -295,7 +299,8 @@ class HostStore {
   std::mutex arena_growth_;
   uint64_t slots_handed_out_ = 0;
   uint64_t num_defaults_ = 0;  // slots of default rows, the first ones
-  std::deque<uint32_t> free_slots_;  // of no shard
+  std::vector<uint32_t> free_slots_;  // for any shard
+  std::vector<uint8_t> first_owner_;  // of each kLeastExtent slots behind the default rows: the shard that took them
   uint64_t content_version_ = 1;
   uint64_t erase_version_ = 1;
   std::vector<ShardSlots> shards_;

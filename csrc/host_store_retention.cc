@@ -144,7 +144,7 @@ Status HostStore::admit_shard(uint32_t shard, const Thresholds& thresholds, bool
 Status HostStore::give_row(uint32_t shard, const Newcomer& newcomer, Entry* entry, uint64_t hash, uint32_t* slot) {
   if (entry == nullptr && index_.is_full(shard)) return Status::kIndexFull;
   uint32_t row;
-  const Status status = take_slot(shards_[shard], &row);
+  const Status status = take_slot(shard, &row);
   if (status != Status::kOk) return status;
   *slot = row;
   kernels_.initialize(rows(), initializers_[newcomer.table], newcomer.key, rows().value(row), rows().state(row));
@@ -252,7 +252,7 @@ void HostStore::end_eviction() {
     retention_[table].evicted += totals[table].evicted;
     retention_[table].evicted_age += totals[table].evicted_age;
   }
-  release_slots();
+  return_freed_slots();
 }
 
 void HostStore::evict_lowest(uint32_t table, uint64_t count, const std::vector<SlotSpan>& in_use) {
