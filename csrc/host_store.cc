@@ -90,7 +90,7 @@ Status HostStore::take_slot(uint32_t shard_number, uint32_t* slot) {
     }
     if (slots_handed_out_ + rows >= kNoSlot) return Status::kTooManyRows;
     if (!commit_slots(slots_handed_out_ + rows)) return Status::kOutOfMemory;
-    first_owner_.insert(first_owner_.end(), rows / kLeastExtent, static_cast<uint8_t>(shard_number));
+    first_owners_.insert(first_owners_.end(), rows / kLeastExtent, static_cast<uint8_t>(shard_number));
     shard.next = static_cast<uint32_t>(slots_handed_out_);
     shard.end = static_cast<uint32_t>(slots_handed_out_ + rows);
     slots_handed_out_ += rows;

@@ -266,6 +266,7 @@ class HostStore {
   // Into values of the given type: the store's, or fp32.
   void copy_rows(const uint32_t* slots, int64_t count, ValueType type, void* values, float* state);
   uint64_t extent_rows() const;  // slots that a shard takes at a time
+  uint32_t first_owner(uint32_t slot) const { return first_owners_[(slot - num_defaults_) / kLeastExtent]; }
   Status take_slot(uint32_t shard_number, uint32_t* slot);
   Status refresh(const PoolingPlan& plan, LookupGradient& gradient);
   std::vector<Tile> lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const;
@@ -300,7 +301,7 @@ class HostStore {
   uint64_t slots_handed_out_ = 0;
   uint64_t num_defaults_ = 0;  // slots of default rows, the first ones
   std::vector<uint32_t> free_slots_;  // for any shard
-  std::vector<uint8_t> first_owner_;  // of each kLeastExtent slots behind the default rows: the shard that took them
+  std::vector<uint8_t> first_owners_;  // of each kLeastExtent slots behind the default rows: the shard that took them
   uint64_t content_version_ = 1;
   uint64_t erase_version_ = 1;
   std::vector<ShardSlots> shards_;

@@ -131,9 +131,19 @@ int64_t HostStore::erase(uint32_t table, const int64_t* keys, int64_t count) {
 void HostStore::return_freed_slots() {
   ++erase_version_;
   ++content_version_;
+  std::vector<uint32_t> counts(kNumShards);
+  for (const ThreadScratch& scratch : scratch_) {
+    for (const uint32_t slot : scratch.freed) ++counts[first_owner(slot)];
+  }
+  for (uint32_t number = 0; number < kNumShards; ++number) {
+    // Not doubled, as a vector would: after a sweep of half a table these lists are a few per cent of its budget.
+    std::vector<uint32_t>& free = shards_[number].free;
+    const size_t needed = free.size() + counts[number];
+    if (needed > free.capacity()) free.reserve(std::max(needed, free.capacity() + free.capacity() / 8));
+  }
   for (ThreadScratch& scratch : scratch_) {
-    for (const uint32_t slot : scratch.freed) shards_[first_owner_[(slot - num_defaults_) / kLeastExtent]].free.push_back(slot);
-    scratch.freed.clear();
+    for (const uint32_t slot : scratch.freed) shards_[first_owner(slot)].free.push_back(slot);
+    std::vector<uint32_t>().swap(scratch.freed);  // a sweep of half a large table would otherwise stay resident
   }
   size_t free = 0;
   for (const ShardSlots& shard : shards_) free += shard.free.size();
