@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kGroup = 8;       // keys of one step
 constexpr int64_t kLineAhead = 16;  // keys between the prefetch of a line and its use, whole groups
 constexpr int64_t kRowAhead = 8;    // the same of a row
+constexpr int64_t kKeysAhead = 64;  // keys between the prefetch of keys and the hashing of them
 constexpr int64_t kRing = 64;       // keys on their way between two steps, at most
 
 // One bit in two for each entry of the line that is (key, table); at most one is set.
@@ -187,6 +188,8 @@ template <bool kCopies, typename Tables, typename Copy>
   for (int64_t begun = 0, compared = 0; compared < count;) {
     if (begun < count) {
       const int64_t n = at_most(kGroup, count - begun);
+      // Else the load waits behind lines and rows for one of the buffers that all of them come through.
+      __builtin_prefetch(keys + at_most(begun + kKeysAhead, count - 1));
       prefetch_lines(tables, keys, begun, n, lines + (begun & (kRing - 1)));
       begun += n;
       if (begun < count && begun <= kLineAhead) continue;
