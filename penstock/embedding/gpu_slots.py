@@ -8,6 +8,7 @@ has later steps to work on meanwhile.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 
@@ -24,6 +25,30 @@ _POLL_S = 20e-6
 _POLLS = 500
 """After so many the device is waited for, which raises what went wrong there."""
 _COUNT_BITS = int(COUNT_BITS.value)
+_lock = threading.Lock()
+_WORDS = 512
+_WORD_STRIDE = 2
+"""In int64: kernels are compiled for addresses of whole 16 bytes."""
+_words: dict[bool, tuple[Tensor, int]] = {}
+"""By whether they are pinned: words for stores, and how many of them have one."""
+_used_up: list[Tensor] = []
+
+
+def _own_word(pinned: bool) -> Tensor:
+    """[1] int64, 0, that belongs to one store for ever.
+
+    The last kernel of a store that is gone may write to its word late. Whoever else had been given
+    that memory would take it for their own.
+    """
+    with _lock:
+        words, given = _words.get(pinned, (None, 0))
+        if words is None or given == _WORDS:
+            if words is not None:
+                _used_up.append(words)
+            size = _WORDS * _WORD_STRIDE
+            words, given = torch.zeros(size, dtype=torch.int64, pin_memory=pinned), 0
+        _words[pinned] = words, given + 1
+        return words[given * _WORD_STRIDE :][:1]
 
 
 class SlotPool:
@@ -67,7 +92,7 @@ class SlotPool:
         """[1] int64 slots taken since `free` was made; those of `free` first."""
         self.free = torch.empty(0, dtype=torch.int64, device=device)
         self.first_unused = num_defaults
-        self.message = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.message = _own_word(pinned=device.type == "cuda")
         """[1] int64 on the host: number of an insertion, and `allocated` after it."""
         self._message = self.message.numpy()
         self.num_insertions = 0

@@ -121,6 +121,16 @@ class PoolingPlan:
     features: tuple[PooledFeature, ...]
     stride: int
 
+    def __post_init__(self) -> None:
+        # A look-up notes where the row of each packed key is, once.
+        served = [feature.packed_feature for feature in self.features]
+        twice = sorted({number for number in served if served.count(number) > 1})
+        if twice:
+            raise ConfigError(
+                f"feature {twice[0]} of the packed batch is served twice by one store; pack its "
+                "keys once for each that reads them"
+            )
+
 
 class PooledGradient(NamedTuple):
     """The gradient of one pooled look-up."""

@@ -467,3 +467,9 @@ def test_a_batch_without_keys_before_one_that_needs_room(open_store):
         keys = KeyedJagged.pack({"f": Jagged.from_dense(torch.arange(first, 2 * first + 500))})
         store.pooled_lookup(plan, keys, insert=True, out=torch.empty(first + 500, 4))
         assert store.num_rows(0) == 2 * first + 500
+
+
+def test_a_plan_that_serves_packed_keys_twice_is_refused():
+    """A look-up has one place for the row of each key, so one of the two would be trained twice."""
+    with pytest.raises(ConfigError, match="feature 3 of the packed batch is served twice"):
+        PoolingPlan((PooledFeature(3, 0, "sum", 0), PooledFeature(3, 1, "mean", 4)), 8)

@@ -3,7 +3,7 @@
     python tests/soak/random_operations.py --operations 10000000
 
 One operation is one key of one call. Every answer is compared, and the invariants are checked
-after each call.
+after each call. The seed also picks the type of the rows' values and the number of threads.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from penstock.embedding.store import (
 from penstock.errors import CapacityError
 from penstock.types import Jagged, KeyedJagged
 
+VALUE_TYPES = ("float32", "bfloat16", "float16")
 EDGE_KEYS = np.array([-(2**63), -1, 0, 1, 2**63 - 1], dtype=np.int64)
 
 
@@ -105,15 +106,15 @@ RULES = {
 }
 
 
-def tables_with(rule: str) -> list[TableConfig]:
+def tables_with(rule: str, dtype: str) -> list[TableConfig]:
     """Two tables of one layout: the first has the rule, the second another of its kind, or none."""
-    fields = RULES[rule]
+    fields = {"optimizer": EXACT, "dtype": dtype, **RULES[rule]}
     other = dict(fields)
     if "max_bytes" in fields:
         other["max_bytes"] = 64 * BUDGETED * 9
     return [
-        TableConfig(name="a", dim=3, optimizer=EXACT, initializer=Constant(value=0.5), **fields),
-        TableConfig(name="b", dim=3, optimizer=EXACT, initializer=Constant(value=-2), **other),
+        TableConfig(name="a", dim=3, initializer=Constant(value=0.5), **fields),
+        TableConfig(name="b", dim=3, initializer=Constant(value=-2), **other),
     ]
 
 
@@ -172,7 +173,7 @@ def run_with_rules(
 ) -> int:
     """As `run`, on tables with admission, eviction and budgets, and with training steps."""
     rng = np.random.default_rng(seed)
-    tables = tables_with(rule)
+    tables = tables_with(rule, VALUE_TYPES[seed % len(VALUE_TYPES)])
     host = open_store(tables, seed=seed)
     oracle = DictStore(tables, seed=seed)
     stores = (host, oracle)
@@ -230,9 +231,10 @@ def run(
     """Runs about `operations` of them; returns how many were done."""
     rng = np.random.default_rng(seed)
     optimizer = Adagrad(initial_accumulator=0.5)
+    dtype = VALUE_TYPES[seed % len(VALUE_TYPES)]
     tables = [
-        TableConfig(name="a", dim=3, optimizer=optimizer, initializer=Normal()),
-        TableConfig(name="b", dim=3, optimizer=optimizer, initializer=Uniform()),
+        TableConfig(name="a", dim=3, optimizer=optimizer, dtype=dtype, initializer=Normal()),
+        TableConfig(name="b", dim=3, optimizer=optimizer, dtype=dtype, initializer=Uniform()),
     ]
     host = open_store(tables, seed=seed)
     oracle = DictStore(tables, seed=seed)

@@ -51,3 +51,16 @@ def test_no_room_is_not_waited_for_where_all_have_reported(pool):
     assert not pool.has_room(41, most_rows=100)
     assert not pool.has_room(20, most_rows=79)
     assert pool.has_room(20, most_rows=80)
+
+
+def test_no_store_gets_the_word_of_one_before():
+    """Its last kernel may write late."""
+    layout = RowLayout.of(TableConfig(name="t", dim=4, optimizer=SGD()))
+    places = set()
+    for _ in range(1100):
+        word = SlotPool(layout, 0, torch.device("cpu"), max_bytes=layout.row_bytes).message
+        assert word.tolist() == [0]
+        assert word.data_ptr() % 16 == 0
+        word[0] = 1 << 32 | 1
+        places.add(word.data_ptr())
+    assert len(places) == 1100
