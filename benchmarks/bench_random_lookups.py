@@ -60,8 +60,8 @@ class Machine:
     def __init__(self, library: ctypes.CDLL, dim: int, rows: int, index_bytes: int) -> None:
         self._library = library
         self._dim = dim
-        self._lines = index_bytes // LINE_BYTES
-        sizes = (rows * (dim + 2), self._lines * (LINE_BYTES // 4))
+        self.num_lines = index_bytes // LINE_BYTES
+        sizes = (rows * (dim + 2), self.num_lines * (LINE_BYTES // 4))
         self._rows, self._index = (library.allocate(ctypes.c_int64(size)) for size in sizes)
         if not self._rows or not self._index:
             raise MemoryError(f"no memory for {rows} rows of {dim} floats; use --rows")
@@ -78,10 +78,6 @@ class Machine:
     ) -> None:
         index = ctypes.c_void_p(self._index)
         self._call(self._library.two_lines, (index, lines, places), threads, out)
-
-    def random_lines(self, count: int, generator: torch.Generator) -> np.ndarray:
-        """Numbers of lines of the index, for two_lines."""
-        return torch.randint(self._lines, (count,), generator=generator).numpy().astype(np.uint32)
 
     def close(self) -> None:
         for address, size in self._sizes:
@@ -102,6 +98,11 @@ class Machine:
         )
 
 
+def random_numbers(end: int, generator: torch.Generator) -> np.ndarray:
+    """[LOOKUPS] uint32 in [0, end)."""
+    return torch.randint(end, (LOOKUPS,), generator=generator).numpy().astype(np.uint32)
+
+
 def run_case(library: ctypes.CDLL, dim: int, rows: int, threads: int, turns: int) -> dict:
     """Milliseconds of all, turn by turn."""
     table = TableConfig(name="t", dim=dim, optimizer=SGD())
@@ -117,16 +118,17 @@ def run_case(library: ctypes.CDLL, dim: int, rows: int, threads: int, turns: int
     for turn in range(turns + 1):
         numbers = torch.randint(rows, (LOOKUPS,), generator=generator)
         batch = KeyedJagged.pack({"f": Jagged.from_dense(numbers * SCATTER)})
-        places = numbers.numpy().astype(np.uint32)
-        lines = machine.random_lines(LOOKUPS, generator)
+        # None finds rows in the caches that the one before has read.
+        places = [random_numbers(rows, generator) for _ in range(3)]
+        lines = random_numbers(machine.num_lines, generator)
         begin = time.perf_counter()
         lookup = store.pooled_lookup(plan, batch, insert=False, out=out)
         looked_up = time.perf_counter()
-        machine.gather(places, threads, out)
+        machine.gather(places[0], threads, out)
         gathered = time.perf_counter()
-        machine.two_lines(lines, places, threads, out)
+        machine.two_lines(lines, places[1], threads, out)
         two_lines_read = time.perf_counter()
-        machine.key_and_row(places, threads, out)
+        machine.key_and_row(places[2], threads, out)
         end = time.perf_counter()
         assert lookup.num_missing == 0
         if turn:  # the first one warms up

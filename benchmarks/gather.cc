@@ -49,18 +49,18 @@ void two_lines_part(const float* rows, int64_t dim, const uint32_t* index, const
 }
 
 void key_and_row_part(const float* entries, int64_t dim, const uint32_t* numbers, int64_t first, int64_t last, float* out) {
-  const auto entry = [=](int64_t i) { return entries + numbers[i] * (dim + 2); };
-  const auto prefetch_entry = [=](int64_t i) {
-    prefetch_row(entry(i), dim);
-    __builtin_prefetch(entry(i) + dim + 1);
-  };
-  for (int64_t i = first; i < last && i < first + kAhead; ++i) prefetch_entry(i);
-  for (int64_t i = first; i < last; ++i) {
-    if (i + kAhead < last) prefetch_entry(i + kAhead);
+  for (int64_t i = first; i < last + kAhead; ++i) {
+    if (i < last) {
+      const float* const ahead = entries + numbers[i] * (dim + 2);
+      prefetch_row(ahead, dim);
+      __builtin_prefetch(ahead + dim + 1);
+    }
+    if (i < first + kAhead) continue;
+    const float* const entry = entries + numbers[i - kAhead] * (dim + 2);
     // A key of zero, which the compiler does not know.
     int64_t key;
-    std::memcpy(&key, entry(i), sizeof(key));
-    stream_row(entry(i) + 2 + key, dim, out + i * dim);
+    std::memcpy(&key, entry, sizeof(key));
+    stream_row(entry + 2 + key, dim, out + (i - kAhead) * dim);
   }
   _mm_sfence();
 }
