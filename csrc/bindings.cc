@@ -240,7 +240,10 @@ void bind_host_store(nb::module_& m) {
       .def("num_rows", &HostStore::num_rows)
       .def("longest_probe", &HostStore::longest_probe)
       .def("row_slots",
-           [](const HostStore& self, uint32_t table, Out<uint32_t> slots) { self.row_slots(table, slots.data()); })
+           [](const HostStore& self, uint32_t table, Out<uint32_t> slots) {
+             if (slots.size() != self.num_rows(table)) throw nb::value_error("slots must have num_rows(table) elements");
+             self.row_slots(table, slots.data());
+           })
       .def("check_invariants", &HostStore::check_invariants, nb::call_guard<nb::gil_scoped_release>())
       .def("memory",
            [](const HostStore& self) {
