@@ -4,14 +4,15 @@
 
 26 tables x 100 k rows, one key a feature, Zipf 1.05, D = 16 and 128, batch 1 k, 4 k and 16 k,
 row-wise Adagrad. Contestants take turns, so that a busy neighbour slows all of them; figures are
-medians over all turns. FBGEMM (TorchRec's CPU kernel) runs in this process where it is installed,
-else in the interpreter named by --peer-python, else it is left out and --check fails.
+medians over all turns. Each has a process of its own, in which its threads may wait as its library
+has them wait (spinning, by default), and a peer is measured with one thread and with all: what
+counts is the faster. FBGEMM (TorchRec's CPU kernel) runs in this interpreter where it is installed,
+else in the one named by --peer-python, else it is left out and --check fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ import contestants
 import numpy as np
 import torch
 from circumstances import commit, end_check, hardware
-from contestants import CONTESTANTS, Case, Step
+from contestants import CONTESTANTS, Case
 
 DIMS = (16, 128)
 BATCH_SIZES = (1024, 4096, 16384)
@@ -33,33 +34,36 @@ FBGEMM_GOALS = {(16, 4096): 5.0, (128, 4096): 4.0}
 OTHER_FBGEMM_GOAL = 3.0
 
 
-class Remote:
-    """A contestant in another interpreter."""
+class Contestant:
+    """One of them with one number of threads, in a process of its own."""
 
-    def __init__(self, python: str) -> None:
-        script = Path(contestants.__file__)
+    def __init__(self, name: str, threads: int, python: str) -> None:
+        self.name = name
+        self.threads = threads
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_"))}
+        if name == "penstock":
+            # As its command line has it: torch's threads are idle here, and must not spin.
+            environment["OMP_WAIT_POLICY"] = "PASSIVE"
         self._process = subprocess.Popen(
-            [python, str(script), "--serve"],
+            [python, str(Path(contestants.__file__)), "--serve"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=environment,
             text=True,
         )
 
-    def time(self, contestant: str, case: Case, seconds: float) -> list[float]:
+    def time(self, case: Case, seconds: float) -> list[float]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(
-            contestants.request_line(contestant, case, seconds),
-            file=self._process.stdin,
-            flush=True,
-        )
+        request = contestants.request_line(self.name, self.threads, case, seconds)
+        print(request, file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            sys.exit(f"{contestant} failed in the interpreter given by --peer-python")
+            sys.exit(f"{self.name} failed in its interpreter")
         return json.loads(line)
 
-    def __enter__(self) -> Remote:
+    def __enter__(self) -> Contestant:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,39 +71,44 @@ class Remote:
         self._process.wait()
 
 
-def run_case(case: Case, turns: int, seconds: float, remote: Remote | None) -> dict:
+def line_up(threads: int, peer_python: str | None) -> list[Contestant]:
+    """Penstock with all threads, each peer with one and with all."""
+    lineup = []
+    for name in CONTESTANTS:
+        python = sys.executable if contestants.runs_here(name) else peer_python
+        if python is not None:
+            numbers = {threads} if name == "penstock" else {1, threads}
+            lineup += [Contestant(name, number, python) for number in sorted(numbers)]
+    return lineup
+
+
+def run_case(case: Case, turns: int, seconds: float, lineup: list[Contestant]) -> dict:
     """Times all contestants in turns; milliseconds a step, medians and spread."""
-    steps: dict[str, Step] = {}
-    away = []
-    for name, (_, build) in CONTESTANTS.items():
-        if contestants.runs_here(name):
-            steps[name] = build(case)
-            contestants.time_steps(steps[name], 0, 0.0)
-        elif remote is not None:
-            away.append(name)
-            remote.time(name, case, 0.0)
-    times: dict[str, list[list[float]]] = {name: [] for name in [*steps, *away]}
-    for turn in range(turns):
-        for name, step in steps.items():
-            times[name].append(contestants.time_steps(step, turn * 1000, seconds))
-        for name in away:
-            times[name].append(remote.time(name, case, seconds))
-    del steps
-    gc.collect()
-    result = {"case": case.name, "dim": case.dim, "batch_size": case.batch_size}
-    for name, parts in times.items():
+    times: dict[tuple[str, int], list[list[float]]] = {}
+    for turn in range(turns + 1):
+        for one in lineup:
+            part = one.time(case, seconds if turn else 0.0)
+            if turn:  # the first one builds and warms up
+                times.setdefault((one.name, one.threads), []).append(part)
+    result: dict = {"case": case.name, "dim": case.dim, "batch_size": case.batch_size}
+    best: dict[str, list[list[float]]] = {}
+    for (name, threads), parts in times.items():
         medians = [float(np.median(part)) for part in parts]
-        result[name] = {
-            "ms": round(float(np.median(np.concatenate(parts))), 3),
-            "ms_lowest_turn": round(min(medians), 3),
-            "ms_highest_turn": round(max(medians), 3),
-        }
+        ms = round(float(np.median(np.concatenate(parts))), 3)
+        if name not in result or ms < result[name]["ms"]:
+            best[name] = parts
+            result[name] = {
+                "ms": ms,
+                "ms_lowest_turn": round(min(medians), 3),
+                "ms_highest_turn": round(max(medians), 3),
+                "threads": threads,
+            }
     for peer in PEERS:
         if peer in result:
             # Turn by turn: both saw the same neighbours.
             ratios = [
                 np.median(theirs) / np.median(ours)
-                for ours, theirs in zip(times["penstock"], times[peer], strict=True)
+                for ours, theirs in zip(best["penstock"], best[peer], strict=True)
             ]
             result[f"speed_over_{peer}"] = round(float(np.median(ratios)), 2)
             result[f"speed_over_{peer}_range"] = [round(float(f(ratios)), 2) for f in (min, max)]
@@ -127,20 +136,20 @@ def machine() -> str:
 
 
 def print_table(results: list[dict]) -> None:
-    print(f"{machine()}; milliseconds a step (lowest - highest turn), thousand samples/s")
+    print(f"{machine()}; milliseconds a step (lowest - highest turn), thousand samples/s, threads")
     names = [name for name in CONTESTANTS if name in results[0]]
-    print(f"{'case':>12} " + " ".join(f"{name:>32}" for name in names) + "   speed over")
+    print(f"{'case':>12} " + " ".join(f"{name:>36}" for name in names) + "   speed over")
     for result in results:
         cells = []
         for name in names:
             t = result[name]
             rate = result["batch_size"] / t["ms"]
             spread = f"({t['ms_lowest_turn']:.2f}-{t['ms_highest_turn']:.2f})"
-            cells.append(f"{t['ms']:8.2f} {spread:>16} {rate:6.0f}")
+            cells.append(f"{t['ms']:8.2f} {spread:>16} {rate:6.0f} {t['threads']:3d}")
         over = ", ".join(
             f"{peer} {result[f'speed_over_{peer}']:.2f}" for peer in PEERS if peer in result
         )
-        print(f"{result['case']:>12} " + " ".join(f"{cell:>32}" for cell in cells) + f"   {over}")
+        print(f"{result['case']:>12} " + " ".join(f"{cell:>36}" for cell in cells) + f"   {over}")
 
 
 def main() -> None:
@@ -154,16 +163,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of one contestant's turn")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     results = []
     with ExitStack() as stack:
-        remote = None
-        if arguments.peer_python and not contestants.runs_here("fbgemm"):
-            remote = stack.enter_context(Remote(arguments.peer_python))
+        lineup = [
+            stack.enter_context(one) for one in line_up(arguments.threads, arguments.peer_python)
+        ]
         for dim in DIMS:
             for batch_size in BATCH_SIZES:
-                case = Case(dim, batch_size, arguments.threads)
-                results.append(run_case(case, arguments.turns, arguments.seconds, remote))
+                case = Case(dim, batch_size)
+                results.append(run_case(case, arguments.turns, arguments.seconds, lineup))
                 if arguments.json:
                     context = {"commit": commit(), "hardware": machine()}
                     print(json.dumps({**results[-1], **context}), flush=True)

@@ -1,8 +1,7 @@
 """One training step of 26 embedding tables on a CPU, by Penstock and its peers, on the same keys.
 
 Run with `--serve` this file times the contestants of its own interpreter for a benchmark in
-another one: a case as a
-JSON line in, step times as a JSON line out.
+another process: a case as a JSON line in, step times as a JSON line out.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ class Case:
 
     dim: int
     batch_size: int
-    threads: int
 
     @property
     def name(self) -> str:
@@ -70,7 +68,7 @@ def penstock_step(case: Case) -> Step:
     embeddings = EmbeddingCollection(
         [TableConfig(name=name, dim=case.dim, optimizer=rule) for name in names],
         [FeatureConfig(name=name, table=name) for name in names],
-        num_threads=case.threads,
+        num_threads=torch.get_num_threads(),
     )
 
     def key_of(rows: np.ndarray) -> np.ndarray:
@@ -159,14 +157,12 @@ def time_steps(step: Step, first: int, seconds: float) -> list[float]:
 
 
 def serve() -> None:
-    """Answers lines {contestant, case, seconds} with lists of milliseconds; case null forgets
-    it.
-    """
+    """Answers lines {contestant, threads, case, seconds} with lists of milliseconds."""
     held: tuple[object, Step] | None = None
     for line in sys.stdin:
         request = json.loads(line)
         case = Case(**request["case"])
-        torch.set_num_threads(case.threads)
+        torch.set_num_threads(request["threads"])
         name = (request["contestant"], case)
         if held is None or held[0] != name:
             held = None
@@ -175,9 +171,14 @@ def serve() -> None:
         print(json.dumps(time_steps(held[1], 0, request["seconds"])), flush=True)
 
 
-def request_line(contestant: str, case: Case, seconds: float) -> str:
+def request_line(contestant: str, threads: int, case: Case, seconds: float) -> str:
     """One request of `serve`."""
-    return json.dumps({"contestant": contestant, "case": asdict(case), "seconds": seconds})
+    return json.dumps({
+        "contestant": contestant,
+        "threads": threads,
+        "case": asdict(case),
+        "seconds": seconds,
+    })
 
 
 if __name__ == "__main__":
