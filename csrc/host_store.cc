@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kMinUnitKeys = 2048;     // fewer keys are not worth another pass over a table's slots
 constexpr int64_t kMaxUnitKeys = 16384;    // the grouping of more keys leaves the L2 cache
+constexpr size_t kMostSummed = 2 * kMaxUnitKeys;  // a key that is most of a batch makes a larger unit, and few sums
 
 template <typename T>
 void ensure_size(std::vector<T>& v, size_t size) {
@@ -232,39 +233,68 @@ std::vector<HostStore::Unit> HostStore::update_units(const PoolingPlan& plan,
   return units;
 }
 
-void HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
-                                    const Unit& unit, std::vector<Occurrence>* occurrences) const {
-  occurrences->clear();
-  // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots. No slot: evicted since the look-up.
-  const auto is_mine = [&unit](uint32_t slot) {
-    if (slot == kNoSlot) return false;
-    return unit.parts == 1 || (uint64_t{slot * 0x9E3779B1u} * unit.parts) >> 32 == unit.part;
+int64_t HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
+                                       const Unit& unit, std::vector<Occurrence>* occurrences) const {
+  size_t most = 1;  // one is written behind the last
+  for (const LookupGradient& gradient : gradients) {
+    for (int64_t i = unit.first; i < unit.last; ++i) {
+      const int64_t bag = plan.packed_feature[plan.by_table[i]] * gradient.batch.batch_size;
+      most += static_cast<size_t>(gradient.batch.begin(bag + gradient.batch.batch_size) - gradient.batch.begin(bag));
+    }
+  }
+  ensure_size(*occurrences, most);
+  Occurrence* next = occurrences->data();
+  const auto add = [&unit, &next](const float* source, uint32_t slot, float scale) __attribute__((always_inline)) {
+    *next = {source, slot, scale};
+    // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots. No slot: evicted since the look-up.
+    next += (slot != kNoSlot) & ((uint64_t{slot * 0x9E3779B1u} * unit.parts) >> 32 == unit.part);
   };
   for (const auto& [lookup, batch, grad] : gradients) {
     const uint32_t* const slots = lookup->slots.data();
     for (int64_t i = unit.first; i < unit.last; ++i) {
       const int64_t f = plan.by_table[i];
       const int64_t first_bag = plan.packed_feature[f] * batch.batch_size;
-      const bool is_sequence = plan.pooling[f] == Pooling::kSequence;
-      for (int64_t b = 0; b < batch.batch_size; ++b) {
-        const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
-        const float* source = grad + b * plan.stride + plan.column[f];
-        if (batch.weights == nullptr && !is_sequence) {
-          const float scale = bag_scale(plan.pooling[f], end - begin);
-          for (int64_t n = begin; n < end; ++n) {
-            if (is_mine(slots[n])) occurrences->push_back({source, slots[n], scale});
+      const float* const column = grad + plan.column[f];
+      if (plan.pooling[f] == Pooling::kSequence || batch.weights != nullptr) {
+        for (int64_t b = 0; b < batch.batch_size; ++b) {
+          const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
+          const float* source = column + b * plan.stride;
+          const float scale =
+              batch.weights == nullptr ? 1.0f : weighted_bag_scale(plan.pooling[f], batch.weights + begin, end - begin);
+          for (int64_t n = begin; n < end; ++n, source += plan.pooling[f] == Pooling::kSequence ? dim_ : 0) {
+            add(source, slots[n], batch.weights == nullptr ? scale : scale * batch.weights[n]);
           }
-          continue;
         }
-        const float scale =
-            batch.weights == nullptr ? 1.0f : weighted_bag_scale(plan.pooling[f], batch.weights + begin, end - begin);
-        for (int64_t n = begin; n < end; ++n, source += is_sequence ? dim_ : 0) {
-          const float weight = batch.weights == nullptr ? 1.0f : batch.weights[n];
-          if (is_mine(slots[n])) occurrences->push_back({source, slots[n], scale * weight});
+      } else if (batch.is_one_hot) {
+        for (int64_t b = 0; b < batch.batch_size; ++b) add(column + b * plan.stride, slots[first_bag + b], 1.0f);
+      } else {
+        for (int64_t b = 0; b < batch.batch_size; ++b) {
+          const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
+          const float scale = bag_scale(plan.pooling[f], end - begin);
+          for (int64_t n = begin; n < end; ++n) add(column + b * plan.stride, slots[n], scale);
         }
       }
     }
   }
+  return next - occurrences->data();
+}
+
+UpdateScratch HostStore::update_scratch(size_t count, ThreadScratch& scratch) const {
+  uint64_t hash_size = 64;
+  while (hash_size < 2 * count) hash_size *= 2;
+  ensure_size(scratch.hash_slots, hash_size);
+  ensure_size(scratch.unique_of, count);
+  ensure_size(scratch.unique_slot, count + 1);
+  ensure_size(scratch.begin, count + 1);
+  ensure_size(scratch.order, count);
+  float* sums = nullptr;
+  if (dim_ <= kMostSummedDim && count <= kMostSummed) {
+    constexpr size_t kAlign = 64 / sizeof(float);
+    ensure_size(scratch.sums, (count + 1) * ((dim_ + kAlign - 1) / kAlign * kAlign) + kAlign);
+    sums = scratch.sums.data() + (kAlign - reinterpret_cast<uintptr_t>(scratch.sums.data()) / sizeof(float) % kAlign) % kAlign;
+  }
+  return {scratch.hash_slots.data(), scratch.unique_of.data(), scratch.unique_slot.data(), scratch.begin.data(),
+          scratch.order.data(),      hash_size,                sums};
 }
 
 Status HostStore::apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients,
@@ -279,20 +309,11 @@ Status HostStore::apply_gradients(const PoolingPlan& plan, std::vector<LookupGra
   for (ThreadScratch& scratch : scratch_) scratch.rows = 0;
   pool_.run(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
     ThreadScratch& scratch = scratch_[thread];
-    collect_occurrences(plan, gradients, units[unit], &scratch.occurrences);
-    const size_t count = scratch.occurrences.size();
+    const int64_t count = collect_occurrences(plan, gradients, units[unit], &scratch.occurrences);
     if (count == 0) return;
-    uint64_t hash_size = 64;
-    while (hash_size < 2 * count) hash_size *= 2;
-    ensure_size(scratch.hash_slots, hash_size);
-    ensure_size(scratch.unique_of, count);
-    ensure_size(scratch.unique_slot, count);
-    ensure_size(scratch.begin, count + 1);
-    ensure_size(scratch.order, count);
-    const int64_t updated = kernels_.update(rows(), scratch.occurrences.data(), static_cast<int64_t>(count),
-                                    hypers[units[unit].table], step_seed(step), is_order_free,
-                                    {scratch.hash_slots.data(), scratch.unique_of.data(), scratch.unique_slot.data(),
-                                     scratch.begin.data(), scratch.order.data(), hash_size});
+    const UpdateScratch working = update_scratch(static_cast<size_t>(count), scratch);
+    const int64_t updated = kernels_.update(rows(), scratch.occurrences.data(), count, hypers[units[unit].table],
+                                            step_seed(step), is_order_free, working);
     if (usage_dim_ != 0) mark_used(scratch.unique_slot.data(), updated, units[unit].table);
     scratch.rows += updated;
   });

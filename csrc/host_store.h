@@ -192,6 +192,7 @@ class HostStore {
     std::vector<Occurrence> occurrences;
     std::vector<uint64_t> hash_slots;
     std::vector<uint32_t> unique_of, unique_slot, begin, order;
+    std::vector<float> sums;
     int64_t rows = 0;
     std::vector<Tally> tally;  // by table
     std::vector<uint32_t> freed;
@@ -259,8 +260,10 @@ class HostStore {
   void return_freed_slots();
 
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
-  void collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
-                           std::vector<Occurrence>* occurrences) const;
+  // Returns how many there are; the vector may be longer.
+  int64_t collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
+                              std::vector<Occurrence>* occurrences) const;
+  UpdateScratch update_scratch(size_t count, ThreadScratch& scratch) const;
   bool classify(PackedKeys* batch);
   bool has_finite_weights(const PackedKeys& batch);
   // Into values of the given type: the store's, or fp32.

@@ -117,14 +117,19 @@ struct Occurrence {
   float scale;
 };
 
+// Gradients of up to so many columns are summed in the order in which they come, longer ones row by row: their sums would not
+// stay in the caches. The bits are the same.
+constexpr uint32_t kMostSummedDim = 32;
+
 // Working memory of update(); the caller sizes it for `count` occurrences.
 struct UpdateScratch {
   uint64_t* hash_slots;   // [hash_size] power of two >= 2 * count
   uint32_t* unique_of;    // [count]
-  uint32_t* unique_slot;  // [count]
+  uint32_t* unique_slot;  // [count + 1]
   uint32_t* begin;        // [count + 1]
   uint32_t* order;        // [count]
   uint64_t hash_size;
+  float* sums;  // [count + 1, dim rounded up to 16], at a multiple of 64 bytes; null: too many, or above kMostSummedDim
 };
 
 struct RowKernels {

@@ -285,11 +285,20 @@ class Hypers:
             for each in self._distinct
         )
         """Every step has the same settings."""
+        self._constant: NDArray[np.float32] | None = None
 
     def at(self, step: int) -> NDArray[np.float32]:
-        """[T, fields of `Hyper`] float32 for the update number `step`, counted from 0."""
-        hypers = np.array([hyper_at(each, step) for each in self._distinct], dtype=np.float32)
-        return np.ascontiguousarray(hypers[self._of_table])
+        """[T, fields of `Hyper`] float32 for the update number `step`, counted from 0.
+
+        Not to be written to: where all steps have the same settings, it is the same array.
+        """
+        if self._constant is not None:
+            return self._constant
+        distinct = np.array([hyper_at(each, step) for each in self._distinct], dtype=np.float32)
+        hypers = np.ascontiguousarray(distinct[self._of_table])
+        if self.are_constant:
+            self._constant = hypers
+        return hypers
 
 
 def _moments(config: Adam | RowWiseAdam | LAMB, common: Hyper) -> Hyper:

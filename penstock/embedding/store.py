@@ -11,7 +11,7 @@ refused, and rows leave. Keys without a row of a table that refuses read its def
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -120,6 +120,7 @@ class PoolingPlan:
 
     features: tuple[PooledFeature, ...]
     stride: int
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # A look-up notes where the row of each packed key is, once.
@@ -130,6 +131,12 @@ class PoolingPlan:
                 f"feature {twice[0]} of the packed batch is served twice by one store; pack its "
                 "keys once for each that reads them"
             )
+
+        # Plans are looked up twice a step, and have as many features as the model.
+        object.__setattr__(self, "_hash", hash((self.features, self.stride)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class PooledGradient(NamedTuple):
