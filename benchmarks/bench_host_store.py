@@ -8,6 +8,11 @@ medians over all turns. Each has a process of its own, in which its threads may 
 has them wait (spinning, by default), and a peer is measured with one thread and with all: what
 counts is the faster. FBGEMM (TorchRec's CPU kernel) runs in this interpreter where it is installed,
 else in the one named by --peer-python, else it is left out and --check fails.
+
+Goals are for FBGEMM as it comes. `fbgemm_kept` is FBGEMM where the C library keeps freed
+memory, as Penstock's command line has it do; otherwise each output of some megabytes costs the page
+faults of all of them. `bare` is the machine's limit: a program that is told where each key's row is
+and which keys are equal (bare_step.cc; needs a C++ compiler, `c++`, on x86-64).
 """
 
 from __future__ import annotations
@@ -24,43 +29,54 @@ import contestants
 import numpy as np
 import torch
 from circumstances import commit, end_check, hardware
-from contestants import CONTESTANTS, Case
+from contestants import Case
 
 DIMS = (16, 128)
 BATCH_SIZES = (1024, 4096, 16384)
-PEERS = ("fbgemm", "torch")
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
+# By label: which of CONTESTANTS, and its environment. Penstock has that of its command line, where
+# torch's threads are idle and must not spin.
+LINEUP = {
+    "penstock": ("penstock", {"OMP_WAIT_POLICY": "PASSIVE"}),
+    "fbgemm": ("fbgemm", {}),
+    "fbgemm_kept": ("fbgemm", KEPT_MEMORY),
+    "torch": ("torch", {}),
+    "bare": ("bare", {}),
+}
+PEERS = ("fbgemm", "fbgemm_kept", "torch")
 # Speed of Penstock over FBGEMM's, at least, by dim and batch size; over torch's, 1.
 FBGEMM_GOALS = {(16, 4096): 5.0, (128, 4096): 4.0}
 OTHER_FBGEMM_GOAL = 3.0
 
 
 class Contestant:
-    """One of them with one number of threads, in a process of its own."""
+    """One of them, in a process of its own."""
 
-    def __init__(self, name: str, threads: int, python: str) -> None:
-        self.name = name
-        self.threads = threads
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_"))}
-        if name == "penstock":
-            # As its command line has it: torch's threads are idle here, and must not spin.
-            environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    def __init__(self, label: str, threads: int, python: str) -> None:
+        self.label = label
+        self.threads = sorted({1, threads}) if label in PEERS else [threads]
+        """Numbers of threads that it is measured with."""
+        self._name, environment = LINEUP[label]
+        inherited = {
+            k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_", "MALLOC_"))
+        }
         self._process = subprocess.Popen(
             [python, str(Path(contestants.__file__)), "--serve"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env={**inherited, **environment},
             text=True,
         )
 
-    def time(self, case: Case, seconds: float) -> list[float]:
+    def time(self, case: Case, threads: int, seconds: float) -> list[float]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = contestants.request_line(self.name, self.threads, case, seconds)
+        request = contestants.request_line(self._name, threads, case, seconds)
         print(request, file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            sys.exit(f"{self.name} failed in its interpreter")
+            sys.exit(f"{self.label} failed in its interpreter")
         return json.loads(line)
 
     def __enter__(self) -> Contestant:
@@ -72,13 +88,12 @@ class Contestant:
 
 
 def line_up(threads: int, peer_python: str | None) -> list[Contestant]:
-    """Penstock with all threads, each peer with one and with all."""
+    """All that have an interpreter."""
     lineup = []
-    for name in CONTESTANTS:
+    for label, (name, _) in LINEUP.items():
         python = sys.executable if contestants.runs_here(name) else peer_python
         if python is not None:
-            numbers = {threads} if name == "penstock" else {1, threads}
-            lineup += [Contestant(name, number, python) for number in sorted(numbers)]
+            lineup.append(Contestant(label, threads, python))
     return lineup
 
 
@@ -87,9 +102,10 @@ def run_case(case: Case, turns: int, seconds: float, lineup: list[Contestant]) -
     times: dict[tuple[str, int], list[list[float]]] = {}
     for turn in range(turns + 1):
         for one in lineup:
-            part = one.time(case, seconds if turn else 0.0)
-            if turn:  # the first one builds and warms up
-                times.setdefault((one.name, one.threads), []).append(part)
+            for threads in one.threads:
+                part = one.time(case, threads, seconds if turn else 0.0)
+                if turn:  # the first one builds and warms up
+                    times.setdefault((one.label, threads), []).append(part)
     result: dict = {"case": case.name, "dim": case.dim, "batch_size": case.batch_size}
     best: dict[str, list[list[float]]] = {}
     for (name, threads), parts in times.items():
@@ -103,7 +119,7 @@ def run_case(case: Case, turns: int, seconds: float, lineup: list[Contestant]) -
                 "ms_highest_turn": round(max(medians), 3),
                 "threads": threads,
             }
-    for peer in PEERS:
+    for peer in (*PEERS, "bare"):
         if peer in result:
             # Turn by turn: both saw the same neighbours.
             ratios = [
@@ -137,7 +153,7 @@ def machine() -> str:
 
 def print_table(results: list[dict]) -> None:
     print(f"{machine()}; milliseconds a step (lowest - highest turn), thousand samples/s, threads")
-    names = [name for name in CONTESTANTS if name in results[0]]
+    names = [name for name in LINEUP if name in results[0]]
     print(f"{'case':>12} " + " ".join(f"{name:>36}" for name in names) + "   speed over")
     for result in results:
         cells = []
@@ -147,7 +163,7 @@ def print_table(results: list[dict]) -> None:
             spread = f"({t['ms_lowest_turn']:.2f}-{t['ms_highest_turn']:.2f})"
             cells.append(f"{t['ms']:8.2f} {spread:>16} {rate:6.0f} {t['threads']:3d}")
         over = ", ".join(
-            f"{peer} {result[f'speed_over_{peer}']:.2f}" for peer in PEERS if peer in result
+            f"{peer} {result[f'speed_over_{peer}']:.2f}" for peer in names if peer != "penstock"
         )
         print(f"{result['case']:>12} " + " ".join(f"{cell:>36}" for cell in cells) + f"   {over}")
 

@@ -6,12 +6,18 @@ another process: a case as a JSON line in, step times as a JSON line out.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
+import mmap
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -133,10 +139,76 @@ def torch_step(case: Case) -> Step:
     return step
 
 
+def equal_rows(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What bare_step.cc is told of [T, B] row numbers: number, unique, begin, order, count."""
+    tables, size = rows.shape
+    number, unique, order = (np.empty((tables, size), dtype=np.uint32) for _ in range(3))
+    begin, count = np.empty((tables, size + 1), dtype=np.uint32), np.empty(tables, dtype=np.uint32)
+    for t, row in enumerate(rows):
+        distinct, first, inverse = np.unique(row, return_index=True, return_inverse=True)
+        by_appearance = np.argsort(first)
+        number[t] = np.argsort(by_appearance)[inverse]
+        count[t] = len(distinct)
+        unique[t, : count[t]] = distinct[by_appearance]
+        order[t] = np.argsort(number[t], kind="stable")
+        begin[t, : count[t] + 1] = np.searchsorted(number[t][order[t]], np.arange(count[t] + 1))
+    return number, unique, begin, order, count
+
+
+def huge_zeros(*shape: int) -> np.ndarray:
+    """float32 on 2 MiB pages, where the system has them."""
+    memory = mmap.mmap(-1, 4 * math.prod(shape))
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(memory, dtype=np.float32).reshape(shape)
+    array[:] = 0.0
+    return array
+
+
+class BareStep:
+    """The machine's limit: the place of each key and which keys are equal are known."""
+
+    def __init__(self, case: Case) -> None:
+        self._core = compile_bare_step()
+        self._workers = ctypes.c_void_p(
+            self._core.start_workers(ctypes.c_int64(torch.get_num_threads()))
+        )
+        self.rows = huge_zeros(TABLES * ROWS, case.dim)
+        self.states = huge_zeros(TABLES * ROWS)
+        self.out = huge_zeros(case.batch_size, TABLES * case.dim)
+        self._sizes = [ctypes.c_int64(n) for n in (case.dim, TABLES, case.batch_size)]
+        first_row = np.arange(TABLES)[:, None] * ROWS
+        places = [(rows + first_row).astype(np.uint32) for rows in zipf_batches(case)]
+        self._batches = [[each, *equal_rows(each)] for each in places]
+        self._grad = gradient(case)
+
+    def __call__(self, i: int) -> None:
+        arrays = (self.rows, self.states, *self._batches[i % BATCHES], self.out)
+        rows, states, *batch, out = (each.ctypes.data_as(ctypes.c_void_p) for each in arrays)
+        grad = ctypes.c_void_p(self._grad.data_ptr())
+        rates = ctypes.c_float(LEARNING_RATE), ctypes.c_float(EPS)
+        self._core.bare_step(self._workers, rows, states, *self._sizes, *batch, out, grad, *rates)
+
+    def __del__(self) -> None:
+        self._core.stop_workers(self._workers)
+
+
+def compile_bare_step() -> ctypes.CDLL:
+    """bare_step.cc, compiled for this machine."""
+    flags = ["-O3", "-march=native", "-ffast-math", "-std=c++20", "-shared", "-fPIC", "-pthread"]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "bare_step.so"
+        source = Path(__file__).with_name("bare_step.cc")
+        subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
+        core = ctypes.CDLL(str(library))
+    core.start_workers.restype = ctypes.c_void_p
+    return core
+
+
 CONTESTANTS: dict[str, tuple[str, Callable[[Case], Step]]] = {
     "penstock": ("penstock", penstock_step),
     "fbgemm": ("fbgemm_gpu", fbgemm_step),
     "torch": ("torch", torch_step),
+    "bare": ("torch", BareStep),
 }
 
 
