@@ -284,7 +284,7 @@ UpdateScratch HostStore::update_scratch(size_t count, ThreadScratch& scratch) co
   while (hash_size < 2 * count) hash_size *= 2;
   ensure_size(scratch.hash_slots, hash_size);
   ensure_size(scratch.unique_of, count);
-  ensure_size(scratch.unique_slot, count + 1);
+  ensure_size(scratch.unique_slot, count);
   ensure_size(scratch.begin, count + 1);
   ensure_size(scratch.order, count);
   float* sums = nullptr;

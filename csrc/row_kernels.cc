@@ -145,28 +145,36 @@ void pool(const Rows& rows, const PoolingPlan& plan, const PackedKeys& batch, co
 #endif
 }
 
-// Numbers the distinct slots in order of first appearance and lists each one's occurrences, in order.
-// Returns how many there are; occurrences of number u are order[begin[u] .. begin[u + 1]).
-inline uint32_t group_by_slot(const Occurrence* occurrences, int64_t count, const UpdateScratch& scratch) {
-  constexpr uint64_t kFree = ~uint64_t{0};
+// Begins a numbering of distinct slots.
+inline void forget_numbers(const UpdateScratch& scratch) {
   std::memset(scratch.hash_slots, 0xFF, scratch.hash_size * sizeof(uint64_t));
+}
+
+// The number of a slot, by first appearance; raises *unique where the slot is new. That cannot be foreseen, and is no branch.
+[[gnu::always_inline]] inline uint32_t number_of(uint64_t slot, const UpdateScratch& scratch, uint32_t* unique) {
+  constexpr uint64_t kFree = ~uint64_t{0};
   const uint64_t mask = scratch.hash_size - 1;
+  uint64_t place = (slot * kGolden >> 32) & mask;
+  uint64_t entry;
+  while ((entry = scratch.hash_slots[place]) != kFree && entry >> 32 != slot) place = (place + 1) & mask;
+  const bool is_new = entry == kFree;
+  const uint32_t number = is_new ? *unique : static_cast<uint32_t>(entry);
+  scratch.hash_slots[place] = slot << 32 | number;
+  scratch.unique_slot[*unique] = static_cast<uint32_t>(slot);
+  *unique += is_new;
+  return number;
+}
+
+// Numbers the distinct slots and lists each one's occurrences, in order. Returns how many there are; occurrences of number u
+// are order[begin[u] .. begin[u + 1]).
+inline uint32_t group_by_slot(const Occurrence* occurrences, int64_t count, const UpdateScratch& scratch) {
+  forget_numbers(scratch);
   uint32_t unique = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint64_t slot = occurrences[i].slot;
-    uint64_t place = (slot * kGolden >> 32) & mask;
-    uint64_t entry;
-    while ((entry = scratch.hash_slots[place]) != kFree && entry >> 32 != slot) place = (place + 1) & mask;
-    if (entry == kFree) {
-      scratch.hash_slots[place] = slot << 32 | unique;
-      scratch.begin[unique] = 1;
-      scratch.unique_slot[unique] = static_cast<uint32_t>(slot);
-      scratch.unique_of[i] = unique++;
-    } else {
-      const uint32_t u = static_cast<uint32_t>(entry);
-      ++scratch.begin[u];
-      scratch.unique_of[i] = u;
-    }
+    scratch.begin[unique] = 0;
+    const uint32_t number = number_of(occurrences[i].slot, scratch, &unique);
+    ++scratch.begin[number];
+    scratch.unique_of[i] = number;
   }
   // Counts become ends, and filling from the back turns the ends into beginnings.
   for (uint32_t u = 1; u < unique; ++u) scratch.begin[u] += scratch.begin[u - 1];
@@ -211,36 +219,25 @@ template <typename S>
   }
 }
 
-// Numbers the distinct slots in order of first appearance and sums the gradients of each, in order, into its number's place in
-// scratch.sums: gradients are read once and in turn, which for short ones is faster than row by row. Returns how many there are.
+// Numbers the distinct slots and sums the gradients of each, in order, into its number's place in scratch.sums: gradients are
+// read once and in turn, which for short ones is faster than row by row. Returns how many there are.
 template <typename S>
 inline uint32_t sum_by_slot(const S& shape, const Occurrence* occurrences, int64_t count, const UpdateScratch& scratch) {
-  constexpr uint64_t kFree = ~uint64_t{0};
   constexpr int64_t kGradAhead = 24;
   const auto prefetch_grad = [&](int64_t i) __attribute__((always_inline)) {
     prefetch_bytes<0, 3>(occurrences[i].grad, shape.dim() * sizeof(float));
   };
   for (int64_t i = 0; i < count && i < kGradAhead; ++i) prefetch_grad(i);
-  std::memset(scratch.hash_slots, 0xFF, scratch.hash_size * sizeof(uint64_t));
-  const uint64_t mask = scratch.hash_size - 1;
+  forget_numbers(scratch);
   const int chunks = num_chunks(shape);
   Lanes* const sums = reinterpret_cast<Lanes*>(scratch.sums);
-  // The sum after the last is 0, so that a slot that is new is added to like any other: which it is cannot be foreseen.
+  // The sum after the last is 0, so that a slot that is new is added to like any other.
   for (int c = 0; c < chunks; ++c) sums[c] = Lanes{};
   uint32_t unique = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (i + kGradAhead < count) prefetch_grad(i + kGradAhead);
     const Occurrence& occurrence = occurrences[i];
-    const uint64_t slot = occurrence.slot;
-    uint64_t place = (slot * kGolden >> 32) & mask;
-    uint64_t entry;
-    while ((entry = scratch.hash_slots[place]) != kFree && entry >> 32 != slot) place = (place + 1) & mask;
-    const bool is_new = entry == kFree;
-    const uint32_t number = is_new ? unique : static_cast<uint32_t>(entry);
-    scratch.hash_slots[place] = slot << 32 | number;
-    scratch.unique_slot[unique] = static_cast<uint32_t>(slot);
-    unique += is_new;
-    Lanes* const sum = sums + int64_t{number} * chunks;
+    Lanes* const sum = sums + int64_t{number_of(occurrence.slot, scratch, &unique)} * chunks;
     for (int c = 0; c < chunks; ++c) sum[c] += occurrence.scale * load(shape, occurrence.grad, c);
     for (int c = 0; c < chunks; ++c) sums[int64_t{unique} * chunks + c] = Lanes{};
   }

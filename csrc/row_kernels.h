@@ -125,7 +125,7 @@ constexpr uint32_t kMostSummedDim = 32;
 struct UpdateScratch {
   uint64_t* hash_slots;   // [hash_size] power of two >= 2 * count
   uint32_t* unique_of;    // [count]
-  uint32_t* unique_slot;  // [count + 1]
+  uint32_t* unique_slot;  // [count]
   uint32_t* begin;        // [count + 1]
   uint32_t* order;        // [count]
   uint64_t hash_size;
