@@ -235,15 +235,12 @@ std::vector<HostStore::Unit> HostStore::update_units(const PoolingPlan& plan,
 
 int64_t HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
                                        const Unit& unit, std::vector<Occurrence>* occurrences) const {
-  size_t most = 1;  // one is written behind the last
-  for (const LookupGradient& gradient : gradients) {
-    for (int64_t i = unit.first; i < unit.last; ++i) {
-      const int64_t bag = plan.packed_feature[plan.by_table[i]] * gradient.batch.batch_size;
-      most += static_cast<size_t>(gradient.batch.begin(bag + gradient.batch.batch_size) - gradient.batch.begin(bag));
-    }
-  }
-  ensure_size(*occurrences, most);
   Occurrence* next = occurrences->data();
+  const auto make_room = [occurrences, &next](int64_t count) {
+    const size_t used = static_cast<size_t>(next - occurrences->data());
+    ensure_size(*occurrences, used + static_cast<size_t>(count) + 1);  // one is written behind the last
+    next = occurrences->data() + used;
+  };
   const auto add = [&unit, &next](const float* source, uint32_t slot, float scale) __attribute__((always_inline)) {
     *next = {source, slot, scale};
     // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots. No slot: evicted since the look-up.
@@ -255,23 +252,28 @@ int64_t HostStore::collect_occurrences(const PoolingPlan& plan, const std::vecto
       const int64_t f = plan.by_table[i];
       const int64_t first_bag = plan.packed_feature[f] * batch.batch_size;
       const float* const column = grad + plan.column[f];
-      if (plan.pooling[f] == Pooling::kSequence || batch.weights != nullptr) {
-        for (int64_t b = 0; b < batch.batch_size; ++b) {
-          const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
-          const float* source = column + b * plan.stride;
-          const float scale =
-              batch.weights == nullptr ? 1.0f : weighted_bag_scale(plan.pooling[f], batch.weights + begin, end - begin);
-          for (int64_t n = begin; n < end; ++n, source += plan.pooling[f] == Pooling::kSequence ? dim_ : 0) {
-            add(source, slots[n], batch.weights == nullptr ? scale : scale * batch.weights[n]);
-          }
+      const bool is_plain = batch.weights == nullptr && plan.pooling[f] != Pooling::kSequence;
+      if (is_plain && batch.is_one_hot) {
+        for (int64_t first = 0; first < batch.batch_size; first += kMinUnitKeys) {
+          const int64_t last = std::min(first + kMinUnitKeys, batch.batch_size);
+          make_room(last - first);
+          for (int64_t b = first; b < last; ++b) add(column + b * plan.stride, slots[first_bag + b], 1.0f);
         }
-      } else if (batch.is_one_hot) {
-        for (int64_t b = 0; b < batch.batch_size; ++b) add(column + b * plan.stride, slots[first_bag + b], 1.0f);
-      } else {
-        for (int64_t b = 0; b < batch.batch_size; ++b) {
-          const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
+        continue;
+      }
+      for (int64_t b = 0; b < batch.batch_size; ++b) {
+        const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
+        const float* source = column + b * plan.stride;
+        make_room(end - begin);
+        if (is_plain) {
           const float scale = bag_scale(plan.pooling[f], end - begin);
-          for (int64_t n = begin; n < end; ++n) add(column + b * plan.stride, slots[n], scale);
+          for (int64_t n = begin; n < end; ++n) add(source, slots[n], scale);
+          continue;
+        }
+        const float scale =
+            batch.weights == nullptr ? 1.0f : weighted_bag_scale(plan.pooling[f], batch.weights + begin, end - begin);
+        for (int64_t n = begin; n < end; ++n, source += plan.pooling[f] == Pooling::kSequence ? dim_ : 0) {
+          add(source, slots[n], batch.weights == nullptr ? scale : scale * batch.weights[n]);
         }
       }
     }
