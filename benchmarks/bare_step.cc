@@ -1,14 +1,15 @@
 // The training step of contestants.py by a program that is told everything a store must find out: the place of each key's row,
 // and which keys of a table are equal. Rows are looked up with prefetches into an output that is written around the caches;
-// gradients are summed and row-wise Adagrad is applied, a table at a time on each thread. What is left is the machine's own time.
+// gradients are summed and row-wise Adagrad is applied, a table at a time on each thread of the store's own pool. What is left is
+// the machine's time.
 #include <immintrin.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
+
+#include "thread_pool.h"
 
 namespace {
 
@@ -106,66 +107,15 @@ void update(float* rows, float* states, const Batch& batch, int64_t table, const
   }
 }
 
-// Threads that wait for work a while before they sleep: not in the time of others.
-class Workers {
- public:
-  explicit Workers(int64_t threads) {
-    for (int64_t t = 1; t < threads; ++t) workers_.emplace_back([this] { work(); });
-  }
-
-  ~Workers() {
-    stops_ = true;
-    ++generation_;
-    generation_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
-
-  template <typename Task>
-  void run(int64_t tasks, const Task& task) {
-    task_ = [](const void* body, int64_t i) { (*static_cast<const Task*>(body))(i); };
-    body_ = &task;
-    tasks_ = tasks;
-    next_ = 0;
-    busy_ = static_cast<int64_t>(workers_.size());
-    ++generation_;
-    generation_.notify_all();
-    drain();
-    while (busy_ != 0) _mm_pause();
-  }
-
- private:
-  static constexpr int kSpins = 20000;
-
-  void drain() {
-    for (int64_t i; (i = next_++) < tasks_;) task_(body_, i);
-  }
-  void work() {
-    for (int64_t seen = 0;; ++seen) {
-      for (int spin = 0; spin < kSpins && generation_ == seen; ++spin) _mm_pause();
-      generation_.wait(seen);
-      if (stops_) return;
-      drain();
-      --busy_;
-    }
-  }
-
-  void (*task_)(const void*, int64_t) = nullptr;
-  const void* body_ = nullptr;
-  int64_t tasks_ = 0;
-  std::atomic<bool> stops_{false};
-  std::atomic<int64_t> next_{0}, busy_{0}, generation_{0};
-  std::vector<std::thread> workers_;
-};
-
 template <int D>
-void step(Workers& workers, float* rows, float* states, const Batch& batch, float* out, const float* grad,
+void step(penstock::ThreadPool& pool, float* rows, float* states, const Batch& batch, float* out, const float* grad,
           float learning_rate, float eps) {
   const int64_t tiles = (batch.size + kTile - 1) / kTile;
-  workers.run(batch.tables * tiles, [&](int64_t i) {
+  pool.run(batch.tables * tiles, [&](int64_t i, int) {
     const int64_t first = i % tiles * kTile;
     look_up<D>(rows, batch, i / tiles, first, first + kTile < batch.size ? first + kTile : batch.size, out);
   });
-  workers.run(batch.tables, [&](int64_t table) {
+  pool.run(batch.tables, [&](int64_t table, int) {
     thread_local std::vector<Lanes> sums;
     update<D>(rows, states, batch, table, grad, learning_rate, eps, sums);
   });
@@ -175,18 +125,18 @@ void step(Workers& workers, float* rows, float* states, const Batch& batch, floa
 
 extern "C" {
 
-void* start_workers(int64_t threads) { return new Workers(threads); }
+void* start_pool(int threads) { return new penstock::ThreadPool(threads); }
 
-void stop_workers(void* workers) { delete static_cast<Workers*>(workers); }
+void stop_pool(void* pool) { delete static_cast<penstock::ThreadPool*>(pool); }
 
 // rows [*, dim], states [*]; out and grad [B, T * dim]; dim is 16 or 128.
-void bare_step(void* workers, float* rows, float* states, int64_t dim, int64_t tables, int64_t size, const uint32_t* places,
+void bare_step(void* pool, float* rows, float* states, int64_t dim, int64_t tables, int64_t size, const uint32_t* places,
                const uint32_t* number, const uint32_t* unique, const uint32_t* begin, const uint32_t* order,
                const uint32_t* count, float* out, const float* grad, float learning_rate, float eps) {
   const Batch batch{tables, size, places, number, unique, begin, order, count};
-  Workers& team = *static_cast<Workers*>(workers);
-  if (dim == 16) step<16>(team, rows, states, batch, out, grad, learning_rate, eps);
-  if (dim == 128) step<128>(team, rows, states, batch, out, grad, learning_rate, eps);
+  penstock::ThreadPool& threads = *static_cast<penstock::ThreadPool*>(pool);
+  if (dim == 16) step<16>(threads, rows, states, batch, out, grad, learning_rate, eps);
+  if (dim == 128) step<128>(threads, rows, states, batch, out, grad, learning_rate, eps);
 }
 
 }  // extern "C"

@@ -17,15 +17,13 @@ import argparse
 import ctypes
 import json
 import os
-import subprocess
-import tempfile
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from circumstances import commit, end_check, hardware
+from native import compile_library
 
 from penstock.config import SGD, TableConfig
 from penstock.embedding.host_store import HostStore
@@ -40,18 +38,6 @@ SCATTER = 0x5851F42D4C957F2D
 """Odd, so that its multiples are distinct 64-bit keys."""
 LINE_BYTES = 64
 CONTESTANTS = ("lookup", "gather", "two_lines", "key_and_row")
-
-
-def compile_gather() -> ctypes.CDLL:
-    """gather.cc, compiled for this machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "gather.so"
-        source = Path(__file__).with_name("gather.cc")
-        flags = ["-O3", "-march=native", "-shared", "-fPIC", "-std=c++17", "-pthread"]
-        subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
-        loaded = ctypes.CDLL(str(library))
-    loaded.allocate.restype = ctypes.c_void_p
-    return loaded
 
 
 class Machine:
@@ -164,7 +150,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="where 20 M rows of the case do not fit twice")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    library = compile_gather()
+    library = compile_library("gather.cc")
+    library.allocate.restype = ctypes.c_void_p
     machine = hardware(f"torch {torch.__version__}")
     missed = []
     for dim in arguments.dims:

@@ -10,17 +10,15 @@ import ctypes
 import json
 import math
 import mmap
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
+from native import compile_library
 
 TABLES = 26
 ROWS = 100_000
@@ -168,10 +166,12 @@ class BareStep:
     """The machine's limit: the place of each key and which keys are equal are known."""
 
     def __init__(self, case: Case) -> None:
-        self._core = compile_bare_step()
-        self._workers = ctypes.c_void_p(
-            self._core.start_workers(ctypes.c_int64(torch.get_num_threads()))
-        )
+        if case.dim not in (16, 128):
+            raise ValueError(f"bare_step.cc is compiled for rows of 16 and 128, not {case.dim}")
+        self._core = compile_library("bare_step.cc", "thread_pool.cc")
+        self._core.start_pool.restype = ctypes.c_void_p
+        threads = ctypes.c_int(torch.get_num_threads())
+        self._pool = ctypes.c_void_p(self._core.start_pool(threads))
         self.rows = huge_zeros(TABLES * ROWS, case.dim)
         self.states = huge_zeros(TABLES * ROWS)
         self.out = huge_zeros(case.batch_size, TABLES * case.dim)
@@ -186,22 +186,10 @@ class BareStep:
         rows, states, *batch, out = (each.ctypes.data_as(ctypes.c_void_p) for each in arrays)
         grad = ctypes.c_void_p(self._grad.data_ptr())
         rates = ctypes.c_float(LEARNING_RATE), ctypes.c_float(EPS)
-        self._core.bare_step(self._workers, rows, states, *self._sizes, *batch, out, grad, *rates)
+        self._core.bare_step(self._pool, rows, states, *self._sizes, *batch, out, grad, *rates)
 
     def __del__(self) -> None:
-        self._core.stop_workers(self._workers)
-
-
-def compile_bare_step() -> ctypes.CDLL:
-    """bare_step.cc, compiled for this machine."""
-    flags = ["-O3", "-march=native", "-ffast-math", "-std=c++20", "-shared", "-fPIC", "-pthread"]
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "bare_step.so"
-        source = Path(__file__).with_name("bare_step.cc")
-        subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
-        core = ctypes.CDLL(str(library))
-    core.start_workers.restype = ctypes.c_void_p
-    return core
+        self._core.stop_pool(self._pool)
 
 
 CONTESTANTS: dict[str, tuple[str, Callable[[Case], Step]]] = {

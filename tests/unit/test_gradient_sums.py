@@ -86,4 +86,4 @@ def test_a_store_takes_batches_of_any_size_in_turn(threads):
             check(store, keys, np.ones(size, np.int64), grad)
         else:
             update(store, keys, np.ones(0, np.int64), grad)
-    assert store.num_rows(0) <= 6 * 2000
+    store.check_invariants()
