@@ -22,7 +22,8 @@ from penstock.report.plots import MISSING, can_draw, draw_run
 from penstock.report.record import RunRecord, is_metric
 from penstock.report.skew_plots import draw_skew
 from penstock.report.terminal_curves import curve_tables, skew_table
-from penstock.training.checkpoint_files import Manifest, read_tensors, verify
+from penstock.embedding.durable_files import read_tensors
+from penstock.training.checkpoint_files import Manifest, verify
 from penstock.training.trained import locate_checkpoint
 
 

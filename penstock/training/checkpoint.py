@@ -26,21 +26,19 @@ from torch import Tensor, nn
 import penstock
 from penstock.config import Job
 from penstock.embedding import EmbeddingCollection
-from penstock.errors import CheckpointError
-from penstock.training.checkpoint_files import (
+from penstock.embedding.durable_files import (
     MANIFEST,
     SEAL,
     FileRecord,
-    Manifest,
-    is_complete,
-    read_manifest,
     read_tensors,
     seal,
     sync_directory,
-    verify,
     write_durably,
     write_tensors,
 )
+from penstock.embedding.table_files import import_tables, write_tables
+from penstock.errors import CheckpointError
+from penstock.training.checkpoint_files import Manifest, is_complete, read_manifest, verify
 from penstock.training.checkpoint_state import (
     check_model,
     check_optimizer,
@@ -49,7 +47,6 @@ from penstock.training.checkpoint_state import (
     random_state,
     set_random_state,
 )
-from penstock.training.checkpoint_tables import import_tables, write_tables
 from penstock.training.job_difference import (
     describe,
     differences,
@@ -209,7 +206,8 @@ class Checkpoints:
         random = (path / _RANDOM).read_bytes()
         metrics = read_tensors(path / _METRICS) if _METRICS in manifest.files else None
 
-        import_tables(path, manifest, state.collection)
+        import_tables(path, manifest.tables, state.collection)
+        state.collection.step = manifest.collection_step
         state.model.load_state_dict(dense)
         if state.optimizer is not None and manifest.optimizer is not None:
             tensors = read_tensors(path / _OPTIMIZER)
@@ -351,7 +349,8 @@ def load_tables_and_model(
     if lines:
         raise CheckpointError(f"checkpoint {path} has other tables or features:\n{describe(lines)}")
     dense = _load_dense(path, collection, model)
-    import_tables(path, manifest, collection)
+    import_tables(path, manifest.tables, collection)
+    collection.step = manifest.collection_step
     model.load_state_dict(dense)
     return manifest
 

@@ -24,13 +24,13 @@ from penstock.data.dataset import Dataset
 from penstock.data.loader import Loader
 from penstock.data.parts import Part
 from penstock.embedding.collection import EmbeddingCollection
+from penstock.embedding.durable_files import MANIFEST
 from penstock.errors import CheckpointError, ConfigError
 from penstock.training.checkpoint import (
     latest_checkpoint,
     load_tables_and_model,
     read_manifest,
 )
-from penstock.training.checkpoint_files import MANIFEST
 from penstock.training.evaluation import Evaluator
 from penstock.training.objective import Objective
 from penstock.training.setup import build

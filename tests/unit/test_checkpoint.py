@@ -26,11 +26,10 @@ from penstock.config import (
     Schedule,
     TableConfig,
 )
-from penstock.embedding import EmbeddingCollection
+from penstock.embedding import EmbeddingCollection, table_files
 from penstock.errors import CheckpointError
 from penstock.models import build_model
 from penstock.training import checkpoint as checkpoint_module
-from penstock.training import checkpoint_tables
 from penstock.training.checkpoint import (
     Checkpoints,
     TrainState,
@@ -179,7 +178,7 @@ def test_saving_changes_nothing(tmp_path):
 
 
 def test_many_shards_of_bounded_size_hold_every_row_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_tables, "SHARD_BYTES", 280)  # 10 rows of table a
+    monkeypatch.setattr(table_files, "SHARD_BYTES", 280)  # 10 rows of table a
     run = Run(tmp_path / "checkpoints").train(3)
     path = run.save()
     manifest = verify(path)

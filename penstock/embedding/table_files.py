@@ -1,27 +1,49 @@
-"""Tables of a checkpoint: rows in shards, and what admission and eviction remember."""
+"""Tables in files: rows in shards, and what admission and eviction remember."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
 
-from penstock.embedding import EmbeddingCollection, TableRows
+from penstock.config import ValueType
+from penstock.embedding.collection import EmbeddingCollection
+from penstock.embedding.durable_files import FileRecord, read_tensors, write_tensors
 from penstock.embedding.retention import RetentionState, retains
-from penstock.embedding.store import Candidates, RowLayout
-from penstock.training.checkpoint_files import (
-    FileRecord,
-    Manifest,
-    TableRecord,
-    read_tensors,
-    write_tensors,
-)
+from penstock.embedding.store import Candidates, RowLayout, TableRows
 
 SHARD_BYTES = 1 << 27
 """Rows of a table are cut into files of at most this size; writing takes about twice as much
 memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableRecord:
+    """What the manifest says of one table."""
+
+    name: str
+    dim: int
+    state_dim: int
+    """Columns of optimizer state."""
+    rows: int
+    shards: tuple[str, ...]
+    """Names of its files, in order."""
+    usage_dim: int = 0
+    """Columns of marks of use."""
+    retention: str | None = None
+    """File of default row and counters, where the table has admission, eviction or a budget."""
+    counts: tuple[str, ...] = ()
+    """Files of counted keys without a row, in order."""
+    dtype: ValueType = "float32"
+    """Of the values."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of value, state and marks of use of one row."""
+        value_bytes = 4 if self.dtype == "float32" else 2
+        return value_bytes * self.dim + 4 * (self.state_dim + self.usage_dim)
 
 
 def write_tables(
@@ -73,9 +95,11 @@ def _write_retention(
     return replace(record, retention=file, counts=tuple(counts))
 
 
-def import_tables(path: Path, manifest: Manifest, collection: EmbeddingCollection) -> None:
-    """Fills the empty tables of `collection` with those of the checkpoint `path`."""
-    for table in manifest.tables:
+def import_tables(
+    path: Path, records: Sequence[TableRecord], collection: EmbeddingCollection
+) -> None:
+    """Fills the empty tables of `collection` with those of the directory `path`."""
+    for table in records:
         if table.retention is not None:
             state = RetentionState.from_tensors(read_tensors(path / table.retention))
             collection.set_retention_state(table.name, state)
@@ -86,4 +110,3 @@ def import_tables(path: Path, manifest: Manifest, collection: EmbeddingCollectio
                 collection.import_rows(table.name, TableRows(**parts))
         for shard in table.counts:
             collection.import_candidates(table.name, Candidates(**read_tensors(path / shard)))
-    collection.step = manifest.collection_step
