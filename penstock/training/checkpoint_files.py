@@ -118,5 +118,3 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
     manifest = read_manifest(path)
     verify_files(path, manifest.files)
     return manifest
-
-
