@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from penstock import _core
-from penstock.cli_data import add_history, inspect_data
+from penstock.cli_data import ForceOption, add_history, inspect_data
 from penstock.errors import ConfigError, PenstockError
 
 app = typer.Typer(
@@ -154,6 +154,7 @@ def predict(
         bool,
         typer.Option("--no-label", help="Text files without a header lack the label column."),
     ] = False,
+    force: ForceOption = False,
 ) -> None:
     """Scores every row of files with the newest checkpoint of a run.
 
@@ -170,7 +171,7 @@ def predict(
     from penstock import run
     from penstock.report.display import show
 
-    rows = run.predict(run_path, data, out, has_label=not no_label)
+    rows = run.predict(run_path, data, out, has_label=not no_label, overwrite=force)
     show(f"{rows:,} rows scored: {out}")
 
 
@@ -210,6 +211,7 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="PNG file of the curves.")] = Path("compare.png"),
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the PNG file.")] = True,
+    force: ForceOption = False,
 ) -> None:
     """Shows runs side by side: their metrics, what differs in their jobs, and their curves.
 
@@ -225,7 +227,7 @@ def compare(
     from penstock.report.comparison import compare_runs
     from penstock.report.display import show
 
-    for part in compare_runs(runs, out if plots else None):
+    for part in compare_runs(runs, out if plots else None, overwrite=force):
         show(part)
 
 
@@ -243,6 +245,7 @@ def synthesize(
         FileFormat | None,
         typer.Option("--format", help="Default: by the file's name.", show_default=False),
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Writes a synthetic click log whose teacher is known.
 
@@ -264,7 +267,7 @@ def synthesize(
         num_numeric=num_numeric,
         keys_per_feature=keys_per_feature,
     )
-    write_synthetic(config, out, chosen.value)
+    write_synthetic(config, out, chosen.value, overwrite=force)
     typer.echo(f"{rows:,} rows: {out}")
 
 

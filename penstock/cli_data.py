@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +15,8 @@ from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
     from penstock.data.survey import Survey, SurveyedSource
+
+_RATE, _SKEW = "label_rate.png", "skew.png"
 
 
 class SourceFormat(enum.StrEnum):
@@ -74,7 +77,9 @@ JobOption = Annotated[
     Path | None,
     typer.Option(help="Writes a job for this data, ready to train.", show_default=False),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the file of --job.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Overwrite files that are there; never those that are read.")
+]
 
 
 def inspect_data(  # noqa: PLR0913 (each is an option)
@@ -107,30 +112,35 @@ def inspect_data(  # noqa: PLR0913 (each is an option)
         penstock data inspect clicks.parquet --job clicks.yaml --item article_id,category_id
         penstock train clicks.yaml
     """
+    from penstock.data.output import free_path, whole_file
     from penstock.data.survey import survey_data
     from penstock.report.data_survey import survey_tables
     from penstock.report.display import show, stages
 
-    if job is not None and job.exists() and not force:
-        raise ConfigError(f"{job}: there is a file already; name another or add --force")
     source = _source(files, file_format, columns)
-    with stages() as progress:
-        survey = survey_data(
-            source,
-            max_rows=rows,
-            label=label,
-            items=_names(item) or (),
-            event_time=event_time,
-            progress=progress,
-        )
-    for part in survey_tables(survey):
-        show(part)
-    if out is not None:
-        for line in _draw(survey, out):
-            show(line)
-    if job is not None:
-        _write_job(survey, job, files)
-        show(f"job {job}; next: penstock train {shlex.quote(str(job))}")
+    written = []
+    with ExitStack() as outputs:
+        if job is not None:
+            part = outputs.enter_context(whole_file(job, reads=files, overwrite=force))
+        for picture in () if out is None else (out / _RATE, out / _SKEW):
+            free_path(picture, reads=files, overwrite=force)
+        with stages() as progress:
+            survey = survey_data(
+                source,
+                max_rows=rows,
+                label=label,
+                items=_names(item) or (),
+                event_time=event_time,
+                progress=progress,
+            )
+        if out is not None:
+            written += _draw(survey, out)
+        if job is not None:
+            part.write_text(_job_text(survey, job, files), encoding="utf-8")
+            written.append(f"job {job}; next: penstock train {shlex.quote(str(job))}")
+    # After the files: nobody may be reading any more.
+    for shown in (*survey_tables(survey), *written):
+        show(shown)
 
 
 def _source(
@@ -186,26 +196,22 @@ def _draw(survey: Survey, folder: Path) -> list[str]:
     written = []
     if survey.rate is not None:
         name = str(survey.roles.label)
-        written.append(draw_label_rate(survey.rate, name, folder / "label_rate.png"))
+        written.append(draw_label_rate(survey.rate, name, folder / _RATE))
     keys = survey.roles.named("categorical", "sequence", "id")
     if keys:
         values = {name: survey.profile[name].values for name in keys}
-        written.append(draw_skew(values, folder / "skew.png", "accesses"))
+        written.append(draw_skew(values, folder / _SKEW, "accesses"))
     return [f"picture {file}" for file in written]
 
 
-def _write_job(survey: Survey, path: Path, files: Sequence[str]) -> None:
+def _job_text(survey: Survey, path: Path, files: Sequence[str]) -> str:
     from penstock.config import parse_job
     from penstock.data.job_draft import draft_job
     from penstock.job_file import parse_yaml
 
     text = draft_job(survey, shlex.join(["penstock", "data", "inspect", *files]), path)
     parse_job(parse_yaml(text, str(path)), str(path))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot write the job: {error}") from None
+    return text
 
 
 def add_history(
@@ -219,7 +225,7 @@ def add_history(
     order: Annotated[str, typer.Option(help="Column of the time: integers, timestamps or dates.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     last: Annotated[int, typer.Option(min=1, max=10_000, help="Longest history.")] = 50,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    force: ForceOption = False,
 ) -> None:
     """Adds to each row of a log what its user did before, as a column of lists.
 

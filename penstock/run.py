@@ -18,7 +18,8 @@ from rich.console import Console
 
 from penstock.config import Job
 from penstock.data.dataset import Dataset
-from penstock.report.folder import RunFolder
+from penstock.data.output import whole_file
+from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.run_report import RunReport
 from penstock.training.checkpoint import Checkpoints
 from penstock.training.evaluation import Evaluator, scored
@@ -98,25 +99,30 @@ def evaluate(path: Path, data: str | None = None) -> dict[str, Any]:
     return metrics
 
 
-def predict(path: Path, data: str, out: Path, *, has_label: bool = True) -> int:
+def predict(
+    path: Path, data: str, out: Path, *, has_label: bool = True, overwrite: bool = False
+) -> int:
     """Scores every row of `data` with the newest checkpoint of a run, into a Parquet file.
 
     Args:
       path: a run folder, or one of its checkpoints.
       data: files to score; the label column may be missing.
-      out: the file to write, see `write_scores`.
+      out: the file to write, see `write_scores`; it appears when it is complete.
       has_label: False: text without a header lacks the label column.
+      overwrite: whether `out` may exist.
 
     Returns:
       Number of rows written.
 
     Raises:
-      CheckpointError, ConfigError, DataError: as `evaluate`; or `out` cannot be written.
+      CheckpointError, ConfigError, DataError: as `evaluate`; or `out` is read, exists or cannot
+        be written.
     """
-    trained = open_trained(path, data, labels="optional" if has_label else "absent")
-    with trained.batches() as batches:
-        found = scored(batches, trained.model, trained.collection)
-        return write_scores(found, trained.objective, trained.dataset.labels, out)
+    with whole_file(out, reads=[data, *files_of_run(path)], overwrite=overwrite) as part:
+        trained = open_trained(path, data, labels="optional" if has_label else "absent")
+        with trained.batches() as batches:
+            found = scored(batches, trained.model, trained.collection)
+            return write_scores(found, trained.objective, trained.dataset.labels, part)
 
 
 @contextmanager
@@ -128,6 +134,7 @@ def open_run(
     Nothing is written to `out` before data, model and checkpoint were found to fit the job.
     """
     folder = RunFolder(out)
+    folder.refuse_data(job)
     if resume:
         newest_of_run(out)
     else:

@@ -192,6 +192,15 @@ class Dataset:
         return self._parts[part]
 
 
+def paths_of(job: Job) -> list[str]:
+    """Files, directories, globs and URIs that a job reads."""
+    sources = [job.data.source, job.data.evaluation_source]
+    given = [
+        one.path for one in sources if one is not None and not isinstance(one, SyntheticSource)
+    ]
+    return [path for one in given for path in ([one] if isinstance(one, str) else one)]
+
+
 def open_source(
     config: SourceConfig,
     text_types: Mapping[str, Literal["int64", "float64"]],

@@ -11,7 +11,8 @@ from pyarrow import fs
 
 from penstock.errors import DataError
 
-_GLOB = re.compile(r"[*?\[]")
+GLOB = re.compile(r"[*?\[]")
+"""Finds where a path begins to be a glob."""
 
 
 def list_files(
@@ -38,7 +39,7 @@ def list_files(
     filesystem: fs.FileSystem | None = None
     found: list[str] = []
     for path in given:
-        this, inner = _resolve(path)
+        this, inner = resolve_path(path)
         if filesystem is not None and not this.equals(filesystem):
             raise DataError(f"{path}: on another file system than {given[0]}; read one at a time")
         filesystem = this
@@ -53,12 +54,17 @@ def list_files(
     return filesystem, found
 
 
-def _resolve(path: str) -> tuple[fs.FileSystem, str]:
+def resolve_path(path: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path, glob or URI, and the path within it.
+
+    Raises:
+      DataError: a URI of an unknown file system, or one that cannot be reached.
+    """
     if "://" not in path:
         return fs.LocalFileSystem(), path
     try:
         # A glob is no valid URI, so only the part before it is given to pyarrow.
-        glob = _GLOB.search(path)
+        glob = GLOB.search(path)
         stem = path[: path.rindex("/", 0, glob.start())] if glob else path
         filesystem, inner = fs.FileSystem.from_uri(stem)
     except (ValueError, OSError, pa.ArrowException) as error:
@@ -68,7 +74,7 @@ def _resolve(path: str) -> tuple[fs.FileSystem, str]:
 
 def _expand(filesystem: fs.FileSystem, path: str, given: str) -> list[str]:
     info = filesystem.get_file_info(path)
-    glob = _GLOB.search(path)
+    glob = GLOB.search(path)
     if info.type == fs.FileType.File:
         files = [(path, info.size)]
     elif info.type == fs.FileType.Directory:
@@ -100,10 +106,14 @@ def _files_below(
     prefix = base.rstrip("/") + "/"
     for info in filesystem.get_file_info(fs.FileSelector(base, recursive=deep)):
         inner = info.path.removeprefix(prefix)
-        hidden = any(part.startswith((".", "_")) for part in inner.split("/"))
-        if info.type == fs.FileType.File and not hidden:
+        if info.type == fs.FileType.File and not is_hidden(inner):
             # A glob relative to the working directory finds paths like it.
             yield (inner if base == "." else info.path), info.size
+
+
+def is_hidden(path: str) -> bool:
+    """Whether directories and globs pass over a file of this path below them."""
+    return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:

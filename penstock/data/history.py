@@ -22,6 +22,7 @@ from penstock.config import Source as SourceConfig
 from penstock.config import format_of_path
 from penstock.data.column_checks import is_one_key, nearest
 from penstock.data.dataset import open_source
+from penstock.data.output import whole_file
 from penstock.data.quarantine import Quarantine
 from penstock.data.source import Chunk, Source
 from penstock.data.transforms import one_array
@@ -127,11 +128,20 @@ def write_history(
       Number of rows.
 
     Raises:
-      ConfigError: `out` exists or cannot be written, or a column is there already.
+      ConfigError: `out` exists, is one of the files, or cannot be written, or a column is there
+        already.
       DataError: the files cannot be read, a column is missing or of a wrong type, or a time is.
     """
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out}: exists already; name another file, or overwrite it with --force")
+    with whole_file(out, reads=paths, overwrite=overwrite) as part:
+        return _write_history(paths, columns, part, progress)
+
+
+def _write_history(
+    paths: Sequence[str],
+    columns: HistoryColumns,
+    path: Path,
+    progress: Callable[[int, int], None] | None,
+) -> int:
     source = _open(paths, columns.order)
     _check(columns, source)
     splits = source.splits()
@@ -152,16 +162,7 @@ def write_history(
 
     gathered = _gather(read(columns.names), columns)
     tables = (chunk.table for chunk in read(source.schema.names))
-    part = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(_in_time_order(tables, gathered.by_time), gathered, columns, part)
-            part.replace(out)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error}") from None
+    _write(_in_time_order(tables, gathered.by_time), gathered, columns, path)
     return total
 
 

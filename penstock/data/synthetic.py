@@ -6,7 +6,6 @@ neighbouring features, and linear effects of the numbers. Row r is a pure functi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 from pyarrow import csv
 
 from penstock.config import SyntheticSource
+from penstock.data.output import whole_file
 from penstock.data.source import Chunk, RowPlace, Split
-from penstock.errors import DataError
 
 # FORMAT: all constants below decide what row r of a seed is; never change.
 BLOCK_ROWS = 16_384
@@ -152,30 +151,31 @@ def write_synthetic(
     path: Path,
     format: Literal["parquet", "csv", "tsv"],
     progress: Callable[[int], None] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Writes the rows to one file, a split at a time.
 
     Args:
       config: what to make.
-      path: file to write; it appears when it is complete, and replaces what was there.
+      path: file to write; it appears when it is complete.
       format: csv and tsv begin with a header.
       progress: called with the number of rows written so far.
+      overwrite: whether the file may exist.
 
     Raises:
-      DataError: the file cannot be written.
+      ConfigError: the file exists or cannot be written.
     """
     source = SyntheticRows(config)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with _open_writer(partial, source.schema, format) as writer:
-            for split in source.splits():
-                chunks = source.read(split, source.schema.names)
-                writer.write_table(pa.concat_tables(chunk.table for chunk in chunks))
-                if progress is not None:
-                    progress(split.stop)
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error}") from None
+    with (
+        whole_file(path, overwrite=overwrite) as part,
+        _open_writer(part, source.schema, format) as writer,
+    ):
+        for split in source.splits():
+            chunks = source.read(split, source.schema.names)
+            writer.write_table(pa.concat_tables(chunk.table for chunk in chunks))
+            if progress is not None:
+                progress(split.stop)
 
 
 @contextmanager

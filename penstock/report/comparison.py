@@ -10,8 +10,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from penstock.data.output import free_path
 from penstock.errors import ConfigError
 from penstock.report.display import size_text
+from penstock.report.folder import files_of_run
 from penstock.report.plots import MISSING, can_draw, draw_comparison
 from penstock.report.record import MetricPath, RunRecord, metric_at, metric_words
 from penstock.training.job_difference import leaves
@@ -31,18 +33,25 @@ _HIGHER_IS_BETTER = {
 _ABSENT = "-"
 
 
-def compare_runs(paths: Sequence[Path], picture: Path | None) -> Iterator[Table | str]:
+def compare_runs(
+    paths: Sequence[Path], picture: Path | None, *, overwrite: bool = False
+) -> Iterator[Table | str]:
     """Describes runs side by side and lays their curves over each other.
 
     Args:
       paths: at least two run folders.
       picture: PNG file to draw; None: none.
+      overwrite: whether the picture may exist.
 
     Raises:
-      ConfigError: fewer than two runs, one is no run folder, or the picture cannot be written.
+      ConfigError: fewer than two runs, one is no run folder, or the picture exists or
+        cannot be written.
     """
     if len(paths) < 2:
         raise ConfigError("compare needs two runs or more; `penstock inspect RUN` shows one")
+    if picture is not None:
+        read = [file for path in paths for file in files_of_run(path)]
+        free_path(picture, reads=read, overwrite=overwrite)
     runs = {name: RunRecord.read(path) for name, path in _names(paths).items()}
     yield metrics_side_by_side(runs)
     yield job_differences(runs)

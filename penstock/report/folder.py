@@ -16,9 +16,12 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from penstock.config import Job
+from penstock.data.dataset import paths_of
+from penstock.data.output import refuse_read, refuse_uri
 from penstock.errors import ConfigError
 from penstock.job_file import dump_yaml
 from penstock.training.checkpoint import latest_checkpoint
+from penstock.training.checkpoint_files import MANIFEST
 
 
 def default_folder(job: Job, runs: Path = Path("runs")) -> Path:
@@ -41,11 +44,13 @@ class RunFolder:
         self.summary_file = path / "summary.json"
         self.quarantine_file = path / "quarantine.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
         self.plots = path / "plots"
         self._tensorboard: SummaryWriter | None = None
 
     def refuse_unless_new(self) -> None:
         """Raises `ConfigError` if there is something in the folder already."""
+        refuse_uri(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; name a folder with --out")
         if not self.path.exists() or not any(self.path.iterdir()):
@@ -57,6 +62,12 @@ class RunFolder:
         else:
             remedy = "name another folder with --out"
         raise ConfigError(f"{self.path} is not empty; {remedy}")
+
+    def refuse_data(self, job: Job) -> None:
+        """Raises `ConfigError` if the job reads what the run writes, or will."""
+        below = (self.checkpoints / "any", self.tensorboard / "any")
+        files = (self.job_file, self.metrics_file, self.summary_file, self.quarantine_file)
+        refuse_read((*files, *below), paths_of(job))
 
     def start(self, job: Job, step: int, drop_training_at_step: bool) -> list[dict[str, Any]]:
         """Writes job.yaml and opens the metrics, without the lines of steps after `step`.
@@ -81,7 +92,7 @@ class RunFolder:
             _replace(self.metrics_file, "".join(f"{json.dumps(line)}\n" for line in kept))
             # TensorBoard hides events of an earlier process from the purge step on.
             self._tensorboard = SummaryWriter(
-                str(self.path / "tensorboard"), purge_step=step + 1 if step else None
+                str(self.tensorboard), purge_step=step + 1 if step else None
             )
         except OSError as error:
             raise ConfigError(
@@ -106,6 +117,25 @@ class RunFolder:
         """Flushes and closes TensorBoard's file."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def files_of_run(path: Path) -> list[str]:
+    """What a run folder, or the checkpoint that `path` is, holds of a run: no place for others."""
+    if (path / MANIFEST).is_file():
+        return [str(path)]
+    folder = RunFolder(path)
+    return [
+        str(each)
+        for each in (
+            folder.job_file,
+            folder.metrics_file,
+            folder.summary_file,
+            folder.quarantine_file,
+            folder.checkpoints,
+            folder.tensorboard,
+        )
+        if each.exists()
+    ]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.data.output import whole_file
 from penstock.errors import ConfigError
 from penstock.report.record import Curve, RunRecord, by_task
 
@@ -310,14 +311,14 @@ def _text(value: float | None) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a PNG file; makes its folder.
+    """Writes a picture, over an older one; makes its folder.
 
     Raises:
-      ConfigError: it cannot be written.
+      ConfigError: it cannot be written, or the name ends with no format of pictures.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot write the picture: {error}") from None
+    with whole_file(path, overwrite=True) as part:
+        try:
+            figure.savefig(part, format=path.suffix.removeprefix(".") or "png")
+        except ValueError as error:
+            raise ConfigError(f"{path}: cannot write the picture: {error}") from None
     return path

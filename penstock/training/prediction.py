@@ -1,4 +1,4 @@
-"""Writes scores to a Parquet file, batch by batch."""
+"""Writes scores as a Parquet file, batch by batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from penstock.errors import ConfigError, DataError
+from penstock.errors import DataError
 from penstock.training.evaluation import Scored
 from penstock.training.objective import Objective
 from penstock.training.tasks import output_of_task
@@ -20,7 +20,7 @@ def write_scores(
     scored: Iterable[Scored],
     objective: Objective,
     labels: Collection[str],
-    out: Path,
+    path: Path,
 ) -> int:
     """Writes one row a sample: row, score and, where the data has it, label.
 
@@ -30,38 +30,20 @@ def write_scores(
       scored: batches in order of reading, each with what the model made of it.
       objective: what the outputs mean.
       labels: names of the labels that the data has.
-      out: Parquet file; it appears under its name when it is complete, over an older one.
+      path: the Parquet file to write; half of it is there while it is being written, see
+        `data.output.whole_file`.
 
     Returns:
       Number of rows written.
 
     Raises:
-      ConfigError: the file cannot be written.
       DataError: there is no row.
+      OSError: the file cannot be written.
     """
-    part = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot write the scores: {error}") from None
-    try:
-        tables = _tables(scored, objective, labels)
-        rows = _write(tables, part)
-        if not rows:
-            raise DataError(f"{out}: not written, since the data has no row to score")
-        part.replace(out)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot write the scores: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return rows
-
-
-def _write(tables: Iterable[pa.Table], path: Path) -> int:
     writer: pq.ParquetWriter | None = None
     rows = 0
     try:
-        for table in tables:
+        for table in _tables(scored, objective, labels):
             if writer is None:
                 writer = pq.ParquetWriter(path, table.schema)
             writer.write_table(table)
@@ -69,6 +51,8 @@ def _write(tables: Iterable[pa.Table], path: Path) -> int:
     finally:
         if writer is not None:
             writer.close()
+    if not rows:
+        raise DataError("the data has no row to score; nothing was written")
     return rows
 
 

@@ -120,7 +120,9 @@ def test_a_job_is_not_overwritten_unless_told(penstock, tmp_path):
     job.write_text("name: mine\n")
     code, shown, errors = penstock("data", "inspect", path, "--job", job)
     assert (code, shown) == (2, "")
-    assert errors == f"error: {job}: there is a file already; name another or add --force\n"
+    assert errors == (
+        f"error: {job}: exists already; name another file, or overwrite it with --force\n"
+    )
     assert job.read_text() == "name: mine\n"
     code, _, errors = penstock("data", "inspect", path, "--job", job, "--force")
     assert (code, errors) == (0, "")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -145,6 +146,62 @@ def test_predict_and_evaluate_on_files(penstock, finished, tmp_path):
 
     code, _, errors = penstock("evaluate", out, "--data", tmp_path / "unlabelled.parquet")
     assert code == 2 and "click" in errors and "Traceback" not in errors
+
+
+def test_no_command_writes_over_what_it_reads(penstock, finished, tmp_path):
+    """Of every command that writes a file; what else a name may be is in test_output.py."""
+    out, _ = finished
+    log = tmp_path / "log.parquet"
+    assert penstock("data", "synth", "--out", log, "--rows", 500, "--num-categorical", 4)[0] == 0
+    picture = tmp_path / "label_rate.png"
+    picture.write_bytes(log.read_bytes())
+    inside = ("metrics.jsonl", "summary.json", "job.yaml", "checkpoints/new.parquet")
+    newest = max((out / "checkpoints").iterdir())
+    before = {path: path.read_bytes() for path in (*out.rglob("*"), log, picture) if path.is_file()}
+    history = ("data", "history", log, "--by", "c0", "--of", "c1", "--order", "event_time")
+    look = ("data", "inspect", log)
+    calls = [
+        ("predict", out, "--data", log, "--out", log),
+        *(("predict", out, "--data", log, "--out", out / name) for name in inside),
+        ("predict", newest, "--data", log, "--out", newest / "manifest.json"),
+        (*history, "--out", log),
+        (*look, "--job", log),
+        ("data", "inspect", picture, "--format", "parquet", "--out", tmp_path),
+        ("compare", out, newest.parent.parent, "--out", out / "metrics.jsonl"),
+    ]
+    for call in calls:
+        code, _, errors = penstock(*call, "--force")
+        assert code == 2 and "among the files that are read" in errors, (call, errors)
+    taken = tmp_path / "taken"
+    taken.write_text("mine", encoding="utf-8")
+    os.rename(picture, tmp_path / "other.parquet")
+    (tmp_path / "skew.png").write_text("mine", encoding="utf-8")
+    calls = [
+        ("predict", out, "--data", log, "--out", taken),
+        ("data", "synth", "--out", taken, "--format", "csv"),
+        (*history, "--out", taken),
+        (*look, "--job", taken),
+        (*look, "--out", tmp_path),
+        ("compare", out, newest.parent.parent, "--out", taken),
+    ]
+    for call in calls:
+        code, shown, errors = penstock(*call)
+        assert (code, shown) == (2, "") and "exists already" in errors, (call, errors)
+    assert taken.read_text(encoding="utf-8") == "mine"
+    os.rename(tmp_path / "other.parquet", picture)
+    found = {path: path.read_bytes() for path in (*out.rglob("*"), log, picture) if path.is_file()}
+    assert found == before
+
+
+def test_predict_over_older_scores(penstock, finished, tmp_path):
+    out, _ = finished
+    log, scores = tmp_path / "log.parquet", tmp_path / "scores.parquet"
+    synth = ("data", "synth", "--out", log, "--num-categorical", 4)
+    assert penstock(*synth, "--rows", 500)[0] == 0
+    assert penstock("predict", out, "--data", log, "--out", scores)[0] == 0
+    assert penstock(*synth, "--rows", 200, "--force")[0] == 0
+    assert penstock("predict", out, "--data", log, "--out", scores, "--force")[0] == 0
+    assert pq.read_metadata(scores).num_rows == 200
 
 
 def test_predict_names_a_missing_column(penstock, finished, tmp_path):

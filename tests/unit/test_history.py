@@ -101,8 +101,8 @@ def test_every_time(kind, times, tmp_path):
     table = pa.table({"user": ["x"] * 3, "item": [10, 11, 12], "time": pa.array(times, kind)})
     pq.write_table(table, tmp_path / "log.parquet")
     columns = HistoryColumns("user", ("item",), "time", 9)
-    write_history([str(tmp_path)], columns, tmp_path / "out.parquet")
-    found = pq.read_table(tmp_path / "out.parquet")
+    write_history([str(tmp_path)], columns, tmp_path / "_out.parquet")
+    found = pq.read_table(tmp_path / "_out.parquet")
     assert found["item_history"].to_pylist() == [[], [11], [11, 12]]
 
 
@@ -198,7 +198,7 @@ def test_a_missing_time_is_located(tmp_path):
     pq.write_table(log([1] * 2, [0, 1]), tmp_path / "a.parquet")
     pq.write_table(log([1] * 5, times), tmp_path / "b.parquet", row_group_size=2)
     with pytest.raises(DataError) as raised:
-        write_history([str(tmp_path / "*.parquet")], COLUMNS, tmp_path / "out.parquet")
+        write_history([str(tmp_path / "*.parquet")], COLUMNS, tmp_path / "out" / "o.parquet")
     assert str(raised.value) == (
         f"{tmp_path}/b.parquet row 3, column 'time': the time is missing; leave such rows out of "
         "the file"
@@ -216,10 +216,11 @@ def test_what_is_there_stays(file, tmp_path):
     assert out.read_text() == "mine"
     assert write_history([str(file)], COLUMNS, out, overwrite=True) == 2
     assert pq.read_table(out).num_rows == 2
-    # A file may be replaced by itself: it is complete before it gets its name.
-    assert write_history([str(file)], COLUMNS, file, overwrite=True) == 2
+    with pytest.raises(ConfigError, match="among the files that are read"):
+        write_history([str(file)], COLUMNS, file, overwrite=True)
     with pytest.raises(ConfigError, match=r"two columns would be named 'item_history'"):
-        write_history([str(file)], COLUMNS, tmp_path / "again.parquet")
+        write_history([str(out)], COLUMNS, tmp_path / "again.parquet")
+    assert not (tmp_path / "again.parquet").exists()
 
 
 def test_nothing_to_write(file, tmp_path):

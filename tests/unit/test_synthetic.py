@@ -8,7 +8,7 @@ from pyarrow import csv
 
 from penstock.config import SyntheticSource
 from penstock.data.synthetic import SyntheticRows, write_synthetic
-from penstock.errors import DataError
+from penstock.errors import ConfigError
 
 
 def table_of(config):
@@ -101,6 +101,7 @@ def test_written_rows_are_the_rows(format, tmp_path):
 
 
 def test_a_path_that_cannot_be_written(tmp_path):
-    path = tmp_path / "absent" / "log.parquet"
-    with pytest.raises(DataError, match=rf"{path}: cannot be written: "):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "log.parquet"
+    with pytest.raises(ConfigError, match=rf"{path}: cannot be written: "):
         write_synthetic(SyntheticSource(rows=10), path, "parquet")
