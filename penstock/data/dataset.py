@@ -180,6 +180,7 @@ class Dataset:
             samples_per_row=self._samples_per_row,
             redraws=training,
         )
+        plan = replace(plan, window_bytes=self._job.data.shuffle.window_bytes)
         data = self._job.data
         columns = self._columns if groups else replace(self._columns, groups=())
         return Loader(rows, columns, plan, data.reader_threads, data.prefetch_batches)

@@ -51,6 +51,9 @@ class LoaderPlan:
     """More than 1 where negatives are drawn."""
     redraws: bool = False
     """Whether negatives depend on seed and epoch as well as on the window."""
+    window_bytes: int = 2**63 - 1
+    """Of decoded rows: a window that would be larger has fewer rows, as many whole batches as fit
+    (at least one)."""
 
     @classmethod
     def of(
@@ -69,17 +72,31 @@ class LoaderPlan:
 
         `window_rows` 0: as many as make no difference.
         """
-        unit = batch_size // math.gcd(batch_size, samples_per_row)
-        window = -(-(window_rows or _PLAIN_WINDOW_ROWS) // unit) * unit
-        return cls(batch_size, window, shuffled, seed, epochs, start, samples_per_row, redraws)
+        plan = cls(
+            batch_size,
+            window_rows or _PLAIN_WINDOW_ROWS,
+            shuffled,
+            seed,
+            epochs,
+            start,
+            samples_per_row,
+            redraws,
+        )
+        unit = plan.rows_of_whole_batches
+        return replace(plan, window_rows=-(-plan.window_rows // unit) * unit)
 
     @property
-    def rows_to_begin_a_window(self) -> int:
-        """Rows that must be left for another window to begin; fewer belong to the last one.
+    def rows_of_whole_batches(self) -> int:
+        """A window's rows are a multiple of these."""
+        return self.batch_size // math.gcd(self.batch_size, self.samples_per_row)
 
-        Negatives are drawn among the rows of a window, so that none may be short.
+    def rows_to_begin_a_window(self, rows: int) -> int:
+        """Rows that must be left after a window of `rows` for another to begin.
+
+        Fewer belong to the last one. Negatives are drawn among the rows of a window, so that none
+        may be short.
         """
-        return 1 if self.samples_per_row == 1 else self.window_rows
+        return 1 if self.samples_per_row == 1 else rows
 
 
 class _Piece(NamedTuple):
@@ -92,6 +109,11 @@ class _Piece(NamedTuple):
     """Number within the split of the row 0 of `rows`."""
     start: int
     stop: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return self.rows.memory(self.start, self.stop)
 
 
 class _Stretch(NamedTuple):
@@ -248,26 +270,26 @@ class Loader:
             self._out.fail(error)
 
     def _windows(self) -> Iterator[_Stretch]:
-        least_left = self._plan.rows_to_begin_a_window
         per_row = self._plan.samples_per_row
         start = replace(self._plan.start, window_row=0)
         at = replace(start, samples=self._plan.start.samples - self._plan.start.window_row)
         for epoch in range(self._plan.start.epoch, self._plan.epochs):
             waiting: deque[_Piece] = deque()
-            rows = 0
+            rows = memory = 0
             for piece in self._pieces(epoch):
                 waiting.append(piece)
                 rows += piece.stop - piece.start
-                # A row that is left says where the next window begins.
-                while rows >= self._plan.window_rows + least_left:
-                    taken = _take(waiting, self._plan.window_rows)
-                    rows -= self._plan.window_rows
+                memory += piece.memory
+                while size := self._rows_of_next_window(waiting, rows, memory):
+                    taken = _take(waiting, size)
+                    rows -= size
+                    memory = sum(piece.memory for piece in waiting)
                     after = Position(
                         epoch=epoch,
                         window=at.window + 1,
                         split=waiting[0].split,
                         split_row=waiting[0].split_row + waiting[0].start,
-                        samples=at.samples + self._plan.window_rows * per_row,
+                        samples=at.samples + size * per_row,
                     )
                     yield self._window(taken, at, after)
                     at = after
@@ -275,6 +297,20 @@ class Loader:
             if rows:
                 yield self._window(list(waiting), at, after)
             at = after
+
+    def _rows_of_next_window(self, waiting: Sequence[_Piece], rows: int, memory: int) -> int:
+        """Rows to take for a window; 0: more must come first.
+
+        A function of the rows from where the window begins, however they come to be pieces.
+        """
+        plan = self._plan
+        size = plan.window_rows
+        if memory > plan.window_bytes:
+            unit = plan.rows_of_whole_batches
+            fit = _rows_within(waiting, plan.window_bytes)
+            size = min(size, max(fit // unit, 1) * unit)
+        # A row that is left says where the next window begins.
+        return size if rows >= size + plan.rows_to_begin_a_window(size) else 0
 
     def _window(self, pieces: list[_Piece], at: Position, after: Position) -> _Stretch:
         parts = [(piece.rows, piece.start, piece.stop) for piece in pieces]
@@ -307,6 +343,11 @@ class Loader:
             and window.at.window == self._plan.start.window
         ):
             begin = self._plan.start.window_row
+            if begin > n:
+                raise DataError(
+                    f"position after {begin:,} samples of a window that has {n:,}; "
+                    "data.shuffle was other when the checkpoint was taken, or the data was"
+                )
         order = self._order(window, n) if self._plan.shuffled else range(n)
         drawn = self._draw(window)
         # With negatives a window has many more samples than rows; only some are copied at a time.
@@ -366,6 +407,19 @@ def _after(window: Position, samples: int) -> Position:
         window.split_row,
         window.samples + samples,
     )
+
+
+def _rows_within(pieces: Sequence[_Piece], most_bytes: int) -> int:
+    """How many of the first rows take up at most so much memory; all of them take more."""
+    rows = 0
+    for piece in pieces:
+        memory = piece.memory
+        if memory > most_bytes:
+            before = piece.rows.memory_before(piece.start, piece.stop)
+            return rows + int(np.searchsorted(before, most_bytes, side="right")) - 1
+        most_bytes -= memory
+        rows += piece.stop - piece.start
+    return rows
 
 
 def _take(waiting: deque[_Piece], rows: int) -> list[_Piece]:

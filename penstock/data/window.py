@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,11 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock import _core
+from penstock.data.column_checks import is_text
 from penstock.data.negatives import ItemRows, NegativeColumns, mixed_keys
 
 
@@ -30,6 +33,11 @@ class Bags(NamedTuple):
     """[n + 1]; None: one key a row."""
     weights: NDArray[np.float32] | None = None
     """[N], finite; None: each is 1."""
+
+    @property
+    def key_bytes(self) -> int:
+        """Of a key and its weight."""
+        return 8 if self.weights is None else 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,45 @@ class Rows:
     def num_rows(self) -> int:
         """How many rows there are (n)."""
         return int(self.labels.shape[0])
+
+    def memory(self, start: int, stop: int) -> int:
+        """Memory of the rows [start, stop), in bytes, as `memory_before` counts it."""
+        size = (stop - start) * self._fixed_row_bytes
+        for bags in self.bags:
+            if bags.offsets is not None:
+                size += int(bags.offsets[stop] - bags.offsets[start]) * bags.key_bytes
+        return size + sum(
+            int(pc.sum(pc.binary_length(group.slice(start, stop - start))).as_py() or 0)
+            for group in self.groups
+            if is_text(group.type)
+        )
+
+    def memory_before(self, start: int, stop: int) -> NDArray[np.int64]:
+        """[stop - start + 1] bytes of memory of the first 0, 1, ... of the rows [start, stop).
+
+        A function of the values alone: not of how the rows came to be chunks.
+        """
+        sizes = np.arange(stop - start + 1, dtype=np.int64) * self._fixed_row_bytes
+        for bags in self.bags:
+            if bags.offsets is not None:
+                keys = bags.offsets[start : stop + 1] - bags.offsets[start]
+                sizes += keys * bags.key_bytes
+        for group in self.groups:
+            if is_text(group.type):
+                lengths = pc.binary_length(group.slice(start, stop - start)).fill_null(0)
+                sizes[1:] += np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
+        return sizes
+
+    @property
+    def _fixed_row_bytes(self) -> int:
+        """Of each row, whatever its lists and texts hold."""
+        arrays = (self.dense, self.labels, self.weights, self.event_time, self.teacher)
+        size = sum(a.itemsize * math.prod(a.shape[1:]) for a in arrays if a is not None)
+        # A bag has an offset, even where those of a chunk are left out.
+        size += sum(8 + (bags.offsets is None) * bags.key_bytes for bags in self.bags)
+        if self.item_rows is not None:
+            size += 8 + 9 * len(self.item_rows.parts)
+        return size + 8 * len(self.groups)
 
 
 class Samples(NamedTuple):
