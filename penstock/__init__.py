@@ -1,3 +1,99 @@
-"""Penstock trains recommendation models whose embedding tables outgrow a GPU."""
+"""Penstock trains recommendation models whose embedding tables outgrow a GPU.
+
+What a script needs is here: `from penstock import EmbeddingCollection, TableConfig, KeyedJagged`.
+Names are imported when they are first used, so that `import penstock` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from penstock.config.tables import (
+        FTRL,
+        LAMB,
+        SGD,
+        Adagrad,
+        Adam,
+        AdmitAtRandom,
+        AdmitFrequent,
+        Constant,
+        Eviction,
+        FeatureConfig,
+        MomentumSGD,
+        Normal,
+        RowWiseAdagrad,
+        RowWiseAdam,
+        Schedule,
+        TableConfig,
+        Uniform,
+    )
+    from penstock.embedding.collection import EmbeddingCollection
+    from penstock.embedding.store import TableRows
+    from penstock.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        NonFiniteError,
+        PenstockError,
+    )
+    from penstock.types import Jagged, KeyedJagged
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "penstock.config.tables": (
+        "FTRL LAMB SGD Adagrad Adam AdmitAtRandom AdmitFrequent Constant Eviction FeatureConfig "
+        "MomentumSGD Normal RowWiseAdagrad RowWiseAdam Schedule TableConfig Uniform"
+    ),
+    "penstock.embedding.collection": "EmbeddingCollection",
+    "penstock.embedding.store": "TableRows",
+    "penstock.errors": (
+        "CapacityError CheckpointError ConfigError DataError NonFiniteError PenstockError"
+    ),
+    "penstock.types": "Jagged KeyedJagged",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "__version__",
+    "Adagrad",
+    "Adam",
+    "AdmitAtRandom",
+    "AdmitFrequent",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "Constant",
+    "DataError",
+    "EmbeddingCollection",
+    "Eviction",
+    "FTRL",
+    "FeatureConfig",
+    "Jagged",
+    "KeyedJagged",
+    "LAMB",
+    "MomentumSGD",
+    "NonFiniteError",
+    "Normal",
+    "PenstockError",
+    "RowWiseAdagrad",
+    "RowWiseAdam",
+    "SGD",
+    "Schedule",
+    "TableConfig",
+    "TableRows",
+    "Uniform",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,12 +1,18 @@
 """`EmbeddingCollection`: tables without a vocabulary, in place of nn.EmbeddingBag.
 
 ```python
+import torch
+import torch.nn.functional as F
+from penstock import Adagrad, EmbeddingCollection, FeatureConfig, Jagged, KeyedJagged, TableConfig
+
 tables = [TableConfig(name="item", dim=16, optimizer=Adagrad(learning_rate=0.05))]
 features = [FeatureConfig(name="clicked", table="item", pooling="mean")]
 embeddings = EmbeddingCollection(tables, features)
 head = torch.nn.Linear(16, 1)
 optimizer = torch.optim.Adam(head.parameters())
-for keys, label in batches:  # keys [B, n] int64, any value
+keys = torch.randint(-(2**63), 2**63 - 1, (64, 3))  # [B, n] int64, any value
+label = (keys[:, 0] > 0).float()
+for _ in range(200):
     sparse = KeyedJagged.pack({"clicked": Jagged.from_dense(keys)})
     loss = F.binary_cross_entropy_with_logits(head(embeddings(sparse))[:, 0], label)
     loss.backward()
