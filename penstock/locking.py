@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -60,12 +61,12 @@ class FileLock:
 
     def release(self) -> None:
         """Removes the file, if it is still at its path, and lets go."""
-        try:
-            # Still locked: nobody else can have made this very file theirs.
+        # While it is locked, nobody else can have made this very file theirs. Where it cannot be
+        # removed, it stays, and is nobody's.
+        with suppress(OSError):
             if _is_at(self._descriptor, self._path):
                 self._path.unlink()
-        finally:
-            os.close(self._descriptor)
+        os.close(self._descriptor)
 
 
 def _flock(descriptor: int) -> bool:

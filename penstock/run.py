@@ -131,17 +131,24 @@ def open_run(
 ) -> Iterator[Run]:
     """Builds everything that a training run needs; closes it on the way out.
 
-    Nothing is written to `out` before data, model and checkpoint were found to fit the job.
+    The folder is this process's alone meanwhile. Nothing is written to it before data, model and
+    checkpoint were found to fit the job.
     """
     folder = RunFolder(out)
     folder.refuse_data(job)
+    _check_folder(folder, resume)
+    with folder.held():
+        _check_folder(folder, resume)  # again: a process that has ended may have been at it
+        dataset = Dataset.open(job, quarantine=folder.quarantine_file)
+        with closing(RunReport(folder, job, planned_samples(job, dataset), console)) as report:
+            yield Run(job, dataset, folder, report)
+
+
+def _check_folder(folder: RunFolder, resume: bool) -> None:
     if resume:
-        newest_of_run(out)
+        newest_of_run(folder.path)
     else:
         folder.refuse_unless_new()
-    dataset = Dataset.open(job, quarantine=folder.quarantine_file)
-    with closing(RunReport(folder, job, planned_samples(job, dataset), console)) as report:
-        yield Run(job, dataset, folder, report)
 
 
 def planned_samples(job: Job, dataset: Dataset) -> int:

@@ -1,7 +1,7 @@
 """The run folder: which files a run writes, and how they go on after a restart.
 
 job.yaml (every field), metrics.jsonl, tensorboard/, checkpoints/, summary.json, quarantine.jsonl;
-plots/ is what `inspect` draws.
+plots/ is what `inspect` draws; run.lock is there while a process trains.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from penstock.data.dataset import paths_of
 from penstock.data.output import refuse_read, refuse_uri
 from penstock.errors import ConfigError
 from penstock.job_file import dump_yaml
+from penstock.locking import FileLock, Held
 from penstock.training.checkpoint import latest_checkpoint
 from penstock.training.checkpoint_files import MANIFEST
+
+_LOCK = "run.lock"
 
 
 def default_folder(job: Job, runs: Path = Path("runs")) -> Path:
@@ -46,6 +50,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.plots = path / "plots"
+        self.has_lock = True
+        """False: its file system has no locks, so that nothing keeps a second process out."""
         self._tensorboard: SummaryWriter | None = None
 
     def refuse_unless_new(self) -> None:
@@ -53,7 +59,7 @@ class RunFolder:
         refuse_uri(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; name a folder with --out")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(item.name == _LOCK for item in self.path.iterdir()):
             return
         if latest_checkpoint(self.checkpoints) is not None:
             remedy = "continue that run with --resume, or name another folder with --out"
@@ -62,6 +68,37 @@ class RunFolder:
         else:
             remedy = "name another folder with --out"
         raise ConfigError(f"{self.path} is not empty; {remedy}")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder, if need be, and keeps other processes from training in it.
+
+        Whoever only reads the folder needs no leave. A folder in which nothing was written is gone
+        afterwards.
+
+        Raises:
+          ConfigError: another process trains in it, or it cannot be written.
+        """
+        is_new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock.take(self.path / _LOCK, signed=True)
+        except Held as held:
+            holder = str(held) or "another process"
+            raise ConfigError(
+                f"{self.path}: {holder} is training in this run folder; wait for it or stop it, or "
+                "name another folder with --out"
+            ) from None
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+        self.has_lock = lock.is_enforced
+        try:
+            yield
+        finally:
+            lock.release()
+            if is_new:
+                with suppress(OSError):  # there is something in it
+                    self.path.rmdir()
 
     def refuse_data(self, job: Job) -> None:
         """Raises `ConfigError` if the job reads what the run writes, or will."""
@@ -95,9 +132,7 @@ class RunFolder:
                 str(self.tensorboard), purge_step=step + 1 if step else None
             )
         except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot write the run folder: {error}; name another with --out"
-            ) from None
+            raise _cannot_write(self.path, error) from None
         return kept
 
     def append_metrics(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
@@ -144,6 +179,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _cannot_write(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path}: cannot write the run folder: {error}; name another with --out")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from penstock.report.record import RunRecord, is_metric
 from penstock.report.skew_plots import draw_skew
 from penstock.report.terminal_curves import curve_tables, skew_table
 from penstock.training.checkpoint_files import Manifest, verify
-from penstock.training.trained import locate_checkpoint
+from penstock.training.trained import read_newest
 
 
 def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
@@ -38,8 +38,7 @@ def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
       CheckpointError: there is none, or a file does not match its checksum.
       ConfigError: the metrics cannot be read, or a picture cannot be written.
     """
-    checkpoint = locate_checkpoint(path)
-    manifest = verify(checkpoint)
+    checkpoint, manifest, retention = read_newest(path, _read_checkpoint)
     yield f"checkpoint {checkpoint}"
     yield _overview(manifest)
     yield tables_table({
@@ -49,8 +48,8 @@ def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
         }
         for table in manifest.tables
     })
-    if any(table.retention for table in manifest.tables):
-        yield _retention(checkpoint, manifest)
+    if retention is not None:
+        yield retention
     yield _files(manifest)
     summary = RunFolder(path).summary_file
     if summary.is_file():
@@ -61,6 +60,13 @@ def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
     yield from _key_skew(manifest, RunFolder(path).plots if draw and is_run else None)
     size = sum(record.bytes for record in manifest.files.values())
     yield f"{len(manifest.files)} files, {size_text(size)}: all checksums verified"
+
+
+def _read_checkpoint(checkpoint: Path) -> tuple[Path, Manifest, Table | None]:
+    """All that is read of it, in one go: a process that trains may remove it."""
+    manifest = verify(checkpoint)
+    rules = any(table.retention for table in manifest.tables)
+    return checkpoint, manifest, _retention(checkpoint, manifest) if rules else None
 
 
 def _curves(record: RunRecord, draw: bool) -> Iterator[Table | str]:

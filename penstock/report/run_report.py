@@ -67,6 +67,11 @@ class RunReport:
                 self._last_evaluation = at, _with_nan(line)
             else:
                 self._last_training = _with_nan(line)
+        if not self._folder.has_lock:
+            self._display.line(
+                f"{self._folder.path}: this file system has no locks; see to it yourself that no "
+                "other process trains in this run folder"
+            )
         if step:
             self._display.line(f"resumed at step {step:,} ({samples:,} samples)")
         self._display.start(samples)

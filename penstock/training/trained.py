@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter
 from torch import nn
@@ -34,6 +34,9 @@ from penstock.training.checkpoint import (
 from penstock.training.evaluation import Evaluator
 from penstock.training.objective import Objective
 from penstock.training.setup import build
+
+T = TypeVar("T")
+_ATTEMPTS = 5
 
 Labels: TypeAlias = Literal["required", "optional", "absent"]
 
@@ -76,9 +79,8 @@ def open_trained(path: Path, data: str | None = None, labels: Labels = "required
       ConfigError: no data is given and the job holds nothing out.
       DataError: the data lacks a column.
     """
-    checkpoint = locate_checkpoint(path)
-    manifest = read_manifest(checkpoint)
-    job = parse_job(manifest.job, origin=f"{checkpoint / MANIFEST}: job")
+    manifest = read_newest(path, read_manifest)
+    job = parse_job(manifest.job, origin=f"{path}: job of the checkpoint")
     if data is not None:
         job = _on_other_data(job, data, manifest.resolved)
         if labels != "required":
@@ -91,10 +93,48 @@ def open_trained(path: Path, data: str | None = None, labels: Labels = "required
     inputs = [*manifest.resolved["numeric"], *_feature_names(manifest.resolved)]
     needed: Literal["required", "optional"] = "required" if labels == "required" else "optional"
     dataset = Dataset.open(job, labels=needed, order=inputs)
-    state, _, objective = build(job, dataset)
-    load_tables_and_model(checkpoint, state.collection, state.model)
     part: Part = "evaluation" if data is None else "train"
-    return Trained(job, state.collection, state.model, objective, dataset, part)
+
+    def load(checkpoint: Path) -> Trained:
+        state, _, objective = build(job, dataset)
+        load_tables_and_model(checkpoint, state.collection, state.model)
+        return Trained(job, state.collection, state.model, objective, dataset, part)
+
+    return read_newest(path, load)
+
+
+def read_newest(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of the newest checkpoint of a run, or of the checkpoint that `path` is.
+
+    A process that trains removes and replaces checkpoints. Where it does so while `read` is at it,
+    the one that is the newest then is read.
+
+    Raises:
+      CheckpointError: there is none, it is damaged, or all were removed too soon.
+    """
+    for _ in range(_ATTEMPTS):
+        checkpoint = locate_checkpoint(path)
+        before = _identity(checkpoint)
+        try:
+            return read(checkpoint)
+        except (CheckpointError, OSError):
+            if before is not None and _identity(checkpoint) == before:
+                raise
+        if checkpoint == path:
+            break
+    raise CheckpointError(
+        f"{checkpoint}: was removed or replaced while it was read, by the process that trains; "
+        "name the run folder, or keep more with training.checkpoint.keep_last"
+    )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tells a directory from another one of its name; None: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def locate_checkpoint(path: Path) -> Path:

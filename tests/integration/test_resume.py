@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -155,6 +156,44 @@ def test_a_folder_in_use_is_refused_untouched(small_job, tmp_path, quiet):
         story.train(small_job, out, console=quiet)
     assert str(caught.value) == f"{out} is not empty; name another folder with --out"
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_do_not_share_a_run_folder(small_fields, tmp_path, quiet, resume):
+    out = tmp_path / "run"
+    small_fields["training"]["max_steps"] = 2
+    job = parse_job(small_fields)
+    if resume:
+        story.train(job, out, console=quiet)
+    with story.open_run(job, out, resume=resume, console=quiet):
+        with pytest.raises(ConfigError) as caught:
+            story.train(job, out, resume=resume, console=quiet)
+        assert str(caught.value) == (
+            f"{out}: process {os.getpid()} on {socket.gethostname()} is training in this run "
+            "folder; wait for it or stop it, or name another folder with --out"
+        )
+        if resume:
+            assert story.evaluate(out)["samples"] == 1500  # whoever only reads needs no leave
+    assert out.exists() == resume  # nothing was written
+    # A lock that its holder left behind is in nobody's way.
+    out.mkdir(exist_ok=True)
+    (out / "run.lock").write_text("process 1 on a machine that is gone")
+    story.train(job, out, resume=resume, console=quiet)
+    assert not (out / "run.lock").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_known_first(small_job, tmp_path, quiet, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(story.Dataset, "open", None)
+    with pytest.raises(ConfigError, match="cannot write the run folder"):
+        story.train(small_job, tmp_path / "file" / "run", console=quiet)
+
+
+def test_a_file_system_without_locks_is_named(small_fields, tmp_path, quiet, monkeypatch):
+    monkeypatch.setattr("penstock.locking._flock", lambda descriptor: False)
+    small_fields["training"]["max_steps"] = 1
+    story.train(parse_job(small_fields), tmp_path / "run", console=quiet)
+    assert "this file system has no locks" in quiet.file.getvalue()
 
 
 def test_the_remedy_for_a_folder_in_use_is_one_that_helps(small_job, tmp_path, quiet):
