@@ -19,11 +19,11 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from penstock.config import Job
 from penstock.data.dataset import paths_of
 from penstock.data.output import refuse_read, refuse_uri
+from penstock.embedding.durable_files import MANIFEST
 from penstock.errors import ConfigError
 from penstock.job_file import dump_yaml
 from penstock.locking import FileLock, Held
 from penstock.training.checkpoint import latest_checkpoint
-from penstock.training.checkpoint_files import MANIFEST
 
 _LOCK = "run.lock"
 
