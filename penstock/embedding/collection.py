@@ -18,11 +18,13 @@ for _ in range(200):
     loss.backward()
     optimizer.step(), optimizer.zero_grad()
     embeddings.apply_gradients()
+torch.save({"embeddings": embeddings.state_dict(), "head": head.state_dict()}, "model.pt")
 ```
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import time
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.retention import ENTRY_BYTES, Clock, RetentionState, retains
+from penstock.embedding.retention import Clock, RetentionState, retains
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
@@ -48,41 +50,15 @@ from penstock.embedding.store import (
     TableRows,
     check_batch,
 )
+from penstock.embedding.table_files import load_tables, save_tables
+from penstock.embedding.table_state import copy_tables, pack_tables, unpack_tables
+from penstock.embedding.table_stats import TableStats, retention_stats
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
 from penstock.types import FeatureShape, KeyedJagged
 
-
-class TableStats(NamedTuple):
-    """Size of one table."""
-
-    name: str
-    rows: int
-    bytes: int
-    """Values, optimizer state and marks of use."""
-    memory_bytes: int
-    """With this table's share of the index and of free slots."""
-    retention: RetentionStats | None = None
-    """Of a table with admission, eviction or a budget."""
-
-
-class RetentionStats(NamedTuple):
-    """What a table's rules have done since the beginning."""
-
-    admitted: int
-    """Rows that training made."""
-    refused: int
-    """Keys read as the default row in training, each time."""
-    evicted: int
-    """Rows."""
-    evicted_age: float
-    """Mean time that evicted rows had not been used for, in the unit of the eviction; 0: none."""
-    dropped: int
-    """Gradients of rows that left between look-up and update."""
-    candidates: int
-    """Keys that are counted but have no row yet."""
-    budget_used: float | None
-    """Share of `max_bytes`; None: there is none."""
+# Attributes that belong to one process and one collection.
+_OF_PROCESS = frozenset({"_groups", "_outputs", "_pending"})
 
 
 class _Group(NamedTuple):
@@ -105,8 +81,9 @@ class EmbeddingCollection(nn.Module):
     `torch.no_grad`, a missing key reads as its initial value, or the default row of a table that
     refuses keys, and no row is made; `num_missing` counts them.
 
-    The tables are no torch parameters: `state_dict` does not hold them (see `export_table`), and
-    torch's optimizers do not see them. `apply_gradients` takes the place of `optimizer.step()`.
+    The tables are no torch parameters: torch's optimizers do not see them, and `apply_gradients`
+    takes the place of `optimizer.step()`. `state_dict` holds them all the same, as torch's extra
+    state; copies and pickles do, too (docs/torch.md).
     """
 
     def __init__(
@@ -166,13 +143,19 @@ class EmbeddingCollection(nn.Module):
         """
         self.num_missing = 0
         """Keys read without a row, in evaluation, since the beginning."""
+        self.tables_in_state = True
+        """Whether `state_dict` holds the tables. False, for tables too large for that: it holds
+        their step alone, and `load_state_dict` wants `load_tables` to have been called before.
+        """
+        self.seed = seed
+        """Of the initial values."""
         self._names = tuple(feature.name for feature in features)
-        self._groups = self._make_groups(
-            seed=seed,
-            num_threads=num_threads or available_cores(),
-            deterministic=deterministic,
-            device=torch.device(device),
-        )
+        self._options: dict[str, Any] = {
+            "num_threads": num_threads or available_cores(),
+            "deterministic": deterministic,
+            "device": torch.device(device),
+        }
+        self._groups = self._make_groups(seed=seed, **self._options)
         # In Triton's interpreter the device of a store on a GPU is the CPU.
         self._is_on_gpu = torch.device(device).type != "cpu"
         self._pending: list[_Pending] = []
@@ -330,6 +313,77 @@ class EmbeddingCollection(nn.Module):
         store, number = self._find_table(table)
         return store.insert_or_assign(number, rows)
 
+    def like_new(self, *, seed: int) -> EmbeddingCollection:
+        """Makes an empty collection of the same tables, features and settings."""
+        return EmbeddingCollection(self.tables, self.features, seed=seed, **self._options)
+
+    def take_over(self, other: EmbeddingCollection) -> None:
+        """Takes the tables of `other`, made by `like_new`, in the place of its own.
+
+        Gradients that are not applied yet are dropped. `other` is not to be used any more.
+        """
+        self._groups, self.seed, self.step = other._groups, other.seed, other.step
+        self.discard_gradients()
+
+    def get_extra_state(self) -> Tensor:
+        """All that the tables hold, for `state_dict`: [n] uint8, a copy; see `table_state`."""
+        return pack_tables(self, rows=self.tables_in_state)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Inverse of `get_extra_state`, for `load_state_dict`: replaces everything there was.
+
+        Raises:
+          CheckpointError: of other tables, or changed since; nothing has changed then.
+        """
+        unpack_tables(state, self)
+
+    def save_tables(self, path: str | os.PathLike[str]) -> None:
+        """Writes the tables as a directory of files; needs little memory of its own.
+
+        Returns once the disk has everything. A directory that it wrote before is replaced, whole.
+
+        Raises:
+          CheckpointError: the disk is full or fails, or something else is at `path`; what was
+            there stays.
+        """
+        save_tables(path, self)
+
+    def load_tables(self, path: str | os.PathLike[str]) -> None:
+        """Reads what `save_tables` wrote, or the tables of a run's checkpoint: replaces them all.
+
+        Raises:
+          CheckpointError: missing, damaged, or of other tables; nothing has changed then.
+          CapacityError: no memory: rows there were and those read are there together for a while.
+        """
+        load_tables(path, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self._state_but_tables(), "_packed": pack_tables(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        packed = state.pop("_packed")
+        self._open(state)
+        unpack_tables(packed, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingCollection:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin._open(copy.deepcopy(self._state_but_tables(), memo))
+        copy_tables(self, twin)
+        return twin
+
+    def _state_but_tables(self) -> dict[str, Any]:
+        """Attributes that can be copied: gradients that are not applied yet stay behind."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_PROCESS}
+
+    def _open(self, state: dict[str, Any]) -> None:
+        """Takes attributes from `_state_but_tables` of another collection; tables are empty."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pending = []
+        self._outputs = _core.buffer_pool()
+        self._groups = self._make_groups(seed=self.seed, **self._options)
+
     def table_stats(self) -> list[TableStats]:
         """Rows and bytes of each table, in the order of `tables`."""
         stats = {}
@@ -344,7 +398,7 @@ class EmbeddingCollection(nn.Module):
                     rows,
                     rows * store.layout.row_bytes,
                     round(share * used),
-                    _retention_stats(store, number) if retains(table) else None,
+                    retention_stats(store, number) if retains(table) else None,
                 )
         return [stats[table.name] for table in self.tables]
 
@@ -420,22 +474,6 @@ class _PooledLookup(torch.autograd.Function):
         grad = grads[0].to(torch.float32).contiguous()
         ctx.collection._pending.append(_Pending(ctx.lookups, ctx.sparse, grad))
         return None, None, None
-
-
-def _retention_stats(store: Store, number: int) -> RetentionStats:
-    table, numbers = store.tables[number], store.retention_state(number).numbers
-    candidates = store.num_candidates(number)
-    used = store.num_rows(number) * (store.layout.row_bytes + ENTRY_BYTES)
-    used += candidates * ENTRY_BYTES
-    return RetentionStats(
-        admitted=numbers["admitted"],
-        refused=numbers["refused"],
-        evicted=numbers["evicted"],
-        evicted_age=numbers["evicted_age"] / max(1, numbers["evicted"]),
-        dropped=numbers["dropped"],
-        candidates=candidates,
-        budget_used=None if table.max_bytes is None else used / table.max_bytes,
-    )
 
 
 def available_cores() -> int:

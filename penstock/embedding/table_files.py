@@ -1,18 +1,48 @@
-"""Tables in files: rows in shards, and what admission and eviction remember."""
+"""Tables in files: rows in shards, and what admission and eviction remember.
+
+A checkpoint has them among its files; a collection alone writes a directory of them, with a
+manifest of its own (docs/checkpoint_format.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors
 
 from penstock.config import ValueType
-from penstock.embedding.collection import EmbeddingCollection
-from penstock.embedding.durable_files import FileRecord, read_tensors, write_tensors
+from penstock.embedding.durable_files import (
+    MANIFEST,
+    SEAL,
+    FileRecord,
+    read_sealed,
+    read_tensors,
+    seal,
+    sync_directory,
+    verify_files,
+    write_durably,
+    write_tensors,
+)
 from penstock.embedding.retention import RetentionState, retains
 from penstock.embedding.store import Candidates, RowLayout, TableRows
+from penstock.embedding.table_state import FORMAT, VERSION, TableKind, check_kinds
+from penstock.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from penstock.embedding.collection import EmbeddingCollection
+
+# FORMAT: never change these; see docs/checkpoint_format.md.
+_OF_A_RUN = "penstock checkpoint"
+# The tables are the same in both; what differs is the position in the input.
+_READ = {(FORMAT, VERSION), (_OF_A_RUN, 1), (_OF_A_RUN, 2)}
+_UNFINISHED = ".tmp-"
+_REPLACED = ".replaced"
 
 SHARD_BYTES = 1 << 27
 """Rows of a table are cut into files of at most this size; writing takes about twice as much
@@ -38,6 +68,12 @@ class TableRecord:
     """Files of counted keys without a row, in order."""
     dtype: ValueType = "float32"
     """Of the values."""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> TableRecord:
+        """Of a manifest; KeyError or TypeError where it is none."""
+        lists = {"shards": tuple(fields["shards"]), "counts": tuple(fields.get("counts", ()))}
+        return cls(**{**fields, **lists})
 
     @property
     def row_bytes(self) -> int:
@@ -110,3 +146,133 @@ def import_tables(
                 collection.import_rows(table.name, TableRows(**parts))
         for shard in table.counts:
             collection.import_candidates(table.name, Candidates(**read_tensors(path / shard)))
+
+
+def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -> None:
+    """See `EmbeddingCollection.save_tables`."""
+    final = Path(path).absolute()
+    if os.path.lexists(final) and not _is_of_tables(final):
+        raise CheckpointError(
+            f"{final} is there already, and save_tables did not write it; give another path"
+        )
+    temporary = final.with_name(f"{final.name}{_UNFINISHED}{os.getpid()}")
+    try:
+        try:
+            os.mkdir(temporary)
+            _write(temporary, collection)
+            _commit(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        needed = sum(8 * table.rows + table.bytes for table in collection.table_stats())
+        raise CheckpointError(
+            f"cannot write the tables to {final}: {error.strerror}: {error.filename}; they need "
+            f"about {needed:,} bytes; what was there before stays"
+        ) from error
+
+
+def _write(directory: Path, collection: EmbeddingCollection) -> None:
+    files: dict[str, FileRecord] = {}
+    records = [asdict(record) for record in write_tables(directory, collection, files)]
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "collection_step": collection.step,
+        "seed": collection.seed,
+        "resolved": {"tables": [table.model_dump(mode="json") for table in collection.tables]},
+        "tables": records,
+        "files": {name: asdict(record) for name, record in files.items()},
+    }
+    content = json.dumps(manifest, indent=1).encode() + b"\n"
+    write_durably(directory / MANIFEST, content)
+    write_durably(directory / SEAL, seal(content))
+    sync_directory(directory)
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    """Puts the written directory in its place, whole; the one before stays until it is there."""
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    sync_directory(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _is_of_tables(path: Path) -> bool:
+    try:
+        content = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def load_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -> None:
+    """See `EmbeddingCollection.load_tables`."""
+    path = Path(path)
+    replaced = path.with_name(path.name + _REPLACED)
+    if not path.exists() and replaced.exists():
+        # Its writer died between two renames.
+        path = replaced
+    saved = _read_manifest(path)
+    verify_files(path, saved.files)
+    check_kinds(f"checkpoint {path}", saved.kinds, collection.tables)
+    fresh = collection.like_new(seed=saved.seed)
+    import_tables(path, saved.records, fresh)
+    fresh.step = saved.step
+    collection.take_over(fresh)
+
+
+class _Saved(NamedTuple):
+    """What a manifest says of its tables."""
+
+    step: int
+    seed: int
+    records: tuple[TableRecord, ...]
+    kinds: dict[str, TableKind]
+    files: dict[str, FileRecord]
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> _Saved:
+        """Of a run's checkpoint, or of tables alone."""
+        rules = {fields["name"]: fields["optimizer"] for fields in content["resolved"]["tables"]}
+        records = tuple(TableRecord.from_json(fields) for fields in content["tables"])
+        kinds = {
+            record.name: TableKind(
+                record.dim,
+                record.dtype,
+                rules[record.name]["kind"],
+                record.state_dim,
+                record.usage_dim,
+                record.retention is not None,
+            )
+            for record in records
+        }
+        is_of_run = content["format"] == _OF_A_RUN
+        seed = content["job"]["training"]["seed"] if is_of_run else content["seed"]
+        files = {name: FileRecord(**record) for name, record in content["files"].items()}
+        return cls(content["collection_step"], seed, records, kinds, files)
+
+
+def _read_manifest(path: Path) -> _Saved:
+    raw = read_sealed(path)
+    try:
+        content = json.loads(raw)
+        found = content["format"], content["version"]
+        if found in _READ:
+            return _Saved.from_json(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: {MANIFEST} is not a manifest: {type(error).__name__}: {error}"
+        ) from error
+    raise CheckpointError(
+        f"checkpoint {path}: {MANIFEST} has format {found[0]!r} version {found[1]}; this Penstock "
+        f"reads tables of {' and '.join(f'{name!r} version {n}' for name, n in sorted(_READ))}"
+    )

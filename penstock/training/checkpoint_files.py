@@ -63,14 +63,7 @@ class Manifest:
         """Inverse of `to_json`, from the parsed object; KeyError or TypeError where it is not."""
         known = {field.name: content[field.name] for field in fields(cls)}
         known["position"] = Position.from_dict(known["position"])
-        known["tables"] = tuple(
-            TableRecord(**{
-                **table,
-                "shards": tuple(table["shards"]),
-                "counts": tuple(table.get("counts", ())),
-            })
-            for table in known["tables"]
-        )
+        known["tables"] = tuple(TableRecord.from_json(table) for table in known["tables"])
         known["files"] = {name: FileRecord(**record) for name, record in known["files"].items()}
         return cls(**known)
 
