@@ -1,6 +1,7 @@
 """What a collection holds goes wherever torch users put a module's state."""
 
 import copy
+import os
 import pickle
 from dataclasses import dataclass
 
