@@ -7,8 +7,8 @@ optimizer state), F features, T tables, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -33,12 +33,25 @@ class Jagged(NamedTuple):
 
     @classmethod
     def from_dense(cls, keys: Tensor) -> Jagged:
-        """Makes one bag a sample of `keys`: [B] int64 gives bags of one key, [B, n] bags of n."""
+        """Makes one bag a sample of `keys`: [B] gives bags of one key, [B, n] bags of n.
+
+        Raises:
+          ConfigError: another shape, or no integers (see `as_keys`).
+        """
         if keys.dim() not in {1, 2}:
             raise ConfigError(f"keys of shape {tuple(keys.shape)}: expected [B] or [B, n]")
         per_bag = 1 if keys.dim() == 1 else keys.shape[1]
-        offsets = torch.arange(keys.shape[0] + 1, dtype=torch.int64) * per_bag
-        return cls(keys.reshape(-1).to(torch.int64).contiguous(), offsets)
+        offsets = torch.arange(keys.shape[0] + 1, dtype=torch.int64, device=keys.device) * per_bag
+        return cls(as_keys(keys.reshape(-1)).contiguous(), offsets)
+
+    @classmethod
+    def from_starts(cls, values: Tensor, starts: Tensor, weights: Tensor | None = None) -> Jagged:
+        """Makes bags from where each begins, as nn.EmbeddingBag's `offsets`: [B], from 0.
+
+        The last one ends with the keys.
+        """
+        end = starts.new_full((1,), values.numel(), dtype=torch.int64)
+        return cls(values, torch.cat([starts.to(torch.int64), end]), weights)
 
     def truncate(self, max_keys: int, keep: Literal["first", "last"] = "first") -> Jagged:
         """Cuts longer bags down to their first or last `max_keys` keys, weights along with them.
@@ -56,7 +69,7 @@ class Jagged(NamedTuple):
         torch.cumsum(kept, 0, out=offsets[1:])
         source = self.offsets[:-1] if keep == "first" else self.offsets[1:] - kept
         places = torch.repeat_interleave(source - offsets[:-1], kept)
-        places += torch.arange(len(places))
+        places += torch.arange(len(places), device=places.device)
         weights = None if self.weights is None else self.weights[places]
         return Jagged(self.values[places], offsets, weights)
 
@@ -107,19 +120,68 @@ class KeyedJagged:
         If one has weights, the keys of those without have weight 1.
 
         Raises:
-          ConfigError: batch sizes differ, or weights do not fit their keys.
+          ConfigError: batch sizes or devices differ, keys are no integers, or weights do not fit
+            their keys.
         """
         if not columns:
             return cls((), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         sizes = {name: column.offsets.numel() - 1 for name, column in columns.items()}
         if len(set(sizes.values())) != 1:
             raise ConfigError(f"features of one batch differ in batch size: {sizes}")
+        devices = {name: str(column.values.device) for name, column in columns.items()}
+        if len(set(devices.values())) != 1:
+            raise ConfigError(
+                f"keys of one batch lie on different devices: {devices}; move them to one"
+            )
         return cls(
             tuple(columns),
-            torch.cat([column.values for column in columns.values()]),
+            torch.cat([
+                as_keys(each.values, f"feature {name!r}") for name, each in columns.items()
+            ]),
             _chain_offsets([column.offsets for column in columns.values()]),
             _join_weights(columns),
         )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> KeyedJagged:
+        """The same batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> KeyedJagged:
+        """The same batch in pinned memory, as a DataLoader asks for with `pin_memory=True`."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> KeyedJagged:
+        weights = None if self.weights is None else change(self.weights)
+        return replace(
+            self, values=change(self.values), offsets=change(self.offsets), weights=weights
+        )
+
+
+_WHOLE = {torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32}
+
+
+def as_keys(values: Tensor, what: str = "keys") -> Tensor:
+    """The same integers as int64.
+
+    Raises:
+      ConfigError: no integers (floats have rounded large ids already), or beyond int64.
+    """
+    if values.dtype == torch.int64:
+        return values
+    if values.dtype in _WHOLE:
+        return values.to(torch.int64)
+    if values.dtype == torch.uint64:
+        keys = values.view(torch.int64)
+        if bool((keys < 0).any()):
+            raise ConfigError(
+                f"{what}: uint64 {int(keys[keys < 0][0]) + 2**64} is beyond int64; give the same "
+                "bits as values.view(torch.int64)"
+            )
+        return keys
+    raise ConfigError(
+        f"{what} of {values.dtype}: keys are integers, and a float has rounded large ones already; "
+        "keep ids as int64 from where they are read"
+    )
 
 
 def _join_weights(columns: Mapping[str, Jagged]) -> Tensor | None:
@@ -132,13 +194,19 @@ def _join_weights(columns: Mapping[str, Jagged]) -> Tensor | None:
                 f"weights of feature {name!r}: {list(weights.shape)} for keys of "
                 f"{list(values.shape)}; give one weight a key"
             )
-        parts.append(torch.ones(values.shape) if weights is None else weights)
+        if weights is not None and not weights.is_floating_point():
+            raise ConfigError(f"weights of feature {name!r}: {weights.dtype}; expected float32")
+        parts.append(
+            torch.ones(values.shape, dtype=torch.float32, device=values.device)
+            if weights is None
+            else weights.to(torch.float32)
+        )
     return torch.cat(parts)
 
 
 def _chain_offsets(parts: Sequence[Tensor]) -> Tensor:
     lengths = torch.cat([offsets.diff() for offsets in parts])
-    chained = torch.zeros(lengths.numel() + 1, dtype=torch.int64)
+    chained = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, out=chained[1:])
     return chained
 

@@ -161,7 +161,7 @@ class EmbeddingCollection(nn.Module):
         self._pending: list[_Pending] = []
         self._outputs = _core.buffer_pool()
         # Autograd calls backward only where an input needs a gradient; the tables are none.
-        self._anchor = torch.zeros(0, requires_grad=True)
+        self._anchor = torch.zeros(0, dtype=torch.float32, requires_grad=True)
 
     def _make_groups(
         self, *, num_threads: int, device: torch.device, **options: Any
@@ -423,7 +423,7 @@ class EmbeddingCollection(nn.Module):
     def _output(self, size: int) -> Tensor:
         """[B, W] float32, undefined."""
         if self._is_on_gpu:
-            return torch.empty(size, self._width, device=self.device)
+            return torch.empty(size, self._width, dtype=torch.float32, device=self.device)
         rows = self._outputs.take_rows(size, self._width)
         if rows is None:
             raise CapacityError(f"no memory for the output of a batch of {size}")

@@ -266,7 +266,7 @@ class GpuStore:
             first = default_of(self.tables[table])
             value = torch.full((self.layout.dim,), first).to(self.layout.dtype).float()
             initial = optimizer.initial_state(self.tables[table].optimizer)
-            state = torch.full((self.layout.state_dim,), initial)
+            state = torch.full((self.layout.state_dim,), initial, dtype=torch.float32)
         else:
             value = self._rows.values[slot].float().cpu()
             state = self._rows.state[slot].cpu()

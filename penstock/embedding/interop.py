@@ -16,7 +16,7 @@ from penstock.embedding.collection import EmbeddingCollection
 from penstock.embedding.optimizer import initial_state
 from penstock.embedding.store import RowLayout, TableRows
 from penstock.errors import ConfigError
-from penstock.types import KeyedJagged
+from penstock.types import KeyedJagged, as_keys
 
 _ROWS_AT_ONCE = 1 << 18
 
@@ -29,7 +29,7 @@ def from_keyed_jagged_tensor(kjt: Any, features: Sequence[str] | None = None) ->
       features: which of its keys, and in which order; None: all, as they are.
 
     Raises:
-      ConfigError: its batch sizes are unequal, or it lacks a feature.
+      ConfigError: its batch sizes are unequal, its values are no integers, or it lacks a feature.
     """
     names = tuple(kjt.keys())
     lengths = kjt.lengths().to(torch.int64).cpu()
@@ -43,7 +43,9 @@ def from_keyed_jagged_tensor(kjt: Any, features: Sequence[str] | None = None) ->
     weights = kjt.weights_or_none()
     if weights is not None:
         weights = weights.detach().to(torch.float32).cpu().contiguous()
-    packed = KeyedJagged(names, kjt.values().to(torch.int64).cpu().contiguous(), offsets, weights)
+    packed = KeyedJagged(
+        names, as_keys(kjt.values(), "the KeyedJaggedTensor").cpu().contiguous(), offsets, weights
+    )
     if features is None or tuple(features) == names:
         return packed
     return KeyedJagged.pack({feature: packed[feature] for feature in features})
@@ -101,7 +103,7 @@ def import_weights(
     for first in range(0, len(keys), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
         values = rows[part].to(torch.float32)
-        state = torch.full((len(values), state_dim), start)
+        state = torch.full((len(values), state_dim), start, dtype=torch.float32)
         collection.import_rows(table, TableRows(keys[part].to(torch.int64), values, state))
 
 

@@ -35,8 +35,8 @@ def build(job: Job, dataset: Dataset) -> Untrained:
     """Makes tables, model and optimizer: a pure function of the job and the columns of its data.
 
     Effects: seeds the global generators of torch, numpy and Python, which a custom model may use,
-    and sets the number of torch's threads; for a deterministic job on a GPU, also torch's
-    deterministic algorithms.
+    and sets the number of torch's threads and its default dtype, float32, as numbers and embeddings
+    have it; for a deterministic job on a GPU, also torch's deterministic algorithms.
 
     Raises:
       ConfigError: the model does not fit the columns, a table is declared wrongly, or the device
@@ -45,6 +45,7 @@ def build(job: Job, dataset: Dataset) -> Untrained:
     """
     threads = job.training.threads or available_cores()
     torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
     _seed_generators(job.training.seed)
     collection = EmbeddingCollection(
         dataset.tables,

@@ -1,3 +1,4 @@
+import copy
 import re
 from pathlib import Path
 
@@ -211,6 +212,34 @@ def sparse_of(key):
     keys = Jagged.from_dense(torch.tensor([key]))
     empty = Jagged(torch.zeros(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     return KeyedJagged.pack({"one": keys, "history": empty})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_no_row_and_no_output(dtype):
+    def train():
+        embeddings = EmbeddingCollection(TABLES, FEATURES)
+        for _ in range(2):
+            out = embeddings(BAGS)
+            out.square().sum().backward()
+            embeddings.apply_gradients()
+        rows = [part for table in TABLES for part in rows_of(embeddings, table.name)]
+        return [out.detach(), *rows, copy.deepcopy(embeddings)(BAGS).detach()]
+
+    expected = train()
+    torch.set_default_dtype(dtype)
+    try:
+        found = train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def rows_of(embeddings, table):
+    (rows,) = embeddings.export_table(table)
+    order = rows.keys.argsort()
+    return rows.keys[order], rows.values[order], rows.state[order]
 
 
 def test_without_sequences_there_are_no_lengths():

@@ -71,6 +71,9 @@ def test_weights_are_taken_over():
 def test_what_cannot_be_taken_over_is_refused():
     with pytest.raises(ConfigError, match="every key needs the same batch size"):
         from_keyed_jagged_tensor(kjt(variable=True))
+    floats = FakeKjt(["a"], torch.tensor([1.0]), torch.tensor([1]))
+    with pytest.raises(ConfigError, match="the KeyedJaggedTensor of torch.float32: keys are integ"):
+        from_keyed_jagged_tensor(floats)
     with pytest.raises(ConfigError, match="no feature 'c'; there are a, b"):
         from_keyed_jagged_tensor(kjt(), ["c", "a"])
 

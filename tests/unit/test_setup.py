@@ -1,6 +1,7 @@
 """What is built from a job, and what is said where it does not fit."""
 
 import pytest
+import torch
 
 from penstock.config import parse_job
 from penstock.data import Dataset
@@ -30,6 +31,16 @@ def test_a_model_too_large_for_memory(monkeypatch):
     assert str(caught.value) == (
         "no memory for the parameters of the model; give it narrower layers (model)"
     )
+
+
+def test_a_job_is_float32_whatever_the_program_around_it_has_set():
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = setup.build((job := parse_job(FIELDS)), Dataset.open(job)).state.model
+        assert torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -52,3 +52,79 @@ def test_max_keys_belongs_to_sequences():
         FeatureConfig(name="f", table="t", pooling="sequence")
     with pytest.raises(ConfigError, match="max_keys is for pooling 'sequence'; 'mean' reads every"):
         FeatureConfig(name="f", table="t", pooling="mean", max_keys=3)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64"])
+def test_integers_of_every_width_are_keys(dtype):
+    dtype = getattr(torch, dtype)
+    keys = torch.tensor([0, 1, 127]).to(dtype)
+    assert Jagged.from_dense(keys).values.tolist() == [0, 1, 127]
+    bags = Jagged(keys, torch.tensor([0, 1, 3], dtype=torch.int32))
+    packed = KeyedJagged.pack({"a": bags, "b": Jagged.from_dense(torch.tensor([5, 2**62]))})
+    assert packed.values.tolist() == [0, 1, 127, 5, 2**62]
+    assert (packed.values.dtype, packed.offsets.dtype) == (torch.int64, torch.int64)
+    assert packed.offsets.tolist() == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "bfloat16", "float16", "bool", "complex64"]
+)
+def test_what_is_no_integer_is_no_key(dtype):
+    keys = torch.tensor([1, 0]).to(getattr(torch, dtype))
+    message = f"of torch.{dtype}: keys are integers"
+    with pytest.raises(ConfigError, match=f"^keys {message}"):
+        Jagged.from_dense(keys)
+    with pytest.raises(ConfigError, match=f"^feature 'a' {message}"):
+        KeyedJagged.pack({"a": Jagged(keys, torch.arange(3))})
+
+
+def test_unsigned_keys_keep_their_value_or_are_refused():
+    most = torch.tensor([2**63 - 1], dtype=torch.uint64)
+    assert Jagged.from_dense(most).values.tolist() == [2**63 - 1]
+    beyond = torch.tensor([2**63 + 1], dtype=torch.uint64)
+    with pytest.raises(ConfigError, match=f"uint64 {2**63 + 1} is beyond int64; give the same"):
+        Jagged.from_dense(beyond)
+    assert Jagged.from_dense(beyond.view(torch.int64)).values.tolist() == [-(2**63) + 1]
+
+
+def test_bags_are_made_of_their_starts_as_embedding_bag_has_them():
+    starts = torch.tensor([0, 2, 2], dtype=torch.int32)
+    bags = Jagged.from_starts(torch.tensor([4, 5, 6]), starts, torch.ones(3))
+    assert bags.offsets.tolist() == [0, 2, 2, 3]
+    assert bags.offsets.dtype == torch.int64
+    assert bags.weights is not None
+    none = torch.zeros(0, dtype=torch.int64)
+    assert Jagged.from_starts(none, none).offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_no_batch(dtype):
+    def packed():
+        plain = BAGS._replace(weights=None)
+        return KeyedJagged.pack({
+            "a": plain,
+            "b": BAGS,
+            "c": BAGS._replace(weights=BAGS.weights.double()),
+        })
+
+    before = packed()
+    torch.set_default_dtype(dtype)
+    try:
+        after = packed()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert after.weights.dtype == torch.float32
+    assert torch.equal(after.weights, before.weights)
+
+
+def test_a_batch_stays_on_its_device_and_moves_as_a_whole():
+    # The meta device stands for one that is not the CPU: nothing may be made beside it.
+    there = Jagged(*(part.to("meta") for part in BAGS))
+    packed = KeyedJagged.pack({"a": there, "b": there._replace(weights=None)})
+    moved = KeyedJagged.pack({"a": BAGS, "b": BAGS}).to("meta")
+    for batch in (packed, moved):
+        assert {batch.values.device.type, batch.offsets.device.type} == {"meta"}
+        assert batch.weights.device.type == "meta"
+    assert Jagged.from_dense(torch.zeros(3, 2, dtype=torch.int64, device="meta")).offsets.is_meta
+    with pytest.raises(ConfigError, match="lie on different devices: {'a': 'cpu', 'b': 'meta'}"):
+        KeyedJagged.pack({"a": BAGS, "b": there})
