@@ -260,7 +260,6 @@ NB_MODULE(_core, m) {
   // Plans in caches live until the interpreter ends, and then are not taken down one by one.
   nb::set_leak_warnings(false);
   bind_columns(m);
-  bind_parquet(m);
   bind_host_store(m);
   bind_launcher(m);
 }

@@ -62,8 +62,6 @@ NewArray<T> make_array(size_t n, T** data) {
 
 // Column functions of the data plane.
 void bind_columns(nb::module_& m);
-// Its reader of Parquet pages.
-void bind_parquet(nb::module_& m);
 
 // Launches of GPU kernels.
 void bind_launcher(nb::module_& m);

@@ -1,7 +1,7 @@
 """The C++ core (csrc/bindings.cc). Arrays are C-contiguous numpy arrays."""
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -299,61 +299,6 @@ def transform_numbers(
         the end; -1: there is none.
       row: its first such row.
     """
-
-def column_chunks(footer: NDArray[np.uint8], wanted: Sequence[int]) -> NDArray[np.int64]:
-    """Where columns of a Parquet file lie, of the bytes of its footer.
-
-    Args:
-      footer: FileMetaData of parquet.thrift, in Thrift's compact protocol.
-      wanted: numbers of columns among those that have values, ascending, at least one.
-
-    Returns:
-      [row groups, columns, 6]: values; bytes of the file at which data pages and the dictionary
-      page begin; bytes in all; number of the codec; a bit for the number of each encoding. -1:
-      not said, as of columns that are encrypted or lie in another file.
-
-    Raises:
-      ValueError: the footer is damaged.
-    """
-
-def uncompress_snappy(block: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """[size] what a Snappy block of so many bytes holds.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-
-class ColumnReader:
-    """The values of a Parquet column of numbers, row group after row group."""
-
-    def __init__(self, word_bytes: int, optional: bool) -> None:
-        """Of values of 4 or 8 bytes; `optional`: there may be nulls."""
-
-    def read(
-        self,
-        n: int,
-        next_chunk: Callable[[], tuple[NDArray[np.uint8], int, int]],
-        open_page: Callable[[NDArray[np.uint8], int, int | None, int | None], NDArray[np.uint8]],
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, int]:
-        """Reads the next `n` values.
-
-        Args:
-          n: how many.
-          next_chunk: gives the bytes of the column in the next row group, how many values it has
-            there, and whether its pages are not compressed (0), by Snappy (1) or otherwise (2).
-          open_page: called where a page has a checksum or is compressed otherwise; gives it
-            uncompressed. Its arguments: the page as it lies in the file, how many bytes to leave
-            out in front, how many bytes the rest has uncompressed (None: it is not compressed), and
-            the CRC-32 of the page (None: not known).
-
-        Returns:
-          values: [bytes] 0 where they are null.
-          valid: [bits / 8] set where there is no null; None unless `optional`.
-          nulls: how many.
-
-        Raises:
-          ValueError: the pages are damaged.
-        """
 
 def shuffle(key0: int, key1: int, n: int) -> NDArray[np.int64]:
     """[n] a random order of 0 to n - 1: the one that sorts the bits of numpy's Philox.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import ipc
 
-from penstock.data.columnar import Layout
+from penstock.data.columnar import Layout, OpenFile
 
 _FILE_MAGIC = b"ARROW1"
 _OLD_FEATHER_MAGIC = b"FEA1"
@@ -18,28 +19,29 @@ class ArrowFormat:
 
     name = "a readable Arrow IPC"
 
-    def layout(self, file: pa.NativeFile) -> Layout:
+    def layout(self, opened: OpenFile) -> Layout:
         """Reads the schema; of a file, also how many rows each record batch has."""
+        file = opened.file
         if not _is_file(file):
             with ipc.open_stream(file) as stream:
                 return Layout(stream.schema, None)
         with ipc.open_file(file) as reader:
             schema = reader.schema
         if not schema.names:
-            return Layout(schema, ())
+            return Layout(schema, np.zeros(0, dtype=np.int64))
         # The count stands in a record batch's head, but pyarrow tells it only of what is read.
         file.seek(0)
         narrow = min(range(len(schema.names)), key=lambda index: _width(schema.field(index).type))
         with ipc.open_file(file, options=ipc.IpcReadOptions(included_fields=[narrow])) as reader:
-            rows = tuple(
-                reader.get_batch(index).num_rows for index in range(reader.num_record_batches)
-            )
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+            rows = np.array([batch.num_rows for batch in batches], dtype=np.int64)
         return Layout(schema, rows)
 
     def read(
-        self, file: pa.NativeFile, groups: Sequence[int] | None, columns: Sequence[str]
+        self, opened: OpenFile, groups: Sequence[int] | None, columns: Sequence[str]
     ) -> Iterator[pa.Table]:
         """Reads record batches, one table each."""
+        file = opened.file
         if groups is None:
             with ipc.open_stream(file) as stream:
                 schema = stream.schema

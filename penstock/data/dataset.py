@@ -17,6 +17,7 @@ from penstock.config import (
     SyntheticSource,
     TableConfig,
     TextSource,
+    TimeSplit,
 )
 from penstock.config import Source as SourceConfig
 from penstock.data.arrow import ArrowFormat
@@ -24,7 +25,7 @@ from penstock.data.columnar import GroupedFiles
 from penstock.data.json_lines import open_json_lines
 from penstock.data.loader import Loader, LoaderPlan
 from penstock.data.orc import OrcFormat
-from penstock.data.parquet import ParquetFiles
+from penstock.data.parquet import ParquetFormat
 from penstock.data.parts import Part, PartRows, divide
 from penstock.data.quarantine import Quarantine
 from penstock.data.schema import (
@@ -91,7 +92,8 @@ class Dataset:
         data = job.data
         kept = Quarantine(quarantine)
         text_types = default_text_types(job)
-        source = open_source(data.source, text_types, kept)
+        by_time = data.event_time if isinstance(data.split, TimeSplit) else None
+        source = open_source(data.source, text_types, kept, by_time)
         columns = resolve_columns(job, source.schema, source.paths[0], labels, order)
         train, held_out = divide(source, data.split, data.event_time, data.event_time_unit)
         if data.evaluation_source is not None:
@@ -206,6 +208,7 @@ def open_source(
     config: SourceConfig,
     text_types: Mapping[str, Literal["int64", "float64"]],
     quarantine: Quarantine,
+    time_column: str | None = None,
 ) -> Source:
     """Opens the files that a job, or nobody yet, reads.
 
@@ -214,13 +217,14 @@ def open_source(
       text_types: types of columns of text and JSON lines by name or glob, where `config` declares
         none.
       quarantine: takes malformed rows where `config` says so.
+      time_column: by which the rows will be divided.
 
     Raises:
       ConfigError: columns or types of `config` do not fit together.
       DataError: files are missing or not what `config` says.
     """
     if isinstance(config, ParquetSource):
-        return ParquetFiles(config)
+        return GroupedFiles(config, ParquetFormat(time_column))
     if isinstance(config, TextSource):
         return open_text(config, text_types, quarantine)
     if isinstance(config, JsonLinesSource):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pyarrow import orc
 
-from penstock.data.columnar import Layout
+from penstock.data.columnar import Layout, OpenFile
 
 # Fields of ORC's footer (orc_proto.proto): FileTail.footer, Footer.stripes, StripeInformation.
 _FOOTER, _STRIPES, _STRIPE_ROWS = 2, 3, 5
@@ -18,28 +20,28 @@ class OrcFormat:
 
     name = "a readable ORC"
 
-    def layout(self, file: pa.NativeFile) -> Layout:
+    def layout(self, opened: OpenFile) -> Layout:
         """Reads the footer."""
-        parsed = orc.ORCFile(file)
+        parsed = orc.ORCFile(opened.file)
         rows = _stripe_rows(parsed)
-        if len(rows) != parsed.nstripes or sum(rows) != parsed.nrows:
+        if len(rows) != parsed.nstripes or rows.sum() != parsed.nrows:
             raise pa.ArrowInvalid(
-                f"the footer names {sum(rows)} rows in {len(rows)} stripes, but the file has "
+                f"the footer names {rows.sum()} rows in {len(rows)} stripes, but the file has "
                 f"{parsed.nrows} in {parsed.nstripes}"
             )
         return Layout(parsed.schema, rows)
 
     def read(
-        self, file: pa.NativeFile, groups: Sequence[int] | None, columns: Sequence[str]
+        self, opened: OpenFile, groups: Sequence[int] | None, columns: Sequence[str]
     ) -> Iterator[pa.Table]:
         """Reads stripes, one table each."""
-        parsed = orc.ORCFile(file)
+        parsed = orc.ORCFile(opened.file)
         for stripe in range(parsed.nstripes) if groups is None else groups:
             batch = parsed.read_stripe(stripe, columns=list(columns))
             yield pa.Table.from_batches([batch]).select(list(columns))
 
 
-def _stripe_rows(parsed: orc.ORCFile) -> tuple[int, ...]:
+def _stripe_rows(parsed: orc.ORCFile) -> NDArray[np.int64]:
     # pyarrow tells the rows of a stripe only by reading it.
     footer = next(_fields(parsed.reader.serialized_file_tail(), _FOOTER), b"")
     assert isinstance(footer, bytes)
@@ -48,8 +50,10 @@ def _stripe_rows(parsed: orc.ORCFile) -> tuple[int, ...]:
         assert isinstance(stripe, bytes)
         count = next(_fields(stripe, _STRIPE_ROWS), 0)
         assert isinstance(count, int)
+        if count >= 2**63:
+            raise pa.ArrowInvalid(f"a stripe of {count} rows; is it damaged?")
         rows.append(count)
-    return tuple(rows)
+    return np.array(rows, dtype=np.int64)
 
 
 def _fields(message: bytes, wanted: int) -> Iterator[int | bytes]:

@@ -105,9 +105,13 @@ class Source(Protocol):
     """All columns. Text sources give the types that their columns are parsed to."""
     paths: Sequence[str]
     """The files, in the order of reading."""
-    num_groups: int | None
-    """Row groups, stripes or record batches of all files; None: the format has none, or they are
-    not counted."""
+
+    @property
+    def num_groups(self) -> int | None:
+        """Row groups, stripes or record batches of all files.
+
+        None: the format has none, or they are not counted.
+        """
 
     def splits(self) -> Sequence[Split]:
         """All splits, in the order of reading; the same on every call."""

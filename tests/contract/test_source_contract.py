@@ -38,7 +38,6 @@ def small_pieces(monkeypatch):
     """Splits, blocks and chunks so small that every boundary is met."""
     monkeypatch.setattr(lines, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(lines, "READ_BYTES", 1500)
-    monkeypatch.setattr(parquet, "SPLIT_ROWS", 100)
     monkeypatch.setattr(parquet, "CHUNK_ROWS", 37)
     monkeypatch.setattr(columnar, "SPLIT_ROWS", 100)
     monkeypatch.setattr(columnar, "CHUNK_ROWS", 37)

@@ -48,14 +48,6 @@ def cases(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_row_groups():
-    """The core decodes Parquet, as it does of files of a usual size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("penstock.data.parquet._LEAST_GROUP_ROWS", 1)
-        yield
-
-
 def rows_of(source):
     """Every row of an open source, as Python values."""
     read = []

@@ -387,7 +387,9 @@ class TestFiles:
             ({"label": [1], "C1": [1], "C2": [1]}, "b.parquet: column 'C2' is not in a.parquet"),
         ):
             pq.write_table(pa.table(columns), "b.parquet")
-            assert open_message(DataError, job) == expected + remedy
+            assert message(DataError, lambda: Dataset.open(job).num_rows("train")) == (
+                expected + remedy
+            )
 
 
 class TestParts:

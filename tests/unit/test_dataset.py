@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from penstock.config import parse_job
-from penstock.data import Dataset, parquet
+from penstock.data import Dataset, columnar
 from penstock.data.channel import Channel, Closed, Ended
 from penstock.data.files import glob_pattern
 from penstock.data.source import chunk_rows
@@ -71,7 +71,7 @@ def test_evaluation_source(tmp_path):
 
 
 def test_time_split_skips_row_groups_by_their_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "SPLIT_ROWS", 50)
+    monkeypatch.setattr(columnar, "SPLIT_ROWS", 50)
     pq.write_table(make_table(200), tmp_path / "x.parquet", row_group_size=50)
     source = {"format": "parquet", "path": str(tmp_path)}
     job = make_job(source, split={"by": "time", "at": 1_700_000_120_000})
