@@ -68,8 +68,8 @@ def open_log(path: Path, threads: int) -> Dataset:
                 "source": {"format": "parquet", "path": str(path)},
                 "label": {"column": "label"},
                 "numeric": [{"columns": ["I*"], "transforms": [{"kind": "log"}]}],
-                "reader_threads": threads,
             },
+            "run": {"reader_threads": threads},
             "features": [{"columns": ["C*"], "missing": -1}],
         })
     )

@@ -52,7 +52,7 @@ def time_run(job: Job, steps: int) -> float:
             begin = time.perf_counter()
             for batch in islice(batches, steps):
                 run.step(batch)
-                if run.is_due(job.training.log_every_steps):
+                if run.is_due(job.report.every_steps):
                     run.log()
             return (time.perf_counter() - begin) / steps
 

@@ -159,10 +159,10 @@ class Twin:
 
     def measure(self) -> dict[str, Any]:
         """Metrics of the held-out part; a key never trained reads as its initial value."""
-        training = self._job.training
-        evaluator = Evaluator(self._dataset, self.model, self.objective, self.bags, training)
+        evaluation = self._job.evaluation
+        evaluator = Evaluator(self._dataset, self.model, self.objective, self.bags, evaluation)
         with self._dataset.batches(
-            "evaluation", batch_size=training.evaluation_batch_size, groups=True
+            "evaluation", batch_size=evaluation.batch_size, groups=True
         ) as batches:
             return evaluator.measure(batches)
 

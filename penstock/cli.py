@@ -9,14 +9,16 @@ import enum
 import json
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from penstock import _core
 from penstock.cli_data import ForceOption, add_history, inspect_data
-from penstock.errors import ConfigError, PenstockError
+from penstock.errors import ConfigError, JobNote, PenstockError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -127,7 +129,7 @@ def evaluate(
 ) -> None:
     """Evaluates the newest checkpoint of a run; changes nothing in it.
 
-    `training.metrics` of the job says what is measured besides AUC, log loss, normalized entropy
+    `evaluation.metrics` of the job says what is measured besides AUC, log loss, normalized entropy
     and calibration: AUC by group (GAUC), all metrics by slice, recall of two towers. With several
     labels, each has metrics of its own.
 
@@ -286,6 +288,18 @@ def schema() -> None:
     typer.echo(json.dumps(Job.model_json_schema(), indent=2))
 
 
+def _show_note(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Shows notes about a job as lines of their own; other warnings as Python does."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, JobNote):
+            typer.secho(f"note: {message}", fg=typer.colors.YELLOW, err=True)
+        else:
+            otherwise(message, category, *rest)
+
+    return show
+
+
 def main() -> None:
     """Runs the command line; a `PenstockError` is printed without a traceback and exits with 2."""
     # Jobs and models named `module:function` are found in the folder one stands in, as with
@@ -296,6 +310,8 @@ def main() -> None:
     # cores too, and on a busy machine spinning costs ten times the work. Must precede torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _core.keep_freed_memory()
+    warnings.simplefilter("always", JobNote)
+    warnings.showwarning = _show_note(warnings.showwarning)
     try:
         app()
     except PenstockError as error:

@@ -28,3 +28,7 @@ class CapacityError(PenstockError, MemoryError):
 
 class NonFiniteError(PenstockError, ArithmeticError):
     """A loss or gradient is NaN or infinite; the message names the batch's position."""
+
+
+class JobNote(UserWarning):
+    """What the author of a job should know though it is no error: a field that has moved, say."""

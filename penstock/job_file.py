@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import warnings
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import yaml
 from pydantic import BaseModel
 
 from penstock.config import Job, parse_job
-from penstock.errors import ConfigError
+from penstock.config.explain import fields_at
+from penstock.errors import ConfigError, JobNote
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -53,9 +55,69 @@ def load_job(reference: str | Path, overrides: Sequence[str] = ()) -> Job:
 def read_fields(path: Path) -> Any:
     """Reads the fields of a YAML file without checking them against `Job`.
 
+    Where the file `extends` another, whose path is relative to it, its fields are laid over those
+    of the other: mappings field by field, anything else whole. Of a mapping that becomes another
+    kind (`model: {kind: dcn_v2}`) the fields that the new kind lacks are dropped.
+
     Raises:
-      ConfigError: the file cannot be read, is not YAML, or gives a key twice.
+      ConfigError: a file cannot be read, is not YAML, gives a key twice, or extends itself.
+
+    Warns:
+      JobNote: fields were dropped, which.
     """
+    return _extended(path, ())
+
+
+def _extended(path: Path, extending: tuple[Path, ...]) -> Any:
+    if path.resolve() in [one.resolve() for one in extending]:
+        chain = " extends ".join(str(one) for one in (*extending, path))
+        raise ConfigError(f"{extending[-1]}: extends: {chain}; a job cannot extend itself")
+    fields = _read(path)
+    if not isinstance(fields, dict) or "extends" not in fields:
+        return fields
+    other = fields.pop("extends")
+    if not isinstance(other, str) or not other:
+        raise ConfigError(f"{path}: extends: expected the path of a job file, got {other!r}")
+    below = _extended(path.parent / other, (*extending, path))
+    if not isinstance(below, dict):
+        held = type(below).__name__
+        raise ConfigError(f"{path}: extends {other}, which holds a {held} and no fields of a job")
+    return _laid_over(below, fields, (), str(path))
+
+
+def _laid_over(below: Any, above: Any, location: tuple[str, ...], origin: str) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    kept = _fitting(below, above, location, origin)
+    return kept | {
+        key: _laid_over(kept[key], value, (*location, key), origin) if key in kept else value
+        for key, value in above.items()
+    }
+
+
+def _fitting(
+    fields: dict[str, Any], change: dict[str, Any], location: tuple[str | int, ...], origin: str
+) -> dict[str, Any]:
+    """The fields that stay where `change` makes the mapping at `location` another kind."""
+    for tag in _TAGS:
+        kind = change.get(tag)
+        if kind is None or fields.get(tag) == kind:
+            continue
+        known = fields_at(Job, (*location, kind))
+        dropped = [name for name in fields if known and name not in known]
+        if dropped:
+            where = ".".join(str(part) for part in location)
+            warnings.warn(
+                f"{origin}: {where}.{tag} is now {kind}, which has no {', '.join(dropped)}: "
+                "dropped",
+                JobNote,
+                stacklevel=2,
+            )
+        fields = {name: value for name, value in fields.items() if name not in dropped}
+    return fields
+
+
+def _read(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -177,6 +239,9 @@ def _apply(fields: Any, override: str) -> Any:
             node, at = node[index], None
         elif isinstance(node, dict):
             if last:
+                kept = _fitting(node, {key: value}, tuple(_places(keys[:-1])), f"--set {override}")
+                for name in [name for name in node if name not in kept]:
+                    del node[name]
                 node[key] = value
             elif node.get(key) is None:
                 node[key] = _default_tag(at, key)
@@ -186,6 +251,11 @@ def _apply(fields: Any, override: str) -> Any:
                 f"--set {override}: {done} is {node!r}, which has no key {key!r}; set {done} itself"
             )
     return fields
+
+
+def _places(keys: Sequence[str]) -> list[str | int]:
+    """Keys of a path, those of lists as numbers."""
+    return [int(key) if key.isdecimal() else key for key in keys]
 
 
 def _index(node: list[Any], key: str, done: str, override: str) -> int:

@@ -59,11 +59,11 @@ def train(
         with run.remaining_batches() as batches:
             for batch in islice(run.clock.waiting_for(batches), run.steps_left()):
                 run.step(batch)
-                if run.is_due(job.training.log_every_steps):
+                if run.is_due(job.report.every_steps):
                     run.log()
-                if run.is_due(job.training.evaluate_every_steps):
+                if run.is_due(job.evaluation.every_steps):
                     run.evaluate()
-                if run.is_due(job.training.checkpoint.every_steps):
+                if run.is_due(job.checkpoint.every_steps):
                     run.save()
                 if stop.requested:
                     run.save()
@@ -169,13 +169,13 @@ class Run:
         self.report = report
         self.state, self.trainer, self.objective = build(job, dataset)
         self.evaluator = Evaluator(
-            dataset, self.state.model, self.objective, self.state.collection, job.training
+            dataset, self.state.model, self.objective, self.state.collection, job.evaluation
         )
         self.window = self.state.metrics = self.objective.metrics()
         """Of the steps since the last log; part of a checkpoint."""
         self.checkpoints = Checkpoints(
             folder.checkpoints,
-            job.training.checkpoint.keep_last,
+            job.checkpoint.keep_last,
             job,
             numeric=dataset.numeric,
         )
@@ -261,7 +261,7 @@ class Run:
         """Measures the held-out part, unless there is none or it was measured at this step."""
         if not self.dataset.has_evaluation or self.report.evaluation_at(self.state.step):
             return
-        batch_size = self.job.training.evaluation_batch_size
+        batch_size = self.job.evaluation.batch_size
         with (
             self.clock.measure("evaluation"),
             self.dataset.batches("evaluation", batch_size=batch_size, groups=True) as batches,

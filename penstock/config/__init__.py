@@ -34,16 +34,7 @@ from penstock.config.data import (
     TimeUnit,
     format_of_path,
 )
-from penstock.config.job import (
-    CheckpointConfig,
-    DenseOptimizer,
-    Job,
-    MetricsConfig,
-    SliceConfig,
-    TableDefaults,
-    TrainingConfig,
-    parse_job,
-)
+from penstock.config.job import DenseOptimizer, Job, TableDefaults, TrainingConfig, parse_job
 from penstock.config.labels import Label
 from penstock.config.models import (
     CustomModel,
@@ -58,6 +49,14 @@ from penstock.config.models import (
     SharedBottomConfig,
     TwoTowerConfig,
     WideDeepConfig,
+)
+from penstock.config.running import (
+    CheckpointConfig,
+    EvaluationConfig,
+    MetricsConfig,
+    ReportConfig,
+    RunConfig,
+    SliceConfig,
 )
 from penstock.config.tables import (
     FTRL,
@@ -85,6 +84,9 @@ from penstock.config.tables import (
 )
 
 __all__ = [
+    "RunConfig",
+    "ReportConfig",
+    "EvaluationConfig",
     "Adagrad",
     "Adam",
     "Admission",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,10 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+MAY_CHANGE = Field(json_schema_extra={"may_change_on_resume": True})
+"""Mark of a field that a resumed run may change, with all that is in it. What is not marked must
+stay: it gives a row, a weight or a position in the input its meaning.
+"""
 
 
 class Config(BaseModel):
@@ -35,3 +39,25 @@ class Config(BaseModel):
     # Without this mark pydantic would call __init__ for nested fields, and their errors would lose
     # their path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def changeable_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Globs of the dotted paths of all fields marked `MAY_CHANGE`, of members of unions too."""
+    found = []
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        marks = field.json_schema_extra
+        if isinstance(marks, dict) and marks.get("may_change_on_resume"):
+            found += [path, f"{path}.*"]
+            continue
+        for inner, is_item in _models_of(field.annotation):
+            found += changeable_fields(inner, f"{path}.*." if is_item else f"{path}.")
+    return list(dict.fromkeys(found))
+
+
+def _models_of(annotation: Any, is_item: bool = False) -> list[tuple[type[BaseModel], bool]]:
+    """Configuration classes in an annotation, and whether they lie in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(annotation, is_item)]
+    in_list = is_item or get_origin(annotation) is tuple
+    return [pair for part in get_args(annotation) for pair in _models_of(part, in_list)]

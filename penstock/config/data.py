@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from penstock.config.base import Config, Fraction, Int64, PositiveInt, Threads
+from penstock.config.base import MAY_CHANGE, Config, Fraction, Int64, PositiveInt
 from penstock.config.labels import Label, LabelOrLabels, check_labels
 from penstock.config.tables import Pooling
 
@@ -19,7 +19,7 @@ TimeUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 class FileSource(Config):
     """Fields common to all sources that are files."""
 
-    path: str | tuple[str, ...]
+    path: Annotated[str | tuple[str, ...], MAY_CHANGE]
     """Files, directories or globs (`day_*.parquet`), local or of any pyarrow file system
     (`s3://bucket/key`).
 
@@ -48,7 +48,7 @@ class TextSource(FileSource):
     """
     null_values: tuple[Annotated[str, Field(min_length=1, pattern=r"^[^\t\r\n,]+$")], ...] = ()
     """Texts that mean null in every column (`\\N`, `NULL`), besides the empty field."""
-    on_malformed_row: Literal["fail", "quarantine"] = "fail"
+    on_malformed_row: Annotated[Literal["fail", "quarantine"], MAY_CHANGE] = "fail"
     """A row with the wrong number of fields or a value that is not of its type.
 
     `fail` stops with file:line; `quarantine` leaves the row out, counts it and appends it to
@@ -95,7 +95,7 @@ class JsonLinesSource(FileSource):
     """Type by column name or glob; a column without one has that of its first values (label,
     weight and numeric columns that are integers there: float64). Text stays text, times too.
     """
-    on_malformed_row: Literal["fail", "quarantine"] = "fail"
+    on_malformed_row: Annotated[Literal["fail", "quarantine"], MAY_CHANGE] = "fail"
     """A line that is no JSON object, or a value that is not of its column's type.
 
     `fail` stops with file:line; `quarantine` leaves the row out, counts it and appends it to
@@ -371,7 +371,7 @@ class DataConfig(Config):
     """What is read, and as what."""
 
     source: Source
-    evaluation_source: Source | None = None
+    evaluation_source: Annotated[Source | None, MAY_CHANGE] = None
     """Held-out data of its own; excludes `split`."""
     split: Split | None = None
     """Part of `source` that is held out."""
@@ -390,9 +390,6 @@ class DataConfig(Config):
     """Unit of an integer `event_time`."""
     numeric: tuple[NumericColumns, ...] = ()
     shuffle: Shuffle = Shuffle()
-    prefetch_batches: PositiveInt = 8
-    """Batches assembled ahead of training; bounds the reader's memory."""
-    reader_threads: Threads = 2
 
     @property
     def labels(self) -> tuple[Label, ...]:

@@ -56,15 +56,18 @@ def _without_tags(item: ErrorDetails, given: Any) -> Iterator[int | str]:
 
 
 def _suggestion(key: str, location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    known = sorted(_fields_at(model, location[:-1]))
+    known = sorted(fields_at(model, location[:-1]))
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known keys: {', '.join(known)}" if known else ""
 
 
-def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """Names of the fields of the model that lies at `location` of `model`'s JSON schema."""
+def fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    """Names of the fields of the model that lies at `location` of `model`'s JSON schema.
+
+    The last part of a location may be the tag of a union's member: `("model", "dcn_v2")`.
+    """
     schema = model.model_json_schema()
     node = schema
     for part in location:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field, model_validator
 
 from penstock.config.base import (
+    MAY_CHANGE,
     Config,
     Fraction,
     NonNegativeFloat,
@@ -15,6 +16,8 @@ from penstock.config.base import (
     PositiveInt,
     Probability,
 )
+
+LearningRate = Annotated[PositiveFloat, MAY_CHANGE]
 
 
 class Schedule(Config):
@@ -58,25 +61,25 @@ class Schedule(Config):
 class Rule(Config):
     """Fields of every embedding optimizer. lr is the learning rate times the schedule's factor."""
 
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[NonNegativeFloat, MAY_CHANGE] = 0.0
     """L2 penalty, added to the gradient of the rows that a batch touches."""
-    clip_norm: PositiveFloat | None = None
+    clip_norm: Annotated[PositiveFloat | None, MAY_CHANGE] = None
     """Largest L2 norm of the gradient of one row and batch; null: any."""
-    schedule: Schedule = Schedule()
+    schedule: Annotated[Schedule, MAY_CHANGE] = Schedule()
 
 
 class SGD(Rule):
     """w -= lr * g."""
 
     kind: Literal["sgd"] = "sgd"
-    learning_rate: PositiveFloat = 0.05
+    learning_rate: LearningRate = 0.05
 
 
 class MomentumSGD(Rule):
     """m = momentum * m + g; w -= lr * m, as torch.optim.SGD; only touched rows move."""
 
     kind: Literal["momentum_sgd"] = "momentum_sgd"
-    learning_rate: PositiveFloat = 0.05
+    learning_rate: LearningRate = 0.05
     momentum: Probability = 0.9
 
 
@@ -84,7 +87,7 @@ class Adagrad(Rule):
     """s += g * g; w -= lr * g / (sqrt(s) + eps), as torch.optim.Adagrad."""
 
     kind: Literal["adagrad"] = "adagrad"
-    learning_rate: PositiveFloat = 0.02
+    learning_rate: LearningRate = 0.02
     eps: PositiveFloat = 1e-8
     initial_accumulator: NonNegativeFloat = 0.0
 
@@ -93,7 +96,7 @@ class RowWiseAdagrad(Rule):
     """One accumulator a row: s += mean(g * g); w -= lr * g / (sqrt(s) + eps)."""
 
     kind: Literal["row_wise_adagrad"] = "row_wise_adagrad"
-    learning_rate: PositiveFloat = 0.02
+    learning_rate: LearningRate = 0.02
     eps: PositiveFloat = 1e-8
     initial_accumulator: NonNegativeFloat = 0.0
 
@@ -105,7 +108,7 @@ class Adam(Rule):
     """
 
     kind: Literal["adam"] = "adam"
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: LearningRate = 1e-3
     beta1: Probability = 0.9
     beta2: Probability = 0.999
     eps: PositiveFloat = 1e-8
@@ -115,7 +118,7 @@ class RowWiseAdam(Rule):
     """Lazy Adam with one variance a row, of mean(g * g): half the state."""
 
     kind: Literal["row_wise_adam"] = "row_wise_adam"
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: LearningRate = 1e-3
     beta1: Probability = 0.9
     beta2: Probability = 0.999
     eps: PositiveFloat = 1e-8
@@ -129,7 +132,7 @@ class FTRL(Rule):
     """
 
     kind: Literal["ftrl"] = "ftrl"
-    learning_rate: PositiveFloat = 0.05
+    learning_rate: LearningRate = 0.05
     beta: PositiveFloat = 1.0
     l1: NonNegativeFloat = 0.0
     """Columns whose accumulated gradient stays below this are exactly 0."""
@@ -142,7 +145,7 @@ class LAMB(Rule):
     """
 
     kind: Literal["lamb"] = "lamb"
-    learning_rate: PositiveFloat = 1e-2
+    learning_rate: LearningRate = 1e-2
     beta1: Probability = 0.9
     beta2: Probability = 0.999
     eps: PositiveFloat = 1e-6

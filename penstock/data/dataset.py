@@ -183,9 +183,9 @@ class Dataset:
             redraws=training,
         )
         plan = replace(plan, window_bytes=self._job.data.shuffle.window_bytes)
-        data = self._job.data
+        run = self._job.run
         columns = self._columns if groups else replace(self._columns, groups=())
-        return Loader(rows, columns, plan, data.reader_threads, data.prefetch_batches)
+        return Loader(rows, columns, plan, run.reader_threads, run.prefetch_batches)
 
     def _rows(self, part: Part) -> PartRows:
         if part not in self._parts:

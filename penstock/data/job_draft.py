@@ -417,6 +417,7 @@ def _training(survey: Survey) -> Iterator[str]:
     yield "  optimizer: {kind: adam, learning_rate: 1.0e-3}"
     grouped = [name for name in roles.named("categorical") if _GROUPS.search(name)]
     if grouped:
+        yield "evaluation:"
         yield from _remark("  ", "How well the rows of each one are ordered among themselves.")
         yield f"  metrics: {{grouped_auc: {_flow(grouped[:1])}}}"
 

@@ -389,17 +389,17 @@ def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -
 
 def _group_columns(job: Job, schema: pa.Schema, origin: str) -> tuple[str, ...]:
     """Columns by which metrics are grouped, if they are there and of a fitting type."""
-    names = job.training.metrics.columns
+    names = job.evaluation.metrics.columns
     for name in names:
         if name not in schema.names:
             raise DataError(
-                f"{origin}: no column {name!r} (training.metrics){nearest(name, schema.names)}"
+                f"{origin}: no column {name!r} (evaluation.metrics){nearest(name, schema.names)}"
             )
         kind = schema.field(name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
             raise DataError(
-                f"{origin}: column {name!r} is {kind}; training.metrics groups rows by integers "
+                f"{origin}: column {name!r} is {kind}; evaluation.metrics groups rows by integers "
                 "or strings; name another column"
             )
     return names

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from penstock.config import MetricsConfig, TrainingConfig
+from penstock.config import EvaluationConfig, MetricsConfig
 from penstock.data.dataset import Dataset
 from penstock.embedding.collection import EmbeddingCollection
 from penstock.models import TwoTower
@@ -37,7 +37,7 @@ class Evaluator:
       model: see `training.step.model_inputs`.
       objective: whose tasks are measured.
       collection: the embedding tables.
-      config: `metrics` and `evaluation_batch_size` are read.
+      config: `metrics` and `batch_size` are read.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Evaluator:
         model: nn.Module,
         objective: Objective,
         collection: EmbeddingCollection,
-        config: TrainingConfig,
+        config: EvaluationConfig,
     ) -> None:
         self._dataset = dataset
         self._model = model
@@ -82,7 +82,7 @@ class Evaluator:
         made = Catalogue(names, self._model.item_features)
         for part in self._dataset.parts:
             with self._dataset.batches(
-                part, batch_size=self._config.evaluation_batch_size, shuffle=False
+                part, batch_size=self._config.batch_size, shuffle=False
             ) as batches:
                 for batch in batches:
                     made.add(batch.sparse)

@@ -13,40 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from penstock.config import FeatureConfig, Job, TableConfig, parse_job
+from penstock.config.base import changeable_fields
 from penstock.errors import ConfigError
 
 MAY_CHANGE = (
-    "name",
-    # The same data may have moved, and new files may follow those already read.
-    "data.source.path",
-    "data.source.on_malformed_row",
-    "data.evaluation_source*",
-    "data.prefetch_batches",
-    "data.reader_threads",
-    # Compared as the tables that they came to.
-    "tables*",
-    "table_defaults*",
-    "training.batch_size",
-    "training.epochs",
-    "training.max_steps",
-    "training.optimizer.learning_rate",
-    "training.optimizer.weight_decay",
-    "training.optimizer.schedule.*",
-    "training.clip_gradient_norm",
-    "training.evaluate_every_steps",
-    "training.evaluation_batch_size",
-    "training.log_every_steps",
-    "training.metrics.*",
-    "training.checkpoint.*",
-    # The same rows and weights, to float tolerance.
-    "training.device",
-    "training.threads",
-    "table *.optimizer.learning_rate",
-    "table *.optimizer.weight_decay",
-    "table *.optimizer.clip_norm",
-    "table *.optimizer.schedule.*",
+    *changeable_fields(Job),
+    *changeable_fields(FeatureConfig, "feature *."),
+    *changeable_fields(TableConfig, "table *."),
 )
-"""Globs of fields that a resumed run may change."""
+"""Globs of fields that a resumed run may change, by their marks in the configuration."""
 
 _CLASSES = {"feature": FeatureConfig, "table": TableConfig}
 _MOST_LINES = 20

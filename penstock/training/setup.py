@@ -43,7 +43,7 @@ def build(job: Job, dataset: Dataset) -> Untrained:
         is not there.
       CapacityError: the model's parameters do not fit into memory.
     """
-    threads = job.training.threads or available_cores()
+    threads = job.run.threads or available_cores()
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
     _seed_generators(job.training.seed)
@@ -53,7 +53,7 @@ def build(job: Job, dataset: Dataset) -> Untrained:
         seed=job.training.seed,
         num_threads=threads,
         deterministic=job.training.deterministic,
-        device=job.training.device,
+        device=job.run.device,
     )
     if collection.device.type == "cuda" and job.training.deterministic:
         # Read by cuBLAS when it starts.

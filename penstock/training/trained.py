@@ -56,12 +56,12 @@ class Trained:
     def evaluator(self) -> Evaluator:
         """Measures it."""
         return Evaluator(
-            self.dataset, self.model, self.objective, self.collection, self.job.training
+            self.dataset, self.model, self.objective, self.collection, self.job.evaluation
         )
 
     def batches(self) -> Loader:
         """The rows to score, in order of reading, once."""
-        batch_size = self.job.training.evaluation_batch_size
+        batch_size = self.job.evaluation.batch_size
         return self.dataset.batches(self.part, batch_size=batch_size, shuffle=False, groups=True)
 
 

@@ -43,8 +43,6 @@ FULL = {
             },
         ],
         "shuffle": {"window_rows": 40},
-        "prefetch_batches": 2,
-        "reader_threads": 1,
     },
     "features": [
         {"columns": ["C1", "C2"], "table": "shared", "pooling": "mean", "missing": -1},
@@ -74,12 +72,14 @@ FULL = {
             "schedule": {"warmup_steps": 2, "decay": "cosine", "decay_steps": 10},
         },
         "clip_gradient_norm": 1.0,
-        "evaluation_batch_size": 64,
-        "metrics": {"grouped_auc": ["C1"], "slices": [{"by": "C2", "top": 2}]},
-        "log_every_steps": 1,
-        "checkpoint": {"every_steps": 1, "keep_last": 1},
-        "threads": 1,
     },
+    "run": {"threads": 1, "prefetch_batches": 2, "reader_threads": 1},
+    "evaluation": {
+        "batch_size": 64,
+        "metrics": {"grouped_auc": ["C1"], "slices": [{"by": "C2", "top": 2}]},
+    },
+    "report": {"every_steps": 1},
+    "checkpoint": {"every_steps": 1, "keep_last": 1},
 }
 
 

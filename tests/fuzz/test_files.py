@@ -182,7 +182,8 @@ def checkpoint(tmp_path_factory):
         "features": [{"columns": ["c[0-9]*"]}],
         "table_defaults": {"dim": 4},
         "model": {"kind": "dlrm", "bottom": [4], "top": [4]},
-        "training": {"threads": 1, "batch_size": 64},
+        "training": {"batch_size": 64},
+        "run": {"threads": 1},
     })
     run.train(job, folder / "run")
     (found,) = (folder / "run" / "checkpoints").iterdir()

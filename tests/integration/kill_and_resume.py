@@ -47,10 +47,10 @@ def small_job(steps: int, threads: int) -> Job:
         "model": {"kind": "dlrm", "bottom": [8], "top": [16]},
         "training": {
             "batch_size": 64,
-            "threads": threads,
-            "log_every_steps": 10,
-            "checkpoint": {"every_steps": 3, "keep_last": 2},
         },
+        "run": {"threads": threads},
+        "report": {"every_steps": 10},
+        "checkpoint": {"every_steps": 3, "keep_last": 2},
     })
 
 

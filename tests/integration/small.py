@@ -19,11 +19,11 @@ SMALL = {
     "model": {"kind": "dlrm", "bottom": [8], "top": [16]},
     "training": {
         "batch_size": 128,
-        "threads": 1,
-        "log_every_steps": 7,
-        "evaluate_every_steps": 10,
-        "checkpoint": {"every_steps": 6, "keep_last": 2},
     },
+    "run": {"threads": 1},
+    "report": {"every_steps": 7},
+    "evaluation": {"every_steps": 10},
+    "checkpoint": {"every_steps": 6, "keep_last": 2},
 }
 """36 steps in one epoch: 4,500 training rows in batches of 128."""
 STEPS = 36

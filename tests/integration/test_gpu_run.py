@@ -16,16 +16,16 @@ STEPS = 200 if ON_GPU else 6
 def on(device, job, **training):
     """The job on a device, short enough for the interpreter."""
     changes = {
-        "device": device,
         "deterministic": True,
         "max_steps": STEPS,
         "epochs": 10,
-        "evaluate_every_steps": None,
         **training,
     }
     fields = job.model_dump(mode="json")
     fields["training"] |= changes
-    fields["training"]["checkpoint"] = {"every_steps": STEPS // 2}
+    fields["run"]["device"] = device
+    fields["evaluation"]["every_steps"] = None
+    fields["checkpoint"] = {"every_steps": STEPS // 2}
     fields["data"]["source"]["rows"] = 6000 if ON_GPU else 1500
     return parse_job(fields)
 

@@ -16,7 +16,7 @@ from penstock.training.metrics import auc_of_scores
 @pytest.fixture
 def measured_fields(small_fields):
     # n-columns are inputs of the model and cannot group; c0 is a feature, event_time is nothing.
-    small_fields["training"]["metrics"] = {
+    small_fields["evaluation"]["metrics"] = {
         "exact_auc": True,
         "grouped_auc": ["c0"],
         "slices": [{"by": "c1", "top": 3}],
@@ -83,7 +83,7 @@ def test_they_are_those_of_the_scores(measured_fields, tmp_path, penstock):
 def test_a_resumed_run_may_ask_for_other_metrics(small_fields, measured_fields, tmp_path):
     out = tmp_path / "run"
     without = json.loads(json.dumps(small_fields))
-    del without["training"]["metrics"]
+    del without["evaluation"]["metrics"]
     without["training"]["max_steps"] = 12
     run.train(parse_job(without), out)
     assert "grouped_auc" not in last_evaluation(out)
@@ -94,8 +94,8 @@ def test_a_resumed_run_may_ask_for_other_metrics(small_fields, measured_fields, 
 def test_a_column_that_is_not_there_is_refused_before_anything_is_written(
     penstock, small_yaml, tmp_path
 ):
-    wanted = "training.metrics.grouped_auc=[c9]"
+    wanted = "evaluation.metrics.grouped_auc=[c9]"
     code, _, errors = penstock("train", small_yaml, "--out", tmp_path / "r", "--set", wanted)
     assert code == 2
-    assert "no column 'c9' (training.metrics); there are click, event_time" in errors
+    assert "no column 'c9' (evaluation.metrics); there are click, event_time" in errors
     assert not (tmp_path / "r").exists()

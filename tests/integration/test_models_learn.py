@@ -20,7 +20,7 @@ def held_out_auc(tmp_path_factory):
             fields = json.loads(json.dumps(SMALL))
             fields["data"]["source"] |= {"rows": 24_000, "keys_per_feature": 200}
             fields["model"] = {"kind": kind}
-            fields["training"] |= {"log_every_steps": 100, "evaluate_every_steps": None}
+            fields |= {"report": {"every_steps": 100}, "evaluation": {}}
             fields["training"]["optimizer"] = {"kind": "adam", "learning_rate": 0.005}
             out = tmp_path_factory.mktemp(kind) / "run"
             known[kind] = run.train(parse_job(fields), out)["auc"], run.evaluate(out)["auc"]

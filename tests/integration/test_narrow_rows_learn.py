@@ -19,7 +19,7 @@ def train(tmp_path_factory):
             fields = json.loads(json.dumps(SMALL))
             fields["data"]["source"] |= {"rows": 32_000, "keys_per_feature": 200}
             fields["table_defaults"] |= {"dtype": dtype}
-            fields["training"] |= {"log_every_steps": 100, "evaluate_every_steps": None}
+            fields |= {"report": {"every_steps": 100}, "evaluation": {}}
             fields["training"]["optimizer"] = {"kind": "adam", "learning_rate": 0.005}
             known[dtype] = run.train(parse_job(fields), tmp_path_factory.mktemp(dtype) / "run")
         return known[dtype]

@@ -48,10 +48,10 @@ def fields(tmp_path):
         "training": {
             "batch_size": 256,
             "epochs": 3,
-            "threads": 1,
-            "metrics": {"grouped_auc": ["user"]},
-            "checkpoint": {"every_steps": 10},
         },
+        "run": {"threads": 1},
+        "evaluation": {"metrics": {"grouped_auc": ["user"]}},
+        "checkpoint": {"every_steps": 10},
     }
 
 

@@ -31,10 +31,8 @@ def small_job_with(fields, optimizer):
         "epochs": 2,
         "max_steps": STEPS,
         "seed": 3,
-        "log_every_steps": 1,
-        "evaluate_every_steps": None,
-        "checkpoint": {},
     }
+    fields |= {"report": {"every_steps": 1}, "evaluation": {}, "checkpoint": {}}
     return parse_job(fields)
 
 
@@ -130,7 +128,7 @@ def test_two_towers_lose_and_recall_what_their_twin_does(reading, tmp_path, quie
     del reading["data"]["negatives"]
     reading["features"][1] |= {"pooling": "mean"}
     reading["model"] = {"kind": "two_tower", "items": ["item", "kind"], "user": [16], "dim": 8}
-    reading["training"]["metrics"] = {"recall_at": [1, 10]}
+    reading["evaluation"] = {"metrics": {"recall_at": [1, 10]}}
     job = small_job_with(reading, OPTIMIZERS["adam"])
     losses = losses_of_a_run(job, tmp_path / "run", quiet, "loss")
     dataset = Dataset.open(job)

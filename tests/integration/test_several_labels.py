@@ -52,9 +52,10 @@ def fields(small_fields, tmp_path):
     small_fields["training"] |= {
         "epochs": 8,
         "optimizer": {"learning_rate": 0.005},
-        "metrics": {"grouped_auc": ["user"], "slices": [{"by": "item", "top": 2}]},
-        "checkpoint": {"every_steps": 6},
-        "evaluate_every_steps": None,
+    }
+    small_fields["checkpoint"] = {"every_steps": 6}
+    small_fields["evaluation"] = {
+        "metrics": {"grouped_auc": ["user"], "slices": [{"by": "item", "top": 2}]}
     }
     return small_fields
 
@@ -160,5 +161,5 @@ def test_grouped_auc_needs_a_binary_label(fields):
     with pytest.raises(ValueError) as caught:
         parse_job(fields)
     assert str(caught.value) == (
-        "job: training.metrics.grouped_auc: no label is binary, so there is no AUC; remove it"
+        "job: evaluation.metrics.grouped_auc: no label is binary, so there is no AUC; remove it"
     )

@@ -30,9 +30,8 @@ def fields(small_fields, tmp_path):
     small_fields["training"] |= {
         "epochs": 6,
         "optimizer": {"learning_rate": 0.005},
-        "metrics": {"recall_at": [1, 10]},
-        "evaluate_every_steps": None,
     }
+    small_fields["evaluation"] = {"metrics": {"recall_at": [1, 10]}}
     return small_fields
 
 
@@ -117,5 +116,5 @@ def test_other_models_need_a_label_and_recall_nothing(fields):
     with pytest.raises(ValueError) as caught:
         parse_job(fields)
     assert str(caught.value) == (
-        "job: training.metrics.recall_at: only the model two_tower ranks all items; remove it"
+        "job: evaluation.metrics.recall_at: only the model two_tower ranks all items; remove it"
     )

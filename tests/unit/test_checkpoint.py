@@ -501,12 +501,12 @@ def test_a_checkpoint_of_another_job_is_refused_with_the_fields(run, tmp_path):
         {"name": "renamed"},
         {"data__source__path": ["moved/day_1.parquet", "moved/day_2.parquet"]},
         {"data__evaluation_source": {"format": "parquet", "path": "held_out"}},
-        {"data__prefetch_batches": 3},
+        {"run__prefetch_batches": 3},
         {"training__epochs": 9, "training__max_steps": 10**6},
-        {"training__batch_size": 77, "training__threads": 1},
+        {"training__batch_size": 77, "run__threads": 1},
         {"training__optimizer": {"learning_rate": 0.5, "schedule": {"warmup_steps": 3}}},
-        {"training__clip_gradient_norm": 2.0, "training__log_every_steps": 1},
-        {"training__checkpoint": {"every_steps": 5, "keep_last": 9}},
+        {"training__clip_gradient_norm": 2.0, "report__every_steps": 1},
+        {"checkpoint": {"every_steps": 5, "keep_last": 9}},
     ],
 )
 def test_a_resumed_run_may_change_how_long_how_fast_and_where(run, tmp_path, change):

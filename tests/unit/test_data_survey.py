@@ -157,7 +157,7 @@ def test_the_draft_says_why_and_opens(survey_of):
     scale = numeric["temperature",].transforms[0]
     assert (scale.offset, 1 / scale.factor) == pytest.approx((10, 5), rel=0.05)
     assert "# Left out: version (every value is 3)." in text
-    assert job.training.metrics.grouped_auc == ("user_id",)
+    assert job.evaluation.metrics.grouped_auc == ("user_id",)
     assert all(len(line) <= 100 for line in text.splitlines())
 
 

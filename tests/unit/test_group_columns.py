@@ -50,7 +50,7 @@ def open_data(path, columns, data_path=None, **options):
             "split": {"by": "fraction", "evaluation": 0.5},
         },
         "features": [{"columns": ["item"]}],
-        "training": {"metrics": {"grouped_auc": columns}},
+        "evaluation": {"metrics": {"grouped_auc": columns}},
     }
     return Dataset.open(parse_job(job), **options)
 
@@ -90,7 +90,7 @@ def test_text_files_hold_them_too(tmp_path):
             "label": {"column": "label"},
         },
         "features": [{"columns": ["item"]}],
-        "training": {"metrics": {"slices": [{"by": "user", "top": 1}]}},
+        "evaluation": {"metrics": {"slices": [{"by": "user", "top": 1}]}},
     }
     dataset = Dataset.open(parse_job(job))
     with dataset.batches("train", batch_size=9, shuffle=False, groups=True) as batches:
@@ -102,11 +102,11 @@ def test_a_missing_column_and_one_of_reals_are_refused(tmp_path):
         open_data(tmp_path, ["nam"])
     file = tmp_path / "rows.parquet"
     assert str(caught.value) == (
-        f"{file}: no column 'nam' (training.metrics); did you mean 'name'?"
+        f"{file}: no column 'nam' (evaluation.metrics); did you mean 'name'?"
     )
     with pytest.raises(DataError) as caught:
         open_data(tmp_path, ["real"])
     assert str(caught.value) == (
-        f"{file}: column 'real' is double; training.metrics groups rows by integers or strings; "
+        f"{file}: column 'real' is double; evaluation.metrics groups rows by integers or strings; "
         "name another column"
     )

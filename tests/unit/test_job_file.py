@@ -2,12 +2,14 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 
 from penstock.config import Adagrad, Job, parse_job
-from penstock.errors import ConfigError
+from penstock.config.moved import MOVED
+from penstock.errors import ConfigError, JobNote
 from penstock.job_file import dump_yaml, load_job, parse_yaml
 
 JOB = """
@@ -242,3 +244,118 @@ def test_yaml_that_its_library_chokes_on(text, message):
     with pytest.raises(ConfigError) as caught:
         parse_yaml(text, "job.yaml")
     assert str(caught.value) == message
+
+
+BEFORE = {
+    "training": {
+        "batch_size": 7,
+        "device": "cpu",
+        "threads": 3,
+        "evaluate_every_steps": 11,
+        "evaluation_batch_size": 13,
+        "metrics": {"exact_auc": True},
+        "checkpoint": {"every_steps": 17},
+        "log_every_steps": 19,
+    },
+    "data": {
+        "source": {"format": "synthetic"},
+        "label": {"column": "click"},
+        "reader_threads": 5,
+        "prefetch_batches": 23,
+    },
+}
+
+
+def test_a_job_of_before_is_read_and_each_moved_field_is_named():
+    with pytest.warns(JobNote) as notes:
+        job = parse_job(BEFORE, "old.yaml")
+    assert (job.run.threads, job.run.reader_threads, job.run.prefetch_batches) == (3, 5, 23)
+    assert (job.evaluation.every_steps, job.evaluation.batch_size) == (11, 13)
+    assert job.evaluation.metrics.exact_auc
+    assert (job.checkpoint.every_steps, job.report.every_steps) == (17, 19)
+    assert job.training.batch_size == 7
+    assert sorted(str(note.message) for note in notes) == sorted(
+        f"old.yaml: {old} is now {new}" for old, new in MOVED.items()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parse_job(job.model_dump(mode="json")) == job
+    assert "threads" in BEFORE["training"]  # the fields given are left as they are
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_field_given_in_its_old_and_its_new_place_is_refused(old):
+    new = MOVED[old]
+    fields = {"data": {"source": {"format": "synthetic"}, "label": {"column": "click"}}}
+    for path, value in ((old, {} if old.endswith(("metrics", "checkpoint")) else 4), (new, 5)):
+        *parents, last = path.split(".")
+        node = fields
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    message = refusal(parse_job, fields, "old.yaml")
+    assert message == f"old.yaml: {old} is now {new}, and both are given; remove {old}"
+
+
+def test_an_error_in_a_moved_field_names_its_new_place():
+    with pytest.warns(JobNote):
+        message = refusal(parse_job, {**BEFORE, "training": {"threads": 0}}, "old.yaml")
+    assert message.startswith("old.yaml: run.threads: ")
+
+
+def test_a_job_is_laid_over_the_one_it_extends(job_file, tmp_path):
+    job_file.write_text(
+        JOB + "model: {kind: dlrm, top: [9]}\ntraining: {epochs: 3, batch_size: 8}\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "more").mkdir()
+    middle, last = tmp_path / "more" / "middle.yaml", tmp_path / "more" / "last.yaml"
+    middle.write_text("extends: ../small.yaml\ntraining: {epochs: 4}\n", encoding="utf-8")
+    last.write_text(
+        "extends: middle.yaml\nname: last\nfeatures: [{columns: [c1]}]\n"
+        "model: {kind: dcn_v2, deep: [5]}\ndata: {shuffle: {window_rows: 0}}\n",
+        encoding="utf-8",
+    )
+    with pytest.warns(JobNote) as notes:
+        job = load_job(str(last))
+    assert [str(note.message) for note in notes] == [
+        f"{last}: model.kind is now dcn_v2, which has no top: dropped"
+    ]
+    assert (job.name, job.training.epochs, job.training.batch_size) == ("last", 4, 8)
+    assert (job.model.kind, job.model.deep) == ("dcn_v2", (5,))
+    assert [one.columns for one in job.features] == [("c1",)]  # a list is replaced whole
+    assert (job.data.source.rows, job.data.shuffle.window_rows) == (100, 0)
+
+
+def test_what_cannot_be_extended_is_refused(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("extends: two.yaml\n", encoding="utf-8")
+    two.write_text("extends: one.yaml\n", encoding="utf-8")
+    assert refusal(load_job, str(one)).endswith("a job cannot extend itself")
+    one.write_text("extends: [two.yaml]\n", encoding="utf-8")
+    assert "expected the path of a job file, got ['two.yaml']" in refusal(load_job, str(one))
+    one.write_text("extends: twice.yaml\n", encoding="utf-8")
+    assert "no such job file; did you mean" in refusal(load_job, str(one))
+    two.write_text("- a list\n", encoding="utf-8")
+    one.write_text("extends: two.yaml\n", encoding="utf-8")
+    message = refusal(load_job, str(one))
+    assert message == f"{one}: extends two.yaml, which holds a list and no fields of a job"
+
+
+def test_another_kind_drops_the_fields_that_it_lacks_by_name(job_file):
+    job_file.write_text(
+        JOB + "model: {kind: dlrm, top: [9], bottom: [4]}\n"
+        "table_defaults: {optimizer: {kind: adam, beta1: 0.5, learning_rate: 0.1}}\n",
+        encoding="utf-8",
+    )
+    with pytest.warns(JobNote, match="model.kind is now wide_deep, which has no") as notes:
+        job = load_job(str(job_file), ["model.kind=wide_deep"])
+    assert job.model.kind == "wide_deep"
+    assert "top" in str(notes[0].message) and "bottom" in str(notes[0].message)
+    with pytest.warns(JobNote, match="table_defaults.optimizer.kind is now sgd, .* no beta1: drop"):
+        job = load_job(str(job_file), ["table_defaults.optimizer.kind=sgd"])
+    assert job.table_defaults.optimizer.learning_rate == 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_job(str(job_file), ["model.kind=dlrm"])
+    assert "input tag 'dlmr'" in refusal(load_job, str(job_file), ["model.kind=dlmr"])

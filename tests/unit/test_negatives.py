@@ -122,7 +122,7 @@ def log_job(path, table=None, negatives=None, features=None, **data):
             {"name": "hours", "columns": ["user", "item_row"], "table": "lists"},
         ],
         "tables": [{"name": "lists"}],
-        "training": {"metrics": {"grouped_auc": ["user", "item"]}},
+        "evaluation": {"metrics": {"grouped_auc": ["user", "item"]}},
     })
 
 

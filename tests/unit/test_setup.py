@@ -47,7 +47,7 @@ def test_a_job_is_float32_whatever_the_program_around_it_has_set():
     ("field", "value", "message"),
     [
         (("model", "top"), [1 << 17], "model.top.0: input should be less than or equal to 65536"),
-        (("training", "threads"), 9999, "training.threads: input should be less than or equal to"),
+        (("run", "threads"), 9999, "run.threads: input should be less than or equal to"),
         (("training", "epochs"), 2**63, "training.epochs: input should be less than or equal to"),
     ],
 )
