@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <new>
 #include <optional>
@@ -17,6 +18,7 @@
 #include "buffer_pool.h"
 #include "columns.h"
 #include "numbers.h"
+#include "quoted_text.h"
 #include "window.h"
 
 namespace penstock {
@@ -67,6 +69,24 @@ std::pair<NewArray<int64_t>, int64_t> py_parse_hex(In<Offset> offsets, In<uint8_
     bad = penstock::parse_hex(offsets.data(), bytes.data(), n, keys);
   }
   return {out, bad};
+}
+
+NewArray<int64_t> as_array(const std::vector<int64_t>& values) {
+  int64_t* data;
+  auto out = make_array(values.size(), &data);
+  std::copy(values.begin(), values.end(), data);
+  return out;
+}
+
+std::tuple<NewArray<int64_t>, NewArray<int64_t>, int> py_find_row_ends(In<uint8_t> bytes, uint8_t delimiter,
+                                                                       uint8_t quote, int state) {
+  if (state < 0 || state > 3) throw std::invalid_argument("state: 0 to 3 expected");
+  RowEnds found;
+  {
+    nb::gil_scoped_release unlocked;
+    found = penstock::find_row_ends(bytes.data(), bytes.size(), {delimiter, quote}, static_cast<QuoteState>(state));
+  }
+  return {as_array(found.ends), as_array(found.odd), static_cast<int>(found.state)};
 }
 
 // Keeps the arrays alive that the window points into.
@@ -299,6 +319,25 @@ void bind_columns(nb::module_& m) {
         return penstock::count_newlines(bytes.data(), bytes.size());
       },
       "bytes"_a.noconvert());
+  m.def(
+      "quote_states_after",
+      [](In<uint8_t> bytes, uint8_t delimiter, uint8_t quote) {
+        std::array<uint8_t, 4> states;
+        {
+          nb::gil_scoped_release unlocked;
+          states = penstock::quote_states_after(bytes.data(), bytes.size(), {delimiter, quote});
+        }
+        return std::make_tuple<int, int, int, int>(states[0], states[1], states[2], states[3]);
+      },
+      "bytes"_a.noconvert(), "delimiter"_a, "quote"_a);
+  m.def("find_row_ends", &py_find_row_ends, "bytes"_a.noconvert(), "delimiter"_a, "quote"_a, "state"_a);
+  m.def(
+      "find_open_quote",
+      [](In<uint8_t> bytes, uint8_t delimiter, uint8_t quote) {
+        nb::gil_scoped_release unlocked;
+        return penstock::find_open_quote(bytes.data(), bytes.size(), {delimiter, quote});
+      },
+      "bytes"_a.noconvert(), "delimiter"_a, "quote"_a);
 }
 
 }  // namespace penstock

@@ -318,6 +318,27 @@ def find_non_object(bytes: NDArray[np.uint8]) -> int:
 def count_newlines(bytes: NDArray[np.uint8]) -> int:
     """Number of bytes equal to 10."""
 
+def quote_states_after(
+    bytes: NDArray[np.uint8], delimiter: int, quote: int
+) -> tuple[int, int, int, int]:
+    """The state of quoting after the bytes, from each of the four states (csrc/quoted_text.h).
+
+    0: a field begins, 1: in plain text, 2: in quotes, 3: after a quote in quotes.
+    """
+
+def find_row_ends(
+    bytes: NDArray[np.uint8], delimiter: int, quote: int, state: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Finds the line feeds outside of quotes.
+
+    Returns:
+      The places after them; the numbers of the rows that have a line break in quotes and text
+      after a closing quote; the state after the bytes.
+    """
+
+def find_open_quote(bytes: NDArray[np.uint8], delimiter: int, quote: int) -> int:
+    """Number (from 0) of the first line that ends in quotes, if each line is a row; -1: none."""
+
 class KernelLauncher:
     """Starts compiled GPU kernels through the driver, by what their compiled form depends on."""
 

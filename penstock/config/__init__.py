@@ -5,34 +5,25 @@ device or imports torch.
 """
 
 from penstock.config.data import (
-    ArrowSource,
     Bucketize,
     Clip,
     CrossedFeature,
     DataConfig,
     FailOnMissing,
     FeatureColumns,
-    FileSource,
     FileSplit,
     FillNumber,
     FractionSplit,
     Hash,
     Hex,
-    JsonLinesSource,
     Log,
     Negatives,
     NumericColumns,
-    OrcSource,
-    ParquetSource,
     Scale,
     Shuffle,
-    Source,
     Split,
-    SyntheticSource,
-    TextSource,
     TimeSplit,
     TimeUnit,
-    format_of_path,
 )
 from penstock.config.job import DenseOptimizer, Job, TableDefaults, TrainingConfig, parse_job
 from penstock.config.labels import Label
@@ -57,6 +48,18 @@ from penstock.config.running import (
     ReportConfig,
     RunConfig,
     SliceConfig,
+)
+from penstock.config.sources import (
+    ArrowSource,
+    FileSource,
+    JsonLinesSource,
+    OrcSource,
+    ParquetSource,
+    Source,
+    SyntheticSource,
+    TextSource,
+    compression_of_path,
+    format_of_path,
 )
 from penstock.config.tables import (
     FTRL,
@@ -156,6 +159,7 @@ __all__ = [
     "Uniform",
     "ValueType",
     "WideDeepConfig",
+    "compression_of_path",
     "format_of_path",
     "parse_job",
 ]

@@ -1,8 +1,7 @@
-"""What is read, and as what: sources, splits, columns, transforms."""
+"""What is read of a source, and as what: splits, columns, transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import date
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeAlias
@@ -11,136 +10,10 @@ from pydantic import Field, field_validator, model_validator
 
 from penstock.config.base import MAY_CHANGE, Config, Fraction, Int64, PositiveInt
 from penstock.config.labels import Label, LabelOrLabels, check_labels
+from penstock.config.sources import Source
 from penstock.config.tables import Pooling
 
 TimeUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
-
-
-class FileSource(Config):
-    """Fields common to all sources that are files."""
-
-    path: Annotated[str | tuple[str, ...], MAY_CHANGE]
-    """Files, directories or globs (`day_*.parquet`), local or of any pyarrow file system
-    (`s3://bucket/key`).
-
-    Files are read in the order given; those of one directory or glob in order of name.
-    """
-
-
-class ParquetSource(FileSource):
-    """Parquet files of one schema."""
-
-    format: Literal["parquet"] = "parquet"
-
-
-class TextSource(FileSource):
-    """CSV or TSV files, plain or gzip (`.gz`), without line breaks inside a value."""
-
-    format: Literal["csv", "tsv"] = "csv"
-    columns: tuple[str, ...] | None = None
-    """Names of the columns of files without a header; null: the first line is the header.
-
-    A name may stand for several: `I{1..13}` is I1, I2, ... I13.
-    """
-    types: Mapping[str, Literal["string", "int64", "float32", "float64"]] = {}
-    """Type by column name or glob; a column without one: label, weight and numeric columns float64,
-    event time int64, others string.
-    """
-    null_values: tuple[Annotated[str, Field(min_length=1, pattern=r"^[^\t\r\n,]+$")], ...] = ()
-    """Texts that mean null in every column (`\\N`, `NULL`), besides the empty field."""
-    on_malformed_row: Annotated[Literal["fail", "quarantine"], MAY_CHANGE] = "fail"
-    """A row with the wrong number of fields or a value that is not of its type.
-
-    `fail` stops with file:line; `quarantine` leaves the row out, counts it and appends it to
-    quarantine.jsonl in the run.
-    """
-
-
-class OrcSource(FileSource):
-    """ORC files of one schema."""
-
-    format: Literal["orc"] = "orc"
-
-
-class ArrowSource(FileSource):
-    """Arrow IPC files (`.arrow`, Feather version 2) or streams, of one schema."""
-
-    format: Literal["arrow"] = "arrow"
-
-
-JsonType: TypeAlias = Literal[
-    "string",
-    "int64",
-    "uint64",
-    "float32",
-    "float64",
-    "bool",
-    "list<string>",
-    "list<int64>",
-    "list<uint64>",
-    "list<float64>",
-    "list<bool>",
-]
-
-
-class JsonLinesSource(FileSource):
-    """JSON lines, plain or gzip (`.gz`): one object a line. A field that is absent is null.
-
-    Columns are the fields of the first 1000 lines of the first file, and those of `types`.
-    Objects and lists of lists within a row are not read.
-    """
-
-    format: Literal["jsonl"] = "jsonl"
-    types: Mapping[str, JsonType] = {}
-    """Type by column name or glob; a column without one has that of its first values (label,
-    weight and numeric columns that are integers there: float64). Text stays text, times too.
-    """
-    on_malformed_row: Annotated[Literal["fail", "quarantine"], MAY_CHANGE] = "fail"
-    """A line that is no JSON object, or a value that is not of its column's type.
-
-    `fail` stops with file:line; `quarantine` leaves the row out, counts it and appends it to
-    quarantine.jsonl in the run.
-    """
-
-
-class SyntheticSource(Config):
-    """Click log made by a known teacher, so that the best reachable AUC is known.
-
-    Columns: click, event_time, n0..., c0..., teacher. Row r is a pure function of (seed, r).
-    """
-
-    format: Literal["synthetic"] = "synthetic"
-    rows: Annotated[int, Field(gt=0, le=10**11)] = 400_000
-    num_categorical: Annotated[int, Field(gt=0, le=10_000)] = 8
-    num_numeric: Annotated[int, Field(ge=0, le=10_000)] = 4
-    keys_per_feature: PositiveInt = 100_000
-    exponent: Annotated[float, Field(gt=0, le=4)] = 1.2
-    """Power-law exponent of the keys: the r-th most frequent key has weight r ** -exponent."""
-    seed: Int64 = 0
-
-
-Source = Annotated[
-    ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource | SyntheticSource,
-    Field(discriminator="format"),
-]
-
-
-_ENDINGS = {
-    "parquet": "parquet",
-    "orc": "orc",
-    "arrow": "arrow",
-    "arrows": "arrow",
-    "feather": "arrow",
-    "csv": "csv",
-    "tsv": "tsv",
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-}
-
-
-def format_of_path(path: str) -> str | None:
-    """The `format` that a path's ending stands for (`.gz` aside); None: it says nothing."""
-    return _ENDINGS.get(path.removesuffix(".gz").rpartition(".")[2].lower())
 
 
 class FractionSplit(Config):

@@ -90,7 +90,7 @@ def _expand(filesystem: fs.FileSystem, path: str, given: str) -> list[str]:
         pattern = glob_pattern(path)
         files = sorted(file for file in found if pattern.fullmatch(file[0]))
         if not files:
-            raise DataError(f"{given}: no file matches")
+            raise DataError(f"{given}: no file matches{_matching_folder(filesystem, base, path)}")
     else:
         raise DataError(f"{given}: no such file or directory")
     for file, size in files:
@@ -109,6 +109,16 @@ def _files_below(
         if info.type == fs.FileType.File and not is_hidden(inner):
             # A glob relative to the working directory finds paths like it.
             yield (inner if base == "." else info.path), info.size
+
+
+def _matching_folder(filesystem: fs.FileSystem, base: str, path: str) -> str:
+    """What an error adds where a glob that matches no file matches a folder."""
+    pattern = glob_pattern(path)
+    for info in filesystem.get_file_info(fs.FileSelector(base, recursive="**" in path)):
+        name = info.path.removeprefix("./")
+        if info.type == fs.FileType.Directory and pattern.fullmatch(name):
+            return f", but the folder {name} does; write {path}/* to read the files of such folders"
+    return ""
 
 
 def is_hidden(path: str) -> bool:

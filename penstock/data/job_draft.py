@@ -91,6 +91,12 @@ def _source(survey: Survey) -> Iterator[str]:
     yield f"    format: {source.format}"
     yield f"    path: {_flow(source.path)}"
     if isinstance(source, TextSource):
+        for field in ("delimiter", "quote"):
+            if (given := getattr(source, field)) is not None:
+                yield f"    {field}: {json.dumps(given)}"
+        if source.quoted_line_breaks:
+            yield from _remark("    ", "Some quoted values hold line breaks.")
+            yield "    quoted_line_breaks: true"
         if source.columns is not None:
             yield f"    columns: {_flow(source.columns)}"
         if survey.text_types:

@@ -16,9 +16,10 @@ import pyarrow.json as pa_json
 from penstock import _core
 from penstock.config import JsonLinesSource
 from penstock.data.files import list_files
-from penstock.data.lines import BOM, LineFiles, first_bytes
+from penstock.data.lines import LineFiles, first_bytes
 from penstock.data.malformed import find_malformed
 from penstock.data.quarantine import MalformedRow, Quarantine
+from penstock.data.row_ends import BOM, TextRows
 from penstock.errors import ConfigError, DataError
 
 SAMPLE_LINES = 1000
@@ -81,14 +82,14 @@ class JsonParser:
         self._schema = schema
         self._columns = list(columns)
 
-    def parse(self, lines: bytes, fail_fast: bool) -> tuple[pa.Table, list[MalformedRow]]:
+    def parse(self, rows: TextRows, fail_fast: bool) -> tuple[pa.Table, list[MalformedRow]]:
         """Parses lines, as `penstock.data.lines.LineParser` says."""
-        if self._is_safe(lines):
+        if self._is_safe(rows.text):
             try:
-                return self._read(lines).select(self._columns), []
+                return self._read(rows.text).select(self._columns), []
             except pa.ArrowInvalid:
                 pass  # The line is found below.
-        malformed, good = find_malformed(lines, self._reason, fail_fast)
+        malformed, good = find_malformed(rows.split(), self._reason, fail_fast)
         table = self._read(good) if good else self._schema.empty_table()
         return table.select(self._columns), malformed
 
@@ -105,7 +106,7 @@ class JsonParser:
             return False
         return True
 
-    def _reason(self, rows: list[bytes]) -> str | None:
+    def _reason(self, rows: Sequence[bytes]) -> str | None:
         """What is wrong with some row; None if nothing is."""
         lines = b"\n".join([*rows, b""])
         if not self._is_safe(lines):

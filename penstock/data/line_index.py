@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from penstock import _core
+from penstock.errors import DataError
 
 _READ_BYTES = 1 << 20
 
@@ -33,7 +34,8 @@ class LineIndex:
                 file.seek(byte)
                 while byte < start:
                     piece = file.read(min(start - byte, _READ_BYTES))
-                    assert piece, f"{path} became shorter while it was read"
+                    if not piece:
+                        raise DataError(f"{path}: became shorter while it was read")
                     byte += len(piece)
                     line += _core.count_newlines(np.frombuffer(piece, dtype=np.uint8))
             known.insert(bisect_right(known, (start, 2**63)), (start, line))

@@ -1,15 +1,17 @@
-"""Files of one row a line; a split is a block of bytes, or of lines where the file is compressed.
+"""Files of rows that end with lines; a split is a block of bytes, or of rows where compressed.
 
-A block covers the lines that begin in it, so that any block reads alone and blocks parse in
-parallel. A gzip file has one block, which streams. What a line holds is the parser's business.
+A block covers the rows that begin in it, so that any block reads alone and blocks parse in
+parallel. A compressed file has one block, which streams. What a row holds is the parser's business,
+where it ends that of `RowEnds`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,41 +19,58 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from penstock import _core
+from penstock.config import compression_of_path
+from penstock.data.compressed import ByteStream
 from penstock.data.line_index import LineIndex
 from penstock.data.quarantine import MalformedRow, Quarantine
-from penstock.data.source import Chunk, Span, Split
+from penstock.data.row_ends import (
+    BOM,
+    FIELD_START,
+    LINES,
+    QuoteStates,
+    RowEnds,
+    TextRows,
+    view,
+)
+from penstock.data.source import Chunk, RowCount, Span, Split
 from penstock.errors import DataError
 
 BLOCK_BYTES = 8 << 20
 """FORMAT: positions in checkpoints count blocks; never change."""
 READ_BYTES = 2 << 20
 """Bytes parsed at once; bounds the memory of a reader."""
-MAX_LINE_BYTES = 64 << 20
+MAX_ROW_BYTES = 64 << 20
 END = 2**63 - 1
-"""`Split.stop` of a gzip file whose lines were not counted."""
-BOM = b"\xef\xbb\xbf"
+"""`Split.stop` of a compressed file whose rows were not counted."""
+
+
+class OpenQuote(DataError):
+    """A quoted value does not close on its line, where lines are rows."""
 
 
 class LineParser(Protocol):
-    """Turns lines into tables. Has no state, so threads may share it."""
+    """Turns rows into tables. Has no state, so threads may share it."""
 
-    def parse(self, lines: bytes, fail_fast: bool) -> tuple[pa.Table, list[MalformedRow]]:
-        """Parses lines, each ended by a line feed.
+    def parse(self, rows: TextRows, fail_fast: bool) -> tuple[pa.Table, list[MalformedRow]]:
+        """Parses rows.
 
         Args:
-          lines: the lines.
+          rows: the rows.
           fail_fast: stop at the first malformed row; the table is then of no use.
 
         Returns:
-          The columns asked for of the good rows, and the malformed rows in order.
+          The columns asked for of the good rows, and the malformed rows in order, by their number
+          among the rows.
         """
 
 
 class LineFiles:
     """Source over files of lines.
 
-    A `Split` is [start, stop) in bytes of a plain file, in data lines of a gzip file.
+    A `Split` is [start, stop) in bytes of a plain file, in data rows of a compressed file.
     """
+
+    counts_by_reading = True
 
     def __init__(
         self,
@@ -60,6 +79,7 @@ class LineFiles:
         schema: pa.Schema,
         make_parser: Callable[[Sequence[str]], LineParser],
         *,
+        row_ends: RowEnds = LINES,
         has_header: bool,
         quarantine: Quarantine | None,
     ) -> None:
@@ -70,7 +90,8 @@ class LineFiles:
           paths: the files, in the order of reading.
           schema: of the tables that the parsers give.
           make_parser: makes a parser that gives the columns named.
-          has_header: the first line of every file is no row.
+          row_ends: where rows end.
+          has_header: the first row of every file is none of the data's.
           quarantine: takes the malformed rows; None: the first one is an error.
 
         Raises:
@@ -81,57 +102,74 @@ class LineFiles:
         self.num_groups: int | None = None
         self._filesystem = filesystem
         self._make_parser = make_parser
+        self._row_ends = row_ends
         self._has_header = has_header
         self._quarantine = quarantine
+        infos = filesystem.get_file_info(list(paths))
+        self._sizes = {path: info.size or 0 for path, info in zip(paths, infos, strict=True)}
         self._splits = [split for path in self.paths for split in self._blocks(path)]
         if not self._splits:
             raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
-        self._lines: dict[Split, int] = {}
-        self._line_index = LineIndex(self._filesystem.open_input_file)
+        self._rows = _RowsSeen()
+        self._line_index = LineIndex(filesystem.open_input_file)
+        self._states = (
+            QuoteStates(filesystem.open_input_file, row_ends.quoting, BLOCK_BYTES)
+            if row_ends.quoting is not None
+            else None
+        )
 
     def splits(self) -> Sequence[Split]:
         """All splits, in the order of reading."""
         return self._splits
 
     def count_rows(self, split: Split) -> int:
-        """Lines of the split; reads it once."""
-        if split not in self._lines:
-            if _is_gzip(split.path) and split.stop != END:
-                return split.stop - split.start
-            self._lines[split] = sum(_core.count_newlines(_view(p)) for _, p in self._pieces(split))
-        return self._lines[split]
+        """Rows of the split; reads it once."""
+        if split.stop != END and is_compressed(split.path):
+            return split.stop - split.start
+        counted = self._rows.of_split(split)
+        if counted is None:
+            counted = sum(piece.rows.count for piece in self._pieces(split))
+        return counted
+
+    def has_rows(self, split: Split) -> bool:
+        """Whether the split has any row; reads no further than the first."""
+        return self._rows.of_split(split) != 0 and next(self._pieces(split), None) is not None
+
+    def expected_rows(self, splits: Sequence[Split]) -> RowCount | None:
+        """Rows of the splits as far as they are known, else by the rows a byte read so far."""
+        return self._rows.expected({split: self._stored_bytes(split) for split in splits})
 
     def cut(self, split: Split, row: int) -> tuple[Split, Split]:
-        """Cuts a split before its line `row`, at the line's first byte."""
-        if _is_gzip(split.path):
-            middle = split.start + row
-        else:
-            for start, piece in self._pieces(split):
-                lines = _core.count_newlines(_view(piece))
-                if row < lines:
-                    ends = np.flatnonzero(_view(piece) == 10)
-                    middle = start + int(ends[row - 1]) + 1 if row else start
+        """Cuts a split before its row `row`, at the row's first byte."""
+        middle = split.start + row
+        if not is_compressed(split.path):
+            before = row
+            for piece in self._pieces(split):
+                if before < piece.rows.count:
+                    middle = piece.start + (int(piece.rows.ends[before - 1]) if before else 0)
                     break
-                row -= lines
-        return Split(split.path, split.start, middle), Split(split.path, middle, split.stop)
+                before -= piece.rows.count
+        parts = Split(split.path, split.start, middle), Split(split.path, middle, split.stop)
+        self._rows.cut(split, parts, row)
+        return parts
 
     def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
-        """Parses the lines of a split in order."""
+        """Parses the rows of a split in order."""
         parser = self._make_parser(columns)
-        unit = "lines" if _is_gzip(split.path) else "bytes"
-        lines_before = split.start
-        for start, piece in self._pieces(split):
-            first_line = _FirstLine(self, split.path, start, lines_before)
-            table, malformed = parser.parse(piece, fail_fast=self._quarantine is None)
-            lines = _core.count_newlines(_view(piece))
+        unit = "bytes"
+        if is_compressed(split.path):
+            unit = "lines" if self._states is None else "rows"
+        for start, line, rows in self._pieces(split):
+            table, malformed = parser.parse(rows, fail_fast=self._quarantine is None)
+            first_line = _FirstLine(self, split.path, start, line)
+            lines = rows.first_lines()
             if malformed:
-                self._refuse(split.path, first_line, malformed)
+                self._refuse(split.path, first_line, malformed, lines)
             skipped = np.array([row.line for row in malformed], dtype=np.int64)
-            extent = (start, start + len(piece)) if unit == "bytes" else (start, start + lines)
-            if unit == "lines":
-                lines_before += lines
+            size = len(rows.text) if unit == "bytes" else rows.count
+            extent = Span(split.path, unit, start, start + size)
             if table.num_rows:
-                yield Chunk(table, LinePlace(first_line, skipped, Span(split.path, unit, *extent)))
+                yield Chunk(table, LinePlace(first_line, skipped, lines, extent))
 
     def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
         """Text keeps no statistics."""
@@ -141,11 +179,15 @@ class LineFiles:
         """Number (from 1) of the line that begins at byte `start` of a plain file."""
         return self._line_index.number(path, start)
 
-    def header_lines(self) -> int:
-        """Lines of a file before its first row."""
-        return int(self._has_header)
-
-    def _refuse(self, path: str, first: _FirstLine, malformed: list[MalformedRow]) -> None:
+    def _refuse(
+        self,
+        path: str,
+        first: _FirstLine,
+        malformed: list[MalformedRow],
+        lines: NDArray[np.int64] | None,
+    ) -> None:
+        if lines is not None:
+            malformed = [row._replace(line=int(lines[row.line])) for row in malformed]
         if self._quarantine is None:
             row = malformed[0]
             raise DataError(
@@ -155,86 +197,195 @@ class LineFiles:
         self._quarantine.add(path, first.number, malformed)
 
     def _blocks(self, path: str) -> Iterator[Split]:
-        if _is_gzip(path):
+        if is_compressed(path):
             yield Split(path, 0, END)
             return
-        size: int = self._filesystem.get_file_info(path).size
-        start = len(first_bytes(self._filesystem, path)) if self._has_header else 0
-        # Where lines begin is found when a block is read, so nothing is read here.
+        size = self._sizes[path]
+        start = 0
+        if self._has_header:
+            start = len(first_bytes(self._filesystem, path, row_ends=self._row_ends))
+        # Where rows begin is found when a block is read, so nothing is read here.
         for stop in range(BLOCK_BYTES, size + BLOCK_BYTES, BLOCK_BYTES):
             if min(stop, size) > start:
                 yield Split(path, start, min(stop, size))
                 start = stop
 
-    def _pieces(self, split: Split) -> Iterator[tuple[int, bytes]]:
-        """Whole lines of a split, a few MB at a time: (byte or line at which they begin, lines)."""
+    def _stored_bytes(self, split: Split) -> int:
+        if is_compressed(split.path):
+            return self._sizes[split.path]
+        return split.stop - split.start
+
+    def _pieces(self, split: Split) -> Iterator[_Piece]:
+        """The rows of a split, a few MB at a time."""
+        count = 0
+        find = self._compressed_pieces if is_compressed(split.path) else self._plain_pieces
         try:
-            if _is_gzip(split.path):
-                yield from self._gzip_pieces(split)
-            else:
-                yield from self._plain_pieces(split)
+            for piece, stored in find(split):
+                line = self._row_ends.open_quote(piece.rows.text)
+                if line is not None:
+                    first = _FirstLine(self, split.path, piece.start, piece.line).number
+                    raise open_quote(split.path, first + line, piece.rows.split()[line])
+                count += piece.rows.count
+                self._rows.add(piece.rows.count, stored)
+                yield piece
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{split.path}: cannot be read: {error}") from None
+        self._rows.set_split(split, count)
 
-    def _plain_pieces(self, split: Split) -> Iterator[tuple[int, bytes]]:
+    def _plain_pieces(self, split: Split) -> Iterator[tuple[_Piece, int]]:
+        """Pieces of a plain file, and how many bytes of it each took."""
         with self._filesystem.open_input_file(split.path) as file:
             size = file.size()
-            start = self._line_start(file, split.start, size)
+            if size < split.stop:
+                raise self._became_shorter(split.path)
+            start = self._row_start(file, split.path, split.start, size)
             if start == 0 and file.read(len(BOM)) == BOM:
                 start = len(BOM)
-            # The block's lines end where the first line of the next block begins.
-            end = self._line_start(file, split.stop, size)
+            # The block's rows end where the first row of the next block begins.
+            end = self._row_start(file, split.path, split.stop, size)
             file.seek(start)
             carried = b""
             while start + len(carried) < end:
-                piece = carried + file.read(min(READ_BYTES, end - start - len(carried)))
-                stop = len(piece) if start + len(piece) >= end else piece.rfind(b"\n") + 1
-                if stop == 0 and len(piece) > MAX_LINE_BYTES:
-                    raise DataError(f"{split.path}: line of over {MAX_LINE_BYTES} bytes; no text?")
-                carried = piece[stop:]
-                if stop:
-                    whole = piece[:stop] if carried else piece
-                    yield start, whole if whole.endswith(b"\n") else whole + b"\n"
-                start += stop
+                read = file.read(min(READ_BYTES, end - start - len(carried)))
+                if not read:
+                    raise self._became_shorter(split.path)
+                text = carried + read
+                is_last = start + len(text) >= end
+                taken = len(text)
+                if is_last and not text.endswith(b"\n"):
+                    text += b"\n"
+                rows = self._row_ends.take(text)
+                carried = text[len(rows.text) :] if len(rows.text) < len(text) else b""
+                self._check_row_size(split.path, len(carried))
+                if is_last and carried:
+                    unclosed = start + len(rows.text)
+                    raise _unclosed(split.path, self.line_number(split.path, unclosed))
+                if rows.count:
+                    taken -= len(carried)
+                    yield _Piece(start, None, rows), taken
+                    start += taken
 
-    def _line_start(self, file: pa.NativeFile, at: int, size: int) -> int:
-        """First byte at or after `at` where a line begins; `size` where none does."""
-        if at == 0:
-            return 0
+    def _row_start(self, file: pa.NativeFile, path: str, at: int, size: int) -> int:
+        """First byte at or after `at` where a row begins; `size` where none does."""
+        if at in {0, size}:
+            file.seek(at)
+            return at
+        state = FIELD_START if self._states is None else self._states.at(path, at)
         file.seek(at - 1)
-        passed = at - 1
-        while passed < size:
-            piece: bytes = file.read(1 << 16)
-            newline = piece.find(b"\n")
-            if newline >= 0:
-                return min(passed + newline + 1, size)
-            passed += len(piece)
-            if not piece or passed - at > MAX_LINE_BYTES:
-                break
+        if file.read(1) == b"\n" and state == FIELD_START:
+            return at
+        place = at
+        while place < size and place - at <= MAX_ROW_BYTES:
+            text: bytes = file.read(1 << 16)
+            if not text:
+                raise self._became_shorter(path)
+            end, state = self._row_ends.first_end(text, state)
+            if end:
+                return place + end
+            place += len(text)
         return size
 
-    def _gzip_pieces(self, split: Split) -> Iterator[tuple[int, bytes]]:
-        """Lines [start, stop) of the data lines of a gzip file."""
-        line = -self.header_lines()
-        with open_stream(self._filesystem, split.path) as stream:
-            carried: bytes = stream.read(READ_BYTES).removeprefix(BOM)
-            while line < split.stop:
+    def _compressed_pieces(self, split: Split) -> Iterator[tuple[_Piece, int]]:
+        """The rows [start, stop) of the data of a file, and how many stored bytes each took."""
+        row, line, stored = -int(self._has_header), 1, 0
+        with ByteStream(self._filesystem, split.path) as stream:
+            carried = stream.read_whole(max(READ_BYTES, len(BOM))).removeprefix(BOM)
+            while row < split.stop:
                 read = stream.read(READ_BYTES)
-                piece = carried + read
-                if not read and piece and not piece.endswith(b"\n"):
-                    piece += b"\n"
-                if not piece:
+                text = carried + read
+                if not read and text and not text.endswith(b"\n"):
+                    text += b"\n"
+                if not text:
                     return
-                stop = piece.rfind(b"\n") + 1
-                carried = piece[stop:]
-                if len(carried) > MAX_LINE_BYTES:
-                    raise DataError(f"{split.path}: line of over {MAX_LINE_BYTES} bytes; no text?")
-                whole = piece[:stop]
-                lines = _core.count_newlines(_view(whole))
-                low, high = max(split.start - line, 0), min(split.stop - line, lines)
+                rows = self._row_ends.take(text)
+                carried = text[len(rows.text) :]
+                self._check_row_size(split.path, len(carried))
+                lines = _core.count_newlines(view(rows.text))
+                if not read and carried:
+                    raise _unclosed(split.path, line + lines)
+                low, high = max(split.start - row, 0), min(split.stop - row, rows.count)
                 if low < high:
-                    yield line + low, _line_range(whole, low, high, lines)
+                    some = rows.range(low, high)
+                    before = rows.range(0, low).text if low else b""
+                    first = line + _core.count_newlines(view(before))
+                    yield _Piece(row + low, first, some), stream.bytes_read - stored
+                    stored = stream.bytes_read
+                row += rows.count
                 line += lines
+
+    def _check_row_size(self, path: str, size: int) -> None:
+        if size > MAX_ROW_BYTES:
+            what = "line" if self._states is None else "row"
+            why = "no text?" if self._states is None else "is a quote missing or stray?"
+            raise DataError(f"{path}: {what} of over {MAX_ROW_BYTES} bytes; {why}")
+
+    def _became_shorter(self, path: str) -> DataError:
+        return DataError(
+            f"{path}: became shorter than the {self._sizes[path]:,} bytes that it had when it was "
+            "opened; files must not change while they are read"
+        )
+
+
+class _Piece(NamedTuple):
+    """Some rows of a file."""
+
+    start: int
+    """Byte of a plain file, data row of a compressed one, with which they begin."""
+    line: int | None
+    """Number (from 1) of their first line; None: not counted."""
+    rows: TextRows
+
+
+class _RowsSeen:
+    """How many rows splits have, as far as they were read. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of_splits: dict[Split, int] = {}
+        self._rows = 0
+        self._bytes = 0
+
+    def add(self, rows: int, stored: int) -> None:
+        """Takes note of rows that were read."""
+        with self._lock:
+            self._rows += rows
+            self._bytes += stored
+
+    def set_split(self, split: Split, rows: int) -> None:
+        """Takes note of a split that was read to its end."""
+        with self._lock:
+            self._of_splits[split] = rows
+
+    def of_split(self, split: Split) -> int | None:
+        """Rows of a split; None: it was not read to its end."""
+        with self._lock:
+            return self._of_splits.get(split)
+
+    def cut(self, split: Split, parts: tuple[Split, Split], row: int) -> None:
+        """Takes note of a split's two parts, if the rows of the split are known."""
+        with self._lock:
+            if split in self._of_splits:
+                self._of_splits[parts[0]] = row
+                self._of_splits[parts[1]] = self._of_splits[split] - row
+
+    def expected(self, stored: dict[Split, int]) -> RowCount | None:
+        """Rows of splits of so many stored bytes."""
+        with self._lock:
+            known = {split: self._of_splits.get(split) for split in stored}
+            rate = self._rows / self._bytes if self._bytes else None
+        unknown = [split for split, rows in known.items() if rows is None]
+        rows = sum(rows for rows in known.values() if rows is not None)
+        if not unknown:
+            return RowCount(rows, is_exact=True)
+        if rate is None:
+            return None
+        for split in unknown:
+            if is_compressed(split.path):
+                in_file = round(stored[split] * rate)
+                rows += max(min(in_file, split.stop) - split.start, 0)
+            else:
+                rows += round(stored[split] * rate)
+        return RowCount(rows, is_exact=False)
 
 
 @dataclass(frozen=True)
@@ -244,29 +395,31 @@ class _FirstLine:
     source: LineFiles
     path: str
     start: int
-    lines_before: int
+    known: int | None
 
     @cached_property
     def number(self) -> int:
-        if _is_gzip(self.path):
-            return self.source.header_lines() + self.start + 1
-        return self.source.line_number(self.path, self.start)
+        """From 1."""
+        return self.source.line_number(self.path, self.start) if self.known is None else self.known
 
 
 @dataclass(frozen=True, slots=True)
 class LinePlace:
-    """Rows that are lines, less those left out."""
+    """The rows of a piece of text, less those left out."""
 
     first: _FirstLine
     skipped: NDArray[np.int64]
-    """Lines of the piece that gave no row, ascending, from 0."""
+    """Rows of the piece that are left out, ascending, from 0."""
+    lines: NDArray[np.int64] | None
+    """The line, from 0, with which each row of the piece begins; None: rows are lines."""
     extent: Span
 
     def locate(self, row: int) -> str:
         """Gives file:line of one row; counts the lines before it."""
-        line = row
+        number = row
         for skipped in self.skipped:
-            line += int(skipped) <= line
+            number += int(skipped) <= number
+        line = number if self.lines is None else int(self.lines[number])
         return f"{self.extent.path}:{self.first.number + line}"
 
     def span(self, start: int, stop: int) -> Span:
@@ -274,37 +427,38 @@ class LinePlace:
         return self.extent
 
 
-def open_stream(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
-    """Opens a file to be read from the front, decompressed."""
-    return filesystem.open_input_stream(path, compression="gzip" if _is_gzip(path) else None)
-
-
-def first_bytes(filesystem: fs.FileSystem, path: str, num_lines: int = 1) -> bytes:
-    """The first lines of a file, whole ones, of its first MB; at least one.
+def first_bytes(
+    filesystem: fs.FileSystem, path: str, num_rows: int = 1, row_ends: RowEnds = LINES
+) -> bytes:
+    """The first rows of a file, whole ones, of its first MB; at least one.
 
     Raises:
       DataError: the file cannot be read.
     """
-    try:
-        with open_stream(filesystem, path) as stream:
-            data: bytes = stream.read(1 << 20)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    ends = np.flatnonzero(_view(data) == 10)[:num_lines]
-    return data[: int(ends[-1]) + 1] if ends.size else data
+    with ByteStream(filesystem, path) as stream:
+        data = stream.read_whole(1 << 20)
+    mark = len(BOM) if data.startswith(BOM) else 0
+    rows = row_ends.take(data[mark:])
+    return data[: mark + len(rows.range(0, min(num_rows, rows.count)).text)] if rows.count else data
 
 
-def _line_range(lines: bytes, low: int, high: int, count: int) -> bytes:
-    if low == 0 and high == count:
-        return lines
-    ends = np.flatnonzero(_view(lines) == 10)
-    begin = int(ends[low - 1]) + 1 if low else 0
-    return lines[begin : int(ends[high - 1]) + 1]
+def is_compressed(path: str) -> bool:
+    """Whether a file's name says so."""
+    return compression_of_path(path) is not None
 
 
-def _is_gzip(path: str) -> bool:
-    return path.endswith(".gz")
+def open_quote(path: str, number: int, line: bytes) -> OpenQuote:
+    """What is raised where a quoted value does not close on its line, with the remedies."""
+    shown = MalformedRow(0, "", line.decode(errors="replace")).shown()
+    return OpenQuote(
+        f"{path}:{number}: a quoted value does not close on its line: {shown}; if values hold line "
+        "breaks, set data.source.quoted_line_breaks: true; if quotes are text, "
+        "data.source.quote: none; else mend the file"
+    )
 
 
-def _view(data: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(data, dtype=np.uint8)
+def _unclosed(path: str, line: int) -> DataError:
+    return DataError(
+        f"{path}:{line}: in the row that begins here a quoted value never closes; mend the file, "
+        "or set data.source.quote: none if quotes are text"
+    )

@@ -1,29 +1,27 @@
-"""Finds the lines that are no rows, by halving, where a parser says only that there is one."""
+"""Finds the rows that are malformed, by halving, where a parser says only that there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from penstock.data.quarantine import MalformedRow
 
 
 def find_malformed(
-    lines: bytes, reason: Callable[[list[bytes]], str | None], fail_fast: bool
+    rows: Sequence[bytes], reason: Callable[[Sequence[bytes]], str | None], fail_fast: bool
 ) -> tuple[list[MalformedRow], bytes]:
-    """Finds the malformed rows among lines.
+    """Finds the malformed ones among rows.
 
     Args:
-      lines: each ended by a line feed.
-      reason: what is wrong with some of the lines given (without their line feeds); None: nothing.
-        Of one line, it says what is wrong with that one.
+      rows: without their line feeds.
+      reason: what is wrong with some of the rows given; None: nothing. Of one row, it says what is
+        wrong with that one.
       fail_fast: stop at the first.
 
     Returns:
-      The malformed rows in order, and the other lines; with `fail_fast` none of these, if there is
-      a malformed row.
+      The malformed rows in order, and the text of the others; with `fail_fast` none of these, if
+      there is a malformed row.
     """
-    # splitlines() would also split at other bytes than line feeds.
-    rows = lines.split(b"\n")[:-1]
     malformed: list[MalformedRow] = []
     # Ranges still to look at, the first on top.
     stack = [(0, len(rows))] if rows else []

@@ -98,6 +98,14 @@ class Chunk(NamedTuple):
     place: Place
 
 
+class RowCount(NamedTuple):
+    """How many rows (or samples) there are."""
+
+    rows: int
+    is_exact: bool
+    """False: by what was read so far."""
+
+
 class Source(Protocol):
     """Rows in files (or made from numbers). Safe to read from several threads at once."""
 

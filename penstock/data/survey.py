@@ -16,9 +16,12 @@ from penstock.config import (
 from penstock.data.dataset import open_source
 from penstock.data.files import list_files
 from penstock.data.label_rate import LabelRate, label_rate
+from penstock.data.lines import OpenQuote
 from penstock.data.profile import DataProfile, Progress, profile_source
 from penstock.data.quarantine import MalformedRow, Quarantine
 from penstock.data.roles import Roles, assign_roles
+from penstock.data.source import Source
+from penstock.data.text import guess_delimiter
 from penstock.errors import DataError
 
 SurveyedSource: TypeAlias = ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource
@@ -81,18 +84,16 @@ def survey_data(
 
     Effects: bounded memory, see `profile_source`.
     """
-    is_text = isinstance(source, TextSource)
     if isinstance(source, TextSource | JsonLinesSource):
         source = source.model_copy(update={"on_malformed_row": "quarantine"})
-    malformed = _MalformedRows()
-    opened = open_source(source, {}, malformed)
-    tell = progress("columns")
-
-    def told(rows: int, share: float | None) -> None:
-        malformed.good = rows
-        tell(rows, share)
-
-    profile = profile_source(opened, max_rows=max_rows, as_text=is_text, progress=told)
+    if isinstance(source, TextSource) and source.delimiter is None:
+        source = source.model_copy(update={"delimiter": guess_delimiter(source)})
+    try:
+        opened, profile, malformed = _profile(source, max_rows, progress)
+    except OpenQuote:
+        assert isinstance(source, TextSource)
+        source = source.model_copy(update={"quoted_line_breaks": True})
+        opened, profile, malformed = _profile(source, max_rows, progress)
     roles = assign_roles(profile, label=label, items=items, event_time=event_time)
     source, types = _as_read(source, profile, roles)
     rate = label_rate(
@@ -114,6 +115,22 @@ def survey_data(
         malformed=malformed.rows,
         malformed_example=malformed.example,
     )
+
+
+def _profile(
+    source: SurveyedSource, max_rows: int | None, progress: Callable[[str], Progress]
+) -> tuple[Source, DataProfile, _MalformedRows]:
+    malformed = _MalformedRows()
+    opened = open_source(source, {}, malformed)
+    tell = progress("columns")
+
+    def told(rows: int, share: float | None) -> None:
+        malformed.good = rows
+        tell(rows, share)
+
+    is_text = isinstance(source, TextSource)
+    profile = profile_source(opened, max_rows=max_rows, as_text=is_text, progress=told)
+    return opened, profile, malformed
 
 
 class _MalformedRows(Quarantine):

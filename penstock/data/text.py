@@ -1,4 +1,4 @@
-"""CSV and TSV files: their columns and types, from the job and the header. One line is one row."""
+"""CSV and TSV files: their columns and types, from the job and the header."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pyarrow import csv, fs
 
 from penstock.config import TextSource
 from penstock.data.files import list_files
-from penstock.data.lines import BOM, LineFiles, first_bytes
+from penstock.data.lines import LineFiles, first_bytes, open_quote
 from penstock.data.quarantine import Quarantine
+from penstock.data.row_ends import BOM, Quoting, RowEnds
 from penstock.data.text_parser import TextParser
 from penstock.errors import ConfigError, DataError
 
@@ -43,33 +44,58 @@ def open_text(
       DataError: a file cannot be read, or its header is not that of the first.
     """
     filesystem, paths = list_files(config.path)
-    delimiter = "\t" if config.format == "tsv" else ","
+    delimiter, quote = config.delimiter_character, config.quote_character
+    quoting = None if quote is None else Quoting(ord(delimiter), ord(quote))
+    row_ends = RowEnds(quoting, line_breaks=config.quoted_line_breaks)
     if config.columns is None:
-        names = _header(filesystem, paths[0], delimiter)
+        names = _header(filesystem, paths[0], config, row_ends)
     else:
         names = expand_names(config.columns)
     _check_names(names, paths[0])
     schema = pa.schema(_column_types(names, config, default_types))
     if config.columns is None:
         for path in paths[1:]:
-            _check_header(path, _header(filesystem, path, delimiter), paths[0], names)
+            header = _header(filesystem, path, config, row_ends)
+            _check_header(path, header, paths[0], names)
     return LineFiles(
         filesystem,
         paths,
         schema,
-        lambda columns: TextParser(schema, columns, delimiter, config.null_values),
+        lambda columns: TextParser(schema, columns, delimiter, quote, row_ends, config.null_values),
+        row_ends=row_ends,
         has_header=config.columns is None,
         quarantine=quarantine if config.on_malformed_row == "quarantine" else None,
     )
 
 
-def _header(filesystem: fs.FileSystem, path: str, delimiter: str) -> list[str]:
-    line = first_bytes(filesystem, path).removeprefix(BOM)
-    if not line.strip():
+def guess_delimiter(config: TextSource) -> str | None:
+    """Another delimiter than that of the format, if the first line has one and not that; else None.
+
+    Raises:
+      DataError: the first file cannot be read.
+    """
+    filesystem, paths = list_files(config.path)
+    line = first_bytes(filesystem, paths[0]).decode(errors="replace")
+    if config.delimiter_character in line:
+        return None
+    return next((one for one in ";|\t," if one in line), None)
+
+
+def _header(
+    filesystem: fs.FileSystem, path: str, config: TextSource, row_ends: RowEnds
+) -> list[str]:
+    row = first_bytes(filesystem, path, row_ends=row_ends).removeprefix(BOM)
+    if not row.strip():
         raise DataError(f"{path}: the first line, the header, is empty")
-    options = csv.ParseOptions(delimiter=delimiter)
+    if row_ends.open_quote(row) is not None:
+        raise open_quote(path, 1, row)
+    options = csv.ParseOptions(
+        delimiter=config.delimiter_character,
+        quote_char=config.quote_character or False,
+        newlines_in_values=True,
+    )
     try:
-        return list(csv.read_csv(pa.BufferReader(line), parse_options=options).column_names)
+        return list(csv.read_csv(pa.BufferReader(row), parse_options=options).column_names)
     except UnicodeDecodeError:
         raise DataError(f"{path}:1: the header is not UTF-8; write the file in UTF-8") from None
     except pa.ArrowException as error:

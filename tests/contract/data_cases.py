@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,13 @@ from penstock.data import Dataset
 from penstock.types import Batch, Position
 
 NUMERIC, FEATURES = 3, 4
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda text: text,
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "zst": lambda text: pa.Codec("zstd").compress(text, asbytes=True),
+}
+"""By the ending of the file's name."""
 
 
 def make_table(rows: int, seed: int = 0) -> pa.Table:
@@ -55,26 +65,30 @@ def write_case(kind: str, table: pa.Table, path: Path) -> dict[str, object]:
             with new(path / f"part-{number}.arrow", rows.schema) as out:
                 out.write_table(rows, max_chunksize=60)
         return {"format": "arrow", "path": str(path / "part-*.arrow")}
-    if kind.startswith("jsonl"):
-        lines = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
-        if kind.endswith("gz"):
-            lines = gzip.compress(lines)
-        (path / f"rows.{kind}").write_bytes(lines)
-        return {"format": "jsonl", "path": str(path / f"rows.{kind}")}
-    tsv = kind.startswith("tsv")
-    options = csv.WriteOptions(
-        delimiter="\t" if tsv else ",", include_header=not tsv, quoting_style="none"
-    )
-    file = path / f"rows.{'tsv' if tsv else 'csv'}"
-    csv.write_csv(table, file, options)
-    if kind.endswith("gz"):
-        compressed = file.with_name(file.name + ".gz")
-        compressed.write_bytes(gzip.compress(file.read_bytes()))
-        file.unlink()
-        file = compressed
-    source: dict[str, object] = {"format": kind[:3], "path": str(file), "types": {"C*": "int64"}}
-    if tsv:
-        source["columns"] = ["label", "weight", "time", "I{1..3}", "C{1..4}"]
+    kind, _, ending = kind.partition(".")
+    is_quoted, kind = kind.startswith("quoted "), kind.removeprefix("quoted ")
+    file = path / f"rows.{kind}{'.' if ending else ''}{ending}"
+    source: dict[str, object] = {"format": kind, "path": str(file)}
+    if kind == "jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
+    else:
+        if is_quoted:
+            # A value that looks like rows, in quotes; of every third row.
+            fake = [f'see "{n}"\n1,2,3\r\n\n' if n % 3 == 0 else "" for n in range(table.num_rows)]
+            table = table.append_column("title", pa.array(fake))
+            source["quoted_line_breaks"] = True
+        out = io.BytesIO()
+        options = csv.WriteOptions(
+            delimiter="\t" if kind == "tsv" else ",",
+            include_header=kind == "csv",
+            quoting_style="needed" if is_quoted else "none",
+        )
+        csv.write_csv(table, out, options)
+        text = out.getvalue()
+        source["types"] = {"C*": "int64"}
+        if kind == "tsv":
+            source["columns"] = ["label", "weight", "time", "I{1..3}", "C{1..4}"]
+    file.write_bytes(COMPRESSIONS[ending](text))
     return source
 
 

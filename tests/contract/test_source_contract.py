@@ -26,7 +26,9 @@ KINDS = [
     "csv",
     "tsv",
     "csv.gz",
-    "tsv.gz",
+    "tsv.bz2",
+    "quoted csv",
+    "quoted csv.zst",
     "jsonl",
     "jsonl.gz",
 ]
@@ -134,7 +136,7 @@ def test_splits_read_alone_and_cut_anywhere(kind, tmp_path):
         return pa.concat_tables([c.table for c in rows.source.read(split, names)]).to_pylist()
 
     splits = list(rows.source.splits())
-    assert len(splits) > 1 or kind.endswith("gz")
+    assert len(splits) > 1 or "." in kind
     in_order = [read(split) for split in splits]
     backwards = [read(split) for split in splits[::-1]][::-1]
     assert in_order == backwards

@@ -13,7 +13,9 @@ from penstock.config import parse_job
 from penstock.data import Dataset, lines
 from penstock.data.dataset import open_source
 from penstock.data.json_lines import JsonParser
+from penstock.data.lines import OpenQuote
 from penstock.data.quarantine import Quarantine
+from penstock.data.row_ends import TextRows
 from penstock.errors import CheckpointError, ConfigError, DataError
 from penstock.training.trained import open_trained
 from tests.contract.data_cases import make_job, make_table, write_case
@@ -21,7 +23,7 @@ from tests.fuzz.damage import TEXT, damage, damaged
 from tests.fuzz.effort import effort
 
 ROWS = 60
-KINDS = ("parquet", "orc", "arrow", "arrow stream", "csv.gz", "tsv.gz", "jsonl.gz")
+KINDS = ("parquet", "orc", "arrow", "arrow stream", "csv.gz", "tsv.bz2", "jsonl.gz")
 TEXT_KINDS = ("csv", "tsv", "jsonl")
 
 
@@ -96,7 +98,7 @@ def test_damaged_files(cases, kind, number, harm):
             assert names_something(error, path.parent), error
         else:
             assert count == dataset.num_rows("train") + dataset.num_rows("evaluation")
-        if kind.endswith("gz"):
+        if "." in kind:
             whole = rows_of_original(cases, kind)
             try:
                 assert rows_of(open_plainly(make_job(source))) == whole
@@ -108,7 +110,7 @@ def test_damaged_files(cases, kind, number, harm):
 
 def rows_of_original(cases, kind):
     """The rows of the undamaged file; JSON lines in text say the same as the ones compressed."""
-    plain = kind.removesuffix(".gz")
+    plain = kind.partition(".")[0]
     return rows_of(open_plainly(make_job(cases[plain][0])))
 
 
@@ -148,7 +150,7 @@ def test_no_line_is_lost(cases, kind, harm, sizes):
             assert not untouched - Counter(map(repr, read)), "a good row was not read as it is"
     except DataError as error:
         assert str(path) in str(error), error
-        assert not given_lines or kind == "jsonl", error
+        assert not given_lines or kind == "jsonl" or isinstance(error, OpenQuote), error
     finally:
         path.write_bytes(data)
 
@@ -229,7 +231,7 @@ def test_any_lines_give_rows_or_malformed_rows(texts):
     parser = JsonParser(schema, ["C1", "label"])
     encoding = "latin-1" if any("\xff" in text for text in texts) else "utf-8"
     data = "".join(text + "\n" for text in texts).encode(encoding)
-    table, malformed = parser.parse(data, fail_fast=False)
+    table, malformed = parser.parse(TextRows(data), fail_fast=False)
     assert table.num_rows + len(malformed) == len(texts)
     table.validate(full=True)
     assert table.column_names == ["C1", "label"]

@@ -365,13 +365,30 @@ def test_malformed_rows_are_counted_and_the_job_copes(tmp_path):
 def test_a_wrong_format_is_said_early(tmp_path, monkeypatch):
     monkeypatch.setattr("penstock.data.survey._MOST_MALFORMED", 50)
     path = tmp_path / "rows.txt"
-    path.write_text("".join(f"{n}\t{n}\n" for n in range(200)))
+    path.write_text("".join(f"{n}:{n}\n" for n in range(200)))
     with pytest.raises(DataError) as caught:
         survey_data(TextSource(path=str(path), columns=("a", "b")))
     assert str(caught.value) == (
         f"{path}:1: 1 fields, expected 2; 200 of the first 200 rows are malformed: give the right "
         "--format, and --columns if there is no header"
     )
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_the_dialect_of_text_is_drafted(tmp_path, delimiter, breaks):
+    path = tmp_path / "rows.csv.zst"
+    rows = [["click", "item", "title"]]
+    rows += [[str(n % 2), str(n % 50), f'"see\n{n}"' if breaks else "see"] for n in range(400)]
+    text = "".join(delimiter.join(row) + "\n" for row in rows).encode()
+    path.write_bytes(pa.Codec("zstd").compress(text, asbytes=True))
+    survey = survey_data(TextSource(path=str(path)))
+    assert survey.profile.rows == 400
+    draft, job, dataset = opened(survey)
+    assert job.data.source.delimiter == delimiter
+    assert job.data.source.quoted_line_breaks is breaks
+    assert ("quoted_line_breaks" in draft) is breaks
+    assert dataset.num_rows("train") + dataset.num_rows("evaluation") == 400
 
 
 def test_json_lines(tmp_path):
