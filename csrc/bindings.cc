@@ -228,13 +228,17 @@ void bind_host_store(nb::module_& m) {
       .def("retention",
            [](const HostStore& self, uint32_t table, Out<float> value, Out<float> state, Out<int64_t> numbers) {
              const RetentionNumbers now = self.retention(table, value.data(), state.data());
-             static_assert(sizeof(now) == 9 * sizeof(int64_t));
+             static_assert(sizeof(now) == 10 * sizeof(int64_t));
              std::memcpy(numbers.data(), &now, sizeof(now));
+           })
+      .def("counters",
+           [](const HostStore& self, Out<int64_t> rows, Out<int64_t> candidates, Out<int64_t> numbers) {
+             self.counters(rows.data(), candidates.data(), reinterpret_cast<RetentionNumbers*>(numbers.data()));
            })
       .def("set_retention",
            [](HostStore& self, uint32_t table, In<float> value, In<float> state, In<int64_t> numbers) {
              RetentionNumbers given;
-             std::memcpy(&given, numbers.data(), sizeof(given));
+             std::memcpy(static_cast<void*>(&given), numbers.data(), sizeof(given));
              self.set_retention(table, given, value.data(), state.data());
            })
       .def("num_rows", &HostStore::num_rows)

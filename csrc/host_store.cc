@@ -29,7 +29,13 @@ HostStore::HostStore(uint32_t dim, ValueType type, uint32_t state_dim, uint32_t 
       kernels_(select_row_kernels(dim, type, optimizer, most_isa, &isa_)),
       retention_(tables.size()),
       default_slots_(tables.size(), kNoSlot),
+      rows_of_table_(tables.size()),
       candidates_of_table_(tables.size()),
+      listed_(tables.size()),
+      row_thresholds_(tables.size()),
+      candidate_thresholds_(tables.size()),
+      number_of_table_(tables.size(), kNoNumber),
+      follows_(tables.size(), true),
       pool_(num_threads),
       shards_(kNumShards),
       scratch_(num_threads) {
@@ -44,7 +50,9 @@ HostStore::HostStore(uint32_t dim, ValueType type, uint32_t state_dim, uint32_t 
   }
   // Marks of use take memory, so that less of it is left for the index.
   growth_ = {usage_dim_ != 0 ? 20u : 30u, most_entries};
-  for (ShardSlots& shard : shards_) shard.rows_of_table.resize(initializers_.size());
+  if (retains_) {
+    for (ThreadScratch& scratch : scratch_) scratch.tallies = Tallies(tables.size());
+  }
 }
 
 bool HostStore::open() {
@@ -103,7 +111,13 @@ Status HostStore::take_slot(uint32_t shard_number, uint32_t* slot) {
 Status HostStore::insert_shard(uint32_t shard_number, const Miss* misses, int64_t count, int64_t* done) {
   constexpr int64_t kAhead = 8;
   const IndexView index = index_.view();
-  ShardSlots& shard = shards_[shard_number];
+  // Misses of one feature come one after the other: their table's rows are counted together.
+  uint32_t table = 0;
+  uint64_t rows_of_table = 0;
+  const auto count_rows = [&] {
+    if (rows_of_table != 0) rows_of_table_[table].fetch_add(rows_of_table, std::memory_order_relaxed);
+    rows_of_table = 0;
+  };
   for (int64_t& i = *done; i < count; ++i) {
     if (i + kAhead < count) {
       const uint64_t hash = index_.hash(misses[i + kAhead].key, misses[i + kAhead].table);
@@ -115,13 +129,18 @@ Status HostStore::insert_shard(uint32_t shard_number, const Miss* misses, int64_
       *miss.slot = entry->slot();
       continue;
     }
-    if (index_.is_full(shard_number)) return Status::kIndexFull;
-    const Status status = take_slot(shard_number, miss.slot);
-    if (status != Status::kOk) return status;
+    const Status status = index_.is_full(shard_number) ? Status::kIndexFull : take_slot(shard_number, miss.slot);
+    if (status != Status::kOk) {
+      count_rows();
+      return status;
+    }
     kernels_.initialize(rows(), initializers_[miss.table], miss.key, rows().value(*miss.slot), rows().state(*miss.slot));
     index_.insert(miss.key, Entry::pack(miss.table, *miss.slot), hash);
-    ++shard.rows_of_table[miss.table];
+    if (miss.table != table) count_rows();
+    table = miss.table;
+    ++rows_of_table;
   }
+  count_rows();
   return Status::kOk;
 }
 
@@ -145,7 +164,7 @@ std::vector<int64_t> HostStore::sort_misses() {
 }
 
 Status HostStore::insert_misses(Insert insert, const std::vector<SlotSpan>& in_use) {
-  ++content_version_;
+  content_changed();
   const std::vector<int64_t> begin = sort_misses();
   if (retains_) return admit_misses(begin, insert == Insert::kAll, in_use);
   std::vector<int64_t> done(kNumShards);

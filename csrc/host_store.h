@@ -5,6 +5,7 @@
 // threads: rows and index shards have one owner each, so there are no locks on the way.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "index.h"
+#include "key_list.h"
 #include "memory.h"
 #include "retention.h"
 #include "row_kernels.h"
@@ -104,17 +106,19 @@ class HostStore {
   Status import_candidates(uint32_t table, const int64_t* keys, const int64_t* counts, int64_t count);
   uint64_t num_candidates(uint32_t table) const { return candidates_of_table_[table]; }
 
-  // Moves the time on. Rows beyond their ttl leave, counts are halved.
+  // Moves the time on. Rows beyond their ttl leave, counts are halved. Costs what is due, not what there is.
   void advance(uint64_t step, uint64_t seconds);
 
   // What a table remembers besides; value [dim] and state [state_dim] of its default row.
   RetentionNumbers retention(uint32_t table, float* value, float* state) const;
+  // Of all tables: rows [T], candidates [T], numbers [T].
+  void counters(int64_t* rows, int64_t* candidates, RetentionNumbers* numbers) const;
   void set_retention(uint32_t table, const RetentionNumbers& numbers, const float* value, const float* state);
 
   // Rises with every call that adds or removes rows.
   uint64_t content_version() const { return content_version_; }
 
-  uint64_t num_rows(uint32_t table) const;
+  uint64_t num_rows(uint32_t table) const { return rows_of_table_[table].load(std::memory_order_relaxed); }
 
   // Where the table's rows are, in the order of the index: slots [num_rows].
   void row_slots(uint32_t table, uint32_t* slots) const;
@@ -133,12 +137,12 @@ class HostStore {
     uint32_t table;
     uint32_t* slot;  // where to write the answer
   };
+  static constexpr uint32_t kNoNumber = ~0u;
   static constexpr uint64_t kLeastExtent = 16;  // slots; all extents are multiples of it
   struct alignas(64) ShardSlots {
     std::vector<uint32_t> free;
     uint32_t next = 0;
     uint32_t end = 0;  // [next, end) is this shard's current extent
-    std::vector<uint64_t> rows_of_table;
   };
   // A key without a row, and its misses: sorted_misses_[first .. last).
   struct Newcomer {
@@ -149,6 +153,8 @@ class HostStore {
     int64_t last;
     bool is_wanted;
     bool is_candidate;  // counted before
+    bool is_new = false;  // has got an entry of the index
+    bool has_row = false;
   };
   // What the newcomers of one call amount to, of one table.
   struct Tally {
@@ -157,23 +163,75 @@ class HostStore {
     int64_t admitted = 0;
     int64_t refused = 0;
     int64_t candidates = 0;  // change of their number
-    int64_t evicted = 0;
-    int64_t evicted_age = 0;
+    bool is_touched = false;
   };
-  // Who comes in where there is not room for all: those whose precedence is below.
-  struct Thresholds {
-    std::vector<uint64_t> row;
-    std::vector<uint64_t> candidate;
+  // Those of one thread. Clearing them costs what was touched, not what there is.
+  class Tallies {
+   public:
+    explicit Tallies(size_t tables) : of_table_(tables) {}
+    Tally& operator[](uint32_t table) {
+      Tally& tally = of_table_[table];
+      if (!tally.is_touched) {
+        touched_.push_back(table);
+        tally.is_touched = true;
+      }
+      return tally;
+    }
+    const std::vector<uint32_t>& touched() const { return touched_; }
+    void clear();
+
+   private:
+    std::vector<Tally> of_table_;
+    std::vector<uint32_t> touched_;
   };
-  // A row that may leave.
-  struct Leaver {
-    uint64_t rank;
-    uint64_t key;
+  using Totals = std::vector<std::pair<uint32_t, Tally>>;  // of the tables touched, in their order
+  // Which keys come in where there is not room for all: those of a lower precedence.
+  struct Threshold {
+    uint64_t precedence = 0;
+    bool is_set = false;
+    bool admits(uint64_t other) const { return !is_set || other < precedence; }
+  };
+  // A table with more newcomers than places.
+  struct Crowd {
     uint32_t table;
-    uint32_t age;
+    uint64_t places;
+    uint64_t size;
+    std::vector<uint64_t> precedences;
+  };
+  // The keys of a table that has eviction or counts keys: those with a row where it evicts, and those counted. So what looks
+  // through a table costs what the table holds, whatever else the index does.
+  struct Listed {
+    KeyList keys;
+    uint64_t dead = 0;     // no longer of the table, or there twice
+    bool repeats = false;  // some may be there twice: erased, and inserted again
+  };
+  // A key that may leave: a row, or a count, which has no slot.
+  struct Leaver {
+    uint64_t rank;  // of a row; of a count the place of its entry
+    uint64_t key;
+    uint64_t position;  // in the table's list
+    uint32_t table;
+    uint32_t slot;
+    uint32_t age;  // of a row; of a count what is left of it
+  };
+  // Rows that must leave a table, the lowest in the order of eviction.
+  struct Due {
+    uint32_t table;
+    uint64_t count;
+    bool is_bounded = false;  // all that leave are below `bound`, probably
+    Leaver bound{};
+    uint64_t found = 0;
+  };
+  // Part of the list of a table, the `due`-th of those that a loop is about.
+  struct Stretch {
+    size_t due;
+    uint32_t table;
+    uint64_t first;
+    uint64_t last;
   };
   // Slots that the call at hand has found, so that they stay.
   struct SlotSpan {
+    uint32_t table;
     const uint32_t* slots;
     int64_t count;
   };
@@ -194,8 +252,15 @@ class HostStore {
     std::vector<uint32_t> unique_of, unique_slot, begin, order;
     std::vector<float> sums;
     int64_t rows = 0;
-    std::vector<Tally> tally;  // by table
+    Tallies tallies{0};
     std::vector<uint32_t> freed;
+  };
+  // Where the rows of some tables are in the index, table by table, so that an export of many small tables passes over the
+  // index a few times in all. Holds as long as no row comes or goes.
+  struct ExportOrder {
+    uint32_t first = 0;  // the tables are first, first + 1, ..., after the last one 0
+    std::vector<uint64_t> begin;  // [tables + 1]
+    std::vector<uint64_t> places;
   };
 
   // What a tile has to pool after its keys were found: scratch_[thread].misses[first .. last), and the others too unless
@@ -238,26 +303,53 @@ class HostStore {
   Status insert_by_shard(const std::function<Status(uint32_t, int)>& insert);
 
   // host_store_retention.cc
+  bool is_listed(uint32_t table) const { return policies_[table].evicts || policies_[table].min_count != 0; }
   Status admit_misses(const std::vector<int64_t>& begin, bool admits_all, const std::vector<SlotSpan>& in_use);
-  void judge_shard(uint32_t shard, int64_t first, int64_t last, bool admits_all, std::vector<Tally>& tally);
-  Thresholds make_room(const std::vector<Tally>& totals, const std::vector<SlotSpan>& in_use);
-  uint64_t threshold(uint32_t table, bool of_rows, uint64_t room) const;
-  Status admit_shard(uint32_t shard, const Thresholds& thresholds, bool admits_all, std::vector<Tally>& tally,
-                     int64_t* done);
+  void judge_shard(uint32_t shard, int64_t first, int64_t last, bool admits_all, Tallies& tallies);
+  // Evicts for newcomers, and sets thresholds where that is not enough.
+  void make_room(const Totals& totals, const std::vector<SlotSpan>& in_use);
+  void set_thresholds(std::vector<Crowd>& crowds, bool of_rows);
+  // Calls visit(newcomer, crowd) for the newcomers of the crowds' tables.
+  template <typename Visit>
+  void each_of_crowds(std::vector<Crowd>& crowds, const Visit& visit);
+  void reserve_lists(const Totals& totals);
+  void list_newcomers();
+  Status admit_shard(uint32_t shard, bool admits_all, Tallies& tallies, int64_t* done);
   Status give_row(uint32_t shard, const Newcomer& newcomer, Entry* entry, uint64_t hash, uint32_t* slot);
-  void clear_tallies();
-  std::vector<Tally> total_tally() const;
-  void evict_lowest(uint32_t table, uint64_t count, const std::vector<SlotSpan>& in_use);
-  template <typename Leaves>
-  void collect_leavers(uint32_t shard, const std::vector<uint8_t>& tables, const Leaves& leaves, std::vector<Leaver>* leavers);
-  void erase_rows(uint32_t shard, const std::vector<Leaver>& leavers, std::vector<uint32_t>* freed);
-  void count_evicted(const std::vector<Leaver>& leavers, std::vector<Tally>& tally) const;
-  void end_eviction();
-  void evict_expired(const std::vector<uint8_t>& tables);
-  void halve_counts(const std::vector<uint8_t>& halvings);
-  uint64_t rank_of(uint32_t table, uint32_t slot) const;
+  Totals take_totals();
+
+  // host_store_eviction.cc
+  // Drops what is dead from a table's list.
+  void tidy(uint32_t table);
+  void tidy_if_worthwhile(uint32_t table);
+  // Calls visit(entry, position) for the keys of a tidy list from `first`, `stride` apart.
+  template <typename Visit>
+  void each_entry(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const;
+  Leaver leaver_of(uint32_t table, const Entry& entry, uint64_t position, int64_t now) const;
+  std::vector<Stretch> stretches(const std::vector<Due>& dues) const;
+  void mark_in_use(const std::vector<Due>& dues, const std::vector<SlotSpan>& in_use, bool is_in_use);
+  void guess_bound(Due& due) const;
+  void evict_lowest(std::vector<Due>& dues, const std::vector<SlotSpan>& in_use);
+  // Takes keys out of lists and index, and rows out of the store; each element is of one table.
+  void remove_keys(std::vector<std::vector<Leaver>>& of_tables);
+  template <typename Judge, typename Settle>
+  void sweep(const std::vector<uint32_t>& tables, const Judge& judge, const Settle& settle);
+  void judge_time(uint32_t table, int64_t step, int64_t seconds, std::vector<uint32_t>* expiring,
+                  std::vector<std::pair<uint32_t, uint32_t>>* halvings);
+  void find_next_events();
+  void evict_expired(const std::vector<uint32_t>& tables);
+  void halve_counts(const std::vector<std::pair<uint32_t, uint32_t>>& halvings);
+  RetentionNumbers numbers_of(uint32_t table) const;
+  int64_t now_of(uint32_t table) const;
+  int64_t step_of(uint32_t table) const;
   void mark_used(const uint32_t* slots, int64_t count, uint32_t table);
+
+  // host_store_rows.cc
   void return_freed_slots();
+  void content_changed();
+  uint64_t most_in_order() const;
+  bool is_in_order(uint32_t table) const;
+  void order_for_export(uint32_t table);
 
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
   // Returns how many there are; the vector may be longer.
@@ -290,10 +382,22 @@ class HostStore {
   std::vector<RetentionPolicy> policies_;
   std::vector<RetentionNumbers> retention_;
   std::vector<uint32_t> default_slots_;  // kNoSlot: the table refuses no key
+  std::vector<std::atomic<uint64_t>> rows_of_table_;
   std::vector<uint64_t> candidates_of_table_;
+  std::vector<Listed> listed_;
+  std::vector<Threshold> row_thresholds_, candidate_thresholds_;  // of the call at hand; none is set between calls
+  std::vector<uint32_t> number_of_table_;  // among those that a loop is about; kNoNumber between loops
+  std::vector<uint64_t> in_use_bits_;  // by slot; clear between calls
   bool retains_ = false;  // some table has rules
   Growth growth_{30, kUnlimited};
   uint64_t step_ = 0;
+  // The time that `advance` was told; a table goes by it or, where that is later, by its own.
+  int64_t clock_step_ = 0;
+  int64_t clock_seconds_ = 0;
+  std::vector<uint8_t> follows_;  // by table; false: its numbers were set since the last `advance`
+  int64_t next_step_ = 0;      // before both of these, `advance` has nothing to do in any table
+  int64_t next_second_ = 0;
+  std::vector<uint32_t> full_tables_;  // whose counts are halved at the next step
 
   mutable std::mutex call_;
   ThreadPool pool_;
@@ -307,6 +411,7 @@ class HostStore {
   std::vector<uint8_t> first_owners_;  // of each kLeastExtent slots behind the default rows: the shard that took them
   uint64_t content_version_ = 1;
   uint64_t erase_version_ = 1;
+  ExportOrder export_order_;
   std::vector<ShardSlots> shards_;
   std::vector<ThreadScratch> scratch_;
   std::vector<Miss> sorted_misses_;

@@ -207,7 +207,7 @@ Status HostStore::pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool 
   if (retains_) {
     for (int64_t f = 0; f < plan.num_features; ++f) {
       const int64_t bag = plan.packed_feature[f] * batch.batch_size, first = batch.begin(bag);
-      in_use.push_back({lookup->slots.data() + first, batch.begin(bag + batch.batch_size) - first});
+      in_use.push_back({plan.table[f], lookup->slots.data() + first, batch.begin(bag + batch.batch_size) - first});
     }
   }
   const Status status = insert_misses(Insert::kAdmitted, in_use);

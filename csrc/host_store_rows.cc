@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <set>
 
 namespace penstock {
 namespace {
 
 constexpr int64_t kChunkKeys = 4096;  // keys of one task
+constexpr uint64_t kMostInOrder = 1 << 21;  // rows whose places are kept for an export; of a large index a 16th of its entries
 
 }  // namespace
 
@@ -24,7 +26,7 @@ Status HostStore::locate(uint32_t table, const int64_t* keys, int64_t count, Ins
   });
   if (insert == Insert::kNever) return Status::kOk;
   for (const ThreadScratch& scratch : scratch_) {
-    if (!scratch.misses.empty()) return insert_misses(insert, {{slots->data(), count}});
+    if (!scratch.misses.empty()) return insert_misses(insert, {{table, slots->data(), count}});
   }
   return Status::kOk;
 }
@@ -83,6 +85,10 @@ Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t 
   const Status status = locate(table, keys, count, Insert::kAll, &slots);
   *inserted = static_cast<int64_t>(num_rows(table) - before) + retention_[table].evicted - evicted;
   if (status != Status::kOk && status != Status::kOverBudget) return status;
+  const int64_t now = now_of(table);
+  if (usage != nullptr && usage_dim_ != 0) {
+    for (int64_t i = 0; i < count; ++i) retention_[table].ahead += slots[i] != kNoSlot && usage[i * usage_dim_] > now;
+  }
   // A thread owns the slots of its residue, so that of equal keys the last one stays.
   const uint32_t owners = static_cast<uint32_t>(num_threads());
   pool_.run(owners, [&](int64_t owner, int) {
@@ -96,8 +102,9 @@ Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t 
       std::memcpy(rows().state(slots[i]), state + i * state_dim_, state_dim_ * sizeof(float));
       uint32_t* const marks = rows().usage(slots[i]);
       for (uint32_t word = 0; word < usage_dim_; ++word) {
-        const int64_t unused = word == 0 ? retention_[table].now : 0;
-        marks[word] = static_cast<uint32_t>(usage != nullptr ? usage[i * usage_dim_ + word] : unused);
+        const int64_t unused = word == 0 ? now : 0;
+        const int64_t given = usage != nullptr ? usage[i * usage_dim_ + word] : unused;
+        marks[word] = static_cast<uint32_t>(word == 0 ? std::min(given, now) : given);
       }
     }
   });
@@ -106,7 +113,6 @@ Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t 
 
 int64_t HostStore::erase(uint32_t table, const int64_t* keys, int64_t count) {
   const std::lock_guard<std::mutex> guard(call_);
-  const uint64_t rows_before = num_rows(table);
   // A thread owns the shards of its residue.
   const uint32_t owners = static_cast<uint32_t>(num_threads());
   pool_.run(owners, [&](int64_t owner, int) {
@@ -118,11 +124,18 @@ int64_t HostStore::erase(uint32_t table, const int64_t* keys, int64_t count) {
       if (entry == nullptr || entry->is_candidate()) continue;
       scratch_[owner].freed.push_back(entry->slot());
       index_.erase(entry);
-      --shards_[shard].rows_of_table[table];
     }
   });
+  int64_t erased = 0;
+  for (const ThreadScratch& scratch : scratch_) erased += static_cast<int64_t>(scratch.freed.size());
+  rows_of_table_[table] -= static_cast<uint64_t>(erased);
+  if (policies_[table].evicts && erased != 0) {
+    listed_[table].dead += static_cast<uint64_t>(erased);
+    listed_[table].repeats = true;
+    tidy_if_worthwhile(table);
+  }
   return_freed_slots();
-  return static_cast<int64_t>(rows_before - num_rows(table));
+  return erased;
 }
 
 // After rows were erased. Their slots go back to the shards that took them first, so that the rows of a shard lie together
@@ -130,7 +143,7 @@ int64_t HostStore::erase(uint32_t table, const int64_t* keys, int64_t count) {
 // has far more of than the others is for whoever needs it.
 void HostStore::return_freed_slots() {
   ++erase_version_;
-  ++content_version_;
+  content_changed();
   std::vector<uint32_t> counts(kNumShards);
   for (const ThreadScratch& scratch : scratch_) {
     for (const uint32_t slot : scratch.freed) ++counts[first_owner(slot)];
@@ -155,19 +168,67 @@ void HostStore::return_freed_slots() {
   }
 }
 
+// Whenever rows or counts come or go.
+void HostStore::content_changed() {
+  ++content_version_;
+  export_order_ = {};
+}
+
+uint64_t HostStore::most_in_order() const { return std::max(kMostInOrder, index_.capacity() * kNumShards / 16); }
+
+bool HostStore::is_in_order(uint32_t table) const {
+  const uint64_t tables = policies_.size();
+  return (table + tables - export_order_.first) % tables + 1 < export_order_.begin.size();
+}
+
+// Finds the places of this table's rows and, as long as they are not too many, of those after it, in one pass.
+void HostStore::order_for_export(uint32_t table) {
+  const uint32_t tables = static_cast<uint32_t>(policies_.size());
+  ExportOrder order{table, {0}, {}};
+  for (uint32_t number = 0; number < tables; ++number) {
+    const uint64_t end = order.begin.back() + num_rows((table + number) % tables);
+    if (end > most_in_order()) break;
+    order.begin.push_back(end);
+  }
+  order.places.resize(order.begin.back());
+  std::vector<uint64_t> next(order.begin.begin(), order.begin.end() - 1);
+  const Entry* const entries = index_.view().entries;
+  for (uint64_t place = 0; place < index_.capacity() * kNumShards; ++place) {
+    const Entry& entry = entries[place];
+    if (entry.slot() == kNoSlot) continue;
+    const uint32_t number = entry.table() >= table ? entry.table() - table : entry.table() + tables - table;
+    if (number < next.size()) order.places[next[number]++] = place;
+  }
+  export_order_ = std::move(order);
+}
+
 Status HostStore::export_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,
                                void* values, float* state, int64_t* usage, int64_t* num_rows) {
   const std::lock_guard<std::mutex> guard(call_);
   if (version != content_version_) return Status::kStaleCursor;
   const Entry* const entries = index_.view().entries;
-  const uint64_t end = index_.capacity() * kNumShards;
+  const uint64_t end = index_.capacity() * kNumShards, most = std::min(static_cast<uint64_t>(max_rows), this->num_rows(table));
   std::vector<uint32_t> slots;
-  slots.reserve(static_cast<size_t>(max_rows));
-  for (; *cursor < end && static_cast<int64_t>(slots.size()) < max_rows; ++*cursor) {
-    const Entry& entry = entries[*cursor];
-    if (entry.table() != table || entry.slot() == kNoSlot) continue;
+  slots.reserve(most);
+  const auto copy_key = [&](const Entry& entry) {
     keys[slots.size()] = static_cast<int64_t>(entry.key);
     slots.push_back(entry.slot());
+  };
+  if (this->num_rows(table) <= most_in_order()) {
+    constexpr uint64_t kAhead = 16;
+    if (!is_in_order(table)) order_for_export(table);
+    const uint64_t number = (table + policies_.size() - export_order_.first) % policies_.size();
+    const uint64_t* const last = export_order_.places.data() + export_order_.begin[number + 1];
+    const uint64_t* place = std::lower_bound(last - (export_order_.begin[number + 1] - export_order_.begin[number]), last, *cursor);
+    for (; place != last && slots.size() < most; ++place) {
+      if (kAhead < static_cast<uint64_t>(last - place)) __builtin_prefetch(entries + place[kAhead]);
+      copy_key(entries[*place]);
+    }
+    *cursor = place == last ? end : *place;
+  }
+  for (; *cursor < end && slots.size() < most; ++*cursor) {
+    const Entry& entry = entries[*cursor];
+    if (entry.table() == table && entry.slot() != kNoSlot) copy_key(entry);
   }
   *num_rows = static_cast<int64_t>(slots.size());
   copy_rows(slots.data(), *num_rows, type_, values, state);
@@ -185,18 +246,13 @@ void HostStore::row_slots(uint32_t table, uint32_t* slots) const {
   }
 }
 
-uint64_t HostStore::num_rows(uint32_t table) const {
-  uint64_t rows = 0;
-  for (const ShardSlots& shard : shards_) rows += shard.rows_of_table[table];
-  return rows;
-}
-
 StoreMemory HostStore::memory() const {
   const uint64_t slots = slots_handed_out_ - num_defaults_;
   const uint64_t row_bytes = value_bytes_ + (state_dim_ + usage_dim_) * sizeof(float);
   StoreMemory memory{0, free_slots_.size(), slots, index_.memory_bytes(), slots * row_bytes};
+  for (const std::atomic<uint64_t>& rows : rows_of_table_) memory.rows += rows.load(std::memory_order_relaxed);
+  for (const Listed& listed : listed_) memory.index_bytes += listed.keys.memory_bytes();
   for (const ShardSlots& shard : shards_) {
-    for (const uint64_t rows : shard.rows_of_table) memory.rows += rows;
     memory.free_slots += shard.free.size() + (shard.end - shard.next);
   }
   return memory;
@@ -236,6 +292,18 @@ std::string HostStore::check_invariants() const {
     if (rows_of_table[table] != num_rows(table)) return "the row count of a table is wrong";
     if (candidates_of_table[table] != candidates_of_table_[table]) return "the number of counted keys is wrong";
     const RetentionPolicy& policy = policies_[table];
+    if (is_listed(table)) {
+      const Listed& listed = listed_[table];
+      std::set<uint64_t> living;
+      for (uint64_t i = 0; i < listed.keys.size(); ++i) {
+        const uint64_t key = listed.keys[i];
+        const Entry* const entry = index_.find(key, table, index_.hash(key, table));
+        if (entry != nullptr && (policy.evicts || entry->is_candidate())) living.insert(key);
+      }
+      const uint64_t expected = candidates_of_table[table] + (policy.evicts ? rows_of_table[table] : 0);
+      if (living.size() != expected) return "the list of a table lacks keys";
+      if (listed.keys.size() != expected + listed.dead) return "the list of a table has keys too many";
+    }
     if (rows_of_table[table] > policy.max_rows || candidates_of_table[table] > policy.max_candidates) {
       return "a table is beyond its budget";
     }

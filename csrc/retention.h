@@ -12,6 +12,7 @@ constexpr uint64_t kUnlimited = ~uint64_t{0};
 constexpr uint32_t kMaxCount = (1u << 16) - 1;  // of the occurrences of a key without a row
 constexpr uint64_t kSweepsPerTtl = 16;
 constexpr uint64_t kEvictedBeyondNeed = 32;
+constexpr int64_t kMaxTime = (int64_t{1} << 32) - 1;  // what a mark of use can say; later times read as it
 
 struct RetentionPolicy {
   bool retains;  // has any rule; else every key gets a row, which stays
@@ -39,7 +40,7 @@ struct RetentionPolicy {
   uint64_t sweep_period() const { return ttl < kSweepsPerTtl ? 1 : ttl / kSweepsPerTtl; }
   uint32_t aged_uses(uint32_t uses, uint64_t last_use, uint64_t now) const {
     if (half_life == 0) return uses;
-    const uint64_t halvings = now / half_life - last_use / half_life;
+    const uint64_t halvings = last_use < now ? now / half_life - last_use / half_life : 0;
     return halvings > 31 ? 0 : uses >> halvings;
   }
 };
@@ -55,6 +56,7 @@ struct RetentionNumbers {
   int64_t evicted = 0;
   int64_t evicted_age = 0;
   int64_t dropped = 0;
+  int64_t ahead = 0;
 };
 
 // Orders keys where nothing else does; a bijection.

@@ -128,6 +128,12 @@ class HostStore:
     def import_candidates(
         self, table: int, keys: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> Status: ...
+    def counters(
+        self,
+        rows: NDArray[np.int64],
+        candidates: NDArray[np.int64],
+        numbers: NDArray[np.int64],
+    ) -> None: ...
     def retention(
         self,
         table: int,

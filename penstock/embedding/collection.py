@@ -28,6 +28,7 @@ import copy
 import difflib
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ from penstock.types import FeatureShape, KeyedJagged
 
 # Attributes that belong to one process and one collection.
 _OF_PROCESS = frozenset({"_groups", "_outputs", "_pending"})
+_MOST_SHOWN = 20
 
 
 class _Group(NamedTuple):
@@ -150,6 +152,7 @@ class EmbeddingCollection(nn.Module):
         self.seed = seed
         """Of the initial values."""
         self._names = tuple(feature.name for feature in features)
+        self._places = _places(tables)
         self._options: dict[str, Any] = {
             "num_threads": num_threads or available_cores(),
             "deterministic": deterministic,
@@ -166,20 +169,20 @@ class EmbeddingCollection(nn.Module):
     def _make_groups(
         self, *, num_threads: int, device: torch.device, **options: Any
     ) -> tuple[_Group, ...]:
-        widths = [shape.width for shape in self.feature_shapes]
-        first_column = [sum(widths[:f]) for f in range(len(widths))]
-        groups = []
-        for layout in dict.fromkeys(RowLayout.of(table) for table in self.tables):
-            tables = [table for table in self.tables if RowLayout.of(table) == layout]
-            number = {table.name: n for n, table in enumerate(tables)}
-            served = tuple(
-                PooledFeature(
-                    f, number[feature.table], feature.pooling, first_column[f], feature.max_keys
-                )
-                for f, feature in enumerate(self.features)
-                if feature.table in number
+        tables_of: dict[int, list[TableConfig]] = {}
+        for table in self.tables:
+            tables_of.setdefault(self._places[table.name][0], []).append(table)
+        served: dict[int, list[PooledFeature]] = {group: [] for group in tables_of}
+        column = 0
+        for f, feature in enumerate(self.features):
+            group, number = self._places[feature.table]
+            served[group].append(
+                PooledFeature(f, number, feature.pooling, column, feature.max_keys)
             )
-            plan = PoolingPlan(served, self._width)
+            column += self.feature_shapes[f].width
+        groups = []
+        for group, tables in tables_of.items():
+            plan = PoolingPlan(tuple(served[group]), self._width)
             if device.type == "cpu":
                 groups.append(_Group(HostStore(tables, num_threads=num_threads, **options), plan))
             else:
@@ -388,9 +391,9 @@ class EmbeddingCollection(nn.Module):
         """Rows and bytes of each table, in the order of `tables`."""
         stats = {}
         for store, _ in self._groups:
-            memory = store.memory()
+            memory, counters = store.memory(), store.counters()
             for number, table in enumerate(store.tables):
-                rows = store.num_rows(number)
+                rows = int(counters.rows[number])
                 share = rows / memory.rows if memory.rows else 0.0
                 used = memory.row_bytes + memory.index_bytes
                 stats[table.name] = TableStats(
@@ -398,7 +401,7 @@ class EmbeddingCollection(nn.Module):
                     rows,
                     rows * store.layout.row_bytes,
                     round(share * used),
-                    retention_stats(store, number) if retains(table) else None,
+                    retention_stats(store, number, counters) if retains(table) else None,
                 )
         return [stats[table.name] for table in self.tables]
 
@@ -430,11 +433,10 @@ class EmbeddingCollection(nn.Module):
         return torch.from_numpy(rows)
 
     def _find_table(self, name: str) -> tuple[Store, int]:
-        for store, _ in self._groups:
-            for number, table in enumerate(store.tables):
-                if table.name == name:
-                    return store, number
-        raise ConfigError(f"no table {name!r}; there are {', '.join(t.name for t in self.tables)}")
+        if name not in self._places:
+            raise ConfigError(f"no table {name!r}; {_nearest(name, list(self._places))}")
+        group, number = self._places[name]
+        return self._groups[group].store, number
 
     def _check(self, sparse: KeyedJagged) -> None:
         if sparse.features != self._names:
@@ -476,6 +478,20 @@ class _PooledLookup(torch.autograd.Function):
         return None, None, None
 
 
+def _places(tables: Sequence[TableConfig]) -> dict[str, tuple[int, int]]:
+    """Of each table by name its group, that of its row layout, and its number there."""
+    groups: dict[RowLayout, int] = {}
+    sizes: list[int] = []
+    places = {}
+    for table in tables:
+        group = groups.setdefault(RowLayout.of(table), len(groups))
+        if group == len(sizes):
+            sizes.append(0)
+        places[table.name] = group, sizes[group]
+        sizes[group] += 1
+    return places
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -484,12 +500,17 @@ def available_cores() -> int:
 
 
 def _refuse_duplicates(what: str, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ConfigError(f"{what} names must differ; given twice: {', '.join(twice)}")
 
 
 def _unknown_table(feature: FeatureConfig, known: list[str]) -> str:
-    near = difflib.get_close_matches(feature.table, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"tables: {', '.join(known) or 'none'}"
-    return f"feature {feature.name!r}: no table {feature.table!r}; {hint}"
+    return f"feature {feature.name!r}: no table {feature.table!r}; {_nearest(feature.table, known)}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    more = ", ..." if len(known) > _MOST_SHOWN else ""
+    tables = ", ".join(known[:_MOST_SHOWN]) or "none"
+    return f"did you mean {near[0]!r}?" if near else f"tables: {tables}{more}"

@@ -24,6 +24,7 @@ from penstock.embedding.initializer import initial_values
 from penstock.embedding.retention import (
     EVICTED_BEYOND_NEED,
     MAX_COUNT,
+    MAX_TIME,
     MAX_USES,
     NUMBERS,
     Clock,
@@ -32,6 +33,8 @@ from penstock.embedding.retention import (
     admission_bits,
     admission_seed,
     admission_threshold,
+    check_usage,
+    checked_numbers,
     default_of,
     limits_of,
     over_budget,
@@ -50,6 +53,7 @@ from penstock.embedding.store import (
     PoolingPlan,
     RowLayout,
     StoreMemory,
+    TableCounters,
     TableRows,
     check_finite_weights,
     check_sequences,
@@ -88,7 +92,7 @@ class _Table:
         half_life = self.config.eviction.half_life if self.config.eviction else None
         if half_life is None:
             return row.uses
-        return row.uses >> (self.numbers["now"] // half_life - row.last_use // half_life)
+        return row.uses >> max(0, self.numbers["now"] // half_life - row.last_use // half_life)
 
     def use(self, row: _Row) -> None:
         if self.config.eviction is not None:
@@ -100,7 +104,7 @@ class _Table:
         """Whether rows left."""
         eviction, admission, numbers = self.config.eviction, self.config.admission, self.numbers
         in_seconds = eviction is not None and eviction.unit == "seconds"
-        now = max(numbers["now"], clock.seconds if in_seconds else clock.step)
+        now = max(numbers["now"], min(clock.seconds if in_seconds else clock.step, MAX_TIME))
         numbers["now"] = now
         gone = []
         if eviction is not None and eviction.ttl is not None:
@@ -179,7 +183,8 @@ class _Table:
 
     def _evict(self, keys: list[int]) -> None:
         for key in keys:
-            self.numbers["evicted_age"] += self.numbers["now"] - self.rows.pop(key).last_use
+            age = self.numbers["now"] - self.rows.pop(key).last_use
+            self.numbers["evicted_age"] += max(0, age)
         self.numbers["evicted"] += len(keys)
 
 
@@ -263,6 +268,8 @@ class DictStore:
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`."""
         held, keys = self._tables[table], rows.keys.tolist()
+        if rows.usage is not None:
+            check_usage(rows.usage)
         before = set(held.rows)
         self._insert(table, keys, explicit=True)
         self._version += 1
@@ -273,7 +280,9 @@ class DictStore:
                 row = held.rows[key] = _Row(values[i].copy(), state[i].copy())
                 row.last_use = held.numbers["now"]
                 if rows.usage is not None:
-                    row.last_use, row.uses = [*rows.usage[i].tolist(), 0][:2]
+                    last_use, row.uses = [*rows.usage[i].tolist(), 0][:2]
+                    held.numbers["ahead"] += last_use > row.last_use
+                    row.last_use = min(last_use, row.last_use)
         if any(key not in held.rows for key in keys):
             raise CapacityError(over_budget(held.config, held.limits))
         return len(set(keys) - before)
@@ -334,9 +343,23 @@ class DictStore:
         """See `Store.import_candidates`."""
         self._version += 1
         held = self._tables[table]
+        if not isinstance(held.config.admission, AdmitFrequent):
+            return
         for key, count in zip(candidates.keys.tolist(), candidates.counts.tolist(), strict=True):
-            if key not in held.rows:
-                held.candidates[key] = count
+            if key in held.rows:
+                continue
+            is_full = len(held.candidates) >= held.limits.max_candidates
+            if is_full and key not in held.candidates:
+                raise CapacityError(over_budget(held.config, held.limits))
+            held.candidates[key] = count
+
+    def counters(self) -> TableCounters:
+        """See `Store.counters`."""
+        return TableCounters(
+            np.array([len(table.rows) for table in self._tables]),
+            np.array([len(table.candidates) for table in self._tables]),
+            np.array([[table.numbers[name] for name in NUMBERS] for table in self._tables]),
+        )
 
     def retention_state(self, table: int) -> RetentionState:
         """See `Store.retention_state`."""
@@ -351,7 +374,7 @@ class DictStore:
         value = state.default_value.to(self.layout.dtype).double()
         default_state = state.default_state.double()
         held.default = _Row(value.numpy().copy(), default_state.numpy().copy())
-        held.numbers = dict(state.numbers)
+        held.numbers = checked_numbers(state.numbers)
         self._step = max(self._step, held.numbers["step"])
 
     def pooled_lookup(

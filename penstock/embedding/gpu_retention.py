@@ -17,25 +17,27 @@ from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
 from penstock.embedding.retention import (
     EVICTED_BEYOND_NEED,
     MAX_COUNT,
+    MAX_TIME,
     NUMBERS,
     UNLIMITED,
     Clock,
     Limits,
+    Schedule,
     admission_seed,
     admission_threshold,
     over_budget,
     retains,
-    sweep_period,
 )
 from penstock.errors import CapacityError
 from penstock.kernels.index import Index, KeyBatch, Misses
 from penstock.kernels.occurrences import UsageRules
 from penstock.kernels.reference_index import find, mix64
 
-_NO_LIMIT = 2**62
 _LOWEST = -(2**63)
 _WORD = 0xFFFFFFFF
-NOW, STEP, SWEPT, FULL, ADMITTED, REFUSED, EVICTED, EVICTED_AGE, DROPPED = range(len(NUMBERS))
+NOW, STEP, SWEPT, FULL, ADMITTED, REFUSED, EVICTED, EVICTED_AGE, DROPPED, AHEAD = range(
+    len(NUMBERS)
+)
 
 
 class Access(NamedTuple):
@@ -48,8 +50,8 @@ class Access(NamedTuple):
     """[T] int64."""
     absent: Tensor
     """[T] int32: slot of the table's default row; -1: it refuses no key."""
-    erase: Callable[[int, Tensor], int]
-    """Removes keys [n] int64 of a table."""
+    erase: Callable[[Tensor, Tensor], int]
+    """Removes keys [n] of tables [n] int64."""
 
 
 class _Newcomers(NamedTuple):
@@ -81,6 +83,7 @@ class Rules:
         """
         device = now.device
         self._tables = tuple(tables)
+        self._schedule = Schedule.of(tables, limits)
         self._limits = tuple(limits)
         self._now = now
         self.counts = Index(device)
@@ -100,9 +103,16 @@ class Rules:
         self._draws = torch.tensor([one != UNLIMITED for one in thresholds], device=device)
         self._seeds = _words(seeds, device)
         self._min_counts = torch.tensor(least, device=device)
-        self._counted = np.array(least) > 0
+        self._by_uses = torch.tensor(
+            [table.eviction is not None and table.eviction.order == "lfu" for table in tables],
+            device=device,
+        )
+        self._ttls = torch.tensor(
+            [(table.eviction and table.eviction.ttl) or 0 for table in tables], device=device
+        )
         self._retains = torch.tensor([retains(table) for table in tables], device=device)
-        self.usage_rules = UsageRules(now, torch.tensor(halves, device=device))
+        self._half_lives = torch.tensor(halves, device=device)
+        self.usage_rules = UsageRules(now, self._half_lives)
         """By what an update marks rows as used."""
 
     # --- what is remembered ---------------------------------------------------------------------
@@ -125,8 +135,18 @@ class Rules:
         self._step = max(self._step, int(self._numbers[table, STEP]))
         self._now[table] = int(self._numbers[table, NOW])
 
+    def all_numbers(self) -> tuple[np.ndarray, np.ndarray]:
+        """[T] int64 counted keys, [T, numbers] int64 as in `NUMBERS`; copies."""
+        return self._num_counted.copy(), self._numbers.copy()
+
+    def note_ahead(self, table: int, rows: int) -> None:
+        """Counts rows that were imported with a last use after now."""
+        self._numbers[table, AHEAD] += rows
+
     def import_counts(self, batch: KeyBatch, counts: Tensor, misses: Misses, table: int) -> None:
         """Sets the counts of keys of a table; those that have a row are passed over."""
+        if not self._schedule.min_counts[table]:
+            return
         places = misses.places[: int(misses.number)].sort().values
         keys, counts = batch.keys[places], counts[places]
         limit = self._limits[table].max_candidates
@@ -219,20 +239,24 @@ class Rules:
     ) -> Tensor:
         """[U] bool: wanted newcomers for which there is room; rows are evicted for them."""
         wanting = self._by_table(one.tables[wanted])
-        rows = access.rows_of_table.cpu().numpy()
-        gets_row = wanted.clone()
-        for table, limits in enumerate(self._limits):
-            if limits.max_rows == UNLIMITED or not wanting[table]:
-                continue
-            room = limits.max_rows - int(rows[table])
-            missing = int(wanting[table]) - room
-            if missing > 0 and self._tables[table].eviction is not None:
-                count = missing + limits.max_rows // EVICTED_BEYOND_NEED
-                room += self._evict_lowest(access, table, count, batch, slots)
-            if wanting[table] > room:
-                those = (wanted & (one.tables == table)).nonzero()[:, 0]
-                gets_row[those[_precedence(one.keys[those]).argsort()[room:]]] = False
-        return gets_row
+        room = self._schedule.max_rows - access.rows_of_table.cpu().numpy()
+        missing = wanting - room
+        is_due = (missing > 0) & self._schedule.evicts
+        if is_due.any():
+            beyond = self._schedule.max_rows // EVICTED_BEYOND_NEED
+            room += self._evict_lowest(access, np.where(is_due, missing + beyond, 0), batch, slots)
+        if not (wanting > room).any():
+            return wanted
+        return self._first(one, wanted, room)
+
+    def _first(self, one: _Newcomers, those: Tensor, places: np.ndarray) -> Tensor:
+        """[U] bool: as many of `those` [U] bool as their tables have `places` [T]."""
+        which = those.nonzero()[:, 0]
+        tables = one.tables[which]
+        number = _number_within(tables, [_precedence(one.keys[which])])
+        first = torch.zeros_like(those)
+        first[which[number < torch.from_numpy(places).to(number.device)[tables]]] = True
+        return first
 
     def _tally(self, one: _Newcomers, gets_row: Tensor) -> None:
         self._numbers[:, ADMITTED] += self._by_table(one.tables[gets_row])
@@ -255,13 +279,11 @@ class Rules:
 
     def _count(self, one: _Newcomers, uncounted: Tensor, total: Tensor) -> None:
         """Begins to count keys, as far as there are places for them."""
-        waiting = self._by_table(one.tables[uncounted])
-        for table, limits in enumerate(self._limits):
-            places = limits.max_candidates - int(self._num_counted[table])
-            if waiting[table] > places:
-                self._numbers[table, FULL] = 1
-                those = (uncounted & (one.tables == table)).nonzero()[:, 0]
-                uncounted[those[_precedence(one.keys[those]).argsort()[places:]]] = False
+        places = self._schedule.max_candidates - self._num_counted
+        is_full = self._by_table(one.tables[uncounted]) > places
+        if is_full.any():
+            self._numbers[is_full, FULL] = 1
+            uncounted = self._first(one, uncounted, places)
         self._add_counts(one.keys[uncounted], one.tables[uncounted], total[uncounted])
 
     def _add_counts(self, keys: Tensor, tables: Tensor, counts: Tensor) -> None:
@@ -284,82 +306,92 @@ class Rules:
         self._num_counted += self._by_table(tables)
 
     def _forget(self, one: _Newcomers, those: Tensor) -> None:
-        numbers = self._by_table(one.tables[those])
-        for table in numbers.nonzero()[0].tolist():
-            self.counts.erase(one.keys[those & (one.tables == table)].contiguous(), table)
-        self._num_counted -= numbers
+        self.counts.erase(one.keys[those], one.tables[those])
+        self._num_counted -= self._by_table(one.tables[those])
 
     # --- eviction and time ----------------------------------------------------------------------
 
     def _evict_lowest(
-        self, access: Access, table: int, count: int, batch: KeyBatch, slots: Tensor
-    ) -> int:
-        """Removes the rows that come first in the order of eviction; those of the batch stay."""
-        keys, theirs = access.entries.export(table, 0, access.entries.capacity)
+        self, access: Access, counts: np.ndarray, batch: KeyBatch, slots: Tensor
+    ) -> np.ndarray:
+        """Removes the rows that come first in the order of eviction; those of the batch stay.
+
+        Args:
+          access: to the store.
+          counts: [T] int64 rows that leave, of each table.
+          batch: keys and tables of the call.
+          slots: [N] int32 of its keys.
+
+        Returns:
+          [T] int64 rows that left.
+        """
+        wanted = torch.from_numpy(counts).to(slots.device)
+        keys, tables, theirs = _rows_of(access, wanted > 0)
         stays = torch.zeros(len(access.usage), dtype=torch.bool, device=keys.device)
         everywhere = torch.arange(len(slots), device=slots.device)
-        in_use = slots[(batch.tables_of(everywhere) == table) & (slots >= 0)]
-        stays[in_use.long()] = True
+        stays[slots[(batch.tables_of(everywhere) >= 0) & (slots >= 0)].long()] = True
         may_leave = ~stays[theirs]
-        keys, theirs = keys[may_leave], theirs[may_leave]
-        last_use, uses = self._usage_of(access, table, theirs)
-        order = _precedence(keys).argsort()
-        order = order[last_use[order].argsort(stable=True)]
-        order = order[uses[order].argsort(stable=True)][:count]
-        return self._evict(access, table, keys[order], last_use[order])
+        keys, tables, theirs = keys[may_leave], tables[may_leave], theirs[may_leave]
+        last_use, uses = self._usage_of(access, tables, theirs)
+        number = _number_within(tables, [_precedence(keys), last_use, uses])
+        leaves = number < wanted[tables]
+        return self._evict(access, keys[leaves], tables[leaves], last_use[leaves])
 
-    def _usage_of(self, access: Access, table: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def _usage_of(self, access: Access, tables: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """[n] int64 last use, [n] int64 uses as aged by now; 0 where uses do not count."""
         marks = access.usage[slots].long() & _WORD
-        eviction = self._tables[table].eviction
-        assert eviction is not None
-        if eviction.order != "lfu":
-            return marks[:, 0], torch.zeros_like(slots)
-        uses = marks[:, 1]
-        if eviction.half_life is not None:
-            now = int(self._numbers[table, NOW]) // eviction.half_life
-            halvings = now - marks[:, 0] // eviction.half_life
-            uses = torch.where(halvings > 31, 0, uses >> halvings.clamp(0, 31))
-        return marks[:, 0], uses
+        last_use = marks[:, 0]
+        if marks.shape[1] == 1:
+            return last_use, torch.zeros_like(last_use)
+        half_life = self._half_lives[tables]
+        length = half_life.clamp(min=1)
+        halvings = (self._now[tables] // length - last_use // length) * (half_life > 0)
+        aged = torch.where(halvings > 31, 0, marks[:, 1] >> halvings.clamp(0, 31))
+        return last_use, torch.where(self._by_uses[tables], aged, 0)
 
-    def _evict(self, access: Access, table: int, keys: Tensor, last_use: Tensor) -> int:
-        numbers = self._numbers[table]
-        numbers[EVICTED] += len(keys)
-        numbers[EVICTED_AGE] += int((int(numbers[NOW]) - last_use).sum())
-        return access.erase(table, keys) if len(keys) else 0
+    def _evict(self, access: Access, keys: Tensor, tables: Tensor, last_use: Tensor) -> np.ndarray:
+        """[T] int64: how many left, of each table."""
+        ages = torch.zeros(len(self._tables), dtype=torch.int64, device=keys.device)
+        ages.index_add_(0, tables, (self._now[tables] - last_use).clamp(min=0))
+        left = self._by_table(tables)
+        self._numbers[:, EVICTED] += left
+        self._numbers[:, EVICTED_AGE] += ages.cpu().numpy()
+        if len(keys):
+            access.erase(keys, tables)
+        return left
 
-    def advance(self, access: Access, clock: Clock) -> None:
-        """Moves the time on; rows beyond their `ttl` leave, counts are halved."""
-        halvings = np.zeros(len(self._tables), dtype=np.int64)
-        for number, table in enumerate(self._tables):
-            numbers, eviction, admission = self._numbers[number], table.eviction, table.admission
-            in_seconds = eviction is not None and eviction.unit == "seconds"
-            now = max(int(numbers[NOW]), clock.seconds if in_seconds else clock.step)
-            numbers[NOW] = now
-            if eviction is not None and eviction.ttl is not None:
-                period = sweep_period(eviction.ttl)
-                if now // period != numbers[SWEPT] // period:
-                    numbers[SWEPT] = now
-                    self._evict_expired(access, number, eviction.ttl)
-            if isinstance(admission, AdmitFrequent) and clock.step > numbers[STEP]:
-                times = int(numbers[FULL])
-                if admission.half_life_steps is not None:
-                    passed = clock.step // admission.half_life_steps
-                    passed -= int(numbers[STEP]) // admission.half_life_steps
-                    times = max(times, min(passed, 16))
-                halvings[number] = times
-                numbers[FULL] = 0
-            numbers[STEP] = max(int(numbers[STEP]), clock.step)
+    def advance(self, access: Access, clock: Clock) -> bool:
+        """Moves the time on; rows beyond their `ttl` leave, counts are halved.
+
+        Returns:
+          Whether counts were.
+        """
+        plan, numbers = self._schedule, self._numbers
+        now = np.minimum(np.where(plan.in_seconds, clock.seconds, clock.step), MAX_TIME)
+        numbers[:, NOW] = now = np.maximum(numbers[:, NOW], now)
+        self._now.copy_(torch.from_numpy(now))
+        is_due = plan.expires & (now // plan.periods != numbers[:, SWEPT] // plan.periods)
+        if is_due.any():
+            numbers[is_due, SWEPT] = now[is_due]
+            self._evict_expired(access, torch.from_numpy(is_due).to(self._now.device))
+        step = numbers[:, STEP]
+        halves = plan.min_counts & (clock.step > step)
+        passed = clock.step // plan.count_half_lives - step // plan.count_half_lives
+        times = np.maximum(numbers[:, FULL], np.minimum(np.where(plan.forgets, passed, 0), 16))
+        times[~halves] = 0
+        numbers[halves, FULL] = 0
+        numbers[:, STEP] = np.maximum(step, clock.step)
         self._step = max(self._step, clock.step)
-        self._now.copy_(torch.from_numpy(self._numbers[:, NOW]))
-        if halvings.any():
-            self._halve(halvings)
+        if not times.any():
+            return False
+        self._halve(times)
+        return True
 
-    def _evict_expired(self, access: Access, table: int, ttl: int) -> None:
-        keys, slots = access.entries.export(table, 0, access.entries.capacity)
-        last_use, _ = self._usage_of(access, table, slots)
-        gone = int(self._numbers[table, NOW]) - last_use > ttl
-        self._evict(access, table, keys[gone], last_use[gone])
+    def _evict_expired(self, access: Access, is_due: Tensor) -> None:
+        keys, tables, slots = _rows_of(access, is_due)
+        last_use = access.usage[slots, 0].long() & _WORD
+        gone = self._now[tables] - last_use > self._ttls[tables]
+        self._evict(access, keys[gone], tables[gone], last_use[gone])
 
     def _halve(self, halvings: np.ndarray) -> None:
         """Counts become 2^-n of what they were, by table; those that become 0 are forgotten."""
@@ -376,6 +408,30 @@ class Rules:
         """[T] int64: how many of `tables` [n] int64 are which."""
         found: np.ndarray = torch.bincount(tables, minlength=len(self._tables)).cpu().numpy()
         return found
+
+
+def _rows_of(access: Access, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, tables and slots, each [n] int64, of the tables marked in `tables` [T] bool."""
+    places = access.entries.places_of(tables)
+    keys, slots = access.entries.at(places)
+    return keys, (access.entries.entries[places, 1] >> 40) - 1, slots
+
+
+def _number_within(tables: Tensor, keys: Sequence[Tensor]) -> Tensor:
+    """[n] int64: the number of each element in its table, in the order of the last of `keys`.
+
+    Args:
+      tables: [n] int64.
+      keys: each [n] int64; each decides where those after it are equal.
+    """
+    order = torch.arange(len(tables), device=tables.device)
+    for key in (*keys, tables):
+        order = order[key[order].argsort(stable=True)]
+    in_order = tables[order]
+    first = torch.searchsorted(in_order, in_order)
+    number = torch.empty_like(order)
+    number[order] = torch.arange(len(order), device=order.device) - first
+    return number
 
 
 def _newcomers(batch: KeyBatch, places: Tensor) -> _Newcomers:

@@ -125,11 +125,12 @@ class KeyedRows:
             ) from None
         lend_rows(keys, misses, first, slots, self.slots.rows.values, self.initial)
 
-    def erase(self, table: int, keys: Tensor) -> int:
-        """Removes rows; waits for the device. Returns how many."""
-        freed = self.index.erase(keys, table)
-        freed = freed[freed >= 0]
-        self.of_table[table] -= len(freed)
+    def erase(self, keys: Tensor, tables: Tensor) -> int:
+        """Removes rows of keys [n] of tables [n] int64; waits for the device. Returns how many."""
+        freed = self.index.erase(keys, tables)
+        is_there = freed >= 0
+        self.of_table -= torch.bincount(tables[is_there], minlength=len(self.of_table))
+        freed = freed[is_there]
         self.slots.release(freed)
         return len(freed)
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.config import TableConfig
@@ -20,12 +22,16 @@ from penstock.embedding.gpu_batches import (
     keys_of,
     on_device,
 )
+from penstock.embedding.gpu_export import ExportOrder
 from penstock.embedding.gpu_retention import Access, Rules
 from penstock.embedding.gpu_rows import KeyedRows, initial_of
 from penstock.embedding.gpu_slots import SlotPool
 from penstock.embedding.retention import (
+    NUMBERS,
     Clock,
     RetentionState,
+    check_usage,
+    checked_numbers,
     default_of,
     limits_of,
     over_budget,
@@ -40,6 +46,7 @@ from penstock.embedding.store import (
     PoolingPlan,
     RowLayout,
     StoreMemory,
+    TableCounters,
     TableRows,
     check_batch,
 )
@@ -107,6 +114,7 @@ class GpuStore:
         self._deterministic = deterministic
         self._plans = PlanCache(self.layout.dim, self.device)
         self._content_version = self._erase_version = 0
+        self._row_order, self._count_order = ExportOrder(), ExportOrder()
         refusing = [number for number, table in enumerate(tables) if refuses(table)]
         absent = torch.full((len(tables),), -1, dtype=torch.int32)
         absent[refusing] = torch.arange(len(refusing), dtype=torch.int32)
@@ -160,6 +168,11 @@ class GpuStore:
             self.device, rows.values, self.layout.dtype, self.layout.dim, count, "values"
         )
         state = given(self.device, rows.state, torch.float32, self.layout.state_dim, count, "state")
+        usage = None
+        if rows.usage is not None:
+            check_usage(rows.usage)
+            words = self.layout.usage_dim
+            usage = given(self.device, rows.usage, torch.int64, words, count, "usage")
         before = self.num_rows(table)
         left = 0 if self._rules is None else self._rules.evicted(table)
         slots, misses = self._keyed.index.find(batch, self._none_absent)
@@ -176,10 +189,15 @@ class GpuStore:
         self._rows.values[taken] = values[last].to(self.layout.dtype)
         self._rows.state[taken] = state[last]
         if self.layout.usage_dim:
-            usage = torch.zeros(count, self.layout.usage_dim, dtype=torch.int64, device=self.device)
-            usage[:, 0] = self._keyed.initial.now[table]
-            if rows.usage is not None:
-                usage = given(self.device, rows.usage, torch.int64, usage.shape[1], count, "usage")
+            assert self._rules is not None
+            now = self._keyed.initial.now[table]
+            if usage is None:
+                usage = torch.zeros(
+                    count, self.layout.usage_dim, dtype=torch.int64, device=self.device
+                )
+                usage[:, 0] = now
+            self._rules.note_ahead(table, int(((usage[:, 0] > now) & (slots >= 0)).sum()))
+            usage = torch.cat([torch.minimum(usage[:, :1], now), usage[:, 1:]], 1)
             self._rows.usage[taken] = usage[last].to(torch.int32)
         if bool((slots < 0).any()):
             raise CapacityError(over_budget(self.tables[table], self._limits[table]))
@@ -187,16 +205,20 @@ class GpuStore:
 
     def erase(self, table: int, keys: Tensor) -> int:
         """See `Store.erase`."""
-        return self._erase(table, self._of_table(table, keys).keys)
+        keys = self._of_table(table, keys).keys
+        return self._erase(keys, torch.full_like(keys, table))
 
-    def _erase(self, table: int, keys: Tensor) -> int:
+    def _erase(self, keys: Tensor, tables: Tensor) -> int:
         self._content_version += 1
         self._erase_version += 1
-        return self._keyed.erase(table, keys)
+        self._row_order.drop()
+        return self._keyed.erase(keys, tables)
 
     def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
         """See `Store.export_batch`."""
-        keys, slots, after = self._export(self._keyed.index, table, cursor, max_rows)
+        self._check_table(table)
+        index, sizes = self._keyed.index, self._keyed.of_table.cpu().numpy()
+        keys, slots, after = self._export(index, self._row_order, table, sizes, cursor, max_rows)
         usage = None
         if self.layout.usage_dim:
             usage = self._rows.usage[slots].long() & 0xFFFFFFFF
@@ -204,26 +226,33 @@ class GpuStore:
         return rows, after
 
     def _export(
-        self, index: Index, table: int, cursor: Cursor, most: int
+        self,
+        index: Index,
+        order: ExportOrder,
+        table: int,
+        sizes: NDArray[np.int64],
+        cursor: Cursor,
+        most: int,
     ) -> tuple[Tensor, Tensor, Cursor]:
-        """Keys and payloads of a table, from the entry of the cursor on."""
-        self._check_table(table)
+        """Keys and payloads of a table, from the place of the cursor on."""
         version = self._version if cursor.version is None else cursor.version
         if version != self._version:
             raise RuntimeError(
                 f"{self._name} changed while it was exported; begin the export again"
             )
-        keys, payloads = [], []
-        position, found = cursor.position, 0
-        while position < index.capacity and found < most:
-            last = min(position + min(_EXPORT_ENTRIES, most - found), index.capacity)
-            part = index.export(table, position, last)
-            keys.append(part[0])
-            payloads.append(part[1])
-            position, found = last, found + len(part[0])
-        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-        after = Cursor(position, version)
-        return torch.cat([nothing, *keys]), torch.cat([nothing, *payloads]), after
+        places = order.places(index, version, table, sizes)
+        if places is not None:
+            after = min(cursor.position + most, len(places))
+            return *index.at(places[cursor.position : after]), Cursor(after, version)
+        # A table that is much of the index: by the position in it.
+        found = [torch.empty(0, dtype=torch.int64, device=self.device)]
+        position, number = cursor.position, 0
+        while position < index.capacity and number < most:
+            last = min(position + min(_EXPORT_ENTRIES, most - number), index.capacity)
+            part = (index.tables_at(position, last) == table).nonzero()[:, 0] + position
+            found.append(part)
+            position, number = last, number + len(part)
+        return *index.at(torch.cat(found)), Cursor(position, version)
 
     def num_rows(self, table: int) -> int:
         """See `Store.num_rows`."""
@@ -232,8 +261,8 @@ class GpuStore:
 
     def advance(self, clock: Clock) -> None:
         """See `Store.advance`."""
-        if self._rules is not None:
-            self._rules.advance(self._access, clock)
+        if self._rules is not None and self._rules.advance(self._access, clock):
+            self._content_version += 1
 
     def num_candidates(self, table: int) -> int:
         """See `Store.num_candidates`."""
@@ -244,8 +273,12 @@ class GpuStore:
         self, table: int, cursor: Cursor, max_keys: int
     ) -> tuple[Candidates, Cursor]:
         """See `Store.export_candidates`."""
-        counts = self._empty if self._rules is None else self._rules.counts
-        keys, numbers, after = self._export(counts, table, cursor, max_keys)
+        self._check_table(table)
+        counts, sizes = self._empty, np.zeros(len(self.tables), dtype=np.int64)
+        if self._rules is not None:
+            counts, (sizes, _) = self._rules.counts, self._rules.all_numbers()
+        order = self._count_order
+        keys, numbers, after = self._export(counts, order, table, sizes, cursor, max_keys)
         return Candidates(keys, numbers), after
 
     def import_candidates(self, table: int, candidates: Candidates) -> None:
@@ -257,6 +290,14 @@ class GpuStore:
             self._content_version += 1
             _, misses = self._keyed.index.find(batch, self._absent)
             self._rules.import_counts(batch, counts, misses, table)
+
+    def counters(self) -> TableCounters:
+        """See `Store.counters`; waits for the device once."""
+        rows, tables = self._keyed.of_table.cpu().numpy(), len(self.tables)
+        if self._rules is None:
+            nothing = np.zeros((tables, len(NUMBERS)), dtype=np.int64)
+            return TableCounters(rows, nothing[:, 0].copy(), nothing)
+        return TableCounters(rows, *self._rules.all_numbers())
 
     def retention_state(self, table: int) -> RetentionState:
         """See `Store.retention_state`."""
@@ -282,7 +323,7 @@ class GpuStore:
             self._rows.values[slot] = state.default_value.to(self.layout.dtype).to(self.device)
             self._rows.state[slot] = state.default_state.to(self.device)
         if self._rules is not None:
-            self._rules.set_numbers(table, state.numbers)
+            self._rules.set_numbers(table, checked_numbers(state.numbers))
 
     def pooled_lookup(
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor

@@ -19,6 +19,8 @@ from penstock.embedding.retention import (
     NUMBERS,
     Clock,
     RetentionState,
+    check_usage,
+    checked_numbers,
     default_of,
     limits_of,
     over_budget,
@@ -33,6 +35,7 @@ from penstock.embedding.store import (
     PoolingPlan,
     RowLayout,
     StoreMemory,
+    TableCounters,
     TableRows,
     bad_offsets,
     check_finite_weights,
@@ -146,7 +149,9 @@ class HostStore:
         usage = None
         if rows.usage is not None:
             shape = (len(keys), self.layout.usage_dim)
-            usage = _checked(rows.usage, torch.int64, shape, "usage").flatten().numpy()
+            checked = _checked(rows.usage, torch.int64, shape, "usage")
+            check_usage(checked)
+            usage = checked.flatten().numpy()
         status, inserted = self._core.insert_or_assign(
             table, keys.numpy(), _bits(values), state.numpy(), usage
         )
@@ -162,6 +167,7 @@ class HostStore:
         """See `Store.export_batch`."""
         self._check_table(table)
         version = self._core.content_version if cursor.version is None else cursor.version
+        max_rows = min(max_rows, self.num_rows(table))
         keys = np.empty(max_rows, dtype=np.int64)
         values = torch.empty(max_rows, self.layout.dim, dtype=self.layout.dtype)
         state = np.empty((max_rows, self.layout.state_dim), dtype=np.float32)
@@ -199,6 +205,7 @@ class HostStore:
         """See `Store.export_candidates`."""
         self._check_table(table)
         version = self._core.content_version if cursor.version is None else cursor.version
+        max_keys = min(max_keys, self.num_candidates(table))
         keys, counts = np.empty((2, max_keys), dtype=np.int64)
         status, exported, position = self._core.export_candidates(
             table, cursor.position, version, keys, counts
@@ -215,6 +222,14 @@ class HostStore:
         if bool(((counts < 1) | (counts > MAX_COUNT)).any()):
             raise ConfigError(f"counts of keys must lie in 1 to {MAX_COUNT}")
         self._raise_for(self._core.import_candidates(table, keys.numpy(), counts.numpy()), table)
+
+    def counters(self) -> TableCounters:
+        """See `Store.counters`."""
+        tables = len(self.tables)
+        rows, candidates = np.empty((2, tables), dtype=np.int64)
+        numbers = np.empty((tables, len(NUMBERS)), dtype=np.int64)
+        self._core.counters(rows, candidates, numbers.reshape(-1))
+        return TableCounters(rows, candidates, numbers)
 
     def retention_state(self, table: int) -> RetentionState:
         """See `Store.retention_state`."""
@@ -233,7 +248,8 @@ class HostStore:
         dims = (self.layout.dim,), (self.layout.state_dim,)
         value = _checked(state.default_value, torch.float32, dims[0], "default_value")
         default = _checked(state.default_state, torch.float32, dims[1], "default_state")
-        numbers = np.array([state.numbers[name] for name in NUMBERS], dtype=np.int64)
+        given = checked_numbers(state.numbers)
+        numbers = np.array([given[name] for name in NUMBERS], dtype=np.int64)
         self._core.set_retention(table, value.numpy(), default.numpy(), numbers)
 
     def pooled_lookup(

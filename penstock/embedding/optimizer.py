@@ -277,7 +277,8 @@ class Hypers:
         # Tables mostly share their optimizer's settings: each distinct one is asked once a step.
         optimizers = [table.optimizer for table in tables]
         self._distinct = list(dict.fromkeys(optimizers))
-        self._of_table = np.array([self._distinct.index(each) for each in optimizers])
+        number = {each: n for n, each in enumerate(self._distinct)}
+        self._of_table = np.array([number[each] for each in optimizers])
         self.are_one = len(self._distinct) == 1
         """All tables have the same settings."""
         self.are_constant = not any(

@@ -6,7 +6,7 @@ same for any number of threads and any order of the samples within a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,14 @@ from penstock.errors import ConfigError
 UNLIMITED = 2**64 - 1
 ENTRY_BYTES = 24
 """Of index, a key: 16 at a load of two thirds. What `TableConfig.max_bytes` counts."""
+LISTED_BYTES = 8
+"""Of the list of a table's keys, so that looking through the table costs what it holds: a row of a
+table with eviction, and a key that is counted.
+"""
+COUNT_BYTES = ENTRY_BYTES + LISTED_BYTES
+"""Of a key that is counted but has no row."""
+MAX_TIME = 2**32 - 1
+"""The latest time that a mark of use can say: seconds reach it in 2106. Later ones read as it."""
 SWEEPS_PER_TTL = 16
 EVICTED_BEYOND_NEED = 32
 """When a table is full, a 32nd of its rows leaves beyond those whose room is needed, so that the
@@ -31,6 +39,7 @@ CANDIDATE_SHARE = 8
 """With `min_count` and a budget, an eighth of it is for the counts of keys without a row."""
 MAX_COUNT = 2**16 - 1
 MAX_USES = 2**32 - 1
+_NO_LIMIT = 2**62
 # FORMAT: never change; the draws of a resumed run are these.
 _ADMISSION_SALT = 0xD1B54A32D192ED03
 
@@ -46,11 +55,13 @@ NUMBERS = (
     "evicted",
     "evicted_age",
     "dropped",
+    "ahead",
 )
 """now: the last time seen, in the unit of the eviction; step: the last step; swept: when rows were
 last looked through for their `ttl`; candidates_are_full: counts are halved at the next step. Since
 the beginning: rows admitted in training; keys refused, each time; rows evicted, and the sum of the
-times that they had been unused for; gradients dropped because their row had left.
+times that they had been unused for; gradients dropped because their row had left; rows imported
+with a last use after `now`, which became `now`.
 """
 
 
@@ -93,8 +104,38 @@ class RetentionState:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> RetentionState:
         """Inverse of `tensors`."""
-        numbers = dict(zip(NUMBERS, tensors["retention"].tolist(), strict=True))
+        given = tensors["retention"].tolist()
+        # Version 1 knew fewer.
+        given += [0] * (len(NUMBERS) - len(given))
+        numbers = dict(zip(NUMBERS, given, strict=True))
         return cls(tensors["default_value"], tensors["default_state"], numbers)
+
+
+def checked_numbers(numbers: Mapping[str, int]) -> dict[str, int]:
+    """Numbers that a store may take up; a time beyond `MAX_TIME` is that.
+
+    Raises:
+      ConfigError: a number is missing or negative.
+    """
+    for name in NUMBERS:
+        if not 0 <= numbers.get(name, -1) < 2**63:
+            raise ConfigError(
+                f"retention state: {name} is {numbers.get(name)}; take it from retention_state"
+            )
+    return {name: numbers[name] for name in NUMBERS} | {"now": min(numbers["now"], MAX_TIME)}
+
+
+def check_usage(usage: Tensor) -> None:
+    """Refuses marks of use that no table has.
+
+    Raises:
+      ConfigError: a time or a number of uses is not in 0 to 2^32 - 1.
+    """
+    bad = (usage < 0) | (usage > MAX_USES)
+    if bool(bad.any()):
+        raise ConfigError(
+            f"usage: {int(usage[bad][0])} is no time or number of uses; they lie in 0 to {MAX_USES}"
+        )
 
 
 def retains(table: TableConfig) -> bool:
@@ -118,6 +159,11 @@ def usage_dim(table: TableConfig) -> int:
     return 2 if table.eviction.order == "lfu" else 1
 
 
+def overhead_bytes(table: TableConfig) -> int:
+    """Bytes of a row besides value, state and marks of use."""
+    return ENTRY_BYTES + (LISTED_BYTES if table.eviction is not None else 0)
+
+
 def limits_of(table: TableConfig, row_bytes: int) -> Limits:
     """Numbers of rows and counted keys within `max_bytes`.
 
@@ -133,12 +179,13 @@ def limits_of(table: TableConfig, row_bytes: int) -> Limits:
     for_counts = 0
     if isinstance(table.admission, AdmitFrequent):
         for_counts = table.max_bytes // CANDIDATE_SHARE
-    rows = (table.max_bytes - for_counts) // (row_bytes + ENTRY_BYTES)
-    candidates = for_counts // ENTRY_BYTES
+    bytes_each = row_bytes + overhead_bytes(table)
+    rows = (table.max_bytes - for_counts) // bytes_each
+    candidates = for_counts // COUNT_BYTES
     if rows < 1 or (for_counts and candidates < 1):
         raise ConfigError(
             f"table {table.name!r}: max_bytes {int(table.max_bytes)} holds no row: one takes "
-            f"{row_bytes + ENTRY_BYTES} bytes; raise max_bytes"
+            f"{bytes_each} bytes; raise max_bytes"
         )
     return Limits(rows, candidates)
 
@@ -204,3 +251,42 @@ def policy_of(table: TableConfig, seed: int, limits: Limits) -> dict[str, Any]:
         "refuses": refuses(table),
         "default_value": default_of(table),
     }
+
+
+class Schedule(NamedTuple):
+    """Rules of all tables, of which one line says what is due; each [T]."""
+
+    max_rows: NDArray[Any]
+    max_candidates: NDArray[Any]
+    evicts: NDArray[Any]
+    in_seconds: NDArray[Any]
+    expires: NDArray[Any]
+    periods: NDArray[Any]
+    """Of sweeps; 1 where rows do not expire."""
+    min_counts: NDArray[Any]
+    """bool: whether keys are counted."""
+    forgets: NDArray[Any]
+    count_half_lives: NDArray[Any]
+    """1 where counts are not forgotten."""
+
+    @classmethod
+    def of(cls, tables: Sequence[TableConfig], limits: Sequence[Limits]) -> Schedule:
+        """Of a store's tables, in order."""
+        evictions = [table.eviction for table in tables]
+        ttls = [one.ttl if one is not None else None for one in evictions]
+        counting = [
+            table.admission if isinstance(table.admission, AdmitFrequent) else None
+            for table in tables
+        ]
+        half_lives = [rule and rule.half_life_steps for rule in counting]
+        return cls(
+            np.array([min(one.max_rows, _NO_LIMIT) for one in limits], dtype=np.int64),
+            np.array([min(one.max_candidates, _NO_LIMIT) for one in limits], dtype=np.int64),
+            np.array([one is not None for one in evictions]),
+            np.array([one is not None and one.unit == "seconds" for one in evictions]),
+            np.array([ttl is not None for ttl in ttls]),
+            np.array([1 if ttl is None else sweep_period(ttl) for ttl in ttls], dtype=np.int64),
+            np.array([rule is not None for rule in counting]),
+            np.array([half_life is not None for half_life in half_lives]),
+            np.array([half_life or 1 for half_life in half_lives], dtype=np.int64),
+        )

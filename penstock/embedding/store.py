@@ -10,11 +10,14 @@ refused, and rows leave. Keys without a row of a table that refuses read its def
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.config import Optimizer, Pooling, TableConfig, ValueType
@@ -99,6 +102,17 @@ class StoreMemory(NamedTuple):
     """Memory of the rows: that of `slot_capacity` of them."""
 
 
+class TableCounters(NamedTuple):
+    """What each table of a store holds and has done; copies."""
+
+    rows: NDArray[np.int64]
+    """[T]."""
+    candidates: NDArray[np.int64]
+    """[T] keys that are counted but have no row."""
+    numbers: NDArray[np.int64]
+    """[T, N] as `retention.NUMBERS`; zeros in a table without rules."""
+
+
 @dataclass(frozen=True, slots=True)
 class PooledFeature:
     """One feature that a store serves."""
@@ -124,8 +138,8 @@ class PoolingPlan:
 
     def __post_init__(self) -> None:
         # A look-up notes where the row of each packed key is, once.
-        served = [feature.packed_feature for feature in self.features]
-        twice = sorted({number for number in served if served.count(number) > 1})
+        served = Counter(feature.packed_feature for feature in self.features)
+        twice = sorted(number for number, count in served.items() if count > 1)
         if twice:
             raise ConfigError(
                 f"feature {twice[0]} of the packed batch is served twice by one store; pack its "
@@ -211,6 +225,9 @@ class Store(Protocol):
 
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """Sets the counts of keys; those that have a row are passed over."""
+
+    def counters(self) -> TableCounters:
+        """Rows, candidates and numbers of all tables at once."""
 
     def retention_state(self, table: int) -> RetentionState:
         """What else the table remembers: its default row and counters."""

@@ -162,14 +162,12 @@ def unpack_tables(state: object, collection: EmbeddingCollection) -> None:
             )
         return
     fresh = collection.like_new(seed=header["seed"])
-    for number, fields in enumerate(tables):
-        prefix = f"{number}."
-        parts = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
-        _fill(fresh, fields["name"], parts)
+    parts: list[dict[str, Tensor]] = [{} for _ in tables]
+    for full_name, tensor in tensors.items():
+        number, name = full_name.split(".", 1)
+        parts[int(number)][name] = tensor
+    for fields, of_table in zip(tables, parts, strict=True):
+        _fill(fresh, fields["name"], of_table)
     fresh.step = header["step"]
     collection.take_over(fresh)
 

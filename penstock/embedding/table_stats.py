@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from penstock.embedding.retention import ENTRY_BYTES
-from penstock.embedding.store import Store
+from penstock.embedding.retention import COUNT_BYTES, NUMBERS, overhead_bytes
+from penstock.embedding.store import Store, TableCounters
 
 
 class TableStats(NamedTuple):
@@ -40,12 +40,13 @@ class RetentionStats(NamedTuple):
     """Share of `max_bytes`; None: there is none."""
 
 
-def retention_stats(store: Store, number: int) -> RetentionStats:
-    """Of a table by its number in a store."""
-    table, numbers = store.tables[number], store.retention_state(number).numbers
-    candidates = store.num_candidates(number)
-    used = store.num_rows(number) * (store.layout.row_bytes + ENTRY_BYTES)
-    used += candidates * ENTRY_BYTES
+def retention_stats(store: Store, number: int, counters: TableCounters) -> RetentionStats:
+    """Of a table by its number in a store, from the store's counters."""
+    table = store.tables[number]
+    numbers = dict(zip(NUMBERS, counters.numbers[number].tolist(), strict=True))
+    candidates = int(counters.candidates[number])
+    row_bytes = store.layout.row_bytes + overhead_bytes(table)
+    used = int(counters.rows[number]) * row_bytes + candidates * COUNT_BYTES
     return RetentionStats(
         admitted=numbers["admitted"],
         refused=numbers["refused"],

@@ -34,6 +34,8 @@ _FEWEST_BUCKETS = 509
 _KEYS = 2048 if is_interpreted() else 32
 """Of one program, a warp. The interpreter takes its time by operations, whatever their size."""
 _WARPS = 1
+_ENTRIES_AT_ONCE = 1 << 22
+"""Of passes over all entries: bounds the memory that they take besides."""
 _PROGRAMS = 4224
 """Of kernels that go over keys in strides: enough to fill any GPU, and cheap where there is nothing
 to do.
@@ -129,14 +131,14 @@ def _settle(entries, offsets, tables, batch_size, num_features, missing, num_mis
 
 
 @triton.jit
-def _erase(entries, num_buckets, salt, keys, count, table, erased, freed, BLOCK: tl.constexpr):
+def _erase(entries, num_buckets, salt, keys, tables, count, erased, freed, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     active = n < count
     key = tl.load(keys + n, mask=active, other=0)
-    tables = tl.full((BLOCK,), 0, tl.int32) + table
-    payload, entry = find_entry(entries, num_buckets, salt, key, tables, active, BLOCK)
+    table = tl.load(tables + n, mask=active, other=0).to(tl.int32)
+    payload, entry = find_entry(entries, num_buckets, salt, key, table, active, BLOCK)
     is_there = payload >= 0
-    meta = ((tables.to(tl.int64) + 1) << PAYLOAD_BITS) | payload
+    meta = ((table.to(tl.int64) + 1) << PAYLOAD_BITS) | payload
     expected = tl.where(is_there, meta, -1)
     gone = tl.full((BLOCK,), 0, tl.int64) + ERASED
     old = tl.atomic_cas(entries + entry * 2 + 1, expected, gone, sem="relaxed")
@@ -314,12 +316,12 @@ class Index:
                 num_warps=_WARPS,
             )
 
-    def erase(self, keys: Tensor, table: int) -> Tensor:
-        """Removes keys of a table.
+    def erase(self, keys: Tensor, tables: Tensor) -> Tensor:
+        """Removes keys.
 
         Args:
-          keys: [n] int64, duplicates allowed.
-          table: its number.
+          keys: [n] int64, contiguous, duplicates allowed.
+          tables: [n] int64, contiguous.
 
         Returns:
           [n] int64: the payload of each key that was there, once; -1 for the others.
@@ -328,7 +330,7 @@ class Index:
         if not len(keys):
             return freed
         grid = (triton.cdiv(len(keys), _KEYS),)
-        of_keys = keys, len(keys), table, erased, freed
+        of_keys = keys, tables, len(keys), erased, freed
         launch(_erase, grid, (*self.view, *of_keys), BLOCK=_KEYS, num_warps=_WARPS)
         still = keys.new_zeros(1)
         of_erased = self.entries, erased, len(keys), still
@@ -336,11 +338,23 @@ class Index:
         self.num_erased += int(still)
         return freed
 
-    def export(self, table: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Keys [n] int64 and payloads [n] int64 of a table in the entries [first, last)."""
-        part = self.entries[first:last]
-        part = part[(part[:, 1] >> 40) == table + 1]
+    def tables_at(self, first: int, last: int) -> Tensor:
+        """[last - first] int64: the table of each entry; -1: it is free."""
+        return (self.entries[first:last, 1] >> 40) - 1
+
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [n] int64 and payloads [n] int64 of entries in use."""
+        part = self.entries[places]
         return part[:, 0].contiguous(), part[:, 1] & ((1 << 40) - 1)
+
+    def places_of(self, tables: Tensor) -> Tensor:
+        """[n] int64: the entries of the tables marked in `tables` [T] bool; one pass over all."""
+        found = []
+        for first in range(0, self.capacity, _ENTRIES_AT_ONCE):
+            of_entries = self.tables_at(first, min(first + _ENTRIES_AT_ONCE, self.capacity))
+            is_theirs = (of_entries >= 0) & tables[of_entries.clamp(min=0)]
+            found.append(is_theirs.nonzero()[:, 0] + first)
+        return torch.cat(found)
 
 
 def _arguments(batch: KeyBatch) -> tuple[Tensor, Tensor, Tensor, int, int]:

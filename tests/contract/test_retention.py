@@ -18,6 +18,7 @@ from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import Clock
 from penstock.embedding.store import (
     CURSOR_START,
+    Candidates,
     PooledFeature,
     PooledGradient,
     PoolingPlan,
@@ -38,8 +39,9 @@ def table(rows=None, optimizer=None, **fields):
     initial = fields.pop("initializer", Constant(value=1.0))
     free = TableConfig(name="t", dim=1, optimizer=rule, initializer=initial)
     if rows is not None:
-        words = retention.usage_dim(free.model_copy(update=fields))
-        fields["max_bytes"] = rows * (4 + 4 * words + retention.ENTRY_BYTES)
+        ruled = free.model_copy(update=fields)
+        words = retention.usage_dim(ruled)
+        fields["max_bytes"] = rows * (4 + 4 * words + retention.overhead_bytes(ruled))
     return TableConfig(name="t", dim=1, optimizer=rule, initializer=initial, **fields)
 
 
@@ -161,14 +163,177 @@ def test_lfu_evicts_the_least_used_and_ages(open_store):
     assert 1 in held(store)  # 8 >> 3 == 1 is more than the 3 >> 3 of key 2 and than none
 
 
-def test_rows_of_the_batch_at_hand_stay(open_store):
-    store = open_store([table(rows=4, eviction=Eviction())])
-    train(store, [1, 2, 3, 4], 0)
-    train(store, [2, 3], 1)
-    # 1 and 4 are the oldest, but 1 is in the batch.
-    train(store, [1, 9], 2)
-    assert held(store) == {1, 2, 3, 9}
+@pytest.mark.parametrize("order", ["lru", "lfu"])
+def test_rows_of_the_batch_at_hand_stay(open_store, order):
+    store = open_store([table(rows=4, eviction=Eviction(order=order))])
+    for step, keys in enumerate([[1], [2], [3], [4]]):
+        train(store, keys, step)
+    assert held(store) == {1, 2, 3, 4}
+    # 1 and 2 were used longest ago, and no row more often; but they are in the batch.
+    train(store, [1, 2, 9], 4)
+    assert held(store) == {1, 2, 4, 9}
     assert numbers(store)["evicted"] == 1
+
+
+def test_of_rows_used_alike_those_of_the_lowest_hash_leave(open_store):
+    store = open_store([table(rows=64, eviction=Eviction(order="lfu"))])
+    keys = torch.arange(100, 164) * 0x9E3779B97F4A7C
+    train(store, keys.tolist(), 0)
+    train(store, [1, 2, 3], 1)
+    order = np.argsort(retention.precedence(keys.numpy()))
+    # Three are needed, and a 32nd of 64 leaves beyond.
+    assert held(store) == {1, 2, 3, *keys[order[5:]].tolist()}
+
+
+def test_numbers_of_uses_stay_at_their_largest(open_store):
+    store = open_store([table(rows=3, eviction=Eviction(order="lfu"))])
+    most = 2**32 - 1
+    usage = torch.tensor([[0, most], [0, most - 1]])
+    rows = TableRows(torch.tensor([1, 2]), torch.ones(2, 1), torch.zeros(2, 0), usage)
+    store.insert_or_assign(0, rows)
+    for step in range(3):
+        train(store, [1, 2, 3] if step == 2 else [1, 2], step)
+    held_rows, _ = store.export_batch(0, CURSOR_START, 10)
+    uses = dict(zip(held_rows.keys.tolist(), held_rows.usage[:, 1].tolist(), strict=True))
+    assert uses == {1: most, 2: most, 3: 1}
+    train(store, [4], 3)
+    assert held(store) == {1, 2, 4}
+
+
+def key_of_precedence(word):
+    """Inverse of `retention.precedence`."""
+    for factor in (0xC4CEB9FE1A85EC53, 0xFF51AFD7ED558CCD):
+        word ^= word >> 33
+        word = word * pow(factor, -1, 2**64) % 2**64
+    word ^= word >> 33
+    return word - 2**64 if word >= 2**63 else word
+
+
+def test_the_key_of_the_highest_hash_is_a_key_like_any_other(open_store):
+    # Its hash has all 64 bits set: it is below no other.
+    last = key_of_precedence(2**64 - 1)
+    assert int(retention.precedence(np.array([last]))[0]) == 2**64 - 1
+    for rules in ({"rows": 3}, {"rows": 3, "eviction": Eviction()}):
+        store = open_store([table(**rules)])
+        train(store, [last, 5], 0)
+        assert held(store) == {last, 5}
+    store = open_store([table(admission=AdmitFrequent(min_count=2))])
+    train(store, [last], 0)
+    train(store, [last], 1)
+    assert held(store) == {last}
+
+
+def test_rows_last_used_in_the_future_count_as_used_now(open_store):
+    """A run's rows in another run, which is younger: no store may call them old."""
+    store = open_store([table(rows=8, eviction=Eviction(ttl=100))])
+    keys = torch.arange(4)
+    ahead = torch.tensor([[1000], [2**32 - 1], [3], [2]])
+    store.advance(Clock(3))
+    rows = TableRows(keys, torch.ones(4, 1), torch.zeros(4, 0), ahead)
+    assert store.insert_or_assign(0, rows) == 4
+    exported, _ = store.export_batch(0, CURSOR_START, 10)
+    assert exported.usage[exported.keys.argsort(), 0].tolist() == [3, 3, 3, 2]
+    assert numbers(store)["ahead"] == 2
+    store.advance(Clock(102))
+    assert held(store) == {0, 1, 2, 3}
+    store.advance(Clock(108))
+    assert held(store) == set()
+    assert numbers(store)["evicted_age"] == 3 * 105 + 106
+
+
+def test_a_time_that_goes_back_makes_no_row_old(open_store):
+    store = open_store([table(rows=4, eviction=Eviction(order="lfu", half_life=10, ttl=50))])
+    for step in (90, 100):
+        train(store, [1, 2], step)
+    state = store.retention_state(0)
+    state.numbers.update(now=5, swept=5, step=5)
+    store.set_retention_state(0, state)
+    assert numbers(store)["now"] == 5
+    copy = open_store([store.tables[0]])
+    copy.set_retention_state(0, state)
+    copy.set_retention_state(0, copy.retention_state(0))
+    assert numbers(copy) == numbers(store)
+    # The clock of a store goes on from the last `advance`; that of another from what it was given.
+    rows, _ = store.export_batch(0, CURSOR_START, 10)
+    copy.insert_or_assign(0, rows)
+    train(copy, [3, 4], 9)  # a sweep: the age of 1 and 2 is none, not 2^32 - 91
+    assert held(copy) == {1, 2, 3, 4}
+    assert numbers(copy)["now"] == 9
+    assert numbers(store)["now"] == 5
+    store.advance(Clock(101))
+    assert numbers(store)["now"] == 101
+    assert held(store) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("time", "uses", "wrong"),
+    [
+        (-1, 0, -1),
+        (2**32, 0, 2**32),
+        (0, -1, -1),
+        (0, 2**32, 2**32),
+        (-(2**63), 1, -(2**63)),
+        (2**63 - 1, 1, 2**63 - 1),
+    ],
+)
+def test_marks_of_use_that_no_table_has_are_refused(open_store, time, uses, wrong):
+    store = open_store([table(rows=4, eviction=Eviction(order="lfu"))])
+    usage = torch.tensor([[0, 1], [time, uses]])
+    rows = TableRows(torch.tensor([1, 2]), torch.ones(2, 1), torch.zeros(2, 0), usage)
+    with pytest.raises(ConfigError, match=f"usage: {wrong} is no time or number of uses"):
+        store.insert_or_assign(0, rows)
+    assert held(store) == set()
+
+
+@pytest.mark.parametrize("name", ["now", "step", "swept", "evicted"])
+def test_numbers_that_no_table_has_are_refused(open_store, name):
+    store = open_store([table(rows=4, eviction=Eviction())])
+    state = store.retention_state(0)
+    state.numbers[name] = -5
+    with pytest.raises(ConfigError, match=f"retention state: {name} is -5"):
+        store.set_retention_state(0, state)
+
+
+def test_times_end_where_marks_of_use_do(open_store):
+    store = open_store([table(rows=4, eviction=Eviction(ttl=1000, unit="seconds"))])
+    last = 2**32 - 1
+    store.advance(Clock(0, last - 500))
+    store.find_or_insert(0, torch.tensor([1]))
+    for seconds in (last + 10**6, 2**40, 2**62):
+        store.advance(Clock(1, seconds))
+        store.find_or_insert(0, torch.tensor([2]))
+        assert numbers(store)["now"] == last
+        assert held(store) == {1, 2}  # 500 seconds old, for ever
+    state = store.retention_state(0)
+    state.numbers["now"] = 2**50  # of a checkpoint whose times had the wrong unit
+    store.set_retention_state(0, state)
+    assert numbers(store)["now"] == last
+
+
+def test_imported_counts_stay_within_their_limit_too(open_store):
+    rule = table(admission=AdmitFrequent(min_count=5), max_bytes=8 * 32 * 4)
+    store = open_store([rule])
+    assert retention.limits_of(rule, 4).max_candidates == 4
+    store.import_candidates(0, Candidates(torch.arange(4), torch.tensor([1, 2, 3, 4])))
+    # Again: no others.
+    store.import_candidates(0, Candidates(torch.arange(4), torch.tensor([4, 3, 2, 1])))
+    assert store.num_candidates(0) == 4
+    with pytest.raises(CapacityError, match="table 't' holds"):
+        store.import_candidates(0, Candidates(torch.tensor([3, 9]), torch.tensor([2, 1])))
+    counts, _ = store.export_candidates(0, CURSOR_START, 10)
+    found = dict(zip(counts.keys.tolist(), counts.counts.tolist(), strict=True))
+    assert found == {0: 4, 1: 3, 2: 2, 3: 2}
+    store.check_invariants()
+
+
+def test_a_table_that_does_not_count_passes_over_counts(open_store):
+    """As when a job is resumed without its `min_count`."""
+    store = open_store([table(rows=4, eviction=Eviction())])
+    store.import_candidates(0, Candidates(torch.tensor([1, 2]), torch.tensor([3, 4])))
+    assert store.num_candidates(0) == 0
+    for step in range(3):
+        train(store, [1, 2, 3], step)
+    assert held(store) == {1, 2, 3}
 
 
 def test_more_new_keys_than_the_table_holds(open_store):
@@ -238,7 +403,7 @@ def test_time_never_goes_back(open_store):
 def test_candidates_stay_within_their_share_of_the_budget(open_store):
     rule = table(admission=AdmitFrequent(min_count=2), max_bytes=100 * 28)
     limits = retention.limits_of(rule, 4)
-    assert limits.max_candidates == 100 * 28 // 8 // 24
+    assert limits.max_candidates == 100 * 28 // 8 // 32
     store = open_store([rule])
     rng = np.random.default_rng(0)
     for step in range(20):

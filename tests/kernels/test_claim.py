@@ -29,7 +29,8 @@ def test_every_missing_key_claims_one_entry(size, num_present, device):
     index.settle(present, misses, claims, claims.rank)
     payloads = index.find(present, nobody)[0]
     # Some of those that were there leave erased entries behind.
-    index.erase(present.keys[::7].contiguous(), 0)
+    erased = present.keys[::7].contiguous()
+    index.erase(erased, torch.zeros_like(erased))
     slots = torch.full((num,), 77, dtype=torch.int32, device=device)
     misses = Misses(
         torch.empty(num, dtype=torch.int64, device=device),

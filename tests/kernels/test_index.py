@@ -119,7 +119,8 @@ def test_a_full_index_finds_inserts_and_erases():
     assert reference_index.is_consistent(index.entries, index.salt)
     found, misses = inserter.find(KeyBatch.of_table(keys, 0))
     assert int(misses.number) == 0
-    freed = index.erase(torch.cat([keys[::3], keys[:300:3]]), 0)
+    erased = torch.cat([keys[::3], keys[:300:3]])
+    freed = index.erase(erased, torch.zeros_like(erased))
     assert torch.equal(freed[freed >= 0].sort().values, found[::3].long().sort().values)
     assert (freed[-100:] >= 0).sum() + (freed[:100] >= 0).sum() == 100
     assert reference_index.is_consistent(index.entries, index.salt)
@@ -147,10 +148,25 @@ def test_erasing_and_inserting_for_ever_does_not_grow_it():
         found, misses = inserter.find(batch)
         claims = index.claim(batch, misses, found, inserter.allocated)
         index.settle(batch, misses, claims, claims.rank)
-        assert (index.erase(keys, 0) >= 0).all()
+        assert (index.erase(keys, torch.zeros_like(keys)) >= 0).all()
     # Once, for what is erased and takes room until the next rehash.
     assert index.capacity <= 6200
-    assert len(index.export(0, 0, index.capacity)[0]) == 0
+    assert len(index.places_of(torch.ones(1, dtype=torch.bool, device=DEVICE))) == 0
+
+
+def test_keys_of_several_tables_are_erased_in_one_call():
+    inserter = Inserter()
+    keys = random_keys(400, 2**60)
+    inserter.insert(packed([keys, keys, keys], [0, 1, 2]))
+    index = inserter.index
+    # In turn of table 2 and 0; the keys of table 1 are the same and stay.
+    erased = keys[:100].to(DEVICE)
+    tables = torch.arange(100, device=DEVICE) % 2 * 2
+    assert (index.erase(erased, tables) >= 0).all()
+    for table, gone in ((0, keys[:100:2]), (1, keys[:0]), (2, keys[1:100:2])):
+        marked = torch.arange(3, device=DEVICE) == table
+        left = index.at(index.places_of(marked))[0].cpu()
+        assert set(left.tolist()) == set(keys.tolist()) - set(gone.tolist())
 
 
 def test_the_number_of_buckets_is_prime():
@@ -168,7 +184,9 @@ def test_growth_keeps_every_key():
     for part in keys.split(4500):
         inserter.insert(packed([part], [1]))
     assert inserter.index.capacity > 9_000
-    exported, payloads = inserter.index.export(1, 0, inserter.index.capacity)
+    exported, payloads = inserter.index.at(
+        inserter.index.places_of(torch.tensor([False, True], device=DEVICE))
+    )
     order = exported.argsort()
     assert torch.equal(exported[order].cpu(), torch.unique(keys))
     assert torch.equal(payloads.sort().values.cpu(), torch.arange(len(exported)))

@@ -40,7 +40,7 @@ def open_table(rows: int, dim: int, ttl: int) -> TableConfig:
     """A table whose budget is `rows` rows."""
     rules = {"eviction": Eviction(ttl=ttl), "optimizer": RowWiseAdagrad()}
     unbounded = TableConfig(name="t", dim=dim, **rules)
-    row_bytes = RowLayout.of(unbounded).row_bytes + retention.ENTRY_BYTES
+    row_bytes = RowLayout.of(unbounded).row_bytes + retention.overhead_bytes(unbounded)
     return TableConfig(name="t", dim=dim, max_bytes=rows * row_bytes, **rules)
 
 

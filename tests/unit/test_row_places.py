@@ -45,7 +45,7 @@ def some_keys(store, count):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_evicted_rows_leave_their_places_to_rows_of_their_shard(threads):
     unbounded = TableConfig(name="t", dim=4, optimizer=SGD(), eviction=Eviction(ttl=100))
-    row_bytes = RowLayout.of(unbounded).row_bytes + retention.ENTRY_BYTES
+    row_bytes = RowLayout.of(unbounded).row_bytes + retention.overhead_bytes(unbounded)
     table = unbounded.model_copy(update={"max_bytes": ROWS * row_bytes})
     store = HostStore([table], num_threads=threads)
     size = 1 << 12

@@ -1,0 +1,433 @@
+// Which rows leave: eviction, ageing, the time. Exact, and by functions of keys, marks of use and times alone.
+//
+// A table is looked through by its list of keys, many tables and the parts of long ones side by side. Keys that leave are
+// then taken out of the index, whose shards threads own one at a time.
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "host_store.h"
+
+namespace penstock {
+namespace {
+
+constexpr uint64_t kStretch = 8192;           // keys of a task
+constexpr uint64_t kSampleSize = 1 << 14;     // keys
+constexpr uint64_t kSweptAtOnce = 1 << 20;    // keys whose leavers are kept in memory together
+constexpr uint64_t kMostDead = 64;            // dead keys of a list that are not worth dropping
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+
+// The first multiple of `period` after `now`.
+int64_t next_multiple(int64_t now, uint64_t period) {
+  const uint64_t number = static_cast<uint64_t>(now) / period + 1;
+  return number > static_cast<uint64_t>(kNever) / period ? kNever : static_cast<int64_t>(number * period);
+}
+
+}  // namespace
+
+// --- lists of keys -----------------------------------------------------------------------------------------------------
+
+void HostStore::tidy(uint32_t table) {
+  Listed& listed = listed_[table];
+  if (listed.dead == 0) return;
+  if (listed.repeats) {
+    std::vector<uint64_t> keys(listed.keys.size());
+    for (uint64_t i = 0; i < keys.size(); ++i) keys[i] = listed.keys[i];
+    std::sort(keys.begin(), keys.end());
+    keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
+    listed.keys.clear();
+    listed.keys.reserve(keys.size());
+    for (const uint64_t key : keys) listed.keys.push_back(key);
+  }
+  for (uint64_t i = listed.keys.size(); i-- > 0;) {
+    const uint64_t key = listed.keys[i];
+    const Entry* const entry = index_.find(key, table, index_.hash(key, table));
+    if (entry == nullptr || !(policies_[table].evicts || entry->is_candidate())) listed.keys.remove(i);
+  }
+  listed.dead = 0;
+  listed.repeats = false;
+}
+
+// So seldom that it costs a few steps for each key that died.
+void HostStore::tidy_if_worthwhile(uint32_t table) {
+  if (listed_[table].dead > listed_[table].keys.size() / 4 + kMostDead) tidy(table);
+}
+
+template <typename Visit>
+void HostStore::each_entry(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const {
+  // Three groups are under way: one whose lines of the index are on their way, one whose marks of use are, one at hand.
+  constexpr uint64_t kGroup = 16;
+  const IndexView index = index_.view();
+  const KeyList& keys = listed_[table].keys;
+  struct Group {
+    uint64_t position, size;
+    uint64_t hashes[kGroup];
+    const Entry* entries[kGroup];
+  };
+  Group groups[3];
+  for (Group& group : groups) group.size = 0;
+  const uint64_t number = first < last ? (last - first + stride - 1) / stride : 0;
+  const uint64_t rounds = (number + kGroup - 1) / kGroup + 2;
+  for (uint64_t round = 0; round < rounds; ++round) {
+    Group& next = groups[round % 3];
+    next.position = first + round * kGroup * stride;
+    next.size = round * kGroup < number ? std::min(kGroup, number - round * kGroup) : 0;
+    for (uint64_t i = 0; i < next.size; ++i) {
+      next.hashes[i] = index.hash(keys[next.position + i * stride], table);
+      __builtin_prefetch(index.shard(next.hashes[i]) + index.home(next.hashes[i]));
+    }
+    Group& found = groups[(round + 2) % 3];
+    for (uint64_t i = 0; i < found.size; ++i) {
+      found.entries[i] = index_.find(keys[found.position + i * stride], table, found.hashes[i]);
+      const uint32_t slot = found.entries[i]->slot();
+      if (usage_dim_ != 0 && slot != kNoSlot) __builtin_prefetch(rows().usage(slot));
+    }
+    Group& ready = groups[(round + 1) % 3];
+    for (uint64_t i = 0; i < ready.size; ++i) visit(ready.entries[i], ready.position + i * stride);
+    ready.size = 0;
+  }
+}
+
+Status HostStore::export_candidates(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_keys, int64_t* keys,
+                                    int64_t* counts, int64_t* exported) {
+  const std::lock_guard<std::mutex> guard(call_);
+  if (version != content_version_) return Status::kStaleCursor;
+  *exported = 0;
+  if (!is_listed(table)) return Status::kOk;
+  tidy(table);
+  const uint64_t size = listed_[table].keys.size();
+  while (*cursor < size && *exported < max_keys) {
+    // No more than there is room for.
+    const uint64_t last = std::min(size, *cursor + static_cast<uint64_t>(max_keys - *exported));
+    each_entry(table, *cursor, last, 1, [&](const Entry* entry, uint64_t) {
+      if (!entry->is_candidate()) return;
+      keys[*exported] = static_cast<int64_t>(entry->key);
+      counts[(*exported)++] = entry->count();
+    });
+    *cursor = last;
+  }
+  return Status::kOk;
+}
+
+void HostStore::remove_keys(std::vector<std::vector<Leaver>>& of_tables) {
+  // By shard.
+  std::vector<uint64_t> begin(kNumShards + 1), next(kNumShards);
+  const auto shard_of = [this](const Leaver& leaver) { return Index::shard_of(index_.hash(leaver.key, leaver.table)); };
+  for (const std::vector<Leaver>& leavers : of_tables) {
+    for (const Leaver& leaver : leavers) ++begin[shard_of(leaver) + 1];
+  }
+  for (uint32_t shard = 0; shard < kNumShards; ++shard) next[shard] = begin[shard + 1] += begin[shard];
+  std::vector<std::pair<uint64_t, uint32_t>> keys(begin.back());
+  for (const std::vector<Leaver>& leavers : of_tables) {
+    for (const Leaver& leaver : leavers) keys[--next[shard_of(leaver)]] = {leaver.key, leaver.table};
+  }
+  pool_.run(static_cast<int64_t>(of_tables.size()), [&](int64_t number, int) {
+    std::vector<Leaver>& leavers = of_tables[number];
+    // From the end, so that the keys which take the places of those removed stay.
+    std::sort(leavers.begin(), leavers.end(), [](const Leaver& a, const Leaver& b) { return a.position > b.position; });
+    for (const Leaver& leaver : leavers) listed_[leaver.table].keys.remove(leaver.position);
+  });
+  pool_.run(kNumShards, [&](int64_t shard, int thread) {
+    constexpr uint64_t kAhead = 8;
+    const IndexView index = index_.view();
+    for (uint64_t i = begin[shard]; i < begin[shard + 1]; ++i) {
+      if (i + kAhead < begin[shard + 1]) {
+        const uint64_t hash = index.hash(keys[i + kAhead].first, keys[i + kAhead].second);
+        __builtin_prefetch(index.shard(hash) + index.home(hash), 1);
+      }
+      const auto [key, table] = keys[i];
+      Entry* const entry = index_.find(key, table, index.hash(key, table));
+      if (entry->slot() != kNoSlot) scratch_[thread].freed.push_back(entry->slot());
+      index_.erase(entry);
+    }
+  });
+  bool has_rows = false;
+  for (const std::vector<Leaver>& leavers : of_tables) {
+    for (const Leaver& leaver : leavers) {
+      if (leaver.slot == kNoSlot) {
+        --candidates_of_table_[leaver.table];
+        continue;
+      }
+      has_rows = true;
+      --rows_of_table_[leaver.table];
+      ++retention_[leaver.table].evicted;
+      retention_[leaver.table].evicted_age += leaver.age;
+    }
+  }
+  if (has_rows) {
+    return_freed_slots();
+  } else {
+    content_changed();
+  }
+}
+
+// --- eviction ----------------------------------------------------------------------------------------------------------
+
+void HostStore::mark_used(const uint32_t* slots, int64_t count, uint32_t table) {
+  const uint64_t now = static_cast<uint64_t>(now_of(table));
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t* const marks = rows().usage(slots[i]);
+    if (usage_dim_ == 2) {
+      const uint32_t uses = policies_[table].aged_uses(marks[1], marks[0], now);
+      marks[1] = uses + (uses != ~0u);
+    }
+    marks[0] = static_cast<uint32_t>(now);
+  }
+}
+
+// Rows leave in ascending order of (rank, precedence of the key).
+HostStore::Leaver HostStore::leaver_of(uint32_t table, const Entry& entry, uint64_t position, int64_t now) const {
+  const uint32_t* const marks = rows().usage(entry.slot());
+  uint64_t rank = marks[0];
+  if (policies_[table].by_uses) {
+    rank |= uint64_t{policies_[table].aged_uses(marks[1], marks[0], static_cast<uint64_t>(now))} << 32;
+  }
+  const int64_t age = std::max<int64_t>(0, now - int64_t{marks[0]});
+  return {rank, entry.key, position, table, entry.slot(), static_cast<uint32_t>(age)};
+}
+
+std::vector<HostStore::Stretch> HostStore::stretches(const std::vector<Due>& dues) const {
+  std::vector<Stretch> parts;
+  for (size_t due = 0; due < dues.size(); ++due) {
+    if (dues[due].found >= dues[due].count) continue;
+    const uint64_t size = listed_[dues[due].table].keys.size();
+    for (uint64_t first = 0; first < size; first += kStretch) {
+      parts.push_back({due, dues[due].table, first, std::min(first + kStretch, size)});
+    }
+  }
+  return parts;
+}
+
+void HostStore::mark_in_use(const std::vector<Due>& dues, const std::vector<SlotSpan>& in_use, bool is_in_use) {
+  in_use_bits_.resize((slots_handed_out_ + 63) / 64);
+  for (const Due& due : dues) number_of_table_[due.table] = 0;
+  for (const SlotSpan& span : in_use) {
+    if (number_of_table_[span.table] == kNoNumber) continue;
+    for (int64_t i = 0; i < span.count; ++i) {
+      const uint32_t slot = span.slots[i];
+      if (slot == kNoSlot) continue;
+      const uint64_t bit = uint64_t{1} << (slot % 64);
+      uint64_t& word = in_use_bits_[slot / 64];
+      word = is_in_use ? word | bit : word & ~bit;
+    }
+  }
+  for (const Due& due : dues) number_of_table_[due.table] = kNoNumber;
+}
+
+static bool leaves_before(uint64_t rank, uint64_t key, uint64_t other_rank, uint64_t other_key) {
+  return rank != other_rank ? rank < other_rank : precedence(key) < precedence(other_key);
+}
+
+// A sample says about which row of a long table is the last to leave; so few rows need keeping to compare them.
+void HostStore::guess_bound(Due& due) const {
+  const uint64_t size = listed_[due.table].keys.size();
+  if (size < kSampleSize) return;
+  const uint64_t stride = size / std::min(kSampleSize, size / 16);
+  std::vector<Leaver> sample;
+  const int64_t now = now_of(due.table);
+  each_entry(due.table, 0, size, stride, [&](const Entry* entry, uint64_t position) {
+    if (entry->slot() != kNoSlot) sample.push_back(leaver_of(due.table, *entry, position, now));
+  });
+  const uint64_t guess = sample.size() * due.count / std::max<uint64_t>(1, num_rows(due.table)) * 5 / 4 + 64;
+  if (guess >= sample.size()) return;
+  const auto last = sample.begin() + static_cast<int64_t>(guess);
+  std::nth_element(sample.begin(), last, sample.end(), [](const Leaver& a, const Leaver& b) {
+    return leaves_before(a.rank, a.key, b.rank, b.key);
+  });
+  due.is_bounded = true;
+  due.bound = *last;
+}
+
+void HostStore::evict_lowest(std::vector<Due>& dues, const std::vector<SlotSpan>& in_use) {
+  for (const Due& due : dues) tidy(due.table);
+  mark_in_use(dues, in_use, true);
+  pool_.run(static_cast<int64_t>(dues.size()), [&](int64_t number, int) { guess_bound(dues[number]); });
+  std::vector<std::vector<Leaver>> leaving(dues.size());
+  for (std::vector<Stretch> parts = stretches(dues); !parts.empty();) {
+    std::vector<std::vector<Leaver>> found(parts.size());
+    pool_.run(static_cast<int64_t>(parts.size()), [&](int64_t number, int) {
+      const Stretch& part = parts[number];
+      const Due& due = dues[part.due];
+      const int64_t now = now_of(part.table);
+      each_entry(part.table, part.first, part.last, 1, [&](const Entry* entry, uint64_t position) {
+        const uint32_t slot = entry->slot();
+        if (slot == kNoSlot || (in_use_bits_[slot / 64] >> (slot % 64) & 1) != 0) return;
+        const Leaver row = leaver_of(part.table, *entry, position, now);
+        if (due.is_bounded && !leaves_before(row.rank, row.key, due.bound.rank, due.bound.key)) return;
+        found[number].push_back(row);
+      });
+    });
+    for (size_t number = 0; number < parts.size(); ++number) {
+      std::vector<Leaver>& leavers = leaving[parts[number].due];
+      if (parts[number].first == 0) leavers.clear();
+      leavers.insert(leavers.end(), found[number].begin(), found[number].end());
+    }
+    // Again without a bound, where the sample misled.
+    std::vector<size_t> again;
+    for (const Stretch& part : parts) {
+      if (part.first == 0 && dues[part.due].is_bounded && leaving[part.due].size() < dues[part.due].count) {
+        again.push_back(part.due);
+      }
+    }
+    for (Due& due : dues) due.found = due.count;
+    for (const size_t due : again) dues[due] = {dues[due].table, dues[due].count};
+    parts = stretches(dues);
+  }
+  mark_in_use(dues, in_use, false);
+  pool_.run(static_cast<int64_t>(dues.size()), [&](int64_t number, int) {
+    std::vector<Leaver>& leavers = leaving[number];
+    const uint64_t count = dues[number].count;
+    if (leavers.size() <= count) return;
+    std::nth_element(leavers.begin(), leavers.begin() + static_cast<int64_t>(count), leavers.end(),
+                     [](const Leaver& a, const Leaver& b) { return leaves_before(a.rank, a.key, b.rank, b.key); });
+    leavers.resize(count);
+  });
+  remove_keys(leaving);
+}
+
+// --- time --------------------------------------------------------------------------------------------------------------
+
+int64_t HostStore::now_of(uint32_t table) const {
+  const int64_t own = retention_[table].now;
+  if (!follows_[table]) return own;
+  return std::max(own, std::min(policies_[table].in_seconds ? clock_seconds_ : clock_step_, kMaxTime));
+}
+
+int64_t HostStore::step_of(uint32_t table) const {
+  const int64_t own = retention_[table].step;
+  return follows_[table] ? std::max(own, clock_step_) : own;
+}
+
+void HostStore::advance(uint64_t step_now, uint64_t seconds_now) {
+  if (!retains_) return;
+  const std::lock_guard<std::mutex> guard(call_);
+  const int64_t step = static_cast<int64_t>(std::min<uint64_t>(step_now, kNever / 2));
+  const int64_t seconds = static_cast<int64_t>(std::min<uint64_t>(seconds_now, kMaxTime));
+  std::vector<uint32_t> expiring;
+  std::vector<std::pair<uint32_t, uint32_t>> halvings;
+  const bool is_event = step >= next_step_ || seconds >= next_second_;
+  if (is_event) {
+    full_tables_.clear();
+    for (uint32_t table = 0; table < policies_.size(); ++table) judge_time(table, step, seconds, &expiring, &halvings);
+  } else if (step > clock_step_) {
+    for (const uint32_t table : std::exchange(full_tables_, {})) judge_time(table, step, seconds, &expiring, &halvings);
+  }
+  clock_step_ = std::max(clock_step_, step);
+  clock_seconds_ = std::max(clock_seconds_, seconds);
+  step_ = std::max(step_, step_now);
+  if (is_event) find_next_events();
+  if (!expiring.empty()) evict_expired(expiring);
+  if (!halvings.empty()) halve_counts(halvings);
+}
+
+// Before the clock of the store has moved.
+void HostStore::judge_time(uint32_t table, int64_t step, int64_t seconds, std::vector<uint32_t>* expiring,
+                           std::vector<std::pair<uint32_t, uint32_t>>* halvings) {
+  const RetentionPolicy& policy = policies_[table];
+  RetentionNumbers& numbers = retention_[table];
+  numbers.now = std::max(now_of(table), std::min(policy.in_seconds ? seconds : step, kMaxTime));
+  numbers.step = step_of(table);
+  follows_[table] = true;
+  if (policy.ttl != 0) {
+    const int64_t period = static_cast<int64_t>(policy.sweep_period());
+    if (numbers.now / period != numbers.swept / period) {
+      numbers.swept = numbers.now;
+      expiring->push_back(table);
+    }
+  }
+  if (step <= numbers.step) {
+    if (numbers.candidates_are_full != 0) full_tables_.push_back(table);
+    return;
+  }
+  if (policy.min_count != 0) {
+    int64_t times = numbers.candidates_are_full;
+    if (policy.count_half_life != 0) {
+      const int64_t half_life = static_cast<int64_t>(policy.count_half_life);
+      times = std::max(times, std::min<int64_t>(step / half_life - numbers.step / half_life, 16));
+    }
+    numbers.candidates_are_full = 0;
+    if (times != 0) halvings->emplace_back(table, static_cast<uint32_t>(times));
+  }
+  numbers.step = step;
+}
+
+// When `advance` has to look at all tables again.
+void HostStore::find_next_events() {
+  next_step_ = next_second_ = kNever;
+  for (uint32_t table = 0; table < policies_.size(); ++table) {
+    const RetentionPolicy& policy = policies_[table];
+    if (policy.ttl != 0) {
+      int64_t& next = policy.in_seconds ? next_second_ : next_step_;
+      next = std::min(next, next_multiple(now_of(table), policy.sweep_period()));
+    }
+    if (policy.count_half_life != 0) next_step_ = std::min(next_step_, next_multiple(step_of(table), policy.count_half_life));
+  }
+}
+
+// Calls judge(part, entry, position, list) for all keys of some tables, which adds to the list what may leave; then, with no
+// other reader about, settle(list), which keeps what does leave.
+template <typename Judge, typename Settle>
+void HostStore::sweep(const std::vector<uint32_t>& tables, const Judge& judge, const Settle& settle) {
+  std::vector<Stretch> parts;
+  uint64_t size = 0;
+  const auto look_through = [&] {
+    std::vector<std::vector<Leaver>> leaving(parts.size());
+    pool_.run(static_cast<int64_t>(parts.size()), [&](int64_t number, int) {
+      const Stretch& part = parts[number];
+      each_entry(part.table, part.first, part.last, 1, [&](const Entry* entry, uint64_t position) {
+        judge(part, *entry, position, &leaving[number]);
+      });
+    });
+    pool_.run(static_cast<int64_t>(parts.size()), [&](int64_t number, int) { settle(parts[number], &leaving[number]); });
+    // Parts of one table come one after the other: their keys are removed together, from the end.
+    for (size_t number = parts.size(); number-- > 1;) {
+      if (parts[number].due != parts[number - 1].due) continue;
+      leaving[number - 1].insert(leaving[number - 1].end(), leaving[number].begin(), leaving[number].end());
+      std::vector<Leaver>().swap(leaving[number]);
+    }
+    std::erase_if(leaving, [](const std::vector<Leaver>& leavers) { return leavers.empty(); });
+    if (!leaving.empty()) remove_keys(leaving);
+    parts.clear();
+    size = 0;
+  };
+  for (size_t number = 0; number < tables.size(); ++number) {
+    tidy(tables[number]);
+    // From the end: what is removed is replaced by keys that were looked at.
+    for (uint64_t last = listed_[tables[number]].keys.size(); last > 0;) {
+      const uint64_t first = (last - 1) / kStretch * kStretch;
+      parts.push_back({number, tables[number], first, last});
+      size += last - first;
+      last = first;
+      if (size >= kSweptAtOnce) look_through();
+    }
+  }
+  if (!parts.empty()) look_through();
+}
+
+void HostStore::evict_expired(const std::vector<uint32_t>& tables) {
+  const auto judge = [this](const Stretch& part, const Entry& entry, uint64_t position, std::vector<Leaver>* leavers) {
+    if (entry.slot() == kNoSlot) return;
+    const Leaver row = leaver_of(part.table, entry, position, now_of(part.table));
+    if (row.age > policies_[part.table].ttl) leavers->push_back(row);
+  };
+  sweep(tables, judge, [](const Stretch&, std::vector<Leaver>*) {});
+}
+
+void HostStore::halve_counts(const std::vector<std::pair<uint32_t, uint32_t>>& halvings) {
+  content_changed();
+  std::vector<uint32_t> tables;
+  for (const auto& [table, times] : halvings) tables.push_back(table);
+  Entry* const entries = index_.view().entries;
+  const auto judge = [&](const Stretch& part, const Entry& entry, uint64_t position, std::vector<Leaver>* leavers) {
+    if (!entry.is_candidate()) return;
+    const uint64_t place = static_cast<uint64_t>(&entry - entries);
+    leavers->push_back({place, entry.key, position, part.table, kNoSlot, entry.count() >> halvings[part.due].second});
+  };
+  const auto settle = [&](const Stretch& part, std::vector<Leaver>* leavers) {
+    for (const Leaver& counted : *leavers) entries[counted.rank].meta = Entry::pack_candidate(part.table, counted.age);
+    std::erase_if(*leavers, [](const Leaver& counted) { return counted.age != 0; });
+  };
+  sweep(tables, judge, settle);
+}
+
+}  // namespace penstock

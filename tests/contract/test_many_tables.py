@@ -1,0 +1,192 @@
+"""Eviction, expiry, counts and exports where a store has many tables: each as if it were alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.config import SGD, AdmitFrequent, Constant, Eviction, TableConfig
+from penstock.embedding.dict_store import DictStore
+from penstock.embedding.host_store import HostStore
+from penstock.embedding.retention import Clock, overhead_bytes, usage_dim
+from penstock.embedding.store import (
+    CURSOR_START,
+    PooledFeature,
+    PooledGradient,
+    PoolingPlan,
+    TableRows,
+)
+from penstock.types import KeyedJagged
+from tests.contract.stores import is_slow, open_store
+
+__all__ = ["open_store"]
+
+
+def rules(number):
+    """Of many kinds, so that in each step some tables evict, some expire, some halve counts."""
+    ruled = TableConfig(
+        name=f"t{number}",
+        dim=1,
+        optimizer=SGD(learning_rate=1.0),
+        initializer=Constant(value=1.0),
+        admission=AdmitFrequent(min_count=2, half_life_steps=3 + number % 5)
+        if number % 3 == 0
+        else None,
+        eviction=Eviction(
+            order="lfu",
+            half_life=5 + number % 4 if number % 2 else None,
+            ttl=20 + 7 * number if number % 4 == 1 else None,
+            unit="seconds" if number % 8 == 1 else "steps",
+        ),
+        max_bytes=10**6,
+    )
+    rows = 6 + 5 * (number % 7)
+    row_bytes = 4 + 4 * usage_dim(ruled) + overhead_bytes(ruled)
+    return ruled.model_copy(update={"max_bytes": rows * row_bytes + 8 * 32})
+
+
+def keys_of(rng, tables, size, step):
+    """[tables * size] int64 whose popular keys drift."""
+    return torch.from_numpy((rng.zipf(1.3, tables * size) % 60 + step // 4).astype(np.int64))
+
+
+def content(store, number):
+    rows, _ = store.export_batch(number, CURSOR_START, 1 << 20)
+    order = rows.keys.argsort()
+    counts, _ = store.export_candidates(number, CURSOR_START, 1 << 20)
+    by_key = counts.keys.argsort()
+    return (
+        *(column[order].tolist() for column in rows if column is not None),
+        counts.keys[by_key].tolist(),
+        counts.counts[by_key].tolist(),
+        store.retention_state(number).numbers,
+    )
+
+
+def test_each_table_goes_the_way_of_the_oracle(open_store):
+    tables = 9 if is_slow(open_store) and open_store is not DictStore else 24
+    steps = 30 if tables == 9 else 60
+    configs = [rules(number) for number in range(tables)]
+    store, oracle = open_store(configs), DictStore(configs)
+    features = tuple(PooledFeature(f, f, "sum", f) for f in range(tables))
+    plan = PoolingPlan(features, tables)
+    names = tuple(f"f{f}" for f in range(tables))
+    rng = np.random.default_rng(0)
+    size = 12
+    for step in range(steps):
+        keys = keys_of(rng, tables, size, step)
+        if step % 10 == 9:  # now and then rows leave and come again by other ways
+            for one in (store, oracle):
+                one.erase(step % tables, torch.arange(0, 30, 3))
+                again = torch.arange(0, 30, 6)
+                rows = TableRows(again, torch.ones(5, 1), torch.zeros(5, 0))
+                one.insert_or_assign(step % tables, rows)
+        batch = KeyedJagged(names, keys, torch.arange(tables * size + 1))
+        for one in (store, oracle):
+            one.advance(Clock(step, 1_700_000_000 + 3 * step))
+            out = torch.zeros(size, tables)
+            lookup = one.pooled_lookup(plan, batch, insert=True, out=out)
+            grad = torch.full((size, tables), 0.25)
+            one.apply_gradients(plan, [PooledGradient(lookup, batch, grad)], step)
+        if step % 5 == 4:
+            store.check_invariants()
+        if step % 15 == 14:
+            for number in range(tables):
+                assert content(store, number) == content(oracle, number), (step, number)
+    all_numbers = [store.retention_state(number).numbers for number in range(tables)]
+    assert sum(each["evicted"] for each in all_numbers) > 10 * tables
+    assert sum(each["refused"] for each in all_numbers) > tables
+
+
+def test_full_tables_that_do_not_evict_take_the_keys_of_the_lowest_hash(open_store):
+    configs = [
+        TableConfig(name=f"t{n}", dim=1, optimizer=SGD(), max_bytes=(4 + 24) * (n + 1))
+        for n in range(12)
+    ]
+    store, oracle = open_store(configs), DictStore(configs)
+    plan = PoolingPlan(tuple(PooledFeature(f, f, "sum", f) for f in range(12)), 12)
+    keys = torch.arange(12 * 40) * 0x9E3779B97F4A7C
+    batch = KeyedJagged(tuple(f"f{f}" for f in range(12)), keys, torch.arange(12 * 40 + 1))
+    for one in (store, oracle):
+        one.pooled_lookup(plan, batch, insert=True, out=torch.zeros(40, 12))
+    store.check_invariants()
+    for number in range(12):
+        assert content(store, number) == content(oracle, number)
+        assert store.num_rows(number) == number + 1
+
+
+def test_exports_in_small_parts_and_in_turn(open_store):
+    """Each table's rows once, whatever other exports run beside."""
+    tables = 5
+    configs = [TableConfig(name=f"t{n}", dim=1, optimizer=SGD()) for n in range(tables)]
+    store = open_store(configs)
+    sizes = [0, 300, 1, 70, 33]
+    for number, size in enumerate(sizes):
+        store.find_or_insert(number, torch.arange(size) * 0x9E3779B97F4A7C)
+    order = [3, 0, 4, 1, 2]
+    cursors, found = dict.fromkeys(order, CURSOR_START), {number: [] for number in order}
+    open_ones = list(order)
+    while open_ones:
+        for number in list(open_ones):
+            rows, cursors[number] = store.export_batch(number, cursors[number], 37)
+            found[number] += rows.keys.tolist()
+            if not len(rows.keys):
+                open_ones.remove(number)
+    for number, size in enumerate(sizes):
+        assert sorted(found[number]) == sorted((torch.arange(size) * 0x9E3779B97F4A7C).tolist())
+    # What comes after an export is in the next one, and a former cursor says so.
+    _, cursor = store.export_batch(1, CURSOR_START, 10)
+    store.find_or_insert(2, torch.tensor([-5]))
+    with pytest.raises(RuntimeError, match="changed while it was exported"):
+        store.export_batch(1, cursor, 10)
+    assert set(store.export_batch(2, CURSOR_START, 10)[0].keys.tolist()) == {0, -5}
+
+
+def test_a_table_that_is_most_of_a_store_is_exported_beside_small_ones(monkeypatch):
+    """Beyond the number of places that are kept, entry by entry."""
+    configs = [TableConfig(name=f"t{n}", dim=1, optimizer=SGD()) for n in range(3)]
+    store = HostStore(configs, num_threads=1)
+    large = (1 << 21) + 1000
+    for number, size in enumerate([100, large, 7]):
+        store.find_or_insert(number, torch.arange(size))
+    for number, size in [(1, large), (0, 100), (2, 7), (1, large)]:
+        keys, cursor = [], CURSOR_START
+        while True:
+            rows, cursor = store.export_batch(number, cursor, 1 << 19)
+            if not len(rows.keys):
+                break
+            keys.append(rows.keys)
+        assert torch.equal(torch.cat(keys).sort().values, torch.arange(size))
+
+
+def test_a_list_of_keys_does_not_grow_with_what_has_left():
+    """Keys that are erased, or counted and then admitted, for ever."""
+    evicting = TableConfig(name="t", dim=1, optimizer=SGD(), eviction=Eviction(ttl=10**6))
+    counting = TableConfig(name="t", dim=1, optimizer=SGD(), admission=AdmitFrequent(min_count=2))
+    for config in (evicting, counting):
+        store = HostStore([config], num_threads=2)
+        keys = torch.arange(2000)
+        for _ in range(30):
+            store.find_or_insert(0, keys)
+            store.find_or_insert(0, keys)
+            store.check_invariants()
+            assert store.erase(0, keys) == len(keys)
+            store.check_invariants()
+        index_bytes = store.memory().index_bytes
+        # The index takes 24 bytes a key at most, but no less than its first size.
+        assert index_bytes < 16 * 64 * 64 + 2 * 30 * len(keys)
+
+
+def test_lists_of_many_small_tables_are_small():
+    bytes_of = {}
+    for tables in (1, 500):
+        configs = [
+            TableConfig(name=f"t{n}", dim=1, optimizer=SGD(), eviction=Eviction(ttl=10**6))
+            for n in range(tables)
+        ]
+        store = HostStore(configs, num_threads=1)
+        for number in range(tables):
+            store.find_or_insert(number, torch.arange(15_000 // tables))
+        assert store.memory().rows == 15_000
+        bytes_of[tables] = store.memory().index_bytes
+    # 8 bytes a row in each; a list that grows has a quarter more than it needs.
+    assert bytes_of[500] - bytes_of[1] < 0.3 * 8 * 15_000
