@@ -25,10 +25,8 @@ torch.save({"embeddings": embeddings.state_dict(), "head": head.state_dict()}, "
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -39,14 +37,13 @@ from torch import Tensor, nn
 from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.host_store import HostStore
+from penstock.embedding.places import nearest, places_of, plans_of, refuse_duplicates, unknown_table
 from penstock.embedding.retention import Clock, RetentionState, retains
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
-    PooledFeature,
     PooledGradient,
     PoolingPlan,
-    RowLayout,
     Store,
     TableRows,
     check_batch,
@@ -60,7 +57,6 @@ from penstock.types import FeatureShape, KeyedJagged
 
 # Attributes that belong to one process and one collection.
 _OF_PROCESS = frozenset({"_groups", "_outputs", "_pending"})
-_MOST_SHOWN = 20
 
 
 class _Group(NamedTuple):
@@ -116,12 +112,12 @@ class EmbeddingCollection(nn.Module):
         super().__init__()
         self.tables = tuple(tables)
         self.features = tuple(features)
-        _refuse_duplicates("table", [table.name for table in tables])
-        _refuse_duplicates("feature", [feature.name for feature in features])
+        refuse_duplicates("table", [table.name for table in tables])
+        refuse_duplicates("feature", [feature.name for feature in features])
         by_name = {table.name: table for table in tables}
         for feature in features:
             if feature.table not in by_name:
-                raise ConfigError(_unknown_table(feature, list(by_name)))
+                raise ConfigError(unknown_table(feature, list(by_name)))
         self.feature_shapes = tuple(
             FeatureShape(feature.name, by_name[feature.table].dim, feature.max_keys)
             for feature in features
@@ -152,7 +148,7 @@ class EmbeddingCollection(nn.Module):
         self.seed = seed
         """Of the initial values."""
         self._names = tuple(feature.name for feature in features)
-        self._places = _places(tables)
+        self._places = places_of(tables)
         self._options: dict[str, Any] = {
             "num_threads": num_threads or available_cores(),
             "deterministic": deterministic,
@@ -172,17 +168,11 @@ class EmbeddingCollection(nn.Module):
         tables_of: dict[int, list[TableConfig]] = {}
         for table in self.tables:
             tables_of.setdefault(self._places[table.name][0], []).append(table)
-        served: dict[int, list[PooledFeature]] = {group: [] for group in tables_of}
-        column = 0
-        for f, feature in enumerate(self.features):
-            group, number = self._places[feature.table]
-            served[group].append(
-                PooledFeature(f, number, feature.pooling, column, feature.max_keys)
-            )
-            column += self.feature_shapes[f].width
+        widths = [shape.width for shape in self.feature_shapes]
+        plans = plans_of(self._places, self.features, widths)
         groups = []
         for group, tables in tables_of.items():
-            plan = PoolingPlan(tuple(served[group]), self._width)
+            plan = PoolingPlan(plans.get(group, ()), self._width)
             if device.type == "cpu":
                 groups.append(_Group(HostStore(tables, num_threads=num_threads, **options), plan))
             else:
@@ -434,7 +424,7 @@ class EmbeddingCollection(nn.Module):
 
     def _find_table(self, name: str) -> tuple[Store, int]:
         if name not in self._places:
-            raise ConfigError(f"no table {name!r}; {_nearest(name, list(self._places))}")
+            raise ConfigError(f"no table {name!r}; {nearest(name, list(self._places))}")
         group, number = self._places[name]
         return self._groups[group].store, number
 
@@ -478,39 +468,8 @@ class _PooledLookup(torch.autograd.Function):
         return None, None, None
 
 
-def _places(tables: Sequence[TableConfig]) -> dict[str, tuple[int, int]]:
-    """Of each table by name its group, that of its row layout, and its number there."""
-    groups: dict[RowLayout, int] = {}
-    sizes: list[int] = []
-    places = {}
-    for table in tables:
-        group = groups.setdefault(RowLayout.of(table), len(groups))
-        if group == len(sizes):
-            sizes.append(0)
-        places[table.name] = group, sizes[group]
-        sizes[group] += 1
-    return places
-
-
 def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _refuse_duplicates(what: str, names: list[str]) -> None:
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
-        raise ConfigError(f"{what} names must differ; given twice: {', '.join(twice)}")
-
-
-def _unknown_table(feature: FeatureConfig, known: list[str]) -> str:
-    return f"feature {feature.name!r}: no table {feature.table!r}; {_nearest(feature.table, known)}"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    more = ", ..." if len(known) > _MOST_SHOWN else ""
-    tables = ", ".join(known[:_MOST_SHOWN]) or "none"
-    return f"did you mean {near[0]!r}?" if near else f"tables: {tables}{more}"

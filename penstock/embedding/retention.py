@@ -110,6 +110,52 @@ class RetentionState:
         numbers = dict(zip(NUMBERS, given, strict=True))
         return cls(tensors["default_value"], tensors["default_state"], numbers)
 
+    def let_go(self, table: TableConfig, limits: Limits, keys: Tensor, usage: Tensor) -> Tensor:
+        """Which rows leave where there are more than the table holds; counts them as evicted.
+
+        Args:
+          table: with eviction.
+          limits: of the table.
+          keys: [n] int64 of all its rows.
+          usage: [n, 1 or 2] int64 marks of use.
+
+        Returns:
+          [n] bool.
+        """
+        assert table.eviction is not None
+        now = self.numbers["now"]
+        last_use = usage[:, 0].numpy()
+        uses = np.zeros_like(last_use)
+        if table.eviction.order == "lfu":
+            half_life = table.eviction.half_life
+            uses = usage[:, 1].numpy()
+            if half_life is not None:
+                uses = uses >> (now // half_life - last_use // half_life).clip(0, 63)
+        number = max(0, len(keys) - limits.max_rows)
+        first = np.lexsort((precedence(keys.numpy()), last_use, uses))[:number]
+        self.numbers["evicted"] += number
+        self.numbers["evicted_age"] += int((now - last_use[first]).clip(min=0).sum())
+        leaving = torch.zeros(len(keys), dtype=torch.bool)
+        leaving[torch.from_numpy(first)] = True
+        return leaving
+
+    def let_counts_go(self, limits: Limits, keys: Tensor) -> Tensor:
+        """Which counts leave where there is room for fewer: those of the highest hash.
+
+        Args:
+          limits: of the table.
+          keys: [n] int64 that are counted.
+
+        Returns:
+          [n] bool.
+        """
+        if len(keys) <= limits.max_candidates:
+            return torch.zeros(len(keys), dtype=torch.bool)
+        self.numbers["candidates_are_full"] = 1
+        hashes = precedence(keys.numpy())
+        limit = np.partition(hashes, limits.max_candidates)[limits.max_candidates]
+        return torch.from_numpy(hashes >= limit)
+
 
 def checked_numbers(numbers: Mapping[str, int]) -> dict[str, int]:
     """Numbers that a store may take up; a time beyond `MAX_TIME` is that.

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors
+import torch
+from torch import Tensor
 
 from penstock.config import ValueType
 from penstock.embedding.durable_files import (
@@ -29,7 +31,7 @@ from penstock.embedding.durable_files import (
     write_durably,
     write_tensors,
 )
-from penstock.embedding.retention import RetentionState, retains
+from penstock.embedding.retention import RetentionState, limits_of, retains
 from penstock.embedding.store import Candidates, RowLayout, TableRows
 from penstock.embedding.table_state import FORMAT, VERSION, TableKind, check_kinds
 from penstock.errors import CheckpointError
@@ -134,18 +136,49 @@ def _write_retention(
 def import_tables(
     path: Path, records: Sequence[TableRecord], collection: EmbeddingCollection
 ) -> None:
-    """Fills the empty tables of `collection` with those of the directory `path`."""
+    """Fills the empty tables of `collection` with those of the directory `path`.
+
+    A table that holds less than it did, because its budget is smaller or counts more than it did
+    when the files were written, lets go of the rows that come first in the order of its eviction.
+    """
+    configs = {table.name: table for table in collection.tables}
     for table in records:
+        config = configs[table.name]
+        limits = limits_of(config, RowLayout.of(config).row_bytes)
+        leaving: Tensor | None = None
+        counted: Candidates | None = None
         if table.retention is not None:
             state = RetentionState.from_tensors(read_tensors(path / table.retention))
+            if table.rows > limits.max_rows and config.eviction is not None:
+                marks = _joined(path, table.shards, "keys", "usage")
+                leaving = state.let_go(config, limits, *marks)
+            counts = _joined(path, table.counts, "keys", "counts")
+            counted = Candidates(*counts) if counts else None
+            if counted is not None:
+                stay = ~state.let_counts_go(limits, counted.keys)
+                counted = Candidates(counted.keys[stay], counted.counts[stay])
             collection.set_retention_state(table.name, state)
+        first = 0
         for shard in table.shards:
             # Memory-mapped: no more of a shard is in memory than what is being copied.
             with safetensors.safe_open(path / shard, framework="pt") as file:
                 parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                collection.import_rows(table.name, TableRows(**parts))
-        for shard in table.counts:
-            collection.import_candidates(table.name, Candidates(**read_tensors(path / shard)))
+            if leaving is not None:
+                stays = ~leaving[first : first + len(parts["keys"])]
+                first += len(stays)
+                parts = {name: part[stays] for name, part in parts.items()}
+            collection.import_rows(table.name, TableRows(**parts))
+        if counted is not None:
+            collection.import_candidates(table.name, counted)
+
+
+def _joined(path: Path, files: Sequence[str], *names: str) -> list[Tensor]:
+    """The tensors of some names, each of all files; empty where there is no file."""
+    parts = []
+    for name in files:
+        with safetensors.safe_open(path / name, framework="pt") as file:
+            parts.append([file.get_tensor(column) for column in names])
+    return [torch.cat(columns) for columns in zip(*parts, strict=True)]
 
 
 def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -> None:

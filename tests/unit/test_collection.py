@@ -289,7 +289,7 @@ def test_the_example_of_the_docstring_is_that_of_the_readme():
         ),
         (
             lambda: list(EmbeddingCollection(TABLES, FEATURES).export_table("items")),
-            "no table 'items'; there are user, item",
+            "no table 'items'; did you mean 'item'?",
         ),
         (
             lambda: EmbeddingCollection(TABLES, FEATURES).import_rows(
