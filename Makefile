@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint sanitize sanitize-short bench clean
 
 $(STAMP): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The core with the address, undefined-behaviour and thread sanitizers, and the tests of stores and files on it. An hour.
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.sanitizers.run
+
+# What CI has time for: kernels of no single instruction set, fewer tests. About three minutes.
+sanitize-short: $(STAMP)
+	$(BIN)/python -m tests.sanitizers.run --short
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_host_store.py

@@ -383,16 +383,18 @@ RowKernels kernels_of(ValueType type, OptimizerKind optimizer) {
 
 RowKernels row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer) {
   switch (dim) {
-    case 8:
-      return kernels_of<8>(type, optimizer);
     case 16:
       return kernels_of<16>(type, optimizer);
+#ifndef PENSTOCK_FEW_KERNELS
+    case 8:
+      return kernels_of<8>(type, optimizer);
     case 32:
       return kernels_of<32>(type, optimizer);
     case 64:
       return kernels_of<64>(type, optimizer);
     case 128:
       return kernels_of<128>(type, optimizer);
+#endif
     default:
       return kernels_of<0>(type, optimizer);
   }

@@ -4,7 +4,7 @@ namespace penstock {
 
 RowKernels select_row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer, std::string_view most,
                               const char** isa) {
-#if defined(__x86_64__)
+#ifdef PENSTOCK_HAS_X86_KERNELS
   if ((most.empty() || most == "avx512") && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     *isa = "avx512";
