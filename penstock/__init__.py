@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from penstock.embedding.collection import EmbeddingCollection
     from penstock.embedding.store import TableRows
+    from penstock.embedding.torch_idioms import average_tables
     from penstock.errors import (
         CapacityError,
         CheckpointError,
@@ -48,6 +49,7 @@ _HOMES = {
     ),
     "penstock.embedding.collection": "EmbeddingCollection",
     "penstock.embedding.store": "TableRows",
+    "penstock.embedding.torch_idioms": "average_tables",
     "penstock.errors": (
         "CapacityError CheckpointError ConfigError DataError NonFiniteError PenstockError"
     ),
@@ -84,6 +86,7 @@ __all__ = [
     "TableConfig",
     "TableRows",
     "Uniform",
+    "average_tables",
 ]
 
 

@@ -24,7 +24,6 @@ torch.save({"embeddings": embeddings.state_dict(), "head": head.state_dict()}, "
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -42,21 +41,19 @@ from penstock.embedding.retention import Clock, RetentionState, retains
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
+    FindResult,
     PooledGradient,
     PoolingPlan,
     Store,
     TableRows,
     check_batch,
 )
-from penstock.embedding.table_files import load_tables, save_tables
-from penstock.embedding.table_state import copy_tables, pack_tables, unpack_tables
+from penstock.embedding.table_module import TableModule
 from penstock.embedding.table_stats import TableStats, retention_stats
+from penstock.embedding.torch_idioms import check_alone, check_averaged
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
-from penstock.types import FeatureShape, KeyedJagged
-
-# Attributes that belong to one process and one collection.
-_OF_PROCESS = frozenset({"_groups", "_outputs", "_pending"})
+from penstock.types import FeatureShape, KeyedJagged, as_keys
 
 
 class _Group(NamedTuple):
@@ -72,7 +69,7 @@ class _Pending(NamedTuple):
     grad: Tensor
 
 
-class EmbeddingCollection(nn.Module):
+class EmbeddingCollection(TableModule):
     """Pooled embeddings of every feature of a batch, and the optimizer step of their tables.
 
     In training mode a new key gets a row, if its table admits it. In evaluation mode, or under
@@ -81,7 +78,9 @@ class EmbeddingCollection(nn.Module):
 
     The tables are no torch parameters: torch's optimizers do not see them, and `apply_gradients`
     takes the place of `optimizer.step()`. `state_dict` holds them all the same, as torch's extra
-    state; copies and pickles do, too (docs/torch.md).
+    state; copies and pickles do, too (docs/torch.md). One parameter, `anchor`, stands for all of
+    them: `requires_grad_(False)` freezes the tables, `.double()` and `.to(device)` say of which
+    dtype and where outputs are, while the rows stay as and where they are.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class EmbeddingCollection(nn.Module):
         """Of each feature, in the order of the output's columns."""
         self._width = sum(shape.width for shape in self.feature_shapes)
         self.device = torch.device(device)
-        """Where the rows live, and the output."""
+        """Where the rows live; the output too, unless the module was moved."""
         if self.device.type != "cpu":
             self.device = kernel_device(device)
         self._sequences = torch.tensor(
@@ -142,9 +141,6 @@ class EmbeddingCollection(nn.Module):
         self.num_missing = 0
         """Keys read without a row, in evaluation, since the beginning."""
         self.tables_in_state = True
-        """Whether `state_dict` holds the tables. False, for tables too large for that: it holds
-        their step alone, and `load_state_dict` wants `load_tables` to have been called before.
-        """
         self.seed = seed
         """Of the initial values."""
         self._names = tuple(feature.name for feature in features)
@@ -160,7 +156,8 @@ class EmbeddingCollection(nn.Module):
         self._pending: list[_Pending] = []
         self._outputs = _core.buffer_pool()
         # Autograd calls backward only where an input needs a gradient; the tables are none.
-        self._anchor = torch.zeros(0, dtype=torch.float32, requires_grad=True)
+        self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=self.device))
+        self.copied_at = None
 
     def _make_groups(
         self, *, num_threads: int, device: torch.device, **options: Any
@@ -190,20 +187,26 @@ class EmbeddingCollection(nn.Module):
 
         Returns:
           [B, W] float32, W the sum of the features' widths: their vectors side by side, as
-          `feature_shapes` says; an empty bag is zeros.
+          `feature_shapes` says; an empty bag is zeros. Where the module was moved to another
+          device or dtype, so is this.
 
         Raises:
-          ConfigError: other features, or keys and offsets of a wrong type or shape.
+          ConfigError: other features, or keys and offsets of a wrong type or shape; training in a
+            process group of several ranks; a copy whose parameters alone were averaged.
           CapacityError: no memory for a new row.
         """
         sparse = self.to_device(sparse)
-        if self.training and torch.is_grad_enabled():
+        check_averaged(self)
+        if self.anchor.is_meta:
+            return self.anchor.new_empty(sparse.batch_size, self._width)
+        if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
+            check_alone()
             self._advance()
-            out: Tensor = _PooledLookup.apply(self._anchor, self, sparse)  # type: ignore[no-untyped-call]
-            return out
+            pooled: Tensor = _PooledLookup.apply(self.anchor, self, sparse)  # type: ignore[no-untyped-call]
+            return pooled.to(self.anchor)
         out, lookups = self._lookup(sparse, insert=False)
         self.num_missing += sum(lookup.num_missing for lookup in lookups)
-        return out
+        return out.to(self.anchor)
 
     def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
         """The batch as the tables' device takes it, checked; on the CPU it is the batch itself.
@@ -257,10 +260,30 @@ class EmbeddingCollection(nn.Module):
                 ]
                 store.apply_gradients(plan, gradients, self.step)
         self.step += 1
+        self.copied_at = None
 
     def discard_gradients(self) -> None:
         """Forgets the gradients that are not applied yet, as `optimizer.zero_grad()` does."""
         self._pending.clear()
+
+    def find(self, table: str, keys: Tensor) -> FindResult:
+        """Reads the rows of keys, [n] int64 of any value; makes none.
+
+        Returns:
+          Values [n, D] and optimizer states [n, S] float32, where a key has no row those that it
+          would read; and whether it has one. Copies, on the tables' device.
+        """
+        store, number = self._find_table(table)
+        return store.find(number, as_keys(keys).to(self.device))
+
+    def erase(self, table: str, keys: Tensor) -> int:
+        """Removes the rows of keys and returns how many there were; absent keys are no error.
+
+        Gradients of them that are not applied yet are dropped in tables with rules; in others the
+        next update makes the rows anew.
+        """
+        store, number = self._find_table(table)
+        return store.erase(number, as_keys(keys).to(self.device))
 
     def export_table(self, table: str, batch_rows: int = 1 << 18) -> Iterator[TableRows]:
         """Copies every row of a table once to the CPU, in batches, in no particular order.
@@ -316,63 +339,11 @@ class EmbeddingCollection(nn.Module):
         Gradients that are not applied yet are dropped. `other` is not to be used any more.
         """
         self._groups, self.seed, self.step = other._groups, other.seed, other.step
+        self.copied_at = None
         self.discard_gradients()
 
-    def get_extra_state(self) -> Tensor:
-        """All that the tables hold, for `state_dict`: [n] uint8, a copy; see `table_state`."""
-        return pack_tables(self, rows=self.tables_in_state)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Inverse of `get_extra_state`, for `load_state_dict`: replaces everything there was.
-
-        Raises:
-          CheckpointError: of other tables, or changed since; nothing has changed then.
-        """
-        unpack_tables(state, self)
-
-    def save_tables(self, path: str | os.PathLike[str]) -> None:
-        """Writes the tables as a directory of files; needs little memory of its own.
-
-        Returns once the disk has everything. A directory that it wrote before is replaced, whole.
-
-        Raises:
-          CheckpointError: the disk is full or fails, or something else is at `path`; what was
-            there stays.
-        """
-        save_tables(path, self)
-
-    def load_tables(self, path: str | os.PathLike[str]) -> None:
-        """Reads what `save_tables` wrote, or the tables of a run's checkpoint: replaces them all.
-
-        Raises:
-          CheckpointError: missing, damaged, or of other tables; nothing has changed then.
-          CapacityError: no memory: rows there were and those read are there together for a while.
-        """
-        load_tables(path, self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self._state_but_tables(), "_packed": pack_tables(self)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        packed = state.pop("_packed")
-        self._open(state)
-        unpack_tables(packed, self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingCollection:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin._open(copy.deepcopy(self._state_but_tables(), memo))
-        copy_tables(self, twin)
-        return twin
-
-    def _state_but_tables(self) -> dict[str, Any]:
-        """Attributes that can be copied: gradients that are not applied yet stay behind."""
-        return {name: value for name, value in vars(self).items() if name not in _OF_PROCESS}
-
     def _open(self, state: dict[str, Any]) -> None:
-        """Takes attributes from `_state_but_tables` of another collection; tables are empty."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
         self._pending = []
         self._outputs = _core.buffer_pool()
         self._groups = self._make_groups(seed=self.seed, **self._options)
