@@ -126,6 +126,14 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="A.B=VALUE",
+            help="Sets one field of the job, in YAML: what is measured; repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Evaluates the newest checkpoint of a run; changes nothing in it.
 
@@ -137,11 +145,12 @@ def evaluate(
 
         penstock evaluate runs/criteo
         penstock evaluate runs/criteo --data 'day_23/*.parquet'
+        penstock evaluate runs/criteo --set evaluation.metrics.grouped_auc=[user_id]
     """
     from penstock import run
     from penstock.report.display import metrics_table, show, slices_tables
 
-    metrics = run.evaluate(run_path, data)
+    metrics = run.evaluate(run_path, data, sets or ())
     for table in slices_tables(metrics):
         show(table)
     show(metrics_table(metrics))

@@ -47,9 +47,18 @@ def load_job(reference: str | Path, overrides: Sequence[str] = ()) -> Job:
         fields: Any = job.model_dump(mode="json")
     else:
         fields = read_fields(Path(reference))
-    for override in overrides:
-        fields = _apply(fields, override)
-    return parse_job(fields, origin=name)
+    return parse_job(override(fields, overrides), origin=name)
+
+
+def override(fields: Any, overrides: Sequence[str]) -> Any:
+    """The fields of a job with single ones replaced, see `load_job`.
+
+    Raises:
+      ConfigError: an override is not of the form `a.b=c`, or its path leads nowhere.
+    """
+    for one in overrides:
+        fields = _apply(fields, one)
+    return fields
 
 
 def read_fields(path: Path) -> Any:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -19,9 +19,10 @@ from rich.console import Console
 from penstock.config import Job
 from penstock.data.dataset import Dataset
 from penstock.data.output import whole_file
+from penstock.job_file import override
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.run_report import RunReport
-from penstock.training.checkpoint import Checkpoints
+from penstock.training.checkpoint import Checkpoints, position_of
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.feed import Fed, Feed
 from penstock.training.interruption import interruption
@@ -29,6 +30,7 @@ from penstock.training.prediction import write_scores
 from penstock.training.setup import build
 from penstock.training.step import Clock, steps_s, train_step
 from penstock.training.trained import newest_of_run, open_trained
+from penstock.types import Position
 
 
 def train(
@@ -69,18 +71,20 @@ def train(
                     run.save()
                     run.report.interrupted(run.state.step)
                     return None
+            run.reach(batches.end)
         run.log()
         run.save()
         run.evaluate()
-        return run.report.finished(run.summary())
+        return run.finish()
 
 
-def evaluate(path: Path, data: str | None = None) -> dict[str, Any]:
+def evaluate(path: Path, data: str | None = None, sets: Sequence[str] = ()) -> dict[str, Any]:
     """Measures the newest checkpoint of a run.
 
     Args:
       path: a run folder, or one of its checkpoints.
       data: files to measure on, all rows; None: the job's held-out part.
+      sets: overrides of the job, as of `load_job`: what is measured, and on what.
 
     Returns:
       Metrics by name, see `training.evaluation.evaluate_batches`; `quarantined_rows` where rows
@@ -88,10 +92,10 @@ def evaluate(path: Path, data: str | None = None) -> dict[str, Any]:
 
     Raises:
       CheckpointError: there is no checkpoint, or it is damaged.
-      ConfigError: nothing is held out and no data is given.
+      ConfigError: nothing is held out and no data is given, or `sets` changes what was trained.
       DataError: the data does not fit the job.
     """
-    trained = open_trained(path, data)
+    trained = open_trained(path, data, change=lambda fields: override(fields, sets))
     with trained.batches() as batches:
         metrics = trained.evaluator.measure(batches)
     if trained.dataset.quarantined_rows:
@@ -139,7 +143,8 @@ def open_run(
     _check_folder(folder, resume)
     with folder.held():
         _check_folder(folder, resume)  # again: a process that has ended may have been at it
-        dataset = Dataset.open(job, quarantine=folder.quarantine_file)
+        after = position_of(newest_of_run(out)) if resume else None
+        dataset = Dataset.open(job, quarantine=folder.quarantine_file, after=after)
         with closing(RunReport(folder, job, planned_samples(job, dataset), console)) as report:
             yield Run(job, dataset, folder, report)
 
@@ -181,6 +186,7 @@ class Run:
         )
         self.clock = Clock()
         self._began_s = time.monotonic()
+        self._began_at = self.state.position
         self._samples = 0
         self._is_saved = False
         # What the clock and the counter showed when the current window of steps began.
@@ -191,9 +197,11 @@ class Run:
         """Starts at step 0 or, with `resume`, where the newest checkpoint ends."""
         if resume:
             self.checkpoints.restore(newest_of_run(self.folder.path), self.state)
+            self.dataset.take_up_quarantine(self.state.position)
             self._is_saved = True
+        self._began_at = self.state.position
         window_is_open = self.window.compute()["samples"] > 0
-        self.report.start(self.state.step, self.state.position.samples, window_is_open)
+        self.report.start(self.state.step, self.state.position, window_is_open)
 
     def remaining_batches(self) -> Feed:
         """The batches from the current position to the end of the last epoch."""
@@ -235,6 +243,12 @@ class Run:
         self._samples += batch.batch_size
         self.report.advance(state.step, state.position.samples)
 
+    def reach(self, end: Position | None) -> None:
+        """Moves on to the end of the data: behind the last batch all rows may be left out."""
+        if end is not None and end != self.state.position:
+            self.state.position = end
+            self._is_saved = False
+
     def log(self) -> None:
         """Records the metrics of the steps since the last log: each batch before its update."""
         state, metrics = self.state, self.window.compute()
@@ -254,6 +268,7 @@ class Run:
                 "samples_per_s": trained / max(steps_s(spent), 1e-9),
                 "seconds": spent,
                 "tables": self._tables(),
+                "counts": state.position.counts._asdict(),
             },
         )
 
@@ -273,8 +288,15 @@ class Run:
         """Writes a checkpoint, unless the newest one holds all this."""
         if not self._is_saved:
             with self.clock.measure("checkpoint"):
+                self.dataset.sync_quarantine()
                 self.checkpoints.save(self.state)
             self._is_saved = True
+
+    def finish(self) -> dict[str, Any]:
+        """Ends a run that came to its end; one that finds nothing to do leaves it as it is."""
+        if self.state.position == self._began_at and self.report.has_nothing_new(self.state.step):
+            return self.report.nothing_new(self.state.step, self.job.training.max_steps)
+        return self.report.finished(self.summary())
 
     def summary(self) -> dict[str, Any]:
         """What the run amounts to; `RunReport.finished` adds versions and hardware."""
@@ -286,6 +308,7 @@ class Run:
             "seconds": self.clock.seconds,
             "wall_s": time.monotonic() - self._began_s,
             "tables": self._tables(),
+            "counts": self.state.position.counts._asdict(),
             "quarantined_rows": self.dataset.quarantined_rows,
             "checkpoint": str(self.checkpoints.latest()),
         }

@@ -226,34 +226,111 @@ class FeatureShape(NamedTuple):
         return self.dim * (self.length or 1)
 
 
+class FileTag(NamedTuple):
+    """Which file it is: its name is shown, its size and digest are compared.
+
+    Neither time of change nor folder counts, as copying changes both.
+    """
+
+    path: str
+    size: int
+    """Bytes; -1 while no row of it was read."""
+    digest: str
+    """Of blocks at its front and end, see `penstock.data.identity`; empty while no row was read."""
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the file was read from, so that it must stay as it is."""
+        return bool(self.digest)
+
+
+class Cursor(NamedTuple):
+    """A place between two rows of the input. Rows that are left out count, too."""
+
+    file: int = 0
+    """Number in `Position.files`."""
+    start: int = 0
+    """Where the split (unit of reading) begins, in the unit of its source: rows, bytes, lines."""
+    row: int = 0
+    """Rows of the split that lie before."""
+
+
+class Piece(NamedTuple):
+    """Rows [first, stop) of a split, those that are left out among them."""
+
+    file: int
+    start: int
+    """Of the split, as in `Cursor`."""
+    first: int
+    stop: int
+
+
+class Counts(NamedTuple):
+    """Rows since the beginning of the run, in all epochs: read = filtered + quarantined + applied.
+
+    Those that a window leaves out are counted with its first batch.
+    """
+
+    read: int = 0
+    filtered: int = 0
+    """Of another part, by their time."""
+    quarantined: int = 0
+    """Malformed ones; each once an epoch, while the quarantine has it once."""
+    applied: int = 0
+    """Given to the model. Where negatives are drawn: samples over samples a row, rounded down."""
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where in the input the next unread sample lies; enough to continue a run bit for bit.
 
-    A window is the run of `shuffle.window_rows` rows that are shuffled together. (`split`,
-    `split_row`) is where it begins.
+    A window is a run of rows that are shuffled together. One that was begun is finished as it was
+    cut, whatever the size of batches and windows is by then.
     """
 
     epoch: int = 0
     window: int = 0
-    """Number of the window within the epoch."""
+    """Number within the epoch of the window being delivered, or of the next one."""
     window_row: int = 0
     """Samples of the window already delivered."""
-    split: int = 0
-    """Number of the split (unit of reading) in which the window begins."""
-    split_row: int = 0
-    """Rows of that split that lie before the window."""
+    pieces: tuple[Piece, ...] = ()
+    """What the window is made of, if it was begun."""
+    cursor: Cursor = Cursor()
+    """Where the window after it begins, or the next one if none was begun."""
     samples: int = 0
     """Samples delivered since the beginning of the run."""
+    counts: Counts = Counts()
+    files: tuple[FileTag, ...] = ()
+    """Of the part, in the order of reading."""
+    divided: int = 0
+    """Number of files, the first ones, of which a fraction is held out; 0: no split by fraction."""
+    version_1: tuple[int, int, int] | None = None
+    """Of a checkpoint of version 1, which knows no files: number of the split in which the window
+    begins, good rows of it before the window, and rows of the window unless it is the last one.
+    """
 
-    def to_dict(self) -> dict[str, int]:
-        """Plain numbers, for a manifest."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a manifest."""
+        return {
+            **asdict(self),
+            "pieces": [list(piece) for piece in self.pieces],
+            "cursor": self.cursor._asdict(),
+            "counts": self.counts._asdict(),
+            "files": [list(tag) for tag in self.files],
+        }
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Position:
+    def from_dict(cls, fields: Mapping[str, Any]) -> Position:
         """Inverse of `to_dict`."""
-        return cls(**{name: int(value) for name, value in fields.items()})
+        before = fields["version_1"]
+        return cls(**{
+            **fields,
+            "pieces": tuple(Piece(*map(int, piece)) for piece in fields["pieces"]),
+            "cursor": Cursor(**fields["cursor"]),
+            "counts": Counts(**fields["counts"]),
+            "files": tuple(FileTag(str(p), int(size), str(d)) for p, size, d in fields["files"]),
+            "version_1": None if before is None else (before[0], before[1], before[2]),
+        })
 
 
 @dataclass(frozen=True, slots=True)

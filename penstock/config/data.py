@@ -230,7 +230,7 @@ class Shuffle(Config):
 
     window_rows: Annotated[int, Field(ge=0, le=2**63 - 1)] = 65_536
     """0: no shuffling. `negatives` are drawn among the rows of a window (0: among 8,192)."""
-    window_bytes: Annotated[int, Field(gt=0, le=2**63 - 1)] = 1 << 30
+    window_bytes: Annotated[int, Field(gt=0, le=2**63 - 1), MAY_CHANGE] = 1 << 30
     """Memory of a window's decoded rows. One that would be larger (many columns, long lists) has
     fewer rows: as many whole batches as fit, at least one.
     """

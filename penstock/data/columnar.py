@@ -19,9 +19,11 @@ from pyarrow.fs import LocalFileSystem
 
 from penstock.config import FileSource
 from penstock.data.files import list_files
+from penstock.data.identity import tag_of
 from penstock.data.lazy_splits import LazySplits
 from penstock.data.source import CHUNK_ROWS, Chunk, RowPlace, Split, chunk_rows
 from penstock.errors import DataError
+from penstock.types import FileTag
 
 SPLIT_ROWS = 131_072
 """Small groups are read together up to this many rows.
@@ -197,6 +199,18 @@ class GroupedFiles:
         if min(layout.group_rows.min(initial=0), ends.min(initial=0)) < 0:
             raise DataError(f"{path}: counts of rows that no file has; is it damaged?")
         return _Groups(ends, layout.group_times, layout.file_bytes)
+
+    def identify(self, path: str, until: int = 0) -> FileTag:
+        """The identity of a whole file."""
+        return tag_of(self._filesystem, path)
+
+    def holds(self, path: str, before: FileTag) -> bool:
+        """Files are compared whole: they have an index, so that none grows."""
+        return self.identify(path).digest == before.digest
+
+    def may_grow(self, path: str) -> bool:
+        """It may not."""
+        return False
 
     def _tables(self, split: Split, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
         """Tables that hold the rows of the split, with the file's row at which each begins."""

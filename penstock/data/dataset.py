@@ -22,6 +22,8 @@ from penstock.config import (
 from penstock.config import Source as SourceConfig
 from penstock.data.arrow import ArrowFormat
 from penstock.data.columnar import GroupedFiles
+from penstock.data.files import common_file
+from penstock.data.identity import WholeTags, check_files
 from penstock.data.json_lines import open_json_lines
 from penstock.data.loader import Loader, LoaderPlan
 from penstock.data.orc import OrcFormat
@@ -37,8 +39,8 @@ from penstock.data.schema import (
 from penstock.data.source import Source
 from penstock.data.synthetic import SyntheticRows
 from penstock.data.text import open_text
-from penstock.errors import ConfigError
-from penstock.types import Position
+from penstock.errors import ConfigError, DataError
+from penstock.types import FileTag, Position
 
 
 class Dataset:
@@ -63,6 +65,9 @@ class Dataset:
         self._columns = columns
         self._parts = parts
         self._quarantine = quarantine
+        self._tags = {part: WholeTags(rows.source) for part, rows in parts.items()}
+        self._checked: tuple[FileTag, ...] = ()
+        """Files of a position that were found to be those of the training part."""
 
     @classmethod
     def open(
@@ -70,6 +75,7 @@ class Dataset:
         job: Job,
         *,
         quarantine: Path | None = None,
+        after: Position | None = None,
         labels: Literal["required", "optional"] = "required",
         order: Sequence[str] = (),
     ) -> Dataset:
@@ -78,33 +84,44 @@ class Dataset:
         Args:
           job: what to read.
           quarantine: JSON lines file to which malformed rows are appended; None: only counted.
+          after: where a run stopped that is to go on: what it held out stays so.
           labels: `optional` for prediction: without the label column, labels are NaN.
           order: names of numeric columns and features in the order to give them, as those of
             another data set; empty: that of the source.
 
         Raises:
           ConfigError: columns, features or tables of the job do not fit together.
-          DataError: files or columns are missing or not what the job says.
+          DataError: files or columns are missing or not what the job says; files that were read
+            before `after` are not what they were.
 
         Effects: reads the metadata of every file; to divide text by fraction or anything by time,
         also counts lines or reads times.
         """
         data = job.data
-        kept = Quarantine(quarantine)
         text_types = default_text_types(job)
         by_time = data.event_time if isinstance(data.split, TimeSplit) else None
-        source = open_source(data.source, text_types, kept, by_time)
+        source = open_source(data.source, text_types, by_time)
         columns = resolve_columns(job, source.schema, source.paths[0], labels, order)
-        train, held_out = divide(source, data.split, data.event_time, data.event_time_unit)
+        train, held_out = divide(
+            source,
+            data.split,
+            data.event_time,
+            data.event_time_unit,
+            0 if after is None else after.divided,
+        )
         if data.evaluation_source is not None:
-            other = open_source(data.evaluation_source, text_types, kept)
+            other = open_source(data.evaluation_source, text_types)
             other_columns = resolve_columns(job, other.schema, other.paths[0], labels, order)
+            _refuse_common_rows(data.source, source, data.evaluation_source, other)
             _check_equal(columns, other_columns, other.paths[0])
             held_out, _ = divide(other, None, data.event_time)
         parts: dict[Part, PartRows] = {"train": train}
         if held_out is not None:
             parts["evaluation"] = held_out
-        return cls(job, columns, parts, kept)
+        dataset = cls(job, columns, parts, Quarantine(quarantine))
+        if after is not None:
+            dataset.check(after)
+        return dataset
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -185,7 +202,74 @@ class Dataset:
         plan = replace(plan, window_bytes=self._job.data.shuffle.window_bytes)
         run = self._job.run
         columns = self._columns if groups else replace(self._columns, groups=())
-        return Loader(rows, columns, plan, run.reader_threads, run.prefetch_batches)
+        return Loader(
+            rows,
+            columns,
+            replace(plan, trains=part == "train"),
+            run.reader_threads,
+            run.prefetch_batches,
+            quarantine=self._quarantine,
+            tags=self._tags[part],
+            files=self._files(part, start),
+        )
+
+    def take_up_quarantine(self, after: Position) -> None:
+        """Takes up the entries that a run left, without those that it made behind a position.
+
+        Raises:
+          DataError: the file cannot be read or written, or is none of ours.
+        """
+        known = after.version_1 is None
+        self._quarantine.resume(after.counts.quarantined if known else None)
+        source = self._rows("train").source
+        self._quarantine.know(source, source.paths)
+
+    def sync_quarantine(self) -> None:
+        """Returns once the disk has the malformed rows of all batches that were taken.
+
+        Raises:
+          DataError: the disk fails.
+        """
+        self._quarantine.sync()
+
+    def check(self, start: Position) -> None:
+        """Compares the files of the training part with those that a position was taken on.
+
+        Raises:
+          DataError: a file that was read before is gone, has changed or moved, or others come
+            before it; names it.
+        """
+        if start.files and start.files != self._checked:
+            rows = self._rows("train")
+            if start.divided != rows.divided:
+                raise DataError(
+                    f"{rows.files[start.divided]}: added since the run began, which held out a "
+                    "fraction of the files before it; open the data with the position to go on from"
+                )
+            check_files(rows.source, rows.files, start)
+            self._checked = start.files
+
+    def _files(self, part: Part, start: Position) -> list[FileTag]:
+        """The files of a part, as far as they were read before `start`."""
+        rows, tags = self._rows(part), self._tags[part]
+        unread = [FileTag(path, -1, "") for path in rows.files]
+        if part == "evaluation":
+            return unread
+        self.check(start)
+        begun = [
+            tag._replace(path=path)
+            for tag, path in zip(start.files, rows.files, strict=False)
+            if tag.is_begun
+        ]
+        if not start.files:
+            # Where a fraction is cut depends on all files; version 1 does not say what was read.
+            read = rows.divided
+            if start.version_1 is not None:
+                splits = rows.splits if start.epoch else rows.splits[: start.version_1[0]]
+                passed = {one.path for one in splits}
+                read = max(read, *(n for n, path in enumerate(rows.files, 1) if path in passed), 0)
+            begun = tags.of_all(rows.files[:read])
+        return begun + unread[len(begun) :]
 
     def _rows(self, part: Part) -> PartRows:
         if part not in self._parts:
@@ -207,7 +291,6 @@ def paths_of(job: Job) -> list[str]:
 def open_source(
     config: SourceConfig,
     text_types: Mapping[str, Literal["int64", "float64"]],
-    quarantine: Quarantine,
     time_column: str | None = None,
 ) -> Source:
     """Opens the files that a job, or nobody yet, reads.
@@ -216,7 +299,6 @@ def open_source(
       config: which files.
       text_types: types of columns of text and JSON lines by name or glob, where `config` declares
         none.
-      quarantine: takes malformed rows where `config` says so.
       time_column: by which the rows will be divided.
 
     Raises:
@@ -226,15 +308,33 @@ def open_source(
     if isinstance(config, ParquetSource):
         return GroupedFiles(config, ParquetFormat(time_column))
     if isinstance(config, TextSource):
-        return open_text(config, text_types, quarantine)
+        return open_text(config, text_types)
     if isinstance(config, JsonLinesSource):
-        return open_json_lines(config, text_types, quarantine)
+        return open_json_lines(config, text_types)
     if isinstance(config, OrcSource):
         return GroupedFiles(config, OrcFormat())
     if isinstance(config, ArrowSource):
         return GroupedFiles(config, ArrowFormat())
     assert isinstance(config, SyntheticSource)
     return SyntheticRows(config)
+
+
+def _refuse_common_rows(
+    config: SourceConfig, source: Source, other_config: SourceConfig, other: Source
+) -> None:
+    """Rows that are trained on say nothing of others."""
+    if isinstance(config, SyntheticSource) or isinstance(other_config, SyntheticSource):
+        same = config == other_config.model_copy(update={"rows": getattr(config, "rows", 0)})
+        shared = (source.paths[0], other.paths[0]) if same else None
+    else:
+        shared = common_file(config.path, source.paths, other_config.path, other.paths)
+    if shared is not None:
+        trained, held_out = shared
+        name = held_out if trained == held_out else f"{held_out} ({trained})"
+        raise ConfigError(
+            f"data.evaluation_source: {name} is in data.source, too, so rows that were trained on "
+            "would be measured; name other files, or hold some out with data.split"
+        )
 
 
 def _check_equal(columns: Columns, other: Columns, origin: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,53 @@ def list_files(
     twice = next((path for path, count in Counter(found).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{twice}: named twice; its rows would be read twice")
+    seen: dict[object, str] = {}
+    for path in found:
+        first = seen.setdefault(_key(filesystem, path), path)
+        if first is not path:
+            raise DataError(f"{path}: the same file as {first}; its rows would be read twice")
     return filesystem, found
+
+
+def common_file(
+    given: str | Sequence[str],
+    paths: Sequence[str],
+    others_given: str | Sequence[str],
+    others: Sequence[str],
+) -> tuple[str, str] | None:
+    """A file that two lists share, under whatever names; None: none.
+
+    Args:
+      given: what `list_files` was given for `paths`.
+      paths: the first list.
+      others_given: what it was given for `others`.
+      others: the second list.
+
+    Returns:
+      Its names in both lists.
+    """
+    first, second = (
+        resolve_path(one if isinstance(one, str) else one[0])[0] for one in (given, others_given)
+    )
+    if not first.equals(second):
+        return None
+    names = {_key(first, path): path for path in paths}
+    for path in others:
+        name = names.get(_key(first, path))
+        if name is not None:
+            return name, path
+    return None
+
+
+def _key(filesystem: fs.FileSystem, path: str) -> object:
+    """Equal for two names of one file; links are found on this machine alone."""
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        return path
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    return found.st_dev, found.st_ino
 
 
 def resolve_path(path: str) -> tuple[fs.FileSystem, str]:

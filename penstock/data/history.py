@@ -23,7 +23,6 @@ from penstock.config import format_of_path
 from penstock.data.column_checks import is_one_key, nearest
 from penstock.data.dataset import open_source
 from penstock.data.output import whole_file
-from penstock.data.quarantine import Quarantine
 from penstock.data.source import Chunk, Source
 from penstock.data.transforms import one_array
 from penstock.errors import ConfigError, DataError
@@ -174,7 +173,7 @@ def _open(paths: Sequence[str], order: str) -> Source:
         )
     fields = {"path": tuple(paths), "format": kinds.pop()}
     config: SourceConfig = TypeAdapter(SourceConfig).validate_python(fields)
-    return open_source(config, {order: "int64"}, Quarantine(None))
+    return open_source(config, {order: "int64"})
 
 
 def _check(columns: HistoryColumns, source: Source) -> None:

@@ -18,7 +18,7 @@ from penstock.config import JsonLinesSource
 from penstock.data.files import list_files
 from penstock.data.lines import LineFiles, first_bytes
 from penstock.data.malformed import find_malformed
-from penstock.data.quarantine import MalformedRow, Quarantine
+from penstock.data.quarantine import MalformedRow
 from penstock.data.row_ends import BOM, TextRows
 from penstock.errors import ConfigError, DataError
 
@@ -42,14 +42,12 @@ _COLUMN = re.compile(r"Column\(/?(.*?)\) ")
 def open_json_lines(
     config: JsonLinesSource,
     default_types: Mapping[str, Literal["int64", "float64"]],
-    quarantine: Quarantine,
 ) -> LineFiles:
     """Opens JSON lines files.
 
     Args:
       config: which files, and types of columns.
       default_types: of columns by name or glob, of which those that are float64 are used.
-      quarantine: takes malformed rows where `config` says so.
 
     Raises:
       ConfigError: a type is given for a glob that matches no column.
@@ -70,7 +68,7 @@ def open_json_lines(
         schema,
         lambda columns: JsonParser(schema, columns),
         has_header=False,
-        quarantine=quarantine if config.on_malformed_row == "quarantine" else None,
+        keeps_malformed=config.on_malformed_row == "quarantine",
     )
 
 

@@ -14,7 +14,6 @@ from penstock.config import Job
 from penstock.data.dataset import open_source
 from penstock.data.decode import Decoder
 from penstock.data.profile import spread_chunks
-from penstock.data.quarantine import Quarantine
 from penstock.data.schema import default_text_types, resolve_columns, resolve_features
 from penstock.data.sketches import ValueCounts, ValueSummary, affordable_values
 
@@ -44,7 +43,7 @@ def key_skew(job: Job, max_rows: int = SAMPLE_ROWS) -> KeySkew:
       ConfigError: the job does not fit its data.
       DataError: the data is not there, or cannot be read.
     """
-    source = open_source(job.data.source, default_text_types(job), Quarantine(None))
+    source = open_source(job.data.source, default_text_types(job))
     columns = resolve_columns(job, source.schema, source.paths[0], "optional")
     features, _ = resolve_features(job, columns)
     keys_alone = replace(

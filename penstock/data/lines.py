@@ -21,8 +21,9 @@ from pyarrow import fs
 from penstock import _core
 from penstock.config import compression_of_path
 from penstock.data.compressed import ByteStream
+from penstock.data.identity import tag_of
 from penstock.data.line_index import LineIndex
-from penstock.data.quarantine import MalformedRow, Quarantine
+from penstock.data.quarantine import MalformedRow
 from penstock.data.row_ends import (
     BOM,
     FIELD_START,
@@ -34,6 +35,7 @@ from penstock.data.row_ends import (
 )
 from penstock.data.source import Chunk, RowCount, Span, Split
 from penstock.errors import DataError
+from penstock.types import FileTag
 
 BLOCK_BYTES = 8 << 20
 """FORMAT: positions in checkpoints count blocks; never change."""
@@ -81,7 +83,7 @@ class LineFiles:
         *,
         row_ends: RowEnds = LINES,
         has_header: bool,
-        quarantine: Quarantine | None,
+        keeps_malformed: bool,
     ) -> None:
         """Lists the splits.
 
@@ -92,7 +94,7 @@ class LineFiles:
           make_parser: makes a parser that gives the columns named.
           row_ends: where rows end.
           has_header: the first row of every file is none of the data's.
-          quarantine: takes the malformed rows; None: the first one is an error.
+          keeps_malformed: chunks tell which rows were left out; False: the first is an error.
 
         Raises:
           DataError: a file cannot be read, or there is no row at all.
@@ -104,7 +106,7 @@ class LineFiles:
         self._make_parser = make_parser
         self._row_ends = row_ends
         self._has_header = has_header
-        self._quarantine = quarantine
+        self._keeps_malformed = keeps_malformed
         infos = filesystem.get_file_info(list(paths))
         self._sizes = {path: info.size or 0 for path, info in zip(paths, infos, strict=True)}
         self._splits = [split for path in self.paths for split in self._blocks(path)]
@@ -160,41 +162,52 @@ class LineFiles:
         if is_compressed(split.path):
             unit = "lines" if self._states is None else "rows"
         for start, line, rows in self._pieces(split):
-            table, malformed = parser.parse(rows, fail_fast=self._quarantine is None)
+            table, malformed = parser.parse(rows, fail_fast=not self._keeps_malformed)
             first_line = _FirstLine(self, split.path, start, line)
             lines = rows.first_lines()
-            if malformed:
-                self._refuse(split.path, first_line, malformed, lines)
             skipped = np.array([row.line for row in malformed], dtype=np.int64)
             size = len(rows.text) if unit == "bytes" else rows.count
             extent = Span(split.path, unit, start, start + size)
-            if table.num_rows:
-                yield Chunk(table, LinePlace(first_line, skipped, lines, extent))
+            until = extent.stop if self.may_grow(split.path) else 0
+            chunk = Chunk(table, LinePlace(first_line, skipped, lines, extent), until=until)
+            if malformed:
+                at = skipped if lines is None else lines[skipped]
+                chunk = chunk._replace(
+                    stretch=rows.count,
+                    kept=np.delete(np.arange(rows.count), skipped),
+                    malformed=malformed,
+                    malformed_lines=(first_line.number + at).tolist(),
+                )
+                if not self._keeps_malformed:
+                    row = malformed[0]
+                    raise DataError(
+                        f"{split.path}:{chunk.malformed_lines[0]}: {row.reason}: {row.shown()}; "
+                        "mend the file or set data.source.on_malformed_row: quarantine"
+                    )
+            yield chunk
 
     def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
         """Text keeps no statistics."""
         return True
 
+    def identify(self, path: str, until: int = 0) -> FileTag:
+        """The identity of a file, of a plain one of its bytes before `until`."""
+        return tag_of(self._filesystem, path, until if until and self.may_grow(path) else None)
+
+    def holds(self, path: str, before: FileTag) -> bool:
+        """Whether the lines of before are the first ones of the file, whole."""
+        if self.identify(path, before.size).digest != before.digest:
+            return False
+        with self._filesystem.open_input_file(path) as file:
+            return before.size >= file.size() or b"\n" in file.read_at(2, before.size - 1)
+
+    def may_grow(self, path: str) -> bool:
+        """Plain files may have lines added at their end."""
+        return not is_compressed(path)
+
     def line_number(self, path: str, start: int) -> int:
         """Number (from 1) of the line that begins at byte `start` of a plain file."""
         return self._line_index.number(path, start)
-
-    def _refuse(
-        self,
-        path: str,
-        first: _FirstLine,
-        malformed: list[MalformedRow],
-        lines: NDArray[np.int64] | None,
-    ) -> None:
-        if lines is not None:
-            malformed = [row._replace(line=int(lines[row.line])) for row in malformed]
-        if self._quarantine is None:
-            row = malformed[0]
-            raise DataError(
-                f"{path}:{first.number + row.line}: {row.reason}: {row.shown()}; mend the file or "
-                "set data.source.on_malformed_row: quarantine"
-            )
-        self._quarantine.add(path, first.number, malformed)
 
     def _blocks(self, path: str) -> Iterator[Split]:
         if is_compressed(path):

@@ -3,6 +3,9 @@
 Reader threads decode the next splits ahead; one assembler thread joins their chunks to windows,
 shuffles each window and cuts it into batches; the consumer takes batches from a bounded channel.
 What comes out is a pure function of (rows, seed, batch size), whatever the threads do.
+
+A window that a former run began is read again from the pieces it was made of and finished as it was
+cut; sizes of batches and windows count from the next one on.
 """
 
 from __future__ import annotations
@@ -21,18 +24,26 @@ from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.data.channel import Channel, Closed, Ended
-from penstock.data.decode import Decoder
+from penstock.data.identity import WholeTags
 from penstock.data.negatives import draw_rows
 from penstock.data.origin import Origin, PlacedRows
 from penstock.data.parts import PartRows
+from penstock.data.quarantine import LeftOut, Quarantine
+from penstock.data.reader import Reader
 from penstock.data.schema import Columns
-from penstock.data.source import Place
-from penstock.data.window import Rows, Samples, Window
+from penstock.data.stretches import (
+    Stretch,
+    counts_of,
+    end_of,
+    malformed_in,
+    pieces_of,
+    rows_within,
+    take,
+)
+from penstock.data.window import Samples, Window
 from penstock.errors import DataError
-from penstock.types import Batch, KeyedJagged, Position
+from penstock.types import Batch, Counts, Cursor, FileTag, KeyedJagged, Position
 
-_CHUNKS_AHEAD = 2
-"""Chunks that a reader may decode ahead of the assembler, for each split it has open."""
 _PLAIN_WINDOW_ROWS = 8_192
 
 
@@ -54,6 +65,8 @@ class LoaderPlan:
     window_bytes: int = 2**63 - 1
     """Of decoded rows: a window that would be larger has fewer rows, as many whole batches as fit
     (at least one)."""
+    trains: bool = True
+    """Positions then identify the files, and an epoch without a good row is an error."""
 
     @classmethod
     def of(
@@ -98,33 +111,48 @@ class LoaderPlan:
         """
         return 1 if self.samples_per_row == 1 else rows
 
+    def rows_of_next_window(self, waiting: Sequence[Stretch], rows: int, memory: int) -> int:
+        """Good rows to take for a window; 0: more must come first.
 
-class _Piece(NamedTuple):
-    """A stretch of decoded rows on its way into a window."""
+        A function of the rows from where the window begins, however they come to be stretches.
 
-    rows: Rows
-    place: Place
-    split: int
-    split_row: int
-    """Number within the split of the row 0 of `rows`."""
-    start: int
-    stop: int
+        Args:
+          waiting: what follows the window before.
+          rows: good rows of it.
+          memory: bytes of it.
+        """
+        size = self.window_rows
+        if memory > self.window_bytes:
+            unit = self.rows_of_whole_batches
+            fit = rows_within(waiting, self.window_bytes)
+            size = min(size, max(fit // unit, 1) * unit)
+        # A row that is left says where the next window begins.
+        return size if rows >= size + self.rows_to_begin_a_window(size) else 0
 
-    @property
-    def memory(self) -> int:
-        """Bytes."""
-        return self.rows.memory(self.start, self.stop)
 
+class _Cut(NamedTuple):
+    """A window and where it lies; without a window, rows that were all left out."""
 
-class _Stretch(NamedTuple):
-    """A window and where it lies."""
-
-    rows: Window
-    at: Position
-    """Of its first row."""
-    after: Position
-    """Of the first row of the window after it."""
+    window: Window | None
     placed: Sequence[PlacedRows]
+    malformed: Sequence[LeftOut]
+    """Of its rows, if nobody has been given them."""
+    start: Position
+    """Where the first batch that is left of it begins."""
+    inside: Position
+    """Within it, with the counts of what it leaves out, before the first sample."""
+    after: Position
+    """Behind it."""
+
+
+class _Delivery(NamedTuple):
+    """What the consumer takes."""
+
+    batch: Batch | None
+    position: Position
+    """After it."""
+    malformed: Sequence[LeftOut] = ()
+    first_malformed: int = 0
 
 
 class Loader:
@@ -134,50 +162,83 @@ class Loader:
     that would have given the batch after it; the loader is closed then.
     """
 
+    position: Position
+    """After what was delivered: where another loader goes on."""
+    has_ended: bool
+    """Whether everything was delivered."""
+
     def __init__(
-        self, part: PartRows, columns: Columns, plan: LoaderPlan, threads: int, prefetch: int
+        self,
+        part: PartRows,
+        columns: Columns,
+        plan: LoaderPlan,
+        threads: int,
+        prefetch: int,
+        *,
+        quarantine: Quarantine,
+        tags: WholeTags,
+        files: Sequence[FileTag],
     ) -> None:
-        if plan.start.split > len(part.splits):
-            raise DataError(
-                f"position in split {plan.start.split}, but the data has {len(part.splits)} "
-                "splits; it is not the data that the checkpoint was taken on"
-            )
+        """Starts reading.
+
+        Args:
+          part: what to read.
+          columns: what to decode.
+          plan: what to deliver.
+          threads: that read.
+          prefetch: batches that wait for the consumer.
+          quarantine: takes malformed rows when the batch is taken behind which they lie.
+          tags: of the part's files.
+          files: of the part, as far as they were read before `plan.start`.
+
+        Raises:
+          DataError: the data does not have the place at which to start.
+        """
         self._part = part
+        self._quarantine = quarantine
+        self._tags = tags
+        self._files = list(files)
+        self._passed_files = 0
+        self._shown_files: tuple[FileTag, ...] | None = None
+        self.position = plan.start
+        self.has_ended = False
         self._plan = plan
         self._negatives = columns.negatives
         self._groups = columns.groups
         self._features = columns.feature_names
-        self._columns = columns.names
-        self._decoder = Decoder(columns)
-        self._out: Channel[Batch] = Channel(prefetch)
+        self._out: Channel[_Delivery] = Channel(prefetch)
         # Half of them, so that neither side wakes the other for every batch.
         self._at_once = max(1, prefetch // 2)
-        self._open_splits: deque[Channel[_Piece]] = deque()
-        self._split_opened = threading.Condition()
-        self._todo = self._splits_to_read()
-        self._max_open = threads + 1
-        self._finished = False
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._read_splits, name=f"reader-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        self._threads.append(threading.Thread(target=self._assemble, name="assembler", daemon=True))
-        for thread in self._threads:
-            thread.start()
+        self._reader = Reader(
+            part,
+            columns,
+            plan.start,
+            plan.epochs,
+            threads,
+            tags=tags,
+            identifies=plan.trains,
+        )
+        self._assembler = threading.Thread(target=self._assemble, name="assembler", daemon=True)
+        self._assembler.start()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._finished and not self._closed:
+        if self.has_ended and not self._closed:
             raise StopIteration
         try:
-            return self._out.get()
+            while True:
+                batch, self.position, malformed, first = self._out.get()
+                if malformed:
+                    self._quarantine.add(malformed, first if self._plan.trains else None)
+                if batch is not None:
+                    return batch
         except Closed:
             raise ValueError("the loader is closed; ask the dataset for new batches") from None
         except Ended:
-            self._finished = True
+            self.has_ended = True
             raise StopIteration from None
         except BaseException:
             self.close()
@@ -198,69 +259,17 @@ class Loader:
         """Stops the threads and waits for them: at most for the read that each is in."""
         self._closed = True
         self._out.close()
-        with self._split_opened:
-            for channel in self._open_splits:
-                channel.close()
-            self._split_opened.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-    # Reader threads.
-
-    def _splits_to_read(self) -> Iterator[tuple[int, int]]:
-        """(epoch, split) in order, from the start."""
-        for epoch in range(self._plan.start.epoch, self._plan.epochs):
-            for split in self._splits_of(epoch):
-                yield epoch, split
-
-    def _splits_of(self, epoch: int) -> range:
-        start = self._plan.start
-        return range(start.split if epoch == start.epoch else 0, len(self._part.splits))
-
-    def _read_splits(self) -> None:
-        while (job := self._next_split()) is not None:
-            epoch, split, channel = job
-            try:
-                self._read_split(epoch, split, channel)
-                channel.end()
-            except Closed:
-                return
-            # Not handled here: the assembler raises it where the consumer sees it.
-            except BaseException as error:
-                channel.fail(error)
-                return
-
-    def _next_split(self) -> tuple[int, int, Channel[_Piece]] | None:
-        with self._split_opened:
-            self._split_opened.wait_for(
-                lambda: self._closed or len(self._open_splits) < self._max_open
-            )
-            job = None if self._closed else next(self._todo, None)
-            if job is None:
-                return None
-            channel: Channel[_Piece] = Channel(_CHUNKS_AHEAD)
-            self._open_splits.append(channel)
-            self._split_opened.notify_all()
-            return *job, channel
-
-    def _read_split(self, epoch: int, split: int, channel: Channel[_Piece]) -> None:
-        start = self._plan.start
-        skip = start.split_row if (epoch, split) == (start.epoch, start.split) else 0
-        row = 0
-        for chunk in self._part.read(self._part.splits[split], self._columns):
-            n = chunk.table.num_rows
-            if n and row + n > skip:
-                rows = self._decoder.decode(chunk)
-                channel.put(_Piece(rows, chunk.place, split, row, max(skip - row, 0), n))
-            row += n
+        self._reader.close()
+        self._reader.join()
+        self._assembler.join()
 
     # The assembler thread.
 
     def _assemble(self) -> None:
         try:
-            for window in self._windows():
-                batches = self._cut(window)
-                while some := list(islice(batches, self._at_once)):
+            for cut in self._windows():
+                deliveries = self._deliver(cut)
+                while some := list(islice(deliveries, self._at_once)):
                     self._out.put(*some)
             self._out.end()
         except Closed:
@@ -269,112 +278,165 @@ class Loader:
         except BaseException as error:
             self._out.fail(error)
 
-    def _windows(self) -> Iterator[_Stretch]:
-        per_row = self._plan.samples_per_row
-        start = replace(self._plan.start, window_row=0)
-        at = replace(start, samples=self._plan.start.samples - self._plan.start.window_row)
-        for epoch in range(self._plan.start.epoch, self._plan.epochs):
-            waiting: deque[_Piece] = deque()
+    def _windows(self) -> Iterator[_Cut]:
+        at, plan = self._plan.start, self._plan
+        if at.pieces and at.epoch < plan.epochs:
+            cut = self._resumed_window()
+            yield cut
+            at = cut.after
+        elif at.version_1 is not None and at.window_row:
+            # As it was cut.
+            plan = replace(plan, window_rows=at.version_1[2], window_bytes=2**63 - 1)
+        for epoch in range(plan.start.epoch, plan.epochs):
+            number = at.window if epoch == plan.start.epoch else 0
+            waiting: deque[Stretch] = deque()
             rows = memory = 0
-            for piece in self._pieces(epoch):
-                waiting.append(piece)
-                rows += piece.stop - piece.start
-                memory += piece.memory
-                while size := self._rows_of_next_window(waiting, rows, memory):
-                    taken = _take(waiting, size)
+            for stretch in self._reader.stretches():
+                waiting.append(stretch)
+                rows += stretch.size
+                memory += stretch.memory
+                while size := plan.rows_of_next_window(waiting, rows, memory):
+                    taken = take(waiting, size)
                     rows -= size
-                    memory = sum(piece.memory for piece in waiting)
-                    after = Position(
-                        epoch=epoch,
-                        window=at.window + 1,
-                        split=waiting[0].split,
-                        split_row=waiting[0].split_row + waiting[0].start,
-                        samples=at.samples + size * per_row,
-                    )
-                    yield self._window(taken, at, after)
-                    at = after
-            after = Position(epoch=epoch + 1, samples=at.samples + rows * per_row)
-            if rows:
-                yield self._window(list(waiting), at, after)
-            at = after
-
-    def _rows_of_next_window(self, waiting: Sequence[_Piece], rows: int, memory: int) -> int:
-        """Rows to take for a window; 0: more must come first.
-
-        A function of the rows from where the window begins, however they come to be pieces.
-        """
-        plan = self._plan
-        size = plan.window_rows
-        if memory > plan.window_bytes:
-            unit = plan.rows_of_whole_batches
-            fit = _rows_within(waiting, plan.window_bytes)
-            size = min(size, max(fit // unit, 1) * unit)
-        # A row that is left says where the next window begins.
-        return size if rows >= size + plan.rows_to_begin_a_window(size) else 0
-
-    def _window(self, pieces: list[_Piece], at: Position, after: Position) -> _Stretch:
-        parts = [(piece.rows, piece.start, piece.stop) for piece in pieces]
-        placed = [PlacedRows(piece.place, piece.start, piece.stop) for piece in pieces]
-        return _Stretch(Window(parts, self._negatives), at, after, placed)
-
-    def _pieces(self, epoch: int) -> Iterator[_Piece]:
-        """Decoded pieces of one epoch, in order."""
-        for _ in self._splits_of(epoch):
-            with self._split_opened:
-                self._split_opened.wait_for(lambda: self._closed or bool(self._open_splits))
-                if self._closed:
-                    raise Closed
-                channel = self._open_splits[0]
-            while True:
-                try:
-                    piece = channel.get()
-                except Ended:
-                    break
-                yield piece
-            with self._split_opened:
-                self._open_splits.popleft()
-                self._split_opened.notify_all()
-
-    def _cut(self, window: _Stretch) -> Iterator[Batch]:
-        n = window.rows.num_rows * self._plan.samples_per_row
-        begin = 0
-        if (
-            window.at.epoch == self._plan.start.epoch
-            and window.at.window == self._plan.start.window
-        ):
-            begin = self._plan.start.window_row
-            if begin > n:
+                    memory = sum(one.memory for one in waiting)
+                    (file, start, _, _), first = waiting[0].passage, waiting[0].first
+                    cut = self._window(taken, at, (epoch, number), Cursor(file, start, first))
+                    yield cut
+                    at, number, plan = cut.after, number + 1, self._plan
+            if not rows and not number and self._plan.trains:
                 raise DataError(
-                    f"position after {begin:,} samples of a window that has {n:,}; "
-                    "data.shuffle was other when the checkpoint was taken, or the data was"
+                    f"{self._files[0].path}: no row is left to train on; every one that was read "
+                    "is malformed (see quarantine.jsonl in the run) or held out by its time"
                 )
-        order = self._order(window, n) if self._plan.shuffled else range(n)
-        drawn = self._draw(window)
+            if waiting:
+                cut = self._window(list(waiting), at, (epoch, number), self._end(waiting[-1]))
+                yield cut
+                at = cut.after
+
+    def _resumed_window(self) -> _Cut:
+        """The window that a former run began, from what it was made of."""
+        start = self._plan.start
+        stretches = list(self._reader.stretches())
+        found = counts_of(stretches).applied * self._plan.samples_per_row
+        if found <= start.window_row:
+            raise DataError(
+                f"position behind {start.window_row:,} samples of a window in which are {found:,} "
+                "now; the data is not that which the checkpoint was taken on"
+            )
+        # What the window leaves out was counted with its first batch.
+        done = start.window_row // self._plan.samples_per_row
+        read, filtered, quarantined, applied = start.counts
+        inside = replace(
+            start,
+            window_row=0,
+            samples=start.samples - start.window_row,
+            counts=Counts(read - done, filtered, quarantined, applied - done),
+            files=self._file_tags(stretches),
+        )
+        return self._cut(stretches, start, inside, [])
+
+    def _window(
+        self, stretches: list[Stretch], at: Position, number: tuple[int, int], cursor: Cursor
+    ) -> _Cut:
+        """A window of new rows, which begins at `at`; the next one begins at `cursor`."""
+        read, filtered, quarantined, applied = at.counts
+        done = at.window_row // self._plan.samples_per_row  # of version 1, which has no pieces
+        found = counts_of(stretches)
+        inside = Position(
+            *number,
+            pieces=pieces_of(stretches),
+            cursor=cursor,
+            samples=at.samples - at.window_row,
+            counts=Counts(
+                read - done + found.filtered + found.quarantined,
+                filtered + found.filtered,
+                quarantined + found.quarantined,
+                applied - done,
+            ),
+            files=self._file_tags(stretches),
+            divided=self._part.divided,
+        )
+        return self._cut(stretches, at, inside, malformed_in(stretches))
+
+    def _cut(
+        self,
+        stretches: Sequence[Stretch],
+        start: Position,
+        inside: Position,
+        malformed: Sequence[LeftOut],
+    ) -> _Cut:
+        good = [one for one in stretches if one.size]
+        placed = [PlacedRows(one.place, one.low, one.high) for one in good]
+        parts = [(one.rows, one.low, one.high) for one in good if one.rows is not None]
+        window = Window(parts, self._negatives) if parts else None
+        samples = 0 if window is None else window.num_rows * self._plan.samples_per_row
+        after = replace(
+            _within(inside, samples, self._plan.samples_per_row),
+            window=inside.window + (window is not None),
+            window_row=0,
+            pieces=(),
+        )
+        return _Cut(window, placed, malformed, start, inside, after)
+
+    def _end(self, last: Stretch) -> Cursor:
+        """The place behind all rows that there are."""
+        cursor = end_of(last)
+        # There rows may be added to the file; elsewhere no split need be read to see that it ends.
+        may_grow = self._part.source.may_grow(self._files[cursor.file].path)
+        return cursor if may_grow else Cursor(cursor.file + 1)
+
+    def _file_tags(self, stretches: Sequence[Stretch]) -> tuple[FileTag, ...]:
+        """Identities of the part's files as far as they were read, with some more rows."""
+        for one in stretches:
+            file, tag = one.passage.file, one.passage.tag
+            if tag is not None and tag.size > self._files[file].size:
+                # Files without a row were passed, too.
+                for number in range(self._passed_files, file):
+                    if not self._files[number].is_begun:
+                        self._files[number] = self._tags.of(self._files[number].path)
+                self._passed_files = max(self._passed_files, file)
+                self._files[file] = tag
+                self._shown_files = None
+        if self._shown_files is None:
+            self._shown_files = tuple(self._files) if self._plan.trains else ()
+        return self._shown_files
+
+    def _deliver(self, cut: _Cut) -> Iterator[_Delivery]:
+        per_row = self._plan.samples_per_row
+        first_malformed = cut.inside.counts.quarantined - len(cut.malformed) + 1
+        if cut.window is None:
+            yield _Delivery(None, cut.after, cut.malformed, first_malformed)
+            return
+        n = cut.window.num_rows * per_row
+        begin = cut.start.window_row
+        order = self._order(cut, n) if self._plan.shuffled else range(n)
+        drawn = self._draw(cut)
         # With negatives a window has many more samples than rows; only some are copied at a time.
         at_once = -(-self._plan.window_rows // self._plan.batch_size) * self._plan.batch_size
-        start, at = begin, _after(window.at, begin)
+        start, at, malformed = begin, cut.start, cut.malformed
         for low in range(begin, n, at_once):
             samples = order[low : low + at_once]
-            for rows in window.rows.batches(samples, self._plan.batch_size, drawn):
+            for rows in cut.window.batches(samples, self._plan.batch_size, drawn):
                 stop = start + rows.labels.shape[0]
-                end = _after(window.at, stop) if stop < n else window.after
-                yield self._batch(rows, at, end, self._origin(window, start, stop))
-                start, at = stop, end
+                end = _within(cut.inside, stop, per_row) if stop < n else cut.after
+                batch = self._batch(rows, at, end, self._origin(cut, start, stop))
+                yield _Delivery(batch, end, malformed, first_malformed)
+                start, at, malformed = stop, end, ()
 
-    def _order(self, window: _Stretch, n: int) -> NDArray[np.int64]:
-        key = np.random.SeedSequence(self._seed_of(window)).generate_state(2, np.uint64)
+    def _order(self, cut: _Cut, n: int) -> NDArray[np.int64]:
+        key = np.random.SeedSequence(self._seed_of(cut)).generate_state(2, np.uint64)
         return _core.shuffle(int(key[0]), int(key[1]), n)
 
-    def _draw(self, window: _Stretch) -> NDArray[np.int64] | None:
+    def _draw(self, cut: _Cut) -> NDArray[np.int64] | None:
         """Rows from which the window's samples take their items; None: no negatives are drawn."""
-        if self._negatives is None or window.rows.items is None:
+        if self._negatives is None or cut.window is None or cut.window.items is None:
             return None
-        seed = self._seed_of(window) if self._plan.redraws else [window.at.window]
-        where = self._origin(window, 0, window.rows.num_rows * self._plan.samples_per_row)
-        return draw_rows(window.rows.items, self._negatives, seed, str(where))
+        seed = self._seed_of(cut) if self._plan.redraws else [cut.inside.window]
+        where = self._origin(cut, 0, cut.window.num_rows * self._plan.samples_per_row)
+        return draw_rows(cut.window.items, self._negatives, seed, str(where))
 
-    def _seed_of(self, window: _Stretch) -> list[int]:
-        return [self._plan.seed & (2**64 - 1), window.at.epoch, window.at.window]
+    def _seed_of(self, cut: _Cut) -> list[int]:
+        return [self._plan.seed & (2**64 - 1), cut.inside.epoch, cut.inside.window]
 
     def _batch(self, rows: Samples, start: Position, end: Position, origin: Origin) -> Batch:
         sparse = KeyedJagged(self._features, rows.values, rows.offsets, rows.key_weights)
@@ -391,47 +453,24 @@ class Loader:
             dict(zip(self._groups, rows.groups, strict=True)),
         )
 
-    def _origin(self, window: _Stretch, start: int, stop: int) -> Origin:
+    def _origin(self, cut: _Cut, start: int, stop: int) -> Origin:
         """Where the samples [start, stop) of a window come from."""
         per_row = self._plan.samples_per_row
-        return Origin(window.placed, start // per_row, -(-stop // per_row), self._plan.shuffled)
+        return Origin(cut.placed, start // per_row, -(-stop // per_row), self._plan.shuffled)
 
 
-def _after(window: Position, samples: int) -> Position:
-    """The place after some samples of the window that begins at `window`."""
+def _within(window: Position, samples: int, per_row: int) -> Position:
+    """The place behind some samples of the window whose first sample is at `window`."""
+    read, filtered, quarantined, applied = window.counts
+    rows = samples // per_row
     return Position(
         window.epoch,
         window.window,
         samples,
-        window.split,
-        window.split_row,
+        window.pieces,
+        window.cursor,
         window.samples + samples,
+        Counts(read + rows, filtered, quarantined, applied + rows),
+        window.files,
+        window.divided,
     )
-
-
-def _rows_within(pieces: Sequence[_Piece], most_bytes: int) -> int:
-    """How many of the first rows take up at most so much memory; all of them take more."""
-    rows = 0
-    for piece in pieces:
-        memory = piece.memory
-        if memory > most_bytes:
-            before = piece.rows.memory_before(piece.start, piece.stop)
-            return rows + int(np.searchsorted(before, most_bytes, side="right")) - 1
-        most_bytes -= memory
-        rows += piece.stop - piece.start
-    return rows
-
-
-def _take(waiting: deque[_Piece], rows: int) -> list[_Piece]:
-    """Removes the first `rows` rows of the pieces, cutting the last one taken."""
-    taken = []
-    while rows:
-        piece = waiting.popleft()
-        size = piece.stop - piece.start
-        if size > rows:
-            waiting.appendleft(piece._replace(start=piece.start + rows))
-            piece = piece._replace(stop=piece.start + rows)
-            size = rows
-        taken.append(piece)
-        rows -= size
-    return taken

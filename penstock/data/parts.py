@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, TypeAlias
 
@@ -32,6 +32,8 @@ class TimeRange:
 
     def keep(self, chunk: Chunk) -> Chunk:
         """The rows of the chunk that lie in the range."""
+        if not chunk.table.num_rows:
+            return chunk
         times = read_times(chunk.table.column(self.column), self.column, chunk.place, self.unit)
         kept = np.ones(times.shape, dtype=bool)
         if self.low is not None:
@@ -41,7 +43,12 @@ class TimeRange:
         if kept.all():
             return chunk
         rows = np.flatnonzero(kept)
-        return Chunk(chunk.table.take(rows), KeptPlace(chunk.place, rows))
+        return chunk._replace(
+            table=chunk.table.take(rows),
+            place=KeptPlace(chunk.place, rows),
+            stretch=chunk.num_read,
+            kept=rows if chunk.kept is None else chunk.kept[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,14 @@ class PartRows:
 
     source: Source
     splits: Sequence[Split]
+    """May be found as they are asked for; their number, as late as can be."""
+    files: Sequence[str]
+    """On which the part depends, in the order of reading."""
     time_range: TimeRange | None = None
+    divided: int = 0
+    """Files, the first of the source, of which a fraction is held out; 0: no split by fraction."""
 
-    def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
+    def read(self, split: Split, columns: Sequence[str]) -> Generator[Chunk]:
         """The part's rows of a split, in order, in chunks that may be empty."""
         if self.time_range is None:
             yield from self.source.read(split, columns)
@@ -86,8 +98,17 @@ def divide(
     split: FractionSplit | TimeSplit | FileSplit | None,
     event_time: str | None,
     unit: TimeUnit = "ms",
+    first_files: int = 0,
 ) -> tuple[PartRows, PartRows | None]:
-    """Divides a source as `data.split` says; `unit` is that of integers in `event_time`.
+    """Divides a source as `data.split` says.
+
+    Args:
+      source: whose rows.
+      split: how.
+      event_time: the column of times.
+      unit: of integers in it.
+      first_files: files that the run began with, of which a fraction was held out: of others
+        nothing is, so that no row changes sides; 0: all.
 
     Returns:
       Training and evaluation; None where nothing is held out.
@@ -97,20 +118,24 @@ def divide(
       ConfigError: the time of the split cannot be read.
     """
     if split is None:
-        train = PartRows(source, source.splits())
+        train = PartRows(source, source.splits(), source.paths)
         if not train.has_rows():
             raise DataError(f"{source.paths[0]}: no rows; the source has none at all")
         return train, None
     if isinstance(split, FractionSplit):
-        return _by_fraction(source, split)
+        return _by_fraction(source, split, first_files or len(source.paths))
     if isinstance(split, FileSplit):
         return _by_file(source, split)
     assert event_time is not None
     return _by_time(source, split, event_time, unit)
 
 
-def _by_fraction(source: Source, split: FractionSplit) -> tuple[PartRows, PartRows]:
-    splits = source.splits()
+def _by_fraction(
+    source: Source, split: FractionSplit, first_files: int
+) -> tuple[PartRows, PartRows]:
+    first = set(source.paths[:first_files])
+    splits = [one for one in source.splits() if one.path in first]
+    added = source.splits()[len(splits) :]
     rows = [source.count_rows(one) for one in splits]
     total = sum(rows)
     held_out = round(total * split.evaluation)
@@ -123,12 +148,14 @@ def _by_fraction(source: Source, split: FractionSplit) -> tuple[PartRows, PartRo
     ends = np.cumsum(rows)
     index = int(np.searchsorted(ends, total - held_out, side="right"))
     left = total - held_out - int(ends[index] - rows[index])
-    if left == 0:
-        return PartRows(source, splits[:index]), PartRows(source, splits[index:])
-    before, after = source.cut(splits[index], left)
+    train, evaluation = splits[:index], splits[index:]
+    if left:
+        before, after = source.cut(splits[index], left)
+        train, evaluation = [*train, before], [after, *evaluation[1:]]
     return (
-        PartRows(source, [*splits[:index], before]),
-        PartRows(source, [after, *splits[index + 1 :]]),
+        # Where it is cut depends on all of them.
+        PartRows(source, [*train, *added], source.paths, divided=first_files),
+        PartRows(source, evaluation, source.paths, divided=first_files),
     )
 
 
@@ -138,7 +165,11 @@ def _by_file(source: Source, split: FileSplit) -> tuple[PartRows, PartRows]:
     anywhere = re.compile(f"(?:.*/)?(?:{pattern.pattern})")
     matches = {path: anywhere.fullmatch(path) is not None for path in source.paths}
     parts = [
-        PartRows(source, [one for one in source.splits() if matches[one.path] is held_out])
+        PartRows(
+            source,
+            [one for one in source.splits() if matches[one.path] is held_out],
+            [path for path in source.paths if matches[path] is held_out],
+        )
         for held_out in (False, True)
     ]
     for part, name, which in zip(parts, ("train", "evaluation"), ("every", "no"), strict=True):
@@ -163,9 +194,10 @@ def _by_time(
         first = None if low is None else low * ticks // 1000
         end = None if high is None else -(-high * ticks // 1000)
         possible = [one for one in source.splits() if source.may_hold(one, column, first, end)]
-        rows = PartRows(source, possible, TimeRange(column, low, high, unit))
+        files = list(dict.fromkeys(one.path for one in possible))
+        rows = PartRows(source, possible, files, TimeRange(column, low, high, unit))
         # Rows are usually in order of time, so one side finds its first row at the end.
-        if not PartRows(source, order(possible), rows.time_range).has_rows():
+        if not replace(rows, splits=order(possible)).has_rows():
             name = "evaluation" if high is None else "train"
             side = "at or after" if high is None else "before"
             raise DataError(

@@ -109,6 +109,7 @@ def profile_source(
     max_rows: int | None = None,
     as_text: bool = False,
     progress: Progress = lambda rows, share: None,
+    watch: Callable[[Chunk], None] = lambda chunk: None,
 ) -> DataProfile:
     """Reads a source once, all columns.
 
@@ -118,6 +119,7 @@ def profile_source(
         evenly over the files; None: at all.
       as_text: the source gives text for every column (CSV, TSV): say what it may be read as.
       progress: told after each chunk.
+      watch: given each chunk before its rows are looked at.
 
     Raises:
       DataError: a file cannot be read.
@@ -130,6 +132,7 @@ def profile_source(
     rows = 0
     extent = Extent(source)
     for split, chunk in spread_chunks(source, names, max_rows):
+        watch(chunk)
         for column in columns:
             column.add(chunk.table.column(column.name))
         rows += chunk.table.num_rows
@@ -166,7 +169,7 @@ def spread_chunks(
         quota = math.ceil(left / (places - number))
         for chunk in source.read(splits[place], columns):
             taken = min(quota, chunk.table.num_rows)
-            yield splits[place], Chunk(chunk.table.slice(0, taken), chunk.place)
+            yield splits[place], chunk._replace(table=chunk.table.slice(0, taken))
             quota -= taken
             left -= taken
             if not quota:

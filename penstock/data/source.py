@@ -14,6 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from penstock.data.quarantine import MalformedRow
+from penstock.types import FileTag
+
 CHUNK_ROWS = 65_536
 """Most rows that are decoded at once where the format lets us choose."""
 _CHUNK_VALUES = 2**22
@@ -92,10 +95,26 @@ class KeptPlace:
 
 
 class Chunk(NamedTuple):
-    """Rows of one split, in order."""
+    """The good rows of a stretch of one split, in order."""
 
     table: pa.Table
     place: Place
+    stretch: int | None = None
+    """Rows that were read, those left out among them; None: those of the table."""
+    kept: NDArray[np.int64] | None = None
+    """[rows of the table] their numbers within the stretch, ascending; None: none is left out."""
+    malformed: Sequence[MalformedRow] = ()
+    """By their number among the rows of the stretch."""
+    malformed_lines: Sequence[int] = ()
+    """Lines of the file, from 1, at which they begin."""
+    until: int = 0
+    """Bytes of the file up to the end of the stretch, if its source's files may grow."""
+
+    @property
+    def num_read(self) -> int:
+        """Rows of the stretch."""
+        rows: int = self.table.num_rows
+        return rows if self.stretch is None else self.stretch
 
 
 class RowCount(NamedTuple):
@@ -139,3 +158,15 @@ class Source(Protocol):
 
     def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
         """False only where the source knows that no time of `column` lies in [low, high) ms."""
+
+    def identify(self, path: str, until: int = 0) -> FileTag:
+        """The identity of one of its files, see `identity.py`.
+
+        Where rows may follow: of its first `until` bytes, if that is not 0.
+        """
+
+    def holds(self, path: str, before: FileTag) -> bool:
+        """Whether what `before` identifies is there as it was; where rows may follow, they may."""
+
+    def may_grow(self, path: str) -> bool:
+        """Whether rows added at the end of the file leave those before as they are."""

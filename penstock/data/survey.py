@@ -18,9 +18,8 @@ from penstock.data.files import list_files
 from penstock.data.label_rate import LabelRate, label_rate
 from penstock.data.lines import OpenQuote
 from penstock.data.profile import DataProfile, Progress, profile_source
-from penstock.data.quarantine import MalformedRow, Quarantine
 from penstock.data.roles import Roles, assign_roles
-from penstock.data.source import Source
+from penstock.data.source import Chunk, Source
 from penstock.data.text import guess_delimiter
 from penstock.errors import DataError
 
@@ -97,7 +96,7 @@ def survey_data(
     roles = assign_roles(profile, label=label, items=items, event_time=event_time)
     source, types = _as_read(source, profile, roles)
     rate = label_rate(
-        open_source(source, types, _MalformedRows()),
+        open_source(source, types),
         profile,
         roles,
         max_rows=max_rows,
@@ -121,7 +120,7 @@ def _profile(
     source: SurveyedSource, max_rows: int | None, progress: Callable[[str], Progress]
 ) -> tuple[Source, DataProfile, _MalformedRows]:
     malformed = _MalformedRows()
-    opened = open_source(source, {}, malformed)
+    opened = open_source(source, {})
     tell = progress("columns")
 
     def told(rows: int, share: float | None) -> None:
@@ -129,31 +128,32 @@ def _profile(
         tell(rows, share)
 
     is_text = isinstance(source, TextSource)
-    profile = profile_source(opened, max_rows=max_rows, as_text=is_text, progress=told)
+    profile = profile_source(
+        opened, max_rows=max_rows, as_text=is_text, progress=told, watch=malformed.watch
+    )
     return opened, profile, malformed
 
 
-class _MalformedRows(Quarantine):
+class _MalformedRows:
     """Counts malformed rows and keeps the first; gives up where most rows are malformed."""
 
     def __init__(self) -> None:
-        super().__init__(None)
         self.good = 0
         """Rows that could be read so far."""
+        self.rows = 0
         self.example = ""
-        self._count = 0
 
-    @property
-    def rows(self) -> int:
-        return self._count
-
-    def add(self, file: str, first_line: int, rows: Sequence[MalformedRow]) -> None:
-        if not self._count:
-            self.example = f"{file}:{first_line + rows[0].line}: {rows[0].reason}"
-        self._count += len(rows)
-        if self._count > max(_MOST_MALFORMED, self.good):
+    def watch(self, chunk: Chunk) -> None:
+        """Counts those of a chunk."""
+        if not chunk.malformed:
+            return
+        if not self.rows:
+            path, first = chunk.place.span(0, 0).path, chunk.malformed[0]
+            self.example = f"{path}:{chunk.malformed_lines[0]}: {first.reason}"
+        self.rows += len(chunk.malformed)
+        if self.rows > max(_MOST_MALFORMED, self.good):
             raise DataError(
-                f"{self.example}; {self._count:,} of the first {self._count + self.good:,} rows "
+                f"{self.example}; {self.rows:,} of the first {self.rows + self.good:,} rows "
                 "are malformed: give the right --format, and --columns if there is no header"
             )
 

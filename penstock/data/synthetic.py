@@ -20,6 +20,7 @@ from pyarrow import csv
 from penstock.config import SyntheticSource
 from penstock.data.output import whole_file
 from penstock.data.source import Chunk, RowPlace, Split
+from penstock.types import FileTag
 
 # FORMAT: all constants below decide what row r of a seed is; never change.
 BLOCK_ROWS = 16_384
@@ -86,6 +87,18 @@ class SyntheticRows:
         first = FIRST_TIME_MS + split.start * MS_PER_ROW
         last = FIRST_TIME_MS + split.stop * MS_PER_ROW
         return (high is None or first < high) and (low is None or last > low)
+
+    def identify(self, path: str, until: int = 0) -> FileTag:
+        """The job says what the rows are, so nothing else can change them."""
+        return FileTag(path, 0, "synthetic")
+
+    def holds(self, path: str, before: FileTag) -> bool:
+        """Whether the rows of before were made, too."""
+        return before.digest == self.identify(path).digest
+
+    def may_grow(self, path: str) -> bool:
+        """It may not."""
+        return False
 
     def block(self, block: int) -> pa.Table:
         """Makes rows [block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS) with all columns."""

@@ -13,7 +13,6 @@ from pyarrow import csv, fs
 from penstock.config import TextSource
 from penstock.data.files import list_files
 from penstock.data.lines import LineFiles, first_bytes, open_quote
-from penstock.data.quarantine import Quarantine
 from penstock.data.row_ends import BOM, Quoting, RowEnds
 from penstock.data.text_parser import TextParser
 from penstock.errors import ConfigError, DataError
@@ -30,14 +29,12 @@ _NAME_RANGE = re.compile(r"^(.*)\{(\d+)\.\.(\d+)\}(.*)$")
 def open_text(
     config: TextSource,
     default_types: Mapping[str, Literal["int64", "float64"]],
-    quarantine: Quarantine,
 ) -> LineFiles:
     """Opens CSV/TSV files.
 
     Args:
       config: which files, their columns and types.
       default_types: types of columns by name or glob, where `config` declares none.
-      quarantine: takes malformed rows where `config` says so.
 
     Raises:
       ConfigError: names or types of columns are wrong.
@@ -64,7 +61,7 @@ def open_text(
         lambda columns: TextParser(schema, columns, delimiter, quote, row_ends, config.null_values),
         row_ends=row_ends,
         has_header=config.columns is None,
-        quarantine=quarantine if config.on_malformed_row == "quarantine" else None,
+        keeps_malformed=config.on_malformed_row == "quarantine",
     )
 
 

@@ -157,6 +157,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("measured on", summary["measured_on"])
     _add_metrics(table, summary)
     table.add_row("samples", f"{summary['samples']:,}")
+    if summary["counts"]["applied"] != summary["counts"]["read"]:
+        table.add_row("rows", counts_text(summary["counts"]))
     table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     table.add_row("time", _time_split(summary["seconds"]))
     rows = sum(item["rows"] for item in summary["tables"].values())
@@ -197,6 +199,12 @@ def rules_table(tables: Mapping[str, Mapping[str, Any]]) -> Table | None:
             f"{item['candidates']:,}",
         )
     return shown
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Rows read and what became of them, in all epochs."""
+    parts = (f"{counts[name]:,} {name}" for name in ("applied", "filtered", "quarantined"))
+    return f"{counts['read']:,} read: {', '.join(parts)}"
 
 
 def size_text(count: int) -> str:

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from penstock.config import Job
+from penstock.config import Job, parse_job
 from penstock.data.dataset import paths_of
 from penstock.data.output import refuse_read, refuse_uri
 from penstock.embedding.durable_files import MANIFEST
 from penstock.errors import ConfigError
-from penstock.job_file import dump_yaml
+from penstock.job_file import dump_yaml, read_fields
 from penstock.locking import FileLock, Held
 from penstock.training.checkpoint import latest_checkpoint
 
@@ -112,7 +112,8 @@ class RunFolder:
         Args:
           job: what is run.
           step: the last of which lines stay.
-          drop_training_at_step: of `step` itself, only evaluations stay.
+          drop_training_at_step: of `step` itself, only evaluations stay: they go where `job` asks
+            for other metrics, or for those of other data, than the job.yaml that is there.
 
         Returns:
           The lines of metrics.jsonl that stay, oldest first.
@@ -122,8 +123,10 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # What was measured at this step is measured anew if something else is asked for.
+            drop_evaluation = step > 0 and self._measures_other(job)
             _replace(self.job_file, dump_yaml(job))
-            last = {"train": step - drop_training_at_step, "evaluation": step}
+            last = {"train": step - drop_training_at_step, "evaluation": step - drop_evaluation}
             lines = read_lines(self.metrics_file)
             kept = [line for line in lines if line["step"] <= last[line["kind"]]]
             _replace(self.metrics_file, "".join(f"{json.dumps(line)}\n" for line in kept))
@@ -134,6 +137,17 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(self.path, error) from None
         return kept
+
+    def _measures_other(self, job: Job) -> bool:
+        """Whether a job asks for another evaluation than the one in job.yaml."""
+        try:
+            before = parse_job(read_fields(self.job_file))
+        except ConfigError:
+            return True  # it is lost or of another version
+        return (before.evaluation.metrics, before.data.evaluation_source) != (
+            job.evaluation.metrics,
+            job.data.evaluation_source,
+        )
 
     def append_metrics(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl and its numbers to TensorBoard."""
@@ -147,6 +161,20 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json; a number that is not finite becomes null."""
         _replace(self.summary_file, json.dumps(_finite(summary), indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """Reads summary.json.
+
+        Raises:
+          ConfigError: it cannot be read.
+        """
+        try:
+            content: dict[str, Any] = json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.summary_file}: cannot be read: {error}; remove it, and the run writes it"
+            ) from None
+        return content
 
     def close(self) -> None:
         """Flushes and closes TensorBoard's file."""

@@ -17,7 +17,7 @@ from penstock.data.key_skew import key_skew
 from penstock.embedding.durable_files import read_tensors
 from penstock.embedding.retention import RetentionState
 from penstock.errors import ConfigError, DataError
-from penstock.report.display import size_text, tables_table
+from penstock.report.display import counts_text, size_text, tables_table
 from penstock.report.folder import RunFolder
 from penstock.report.plots import MISSING, can_draw, draw_run
 from penstock.report.record import RunRecord, is_metric
@@ -104,9 +104,9 @@ def _overview(manifest: Manifest) -> Table:
     shown.add_row("samples", f"{position.samples:,}")
     shown.add_row(
         "position",
-        f"epoch {position.epoch}, window {position.window} row {position.window_row}, which begins "
-        f"in split {position.split} row {position.split_row}",
+        f"epoch {position.epoch}, window {position.window}, {position.window_row:,} samples of it",
     )
+    shown.add_row("rows", counts_text(position.counts._asdict()))
     shown.add_row("written", manifest.created)
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     shown.add_row("versions", versions)

@@ -13,6 +13,7 @@ from penstock.config import Job
 from penstock.report.display import Display, rules_table, slices_tables, summary_table, tables_table
 from penstock.report.environment import hardware, peak_memory_bytes, versions
 from penstock.report.folder import RunFolder
+from penstock.types import Position
 
 _SUMMARIZED = (
     "loss",
@@ -51,13 +52,14 @@ class RunReport:
         self._display = Display(self._console, total_samples)
         self._last_training: dict[str, Any] = {}
         self._last_evaluation: tuple[int, dict[str, Any]] | None = None
+        self._has_evaluated = False
 
-    def start(self, step: int, samples: int, window_is_open: bool = False) -> None:
+    def start(self, step: int, position: Position, window_is_open: bool = False) -> None:
         """Begins at `step`: earlier lines of metrics.jsonl stay, later ones are removed.
 
         Args:
           step: steps trained so far.
-          samples: samples trained on so far.
+          position: reached so far.
           window_is_open: the steps since the last log are still to be logged; then a line of them
             that is there already, from a process that died after it, is removed too.
         """
@@ -73,8 +75,13 @@ class RunReport:
                 "other process trains in this run folder"
             )
         if step:
-            self._display.line(f"resumed at step {step:,} ({samples:,} samples)")
-        self._display.start(samples)
+            self._display.line(f"resumed at step {step:,} ({position.samples:,} samples)")
+        if position.version_1 is not None:
+            self._display.line(
+                "warning: the checkpoint is of an older version, which does not say what files it "
+                "was taken on: whether these are the same cannot be verified"
+            )
+        self._display.start(position.samples)
 
     def advance(self, step: int, samples: int) -> None:
         """Moves the bar after a step."""
@@ -90,6 +97,7 @@ class RunReport:
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
         """Records an evaluation after `step`."""
         self._last_evaluation = step, metrics
+        self._has_evaluated = True
         self._folder.append_metrics("evaluation", step, metrics)
         self._display.evaluation(step, metrics)
 
@@ -117,6 +125,21 @@ class RunReport:
         command = ["penstock", "train", str(self._folder.job_file), "--out", str(self._folder.path)]
         self._display.line(f"stopped after step {step:,}; the checkpoint is complete. Continue:")
         self._display.line(f"  {shlex.join([*command, '--resume'])}")
+
+    def has_nothing_new(self, step: int) -> bool:
+        """Whether the summary is of `step` and of an evaluation that was made before."""
+        if self._has_evaluated or not self._folder.summary_file.exists():
+            return False
+        return self._folder.read_summary().get("steps") == step
+
+    def nothing_new(self, step: int, max_steps: int | None) -> dict[str, Any]:
+        """Says that a run that was finished found nothing to do; returns its summary."""
+        self._display.stop()
+        why = "every row was trained on; files that are added behind the others would be"
+        if max_steps is not None and step >= max_steps:
+            why = f"training.max_steps is {max_steps:,}"
+        self._display.line(f"nothing new to train: the run has finished at step {step:,}: {why}")
+        return self._folder.read_summary()
 
     def finished(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes summary.json and shows the final table; returns the whole summary."""

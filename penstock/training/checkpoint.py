@@ -38,7 +38,15 @@ from penstock.embedding.durable_files import (
 )
 from penstock.embedding.table_files import import_tables, write_tables
 from penstock.errors import CheckpointError
-from penstock.training.checkpoint_files import Manifest, is_complete, read_manifest, verify
+from penstock.training.checkpoint_files import (
+    INPUT,
+    Manifest,
+    input_files,
+    is_complete,
+    read_manifest,
+    read_position,
+    verify,
+)
 from penstock.training.checkpoint_state import (
     check_model,
     check_optimizer,
@@ -61,6 +69,7 @@ __all__ = [
     "TrainState",
     "latest_checkpoint",
     "load_tables_and_model",
+    "position_of",
     "read_manifest",
     "verify",
 ]
@@ -204,6 +213,7 @@ class Checkpoints:
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {path}: {error}") from None
         random = (path / _RANDOM).read_bytes()
+        position = read_position(path, manifest)
         metrics = read_tensors(path / _METRICS) if _METRICS in manifest.files else None
 
         import_tables(path, manifest.tables, state.collection)
@@ -215,7 +225,7 @@ class Checkpoints:
         if state.metrics is not None and metrics is not None:
             state.metrics.load_state_dict(metrics)
         state.step = manifest.step
-        state.position = manifest.position
+        state.position = position
         set_random_state(random)
         self._own_step = manifest.step
 
@@ -260,6 +270,7 @@ class Checkpoints:
         if state.metrics is not None:
             files[_METRICS] = write_tensors(directory / _METRICS, state.metrics.state_dict())
         files[_RANDOM] = write_durably(directory / _RANDOM, random_state())
+        files[INPUT] = write_durably(directory / INPUT, input_files(state.position))
         manifest = Manifest(
             step=state.step,
             collection_step=state.collection.step,
@@ -327,6 +338,18 @@ def latest_checkpoint(directory: Path) -> Path | None:
             return path
         _log.warning("%s is not a complete checkpoint: no readable %s", path, MANIFEST)
     return None
+
+
+def position_of(path: Path) -> Position:
+    """Where a run that goes on from a checkpoint begins; for `restore` to verify.
+
+    Raises:
+      CheckpointError: damaged; names which older checkpoint is whole.
+    """
+    try:
+        return read_position(path, read_manifest(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_suggest_other(path)}") from None
 
 
 def load_tables_and_model(

@@ -7,6 +7,7 @@ docs/checkpoint_format.md.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,11 +23,15 @@ from penstock.embedding.durable_files import (
 )
 from penstock.embedding.table_files import TableRecord
 from penstock.errors import CheckpointError
-from penstock.types import Position
+from penstock.types import Counts, Position
 
 # FORMAT: never change these; see docs/checkpoint_format.md.
 FORMAT = "penstock checkpoint"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+INPUT = "input.json"
+_PLAIN_WINDOW_ROWS = 8_192
+"""Of a window that is not shuffled, in version 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,9 @@ class Manifest:
     collection_step: int
     """Updates applied to the tables; the bias correction of Adam and the schedules use it."""
     position: Position
-    """Where the first batch after this checkpoint begins."""
+    """Where the first batch after this checkpoint begins. Its files are in a file of their own, see
+    `read_position`.
+    """
     created: str
     """ISO 8601, UTC."""
     versions: Mapping[str, str]
@@ -55,14 +62,19 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        position = self.position.to_dict()
+        del position["files"]
+        content = {"format": FORMAT, "version": VERSION, **asdict(self), "position": position}
         return json.dumps(content, indent=1).encode() + b"\n"
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
         """Inverse of `to_json`, from the parsed object; KeyError or TypeError where it is not."""
         known = {field.name: content[field.name] for field in fields(cls)}
-        known["position"] = Position.from_dict(known["position"])
+        if content["version"] == 1:
+            known["position"] = _position_of_version_1(known["position"], known["job"])
+        else:
+            known["position"] = Position.from_dict({**known["position"], "files": ()})
         known["tables"] = tuple(TableRecord.from_json(table) for table in known["tables"])
         known["files"] = {name: FileRecord(**record) for name, record in known["files"].items()}
         return cls(**known)
@@ -87,16 +99,59 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     raw = read_sealed(path)
     try:
         content = json.loads(raw)
-        if content["format"] != FORMAT or content["version"] != VERSION:
+        if content["format"] != FORMAT or content["version"] not in READABLE:
             raise CheckpointError(
                 f"checkpoint {path}: {MANIFEST} has format {content['format']!r} version "
-                f"{content['version']}; this Penstock reads {FORMAT!r} version {VERSION}"
+                f"{content['version']}; this Penstock reads {FORMAT!r} up to version {VERSION}"
             )
         return Manifest.from_json(content)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {path}: {MANIFEST} is not a manifest: {type(error).__name__}: {error}"
         ) from error
+
+
+def input_files(position: Position) -> bytes:
+    """The bytes of input.json: name, bytes and digest of each file of the training part."""
+    return json.dumps(position.to_dict()["files"]).encode() + b"\n"
+
+
+def read_position(path: Path, manifest: Manifest) -> Position:
+    """The position of a checkpoint, with the files that it was taken on.
+
+    Raises:
+      CheckpointError: the list of files is missing or none.
+    """
+    if INPUT not in manifest.files:
+        return manifest.position
+    try:
+        files = json.loads((path / INPUT).read_bytes())
+        return Position.from_dict({**manifest.position.to_dict(), "files": files})
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path}: cannot read {INPUT}: {error}") from error
+
+
+def _position_of_version_1(fields: Mapping[str, Any], job: Mapping[str, Any]) -> Position:
+    """What version 1 says: the split and good row where the window begins, and no files.
+
+    The rows of a window followed from the job.
+    """
+    data, negatives = job["data"], job["data"].get("negatives")
+    per_row = 1 if negatives is None else 1 + int(negatives["per_positive"])
+    batch_size = int(job["training"]["batch_size"])
+    unit = batch_size // math.gcd(batch_size, per_row)
+    rows = int(data["shuffle"]["window_rows"]) or _PLAIN_WINDOW_ROWS
+    samples = int(fields["samples"])
+    # What was left out before is not known.
+    applied = samples // per_row
+    return Position(
+        epoch=int(fields["epoch"]),
+        window=int(fields["window"]),
+        window_row=int(fields["window_row"]),
+        samples=samples,
+        counts=Counts(read=applied, applied=applied),
+        version_1=(int(fields["split"]), int(fields["split_row"]), -(-rows // unit) * unit),
+    )
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:

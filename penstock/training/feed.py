@@ -13,7 +13,7 @@ from torch import Tensor
 from penstock.data.channel import Channel, Closed, Ended
 from penstock.data.loader import Loader
 from penstock.embedding.collection import EmbeddingCollection
-from penstock.types import Batch
+from penstock.types import Batch, Position
 
 _AHEAD = 2
 
@@ -54,6 +54,11 @@ class Feed:
         self._loader.close()
         if self._thread is not None:
             self._thread.join()
+
+    @property
+    def end(self) -> Position | None:
+        """Where the data ends, once all of it was taken."""
+        return self._loader.position if self._loader.has_ended else None
 
     def __iter__(self) -> Feed:
         return self

@@ -31,9 +31,12 @@ from penstock.training.checkpoint import (
     load_tables_and_model,
     read_manifest,
 )
+from penstock.training.checkpoint_files import Manifest, read_position
 from penstock.training.evaluation import Evaluator
+from penstock.training.job_difference import describe, differences
 from penstock.training.objective import Objective
 from penstock.training.setup import build
+from penstock.types import Position
 
 T = TypeVar("T")
 _ATTEMPTS = 5
@@ -65,7 +68,12 @@ class Trained:
         return self.dataset.batches(self.part, batch_size=batch_size, shuffle=False, groups=True)
 
 
-def open_trained(path: Path, data: str | None = None, labels: Labels = "required") -> Trained:
+def open_trained(
+    path: Path,
+    data: str | None = None,
+    labels: Labels = "required",
+    change: Callable[[Any], Any] = lambda fields: fields,
+) -> Trained:
     """Loads the newest checkpoint of a run.
 
     Args:
@@ -73,14 +81,22 @@ def open_trained(path: Path, data: str | None = None, labels: Labels = "required
       data: files to use it on, all rows; None: what the job holds out.
       labels: `optional`: the label column may be missing; `absent`: it is, also in text without a
         header. Either is for prediction, where every row needs its score: a malformed one fails.
+      change: of the fields of the job, as overrides do; what a resumed run may change.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is damaged.
-      ConfigError: no data is given and the job holds nothing out.
+      ConfigError: no data is given and the job holds nothing out; `change` makes no job, or
+        another one.
       DataError: the data lacks a column.
     """
-    manifest = read_newest(path, read_manifest)
-    job = parse_job(manifest.job, origin=f"{path}: job of the checkpoint")
+    manifest, position = read_newest(path, _read_description)
+    job = parse_job(change(manifest.job), origin=f"{path}: job of the checkpoint")
+    lines = differences(manifest.job, manifest.resolved, job, manifest.resolved)
+    if lines:
+        raise ConfigError(
+            f"{path}: what was trained cannot be changed:\n{describe(lines)}\n"
+            "set what is measured and how (evaluation.metrics, data.evaluation_source)"
+        )
     if data is not None:
         job = _on_other_data(job, data, manifest.resolved)
         if labels != "required":
@@ -92,7 +108,9 @@ def open_trained(path: Path, data: str | None = None, labels: Labels = "required
         )
     inputs = [*manifest.resolved["numeric"], *_feature_names(manifest.resolved)]
     needed: Literal["required", "optional"] = "required" if labels == "required" else "optional"
-    dataset = Dataset.open(job, labels=needed, order=inputs)
+    # What a fraction holds out depends on the files that the run began with.
+    after = position if data is None and position.divided else None
+    dataset = Dataset.open(job, labels=needed, order=inputs, after=after)
     part: Part = "evaluation" if data is None else "train"
 
     def load(checkpoint: Path) -> Trained:
@@ -101,6 +119,11 @@ def open_trained(path: Path, data: str | None = None, labels: Labels = "required
         return Trained(job, state.collection, state.model, objective, dataset, part)
 
     return read_newest(path, load)
+
+
+def _read_description(checkpoint: Path) -> tuple[Manifest, Position]:
+    manifest = read_manifest(checkpoint)
+    return manifest, read_position(checkpoint, manifest)
 
 
 def read_newest(path: Path, read: Callable[[Path], T]) -> T:

@@ -48,25 +48,63 @@ def test_split_by_file(tmp_path):
 
 
 def test_evaluation_source(tmp_path):
-    source = write_days(tmp_path)
-    other = {"format": "parquet", "path": str(tmp_path / "day_1.parquet")}
+    source = {**write_days(tmp_path), "path": f"{tmp_path}/*.parquet"}
+    table = pq.read_table(tmp_path / "day_1.parquet")
+    (tmp_path / "other").mkdir()
+    other = {"format": "parquet", "path": str(tmp_path / "other")}
+    pq.write_table(table, tmp_path / "other" / "x.parquet")
     dataset = Dataset.open(make_job(source, split=None, evaluation_source=other))
     assert (dataset.num_rows("train"), dataset.num_rows("evaluation")) == (200, 50)
     assert labels(dataset, "evaluation") == make_table(200)["label"].to_pylist()[50:100]
-    table = pq.read_table(tmp_path / "day_1.parquet")
-    (tmp_path / "other").mkdir()
     pq.write_table(table.append_column("C9", table["C1"]), tmp_path / "other" / "x.parquet")
-    other["path"] = str(tmp_path / "other")
     with pytest.raises(ConfigError) as error:
-        Dataset.open(
-            make_job(
-                {**source, "path": f"{tmp_path}/*.parquet"}, split=None, evaluation_source=other
-            )
-        )
+        Dataset.open(make_job(source, split=None, evaluation_source=other))
     assert str(error.value) == (
         f"data.evaluation_source: {tmp_path}/other/x.parquet has other features (C1, C2, C3, C4, "
         "C9) "
         "than data.source (C1, C2, C3, C4); name the columns that both have"
+    )
+
+
+@pytest.mark.parametrize("kind", ["itself", "symbolic link", "hard link", "relative"])
+def test_rows_that_are_trained_on_are_not_measured(kind, tmp_path, monkeypatch):
+    source = {**write_days(tmp_path), "path": f"{tmp_path}/*.parquet"}
+    day = tmp_path / "day_1.parquet"
+    (tmp_path / "other").mkdir()
+    same = tmp_path / "other" / "same.parquet"
+    if kind == "symbolic link":
+        same.symlink_to(day)
+    elif kind == "hard link":
+        same.hardlink_to(day)
+    else:
+        monkeypatch.chdir(tmp_path)
+        same = day if kind == "itself" else "./day_1.parquet"
+    other = {"format": "parquet", "path": str(same)}
+    with pytest.raises(ConfigError) as error:
+        Dataset.open(make_job(source, split=None, evaluation_source=other))
+    name = str(same) if kind == "itself" else f"{same} ({day})"
+    assert str(error.value) == (
+        f"data.evaluation_source: {name} is in data.source, too, so rows that were trained on "
+        "would be measured; name other files, or hold some out with data.split"
+    )
+
+
+@pytest.mark.parametrize("rows", [100, 50])
+def test_synthetic_rows_that_are_trained_on_are_not_measured(rows):
+    other = {"format": "synthetic", "rows": rows}
+    with pytest.raises(ConfigError, match="is in data.source, too"):
+        Dataset.open(synthetic_job(100, split=None, evaluation_source=other))
+    Dataset.open(synthetic_job(100, split=None, evaluation_source={**other, "seed": 1}))
+
+
+def test_one_file_under_two_names_is_read_once_or_not_at_all(tmp_path):
+    write_days(tmp_path)
+    (tmp_path / "latest.parquet").symlink_to(tmp_path / "day_3.parquet")
+    with pytest.raises(DataError) as error:
+        Dataset.open(make_job({"format": "parquet", "path": str(tmp_path)}))
+    assert str(error.value) == (
+        f"{tmp_path}/latest.parquet: the same file as {tmp_path}/day_3.parquet; its rows would be "
+        "read twice"
     )
 
 
@@ -170,7 +208,7 @@ def test_no_features_and_no_numbers(tmp_path):
 def test_position_of_other_data_is_refused(tmp_path):
     dataset = Dataset.open(make_job(write_days(tmp_path)))
     with pytest.raises(DataError) as error:
-        dataset.batches("train", batch_size=8, start=Position(split=9))
+        dataset.batches("train", batch_size=8, start=Position(version_1=(9, 0, 8)))
     assert str(error.value) == (
         "position in split 9, but the data has 4 splits; it is not the data that the checkpoint "
         "was "

@@ -286,10 +286,9 @@ class TestJsonLines:
         path.write_text("no json\n" + "".join(json.dumps(row) + "\n" for row in first))
         job = json_job(path, types={"late": "int64"})
         from penstock.data.json_lines import open_json_lines
-        from penstock.data.quarantine import Quarantine
         from penstock.data.schema import default_text_types
 
-        source = open_json_lines(job.data.source, default_text_types(job), Quarantine(None))
+        source = open_json_lines(job.data.source, default_text_types(job))
         assert {field.name: str(field.type) for field in source.schema} == {
             "label": "bool",
             "I1": "double",

@@ -1,34 +1,83 @@
+import json
 import sys
 
 import pytest
 
-from penstock.data.quarantine import MalformedRow, Quarantine
+from penstock.data.quarantine import LeftOut, Quarantine
 from penstock.errors import DataError
+from penstock.types import FileTag
+
+A, B = FileTag("a.csv", 100, "aa"), FileTag("b.csv", 100, "bb")
 
 
-def malformed(*lines):
-    return [MalformedRow(line, "no number", f"text {line}") for line in lines]
+def left_out(file, *lines):
+    return [LeftOut(file, line, "no number", f"text {line}") for line in lines]
 
 
-def test_rows_are_counted_once_by_file_and_line_and_across_runs(tmp_path):
+def lines_in(path):
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(entry["file"], entry["line"]) for entry in entries]
+
+
+def resumed(path, quarantined):
+    found = Quarantine(path)
+    found.resume(quarantined)
+    return found
+
+
+def test_rows_are_counted_once_by_content_and_line(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path)
+    quarantine.add(left_out(A, 0, 7, 8), 1)
+    quarantine.add(left_out(A, 8, 9), 4)
+    quarantine.add(left_out(B, 8), 6)
+    # Under another name, by evaluation, and again in a later epoch.
+    quarantine.add(left_out(A._replace(path="./copy of a.csv"), 9, 7, 10))
+    quarantine.add(left_out(A, 0, 7, 8, 8, 9), 7)
+    assert quarantine.rows == 6
+    assert lines_in(path) == [
+        ("a.csv", 0),
+        ("a.csv", 7),
+        ("a.csv", 8),
+        ("a.csv", 9),
+        ("b.csv", 8),
+        ("./copy of a.csv", 10),
+    ]
+
+
+def test_a_resumed_run_drops_what_came_behind_its_position(tmp_path):
     path = tmp_path / "quarantine.jsonl"
     first = Quarantine(path)
-    first.add("a.csv", 0, malformed(0, 7, 8))
-    first.add("a.csv", 8, malformed(0, 1))
-    first.add("b.csv", 0, malformed(8))
-    first.add("a.csv", 0, malformed(9, 7))
-    assert first.rows == 5
-    again = Quarantine(path)
-    assert again.rows == 5
-    again.add("a.csv", 9, malformed(0, 1))
-    assert again.rows == 6
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 6
+    first.add(left_out(A, 1, 5), 1)
+    first.add(left_out(A, 9))  # evaluation's
+    first.add(left_out(B, 2, 4), 3)
+    with path.open("a", encoding="utf-8") as out:
+        out.write('{"file": "b.csv", "li')  # the power went
+    again = resumed(path, 3)
+    assert again.rows == 4
+    assert lines_in(path) == [("a.csv", 1), ("a.csv", 5), ("a.csv", 9), ("b.csv", 2)]
+    again.add(left_out(B, 4), 4)
+    again.add(left_out(A, 9), 5)
+    assert lines_in(path)[4:] == [("b.csv", 4)]
+    assert resumed(path, 0).rows == 1
+    assert lines_in(path) == [("a.csv", 9)]
+
+
+def test_entries_of_version_1_are_known_by_their_path(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    entry = {"file": "a.csv", "line": 7, "reason": "no number", "text": "x"}
+    path.write_text(json.dumps(entry) + "\n", encoding="utf-8")
+    quarantine = resumed(path, None)
+    quarantine.add(left_out(A, 7, 8), 1)
+    quarantine.add(left_out(B, 7), 3)
+    assert lines_in(path) == [("a.csv", 7), ("a.csv", 8), ("b.csv", 7)]
+    assert quarantine.rows == 3
 
 
 def test_a_file_without_one_good_line_takes_a_bit_a_line():
     quarantine = Quarantine(None)
     for first in range(0, 1_000_000, 10_000):
-        quarantine.add("bad.csv", first, malformed(*range(10_000)))
+        quarantine.add(left_out(A, *range(first, first + 10_000)), first + 1)
     assert quarantine.rows == 1_000_000
     assert sum(sys.getsizeof(bits) for bits in quarantine._seen.values()) < 200_000
 
@@ -42,4 +91,4 @@ def test_a_file_that_is_no_quarantine_is_refused(line, tmp_path):
     with pytest.raises(
         DataError, match=r"quarantine\.jsonl:1: not a quarantine entry; move the file"
     ):
-        Quarantine(path)
+        resumed(path, 0)

@@ -87,24 +87,32 @@ def test_malformed_rows_are_quarantined_once(compressed, header, tmp_path, monke
     kept = tmp_path / "quarantine.jsonl"
     dataset = Dataset.open(job, quarantine=kept)
     good = [number for number in range(200) if number not in dict(bad)]
-    assert numbers(read_all(dataset, epochs=2)) == good * 2
+    batches = read_all(dataset, epochs=2)
+    end = batches[-1].end
+    assert numbers(batches) == good * 2
     assert dataset.quarantined_rows == 4
     assert dataset.num_rows("train") == 200
+    assert end.counts == (400, 0, 8, 392)
     entries = sorted(
         map(json.loads, kept.read_text().splitlines()), key=lambda entry: entry["line"]
     )
     assert [entry["line"] for entry in entries] == [number + 1 + header for number, _ in bad]
+    digest = entries[1].pop("digest")
     assert entries[1] == {
         "file": str(path),
         "line": 58 + header,
         "reason": "1 fields, expected 3",
         "text": "1",
+        "bytes": path.stat().st_size,
+        "number": 2,
     }
+    assert {entry["digest"] for entry in entries if "digest" in entry} == {digest}
     assert [entry["text"] for entry in entries] == [line for _, line in bad]
     # A resumed run finds them there; half a line of a killed run is dropped.
     with kept.open("a") as out:
         out.write('{"file": "x')
     again = Dataset.open(job, quarantine=kept)
+    again.take_up_quarantine(end)
     assert again.quarantined_rows == 4
     read_all(again)
     assert again.quarantined_rows == 4
