@@ -310,6 +310,7 @@ class Run:
             "tables": self._tables(),
             "counts": self.state.position.counts._asdict(),
             "quarantined_rows": self.dataset.quarantined_rows,
+            "rows_ahead_of_time": self.state.collection.row_clock.rows_ahead,
             "checkpoint": str(self.checkpoints.latest()),
         }
 

@@ -261,6 +261,11 @@ class DataConfig(Config):
     UTC)."""
     event_time_unit: TimeUnit = "ms"
     """Unit of an integer `event_time`."""
+    event_time_jump_s: PositiveInt = 86_400
+    """Seconds by which one batch may move the time of the rows ahead, where tables have eviction in
+    seconds; a batch that is later is believed once 8 in a row are. See
+    docs/admission_and_eviction.md.
+    """
     numeric: tuple[NumericColumns, ...] = ()
     shuffle: Shuffle = Shuffle()
 

@@ -38,6 +38,7 @@ from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.places import nearest, places_of, plans_of, refuse_duplicates, unknown_table
 from penstock.embedding.retention import Clock, RetentionState, retains
+from penstock.embedding.row_clock import RowClock
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
@@ -134,9 +135,9 @@ class EmbeddingCollection(TableModule):
         )
         self.step = 0
         """Updates applied so far; schedules and Adam's bias correction count by it."""
-        self.time_s: int | None = None
-        """Seconds since 1970 UTC by which rows age, where their table's eviction has that unit: the
-        caller's choice, for instance the event time of the batch. None: the clock's.
+        self.row_clock = RowClock()
+        """The time by which rows age where the eviction of their table counts seconds; see
+        `observe_times`.
         """
         self.num_missing = 0
         """Keys read without a row, in evaluation, since the beginning."""
@@ -233,6 +234,17 @@ class EmbeddingCollection(TableModule):
             is_checked=True,
             is_one_hot=is_one_hot,
         )
+
+    def observe_times(self, event_time: Tensor) -> None:
+        """Tells when the samples of the next batch happened, by which rows then age.
+
+        Rows age by seconds where the eviction of their table has that unit; without this, by the
+        machine's clock. See `RowClock` for what becomes of times that are far ahead.
+
+        Args:
+          event_time: [B] int64 ms since 1970 UTC, on the CPU.
+        """
+        self.row_clock.observe(event_time)
 
     def sequence_lengths(self, sparse: KeyedJagged) -> Tensor:
         """Keys of each sample's sequences: what tells vectors from padding.
@@ -339,6 +351,7 @@ class EmbeddingCollection(TableModule):
         Gradients that are not applied yet are dropped. `other` is not to be used any more.
         """
         self._groups, self.seed, self.step = other._groups, other.seed, other.step
+        self.row_clock = replace(other.row_clock, max_jump_s=self.row_clock.max_jump_s)
         self.copied_at = None
         self.discard_gradients()
 
@@ -372,7 +385,9 @@ class EmbeddingCollection(TableModule):
             store.check_invariants()
 
     def _advance(self) -> None:
-        seconds = int(time.time()) if self.time_s is None else self.time_s
+        seconds = self.row_clock.now_s
+        if seconds is None:
+            seconds = int(time.time())
         for store, _ in self._groups:
             store.advance(Clock(self.step, seconds))
 

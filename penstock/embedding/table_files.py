@@ -172,6 +172,20 @@ def import_tables(
             collection.import_candidates(table.name, counted)
 
 
+def set_row_clock(collection: EmbeddingCollection, state: Mapping[str, Any] | None) -> None:
+    """Sets the clock of tables that were read; None: to the latest time that they know."""
+    if state is not None:
+        collection.row_clock.set_state(state)
+        return
+    times = [
+        collection.retention_state(table.name).numbers["now"]
+        for table in collection.tables
+        if table.eviction is not None and table.eviction.unit == "seconds"
+    ]
+    if any(times):
+        collection.row_clock.now_s = max(times)
+
+
 def _joined(path: Path, files: Sequence[str], *names: str) -> list[Tensor]:
     """The tensors of some names, each of all files; empty where there is no file."""
     parts = []
@@ -211,6 +225,7 @@ def _write(directory: Path, collection: EmbeddingCollection) -> None:
         "format": FORMAT,
         "version": VERSION,
         "collection_step": collection.step,
+        "row_clock": collection.row_clock.state(),
         "seed": collection.seed,
         "resolved": {"tables": [table.model_dump(mode="json") for table in collection.tables]},
         "tables": records,
@@ -259,6 +274,7 @@ def load_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
     check_kinds(f"checkpoint {path}", saved.kinds, collection.tables)
     fresh = collection.like_new(seed=saved.seed)
     import_tables(path, saved.records, fresh)
+    set_row_clock(fresh, saved.row_clock)
     fresh.step = saved.step
     collection.take_over(fresh)
 
@@ -271,6 +287,7 @@ class _Saved(NamedTuple):
     records: tuple[TableRecord, ...]
     kinds: dict[str, TableKind]
     files: dict[str, FileRecord]
+    row_clock: Mapping[str, Any] | None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> _Saved:
@@ -291,7 +308,8 @@ class _Saved(NamedTuple):
         is_of_run = content["format"] == _OF_A_RUN
         seed = content["job"]["training"]["seed"] if is_of_run else content["seed"]
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        return cls(content["collection_step"], seed, records, kinds, files)
+        row_clock = content.get("row_clock")
+        return cls(content["collection_step"], seed, records, kinds, files, row_clock)
 
 
 def _read_manifest(path: Path) -> _Saved:

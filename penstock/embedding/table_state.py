@@ -109,6 +109,7 @@ def pack_tables(collection: EmbeddingCollection, *, rows: bool = True) -> Tensor
         "format": FORMAT,
         "version": VERSION,
         "step": collection.step,
+        "row_clock": collection.row_clock.state(),
         "seed": collection.seed,
         "has_rows": rows,
         "tables": [
@@ -169,6 +170,8 @@ def unpack_tables(state: object, collection: EmbeddingCollection) -> None:
     for fields, of_table in zip(tables, parts, strict=True):
         _fill(fresh, fields["name"], of_table)
     fresh.step = header["step"]
+    if "row_clock" in header:
+        fresh.row_clock.set_state(header["row_clock"])
     collection.take_over(fresh)
 
 

@@ -167,6 +167,9 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("embedding bytes", size_text(size))
     if summary["quarantined_rows"]:
         table.add_row("quarantined rows", f"{summary['quarantined_rows']:,}")
+    # Runs of before have no such number.
+    if summary.get("rows_ahead_of_time"):
+        table.add_row("rows ahead of their time", f"{summary['rows_ahead_of_time']:,}")
     return table
 
 

@@ -36,7 +36,7 @@ from penstock.embedding.durable_files import (
     write_durably,
     write_tensors,
 )
-from penstock.embedding.table_files import import_tables, write_tables
+from penstock.embedding.table_files import import_tables, set_row_clock, write_tables
 from penstock.errors import CheckpointError
 from penstock.training.checkpoint_files import (
     INPUT,
@@ -217,6 +217,7 @@ class Checkpoints:
         metrics = read_tensors(path / _METRICS) if _METRICS in manifest.files else None
 
         import_tables(path, manifest.tables, state.collection)
+        set_row_clock(state.collection, manifest.row_clock)
         state.collection.step = manifest.collection_step
         state.model.load_state_dict(dense)
         if state.optimizer is not None and manifest.optimizer is not None:
@@ -288,6 +289,7 @@ class Checkpoints:
             tables=tables,
             optimizer=optimizer,
             files=files,
+            row_clock=state.collection.row_clock.state(),
         ).to_json()
         write_durably(directory / MANIFEST, manifest)
         write_durably(directory / SEAL, seal(manifest))
@@ -373,6 +375,7 @@ def load_tables_and_model(
         raise CheckpointError(f"checkpoint {path} has other tables or features:\n{describe(lines)}")
     dense = _load_dense(path, collection, model)
     import_tables(path, manifest.tables, collection)
+    set_row_clock(collection, manifest.row_clock)
     collection.step = manifest.collection_step
     model.load_state_dict(dense)
     return manifest

@@ -59,6 +59,8 @@ class Manifest:
     """State of the dense optimizer by parameter and name; `{"tensor": key}` for tensors."""
     files: Mapping[str, FileRecord]
     """Every file of the checkpoint but the manifest and its seal."""
+    row_clock: Mapping[str, Any] | None = None
+    """State of the tables' `RowClock`; None in checkpoints written before there was one."""
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json."""
@@ -70,7 +72,8 @@ class Manifest:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
         """Inverse of `to_json`, from the parsed object; KeyError or TypeError where it is not."""
-        known = {field.name: content[field.name] for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"row_clock"}
+        known = {name: content[name] for name in names} | {"row_clock": content.get("row_clock")}
         if content["version"] == 1:
             known["position"] = _position_of_version_1(known["position"], known["job"])
         else:

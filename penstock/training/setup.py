@@ -55,6 +55,7 @@ def build(job: Job, dataset: Dataset) -> Untrained:
         deterministic=job.training.deterministic,
         device=job.run.device,
     )
+    collection.row_clock.max_jump_s = job.data.event_time_jump_s
     if collection.device.type == "cuda" and job.training.deterministic:
         # Read by cuBLAS when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

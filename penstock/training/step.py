@@ -97,7 +97,7 @@ def train_step(
     """
     with clock.measure("embedding"):
         if batch.event_time is not None:
-            collection.time_s = int(batch.event_time.max()) // 1000
+            collection.observe_times(batch.event_time)
         pooled = look_up(collection, batch)
     with clock.measure("dense"):
         leaf = pooled.detach().requires_grad_()

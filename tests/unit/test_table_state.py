@@ -199,10 +199,10 @@ def test_settings_and_subclasses_are_copied():
             self.eval()
 
     named = Named("a")
-    named.time_s, named.num_missing, named.tables_in_state = 5, 2, False
+    named.row_clock.now_s, named.num_missing, named.tables_in_state = 5, 2, False
     twin = copy.deepcopy(named)
     assert type(twin) is Named
-    assert (twin.name, twin.time_s, twin.num_missing, twin.seed) == ("a", 5, 2, 3)
+    assert (twin.name, twin.row_clock.now_s, twin.num_missing, twin.seed) == ("a", 5, 2, 3)
     assert (twin.training, twin.tables_in_state) == (False, False)
     assert twin._options == named._options
 
