@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
+from penstock.embedding.graph_operator import look_up_in_graph, register
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.places import nearest, places_of, plans_of, refuse_duplicates, unknown_table
 from penstock.embedding.retention import Clock, RetentionState, retains
@@ -123,7 +124,8 @@ class EmbeddingCollection(TableModule):
             for feature in features
         )
         """Of each feature, in the order of the output's columns."""
-        self._width = sum(shape.width for shape in self.feature_shapes)
+        self.width = sum(shape.width for shape in self.feature_shapes)
+        """W, columns of the output."""
         self.device = torch.device(device)
         """Where the rows live; the output too, unless the module was moved."""
         if self.device.type != "cpu":
@@ -156,6 +158,7 @@ class EmbeddingCollection(TableModule):
         self._is_on_gpu = torch.device(device).type != "cpu"
         self._pending: list[_Pending] = []
         self._outputs = _core.buffer_pool()
+        self.number = register(self)
         # Autograd calls backward only where an input needs a gradient; the tables are none.
         self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=self.device))
         self.copied_at = None
@@ -170,7 +173,7 @@ class EmbeddingCollection(TableModule):
         plans = plans_of(self._places, self.features, widths)
         groups = []
         for group, tables in tables_of.items():
-            plan = PoolingPlan(plans.get(group, ()), self._width)
+            plan = PoolingPlan(plans.get(group, ()), self.width)
             if device.type == "cpu":
                 groups.append(_Group(HostStore(tables, num_threads=num_threads, **options), plan))
             else:
@@ -196,18 +199,40 @@ class EmbeddingCollection(TableModule):
             process group of several ranks; a copy whose parameters alone were averaged.
           CapacityError: no memory for a new row.
         """
-        sparse = self.to_device(sparse)
-        check_averaged(self)
+        if torch.compiler.is_compiling():
+            return look_up_in_graph(self, sparse)
         if self.anchor.is_meta:
-            return self.anchor.new_empty(sparse.batch_size, self._width)
+            self._check(sparse)
+            return self.anchor.new_empty(sparse.batch_size, self.width)
         if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
-            check_alone()
-            self._advance()
             pooled: Tensor = _PooledLookup.apply(self.anchor, self, sparse)  # type: ignore[no-untyped-call]
             return pooled.to(self.anchor)
-        out, lookups = self._lookup(sparse, insert=False)
-        self.num_missing += sum(lookup.num_missing for lookup in lookups)
+        out, _, _ = self.look_up(sparse, trains=False)
         return out.to(self.anchor)
+
+    def look_up(
+        self, sparse: KeyedJagged, *, trains: bool
+    ) -> tuple[Tensor, KeyedJagged, list[Any]]:
+        """The look-up of `forward`, without autograd.
+
+        Returns:
+          The output, [B, W] float32 on the tables' device; the batch there; what the stores need to
+          know of it, for `keep_gradient`.
+        """
+        sparse = self.to_device(sparse)
+        check_averaged(self)
+        if trains:
+            check_alone()
+            self._advance()
+        out, lookups = self._lookup(sparse, insert=trains)
+        if not trains:
+            self.num_missing += sum(lookup.num_missing for lookup in lookups)
+        return out, sparse, lookups
+
+    def keep_gradient(self, sparse: KeyedJagged, lookups: list[Any], grad: Tensor) -> None:
+        """Keeps the gradient of a look-up's output until it is applied."""
+        grad = grad.to(self.device, torch.float32).contiguous()
+        self._pending.append(_Pending(lookups, sparse, grad))
 
     def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
         """The batch as the tables' device takes it, checked; on the CPU it is the batch itself.
@@ -359,6 +384,7 @@ class EmbeddingCollection(TableModule):
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
         self._pending = []
         self._outputs = _core.buffer_pool()
+        self.number = register(self)
         self._groups = self._make_groups(seed=self.seed, **self._options)
 
     def table_stats(self) -> list[TableStats]:
@@ -402,8 +428,8 @@ class EmbeddingCollection(TableModule):
     def _output(self, size: int) -> Tensor:
         """[B, W] float32, undefined."""
         if self._is_on_gpu:
-            return torch.empty(size, self._width, dtype=torch.float32, device=self.device)
-        rows = self._outputs.take_rows(size, self._width)
+            return torch.empty(size, self.width, dtype=torch.float32, device=self.device)
+        rows = self._outputs.take_rows(size, self.width)
         if rows is None:
             raise CapacityError(f"no memory for the output of a batch of {size}")
         return torch.from_numpy(rows)
@@ -414,12 +440,16 @@ class EmbeddingCollection(TableModule):
         group, number = self._places[name]
         return self._groups[group].store, number
 
-    def _check(self, sparse: KeyedJagged) -> None:
+    def check_features(self, sparse: KeyedJagged) -> None:
+        """Raises ConfigError if a batch has other features, or others' order."""
         if sparse.features != self._names:
             raise ConfigError(
                 f"the batch has features {list(sparse.features)}, "
                 f"this collection {list(self._names)}, in this order"
             )
+
+    def _check(self, sparse: KeyedJagged) -> None:
+        self.check_features(sparse)
         for name, tensor in (("values", sparse.values), ("offsets", sparse.offsets)):
             is_flat = tensor.dim() == 1 and tensor.is_contiguous()
             is_near = tensor.device.type == "cpu" or tensor.device == self.device
@@ -443,14 +473,13 @@ class _PooledLookup(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: Tensor, collection: EmbeddingCollection, sparse: KeyedJagged
     ) -> Tensor:
-        out, lookups = collection._lookup(sparse, insert=True)
-        ctx.collection, ctx.sparse, ctx.lookups = collection, sparse, lookups
+        out, ctx.sparse, ctx.lookups = collection.look_up(sparse, trains=True)
+        ctx.collection = collection
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        grad = grads[0].to(torch.float32).contiguous()
-        ctx.collection._pending.append(_Pending(ctx.lookups, ctx.sparse, grad))
+        ctx.collection.keep_gradient(ctx.sparse, ctx.lookups, grads[0])
         return None, None, None
 
 

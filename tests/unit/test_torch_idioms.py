@@ -19,6 +19,7 @@ from penstock import (
     TableConfig,
     average_tables,
 )
+from penstock.embedding import graph_operator
 
 FEATURES = [FeatureConfig(name="x", table="t"), FeatureConfig(name="y", table="u", pooling="mean")]
 
@@ -222,3 +223,24 @@ def test_rows_are_found_and_erased_by_key():
         embeddings.find("v", torch.tensor([1]))
     with pytest.raises(ConfigError, match=r"keys of torch\.float32"):
         embeddings.erase("t", torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_trains_and_predicts_as_it_is(backend):
+    torch._dynamo.reset()
+    twin = made(steps=0)
+    model = copy.deepcopy(twin)  # which the graph must not take for the other
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for keys in (KEYS, KEYS + 1, KEYS[:2]):  # new keys, and a batch of another size
+        for each, call in ((model, compiled), (twin, twin)):
+            call(keys).square().sum().backward()
+            each.embeddings.apply_gradients()
+    assert rows(model) == rows(twin)
+    assert rows(model, "u") == rows(twin, "u")
+    torch.testing.assert_close(model.head.weight.grad, twin.head.weight.grad)
+    model.eval()
+    twin.eval()
+    new = torch.tensor([[1, 12345]])
+    assert torch.equal(compiled(new), twin(new))
+    assert model.embeddings.num_missing == twin.embeddings.num_missing == 2
+    assert not graph_operator._LOOKUPS  # each went with its backward pass
