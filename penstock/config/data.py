@@ -261,6 +261,11 @@ class DataConfig(Config):
     UTC)."""
     event_time_unit: TimeUnit = "ms"
     """Unit of an integer `event_time`."""
+    event_time_ahead_s: PositiveInt = 10 * 366 * 86_400
+    """A row of the training part whose event time is later than this many seconds after 99 in 100
+    of the rows read together with it is malformed, whatever `on_malformed_row` says: it is left
+    out, counted and appended to quarantine.jsonl in the run.
+    """
     event_time_jump_s: PositiveInt = 86_400
     """Seconds by which one batch may move the time of the rows ahead, where tables have eviction in
     seconds; a batch that is later is believed once 8 in a row are. See

@@ -429,11 +429,14 @@ class LinePlace:
 
     def locate(self, row: int) -> str:
         """Gives file:line of one row; counts the lines before it."""
+        return f"{self.extent.path}:{self.line(row)}"
+
+    def line(self, row: int) -> int:
+        """Line of one row; counts the lines before it."""
         number = row
         for skipped in self.skipped:
             number += int(skipped) <= number
-        line = number if self.lines is None else int(self.lines[number])
-        return f"{self.extent.path}:{self.first.number + line}"
+        return self.first.number + (number if self.lines is None else int(self.lines[number]))
 
     def span(self, start: int, stop: int) -> Span:
         """Names the bytes that hold the rows, roughly: those of the whole piece."""

@@ -217,7 +217,7 @@ class Loader:
             plan.epochs,
             threads,
             tags=tags,
-            identifies=plan.trains,
+            trains=plan.trains,
         )
         self._assembler = threading.Thread(target=self._assemble, name="assembler", daemon=True)
         self._assembler.start()

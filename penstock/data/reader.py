@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from penstock.data.channel import Channel, Closed, Ended
 from penstock.data.decode import Decoder
+from penstock.data.far_times import FarTimes
 from penstock.data.identity import WholeTags
 from penstock.data.parts import PartRows
 from penstock.data.quarantine import LeftOut
@@ -55,7 +56,7 @@ class Reader:
         threads: int,
         *,
         tags: WholeTags,
-        identifies: bool,
+        trains: bool,
     ) -> None:
         """Starts the threads.
 
@@ -66,7 +67,8 @@ class Reader:
           epochs: passes, counted from epoch 0.
           threads: how many splits are read side by side.
           tags: of the part's files.
-          identifies: whether stretches say what identifies their file.
+          trains: stretches say what identifies their file, and rows whose event time cannot be are
+            left out.
 
         Raises:
           DataError: the data does not have the place at which to start.
@@ -75,7 +77,11 @@ class Reader:
         self._start = start
         self._epochs = epochs
         self._tags = tags
-        self._identifies = identifies
+        self._trains = trains
+        self._far_times: FarTimes | None = None
+        if trains and columns.event_time is not None:
+            ahead_s = columns.event_time_ahead_s
+            self._far_times = FarTimes(columns.event_time, columns.time_unit, ahead_s)
         self._columns = columns.names
         self._decoder = Decoder(columns)
         self._file_numbers = {path: number for number, path in enumerate(part.files)}
@@ -254,6 +260,8 @@ class Reader:
                     good_before -= passed
                     begin = _behind(chunk, passed)
                 if begin < end:
+                    if self._far_times is not None:
+                        chunk = self._far_times.leave_out(chunk)  # noqa: PLW2901
                     passage = Passage(file, start, row, self._tag_of(chunk, split.path))
                     channel.put(self._stretch(chunk, split.path, passage, begin, end))
                 row += chunk.num_read
@@ -278,7 +286,7 @@ class Reader:
         )
 
     def _tag_of(self, chunk: Chunk, path: str) -> FileTag | None:
-        if not self._identifies:
+        if not self._trains:
             return None
         return self._part.source.identify(path, chunk.until) if chunk.until else self._tags.of(path)
 

@@ -71,6 +71,8 @@ class Columns:
     crosses: tuple[CrossedFeature, ...] = ()
     time_unit: TimeUnit = "ms"
     """Of integers in `event_time`."""
+    event_time_ahead_s: int = 2**62
+    """See `DataConfig`."""
     groups: tuple[str, ...] = ()
     """Columns by which metrics are grouped; they may be features too."""
     negatives: NegativeColumns | None = None
@@ -173,7 +175,6 @@ def resolve_columns(
             _claim(claimed_features if numeric_too else claims, name, field)
             features.append(FeatureColumn(name, feature))
     features.sort(key=lambda feature: place[feature.name])
-    dense = sorted((name for _, names in numeric for name in names), key=place.__getitem__)
     columns = Columns(
         labels=found_labels,
         without_column=math.nan if is_optional else 1.0,
@@ -181,19 +182,29 @@ def resolve_columns(
         event_time=data.event_time,
         # Of a row with another item the teacher's probability is not known.
         teacher=TEACHER if synthetic and data.negatives is None else None,
-        numeric=tuple(
-            NumericGroup(group, tuple(names), tuple(dense.index(name) for name in names))
-            for group, names in numeric
-        ),
+        numeric=_numeric_groups(numeric, place),
         features=tuple(features),
         crosses=job.crosses,
         time_unit=data.event_time_unit,
+        event_time_ahead_s=data.event_time_ahead_s,
         groups=_group_columns(job, schema, origin) if labels == "required" else (),
     )
     _check_crosses(columns, schema, origin)
     _check_key_weights(job, columns, schema, origin)
     _check_types(columns, schema, origin, isinstance(data.source, TextSource | JsonLinesSource))
     return replace(columns, negatives=_negative_columns(job, columns, schema, origin))
+
+
+def _numeric_groups(
+    groups: Sequence[tuple[NumericColumns, list[str]]], place: Mapping[str, int]
+) -> tuple[NumericGroup, ...]:
+    """Groups with the positions of their columns, which are in the order of `place`."""
+    dense = sorted((name for _, names in groups for name in names), key=place.__getitem__)
+    position = {name: number for number, name in enumerate(dense)}
+    return tuple(
+        NumericGroup(group, tuple(names), tuple(position[name] for name in names))
+        for group, names in groups
+    )
 
 
 def _negative_columns(

@@ -58,6 +58,9 @@ class Place(Protocol):
     def locate(self, row: int) -> str:
         """Names one row of the chunk exactly; may read the file again, so only for errors."""
 
+    def line(self, row: int) -> int:
+        """Line at which a row of the chunk begins, or its number, in the file from 1; as slow."""
+
     def span(self, start: int, stop: int) -> Span:
         """Names the rows [start, stop) of the chunk without reading anything."""
 
@@ -72,6 +75,10 @@ class RowPlace:
     def locate(self, row: int) -> str:
         """Names one row of the chunk."""
         return f"{self.path} row {self.first + row}"
+
+    def line(self, row: int) -> int:
+        """Number of one row in the file, from 1."""
+        return self.first + row + 1
 
     def span(self, start: int, stop: int) -> Span:
         """Names the rows [start, stop) of the chunk."""
@@ -88,6 +95,10 @@ class KeptPlace:
     def locate(self, row: int) -> str:
         """Names one row of the chunk."""
         return self.place.locate(int(self.kept[row]))
+
+    def line(self, row: int) -> int:
+        """Line or number of one row."""
+        return self.place.line(int(self.kept[row]))
 
     def span(self, start: int, stop: int) -> Span:
         """Names the stretch that holds the rows [start, stop) of the chunk."""

@@ -240,9 +240,12 @@ def test_a_job_keeps_the_clock_of_its_rows(tmp_path):
     minutes = np.arange(batches * BATCH) // BATCH
     seconds = BEGIN + 60 * minutes + np.arange(batches * BATCH) % BATCH
     seconds[gap_at * BATCH :] += 7 * DAY
-    seconds[[100, 300, 700]] = YEAR_2100
+    seconds[[100, 300, 700]] += 30 * DAY
     path = tmp_path / "rows.parquet"
     columns = {"click": minutes % 2, "key": np.arange(batches * BATCH), "time": seconds}
+    wrong = {"click": 1, "key": 77, "time": YEAR_2100}
+    # Before rows 0, 400 and 950: they are left out, so that batches are as without them.
+    columns = {name: np.insert(part, [0, 400, 950], wrong[name]) for name, part in columns.items()}
     pq.write_table(pa.table(columns), path)
 
     summary = run.train(job_of(path), tmp_path / "run", console=console)
@@ -251,7 +254,9 @@ def test_a_job_keeps_the_clock_of_its_rows(tmp_path):
     times = [BEGIN + 60 * n + median + (7 * DAY if n >= gap_at else 0) for n in range(batches)]
     assert row_clock["now_s"] == numbers["now"] == times[-1]
     assert row_clock["recent_s"] == times[-CONFIRMATIONS:]
-    # Those of the year 2100, and the batches after the gap until it was believed.
+    assert summary["quarantined_rows"] == 3
+    assert summary["samples"] == batches * BATCH
+    # Those a month ahead, and the batches after the gap until it was believed.
     ahead = 3 + (CONFIRMATIONS - 1) * BATCH
     assert summary["rows_ahead_of_time"] == row_clock["rows_ahead"] == ahead
     # A row lives for 16 batches, or 17; all of those before the gap is believed leave with it.
@@ -274,4 +279,8 @@ def test_a_job_keeps_the_clock_of_its_rows(tmp_path):
     resumed = run.train(job_of(path), tmp_path / "again", resume=True, console=console)
     assert clock_and_numbers(tmp_path / "again") == (row_clock, numbers)
     assert resumed["rows_ahead_of_time"] == ahead
+    assert resumed["quarantined_rows"] == 3
+    lines = [(tmp_path / name / "quarantine.jsonl").read_text() for name in ("run", "again")]
+    assert lines[0] == lines[1]
+    assert [json.loads(line)["line"] for line in lines[0].splitlines()] == [1, 402, 953]
     assert resumed["tables"] == summary["tables"]
