@@ -5,6 +5,7 @@ The environment is not read and nothing is interpolated: what is written is what
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import re
@@ -51,11 +52,12 @@ def load_job(reference: str | Path, overrides: Sequence[str] = ()) -> Job:
 
 
 def override(fields: Any, overrides: Sequence[str]) -> Any:
-    """The fields of a job with single ones replaced, see `load_job`.
+    """A copy of the fields of a job with single ones replaced, see `load_job`.
 
     Raises:
       ConfigError: an override is not of the form `a.b=c`, or its path leads nowhere.
     """
+    fields = copy.deepcopy(fields)
     for one in overrides:
         fields = _apply(fields, one)
     return fields
