@@ -8,9 +8,12 @@ from __future__ import annotations
 import enum
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +21,17 @@ import typer
 
 from penstock import _core
 from penstock.cli_data import ForceOption, add_history, inspect_data
-from penstock.errors import ConfigError, JobNote, PenstockError
+from penstock.errors import ConfigError, Interrupted, JobNote, PenstockError
+from penstock.interruption import Interruption, interruption
+from penstock.report.terminal import (
+    YELLOW,
+    NobodyReads,
+    Stream,
+    complain,
+    ignored,
+    say,
+    standard_streams,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +47,10 @@ app = typer.Typer(
         "\n\n**First steps**\n\n"
         "    penstock train jobs/synthetic.yaml --out runs/first\n"
         "    penstock inspect runs/first\n"
-        "    penstock evaluate runs/first\n"
+        "    penstock evaluate runs/first\n\n"
+        "**Exit status.** 0: done. 2: what is wrong is said on the standard error. 130, 143, 129: "
+        "stopped by Ctrl-C, SIGTERM, SIGHUP; training leaves a checkpoint and says how to go on, "
+        "other commands leave no half file. 141: nobody reads the output any more."
     ),
 )
 data_app = typer.Typer(
@@ -75,8 +91,18 @@ RunArgument = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Process:
+    """What all commands share."""
+
+    output: Stream
+    """The standard output."""
+    stop: Interruption
+
+
 @app.command()
 def train(
+    context: typer.Context,
     job: JobArgument,
     out: Annotated[
         Path | None,
@@ -96,8 +122,11 @@ def train(
 ) -> None:
     """Trains a job, evaluates it on the held-out part, and keeps a checkpoint.
 
-    Ctrl-C (or SIGTERM) finishes the step, writes a checkpoint and says how to go on. A run that
-    is resumed ends with the same bits as one that was never stopped.
+    Ctrl-C (or SIGTERM, or a closed terminal) finishes the step, writes a checkpoint, says how to
+    go on and exits with 130 (143, 129); a second one leaves at once. A run that is resumed ends
+    with the same bits as one that was never stopped. Where the standard output is closed or full,
+    training goes on and RUN/run.log says so. Exit status 2: an error, after which the checkpoint
+    is complete too unless the message says otherwise.
 
     **Examples**
 
@@ -108,12 +137,15 @@ def train(
     """
     from penstock import run
     from penstock.job_file import load_job
-    from penstock.report.folder import default_folder
+    from penstock.report.folder import RunFolder, default_folder
 
     loaded = load_job(job, sets or ())
     if resume and out is None:
         raise typer.BadParameter("name the run folder to go on with: --out FOLDER --resume")
-    run.train(loaded, out or default_folder(loaded), resume=resume)
+    folder = out or default_folder(loaded)
+    process: Process = context.obj
+    process.output.failed = RunFolder(folder).note_lost_display
+    run.train(loaded, folder, resume=resume, stop=process.stop)
 
 
 @app.command()
@@ -158,6 +190,7 @@ def evaluate(
 
 @app.command()
 def predict(
+    context: typer.Context,
     run_path: RunArgument,
     data: Annotated[str, typer.Option(help="Files to score, as a path or glob.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
@@ -180,10 +213,10 @@ def predict(
         penstock predict runs/criteo --data 'test/*.gz' --no-label --out scores.parquet
     """
     from penstock import run
-    from penstock.report.display import show
 
+    context.obj.output.failed = ignored
     rows = run.predict(run_path, data, out, has_label=not no_label, overwrite=force)
-    show(f"{rows:,} rows scored: {out}")
+    say(f"{rows:,} rows scored: {out}")
 
 
 @app.command()
@@ -243,7 +276,8 @@ def compare(
 
 
 @data_app.command("synth")
-def synthesize(
+def synthesize(  # noqa: PLR0913 (each is an option)
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="File to write.")],
     rows: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 400_000,
     seed: Annotated[int, typer.Option(help="Another seed, another teacher and other rows.")] = 0,
@@ -270,6 +304,7 @@ def synthesize(
     from penstock.config import SyntheticSource
     from penstock.data.synthetic import write_synthetic
 
+    context.obj.output.failed = ignored
     chosen = file_format or FileFormat.of(out)
     config = SyntheticSource(
         rows=rows,
@@ -279,7 +314,7 @@ def synthesize(
         keys_per_feature=keys_per_feature,
     )
     write_synthetic(config, out, chosen.value, overwrite=force)
-    typer.echo(f"{rows:,} rows: {out}")
+    say(f"{rows:,} rows: {out}")
 
 
 @app.command()
@@ -294,7 +329,7 @@ def schema() -> None:
     """
     from penstock.config import Job
 
-    typer.echo(json.dumps(Job.model_json_schema(), indent=2))
+    print(json.dumps(Job.model_json_schema(), indent=2), flush=True)
 
 
 def _show_note(otherwise: Callable[..., None]) -> Callable[..., None]:
@@ -302,7 +337,7 @@ def _show_note(otherwise: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, JobNote):
-            typer.secho(f"note: {message}", fg=typer.colors.YELLOW, err=True)
+            complain(f"note: {message}", YELLOW)
         else:
             otherwise(message, category, *rest)
 
@@ -310,7 +345,10 @@ def _show_note(otherwise: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Runs the command line; a `PenstockError` is printed without a traceback and exits with 2."""
+    """Runs the command line and exits, see the help for with what.
+
+    A `PenstockError` is printed without a traceback.
+    """
     # Jobs and models named `module:function` are found in the folder one stands in, as with
     # `python -m`; an entry point alone would look only in its own folder.
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -321,8 +359,36 @@ def main() -> None:
     _core.keep_freed_memory()
     warnings.simplefilter("always", JobNote)
     warnings.showwarning = _show_note(warnings.showwarning)
+    is_stopped = False
+    with standard_streams() as output:
+        try:
+            with interruption(_end) as stop:
+                status = _call(Process(output, stop))
+        except Interrupted as stopped:
+            complain(str(stopped))
+            is_stopped, status = True, stopped.exit_status
+    if is_stopped or any(one.name.startswith("penstock-") for one in threading.enumerate()):
+        # All is written. Python would take seconds to take torch apart, and for ever to wait for
+        # a thread that is within a read that does not end.
+        os._exit(status)
+    sys.exit(status)
+
+
+def _call(process: Process) -> int:
+    """Runs the command that the arguments name; returns the exit status."""
     try:
-        app()
+        app(obj=process)
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
+    except NobodyReads:
+        return 128 + signal.SIGPIPE
     except PenstockError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+        complain(f"error: {error}")
+        return 2
+    return 0
+
+
+def _end(number: int) -> None:
+    """Leaves, whatever the main thread is at."""
+    os.write(2, f"{Interrupted(number)}; left at once\n".encode())
+    os._exit(Interrupted(number).exit_status)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from penstock.errors import ConfigError
+from penstock.report.terminal import ignored, say
 
 if TYPE_CHECKING:
     from penstock.data.survey import Survey, SurveyedSource
@@ -215,6 +216,7 @@ def _job_text(survey: Survey, path: Path, files: Sequence[str]) -> str:
 
 
 def add_history(
+    context: typer.Context,
     files: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Files, directories or globs.")
     ],
@@ -245,6 +247,7 @@ def add_history(
     from penstock.data.history import HistoryColumns, write_history
     from penstock.report.display import stages
 
+    context.obj.output.failed = ignored
     columns = HistoryColumns(by=by, of=tuple(of), order=order, last=last)
     with stages() as begin:
         advance = begin("the log twice")
@@ -255,4 +258,4 @@ def add_history(
             overwrite=force,
             progress=lambda done, total: advance(done, done / total),
         )
-    typer.echo(f"{rows:,} rows: {out}")
+    say(f"{rows:,} rows: {out}")

@@ -2,8 +2,10 @@
 
 A message names the thing, the value and the remedy. `ConfigError`, `DataError` and
 `CheckpointError` are the user's to
-mend; `CapacityError` and `NonFiniteError` come up while training.
+mend; `CapacityError`, `BatchError` and `NonFiniteError` come up while training.
 """
+
+import signal
 
 
 class PenstockError(Exception):
@@ -26,9 +28,29 @@ class CapacityError(PenstockError, MemoryError):
     """A store cannot hold another row."""
 
 
+class BatchError(PenstockError, RuntimeError):
+    """Something raised while a batch was computed; the message names the batch and the place."""
+
+    def __init__(self, message: str, *, is_whole: bool = True) -> None:
+        super().__init__(message)
+        self.is_whole = is_whole
+        """Whether nothing was updated yet, so that training can go on from where it is."""
+
+
 class NonFiniteError(PenstockError, ArithmeticError):
     """A loss or gradient is NaN or infinite; the message names the batch's position."""
 
 
 class JobNote(UserWarning):
     """What the author of a job should know though it is no error: a field that has moved, say."""
+
+
+class Interrupted(BaseException):
+    """A signal asks to stop. No `Exception`, so that nobody takes it for a fault."""
+
+    def __init__(self, number: int, *, is_repeated: bool = False) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_status = 128 + number
+        """As shells count."""
+        self.is_repeated = is_repeated
+        """Whether another one had come before, so that there is no time to save anything."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,21 @@ from rich.console import Console
 from penstock.config import Job
 from penstock.data.dataset import Dataset
 from penstock.data.output import whole_file
+from penstock.errors import (
+    BatchError,
+    CheckpointError,
+    Interrupted,
+    NonFiniteError,
+    PenstockError,
+)
+from penstock.interruption import Interruption, interruption
 from penstock.job_file import override
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.run_report import RunReport
 from penstock.training.checkpoint import Checkpoints, position_of
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.feed import Fed, Feed
-from penstock.training.interruption import interruption
+from penstock.training.forward_state import ForwardState
 from penstock.training.prediction import write_scores
 from penstock.training.setup import build
 from penstock.training.step import Clock, steps_s, train_step
@@ -34,48 +42,64 @@ from penstock.types import Position
 
 
 def train(
-    job: Job, out: Path, *, resume: bool = False, console: Console | None = None
-) -> dict[str, Any] | None:
+    job: Job,
+    out: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    stop: Interruption | None = None,
+) -> dict[str, Any]:
     """Trains a job to its end, evaluates it, and leaves checkpoint and summary in `out`.
 
-    SIGINT or SIGTERM stops after the current step with a complete checkpoint; a second one leaves
-    at once.
+    SIGINT, SIGTERM or SIGHUP stops after the current step, or while waiting for data or evaluating,
+    with a complete checkpoint; a second one leaves at once.
 
     Args:
       job: what to run.
       out: the run folder; new or empty, unless `resume`.
       resume: go on from the newest checkpoint in `out`. The result has the same bits as that of a
         run that was never stopped.
-      console: where to print; None: the standard output.
+      console: where to print; None: the standard output, as far as it takes words.
+      stop: what signals do; None: they are handled while this runs.
 
     Returns:
-      The content of summary.json; None where a signal stopped the run.
+      The content of summary.json.
 
     Raises:
       ConfigError, DataError: the job, the folder or the data is wrong.
       CheckpointError: there is no checkpoint to resume from, or it is damaged or of another job.
       NonFiniteError: the loss became NaN or infinite; checkpoints written before stay good.
+      BatchError: the model raised; unless an update was half done, there is a checkpoint of the
+        state before that batch.
+      Interrupted: a signal stopped the run.
     """
-    with interruption() as stop, open_run(job, out, resume=resume, console=console) as run:
+    with (
+        nullcontext(stop) if stop is not None else interruption() as stop,
+        open_run(job, out, resume=resume, console=console, stop=stop) as run,
+    ):
         run.begin(resume)
-        with run.remaining_batches() as batches:
-            for batch in islice(run.clock.waiting_for(batches), run.steps_left()):
-                run.step(batch)
-                if run.is_due(job.report.every_steps):
-                    run.log()
-                if run.is_due(job.evaluation.every_steps):
-                    run.evaluate()
-                if run.is_due(job.checkpoint.every_steps):
-                    run.save()
-                if stop.requested:
-                    run.save()
-                    run.report.interrupted(run.state.step)
-                    return None
-            run.reach(batches.end)
-        run.log()
-        run.save()
-        run.evaluate()
+        with stop.deferred(), run.kept():
+            _train_to_the_end(run, job, stop)
         return run.finish()
+
+
+def _train_to_the_end(run: Run, job: Job, stop: Interruption) -> None:
+    if run.state.step and run.is_due(job.evaluation.every_steps):
+        run.evaluate()  # which a signal cut short; otherwise it is there
+    with run.remaining_batches() as batches:
+        for batch in islice(run.clock.waiting_for(batches, stop), run.steps_left()):
+            run.step(batch)
+            if run.is_due(job.report.every_steps):
+                run.log()
+            if run.is_due(job.evaluation.every_steps):
+                run.evaluate()
+            if run.is_due(job.checkpoint.every_steps):
+                run.save()
+            stop.check()
+        run.reach(batches.end)
+    run.log()
+    run.save()
+    run.evaluate()
 
 
 def evaluate(path: Path, data: str | None = None, sets: Sequence[str] = ()) -> dict[str, Any]:
@@ -131,7 +155,12 @@ def predict(
 
 @contextmanager
 def open_run(
-    job: Job, out: Path, *, resume: bool = False, console: Console | None = None
+    job: Job,
+    out: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    stop: Interruption | None = None,
 ) -> Iterator[Run]:
     """Builds everything that a training run needs; closes it on the way out.
 
@@ -146,7 +175,7 @@ def open_run(
         after = position_of(newest_of_run(out)) if resume else None
         dataset = Dataset.open(job, quarantine=folder.quarantine_file, after=after)
         with closing(RunReport(folder, job, planned_samples(job, dataset), console)) as report:
-            yield Run(job, dataset, folder, report)
+            yield Run(job, dataset, folder, report, stop or Interruption())
 
 
 def _check_folder(folder: RunFolder, resume: bool) -> None:
@@ -167,7 +196,14 @@ def planned_samples(job: Job, dataset: Dataset) -> int:
 class Run:
     """A training run while it is open: what is trained, and what the loop can do with it."""
 
-    def __init__(self, job: Job, dataset: Dataset, folder: RunFolder, report: RunReport) -> None:
+    def __init__(
+        self,
+        job: Job,
+        dataset: Dataset,
+        folder: RunFolder,
+        report: RunReport,
+        stop: Interruption,
+    ) -> None:
         self.job = job
         self.dataset = dataset
         self.folder = folder
@@ -185,6 +221,10 @@ class Run:
             numeric=dataset.numeric,
         )
         self.clock = Clock()
+        self._stop = stop
+        self._forward = ForwardState(self.state.model, self.state.collection)
+        self._is_whole = True
+        """Whether the state is one between two steps."""
         self._began_s = time.monotonic()
         self._began_at = self.state.position
         self._samples = 0
@@ -227,19 +267,27 @@ class Run:
     def step(self, fed: Fed) -> None:
         """Trains on one batch and moves on."""
         state, batch = self.state, fed.batch
-        result = train_step(
-            state.model,
-            self.objective,
-            state.collection,
-            self.trainer,
-            fed.there,
-            state.step,
-            self.clock,
-        )
+        self._is_whole = False
+        self._forward.keep()
+        try:
+            result = train_step(
+                state.model,
+                self.objective,
+                state.collection,
+                self.trainer,
+                fed.there,
+                state.step,
+                self.clock,
+            )
+        except BatchError as error:
+            if error.is_whole and self._forward.is_complete:
+                self._forward.put_back()
+                self._is_whole = True
+            raise
         self.window.add(batch, result.outputs, result.loss)
         state.step += 1
         state.position = batch.end
-        self._is_saved = False
+        self._is_saved, self._is_whole = False, True
         self._samples += batch.batch_size
         self.report.advance(state.step, state.position.samples)
 
@@ -279,6 +327,7 @@ class Run:
         batch_size = self.job.evaluation.batch_size
         with (
             self.clock.measure("evaluation"),
+            self._stop.at_once(),
             self.dataset.batches("evaluation", batch_size=batch_size, groups=True) as batches,
         ):
             metrics = self.evaluator.measure(batches)
@@ -297,6 +346,26 @@ class Run:
         if self.state.position == self._began_at and self.report.has_nothing_new(self.state.step):
             return self.report.nothing_new(self.state.step, self.job.training.max_steps)
         return self.report.finished(self.summary())
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leaves a checkpoint also where a signal or an error ends the block.
+
+        Unless a step is half done, what was trained is diverging, or there is no time.
+        """
+        try:
+            yield
+        except (NonFiniteError, CheckpointError):
+            raise
+        except (Interrupted, PenstockError) as error:
+            self.report.failed(error)
+            if isinstance(error, Interrupted) and error.is_repeated:
+                raise
+            if self._is_whole:
+                self.save()
+            if self.checkpoints.latest() is not None:
+                self.report.stopped(self.state.step, is_kept=self._is_whole)
+            raise
 
     def summary(self) -> dict[str, Any]:
         """What the run amounts to; `RunReport.finished` adds versions and hardware."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -41,10 +42,13 @@ from penstock.data.stretches import (
     take,
 )
 from penstock.data.window import Samples, Window
-from penstock.errors import DataError
+from penstock.errors import DataError, Interrupted
 from penstock.types import Batch, Counts, Cursor, FileTag, KeyedJagged, Position
 
 _PLAIN_WINDOW_ROWS = 8_192
+
+_PATIENCE_S, _HASTY_S = 30.0, 0.3
+"""How long `close` waits for threads: as a rule, and where a signal asks to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +223,9 @@ class Loader:
             tags=tags,
             trains=plan.trains,
         )
-        self._assembler = threading.Thread(target=self._assemble, name="assembler", daemon=True)
+        self._assembler = threading.Thread(
+            target=self._assemble, name="penstock-assembler", daemon=True
+        )
         self._assembler.start()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -240,8 +246,8 @@ class Loader:
         except Ended:
             self.has_ended = True
             raise StopIteration from None
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._close(type(error))
             raise
 
     def __enter__(self) -> Loader:
@@ -253,15 +259,20 @@ class Loader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close(kind)
 
     def close(self) -> None:
-        """Stops the threads and waits for them: at most for the read that each is in."""
+        """Stops the threads and waits for them, but not for ever for a read that does not end."""
+        self._close(None)
+
+    def _close(self, why: type[BaseException] | None) -> None:
+        patience_s = _HASTY_S if why is not None and issubclass(why, Interrupted) else _PATIENCE_S
+        end_s = time.monotonic() + patience_s
         self._closed = True
         self._out.close()
         self._reader.close()
-        self._reader.join()
-        self._assembler.join()
+        self._reader.join(patience_s)
+        self._assembler.join(max(0.0, end_s - time.monotonic()))
 
     # The assembler thread.
 

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
@@ -96,7 +97,9 @@ class Reader:
         self._max_open = threads + 1
         self._closed = False
         self._threads = [
-            threading.Thread(target=self._read_splits, name=f"reader-{number}", daemon=True)
+            threading.Thread(
+                target=self._read_splits, name=f"penstock-reader-{number}", daemon=True
+            )
             for number in range(threads)
         ]
         for thread in self._threads:
@@ -123,10 +126,14 @@ class Reader:
                     channel.close()
             self._split_opened.notify_all()
 
-    def join(self) -> None:
-        """Waits for the threads after `close`: at most for the read that each is in."""
+    def join(self, patience_s: float) -> None:
+        """Waits for the threads after `close`, so long at most.
+
+        Each ends with the read that it is in, which may be of a file system that does not answer.
+        """
+        end_s = time.monotonic() + patience_s
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, end_s - time.monotonic()))
 
     def _next_channel(self) -> Channel[Stretch] | None:
         with self._split_opened:

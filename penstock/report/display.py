@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from penstock.report.record import by_task, metric_words
+from penstock.report.terminal import Stream, console_of, ignored
 
-_PIPE_WIDTH = 160
 _HEADLINE = {
     "loss": "loss",
     "log_loss": "loss",
@@ -111,7 +111,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
-        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
     def stop(self) -> None:
         """Takes the bar away."""
@@ -132,7 +132,7 @@ def stages() -> Iterator[Callable[[str], Callable[[int, float | None], None]]]:
         BarColumn(bar_width=30),
         TextColumn("{task.fields[rows]:,} rows"),
         TimeRemainingColumn(compact=True),
-        console=(console := Console(stderr=True)),
+        console=(console := console_of(Stream(sys.stderr, ignored))),
         disable=not console.is_terminal,
         transient=True,
     ) as progress:
@@ -319,11 +319,8 @@ def _grouped(grouped: Mapping[str, Any], digits: int = 4) -> str:
 
 def show(item: Table | str) -> None:
     """Prints a table or a line on the standard output."""
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        # A file or a pipe has no width; 80 columns would break most tables.
-        console = Console(width=_PIPE_WIDTH)
+    console = console_of(sys.stdout)
     if isinstance(item, str):
-        console.print(item, soft_wrap=True, markup=False, highlight=False)
+        console.print(item, soft_wrap=True, markup=False, highlight=False, emoji=False)
     else:
         console.print(item)

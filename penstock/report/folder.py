@@ -1,13 +1,15 @@
 """The run folder: which files a run writes, and how they go on after a restart.
 
 job.yaml (every field), metrics.jsonl, tensorboard/, checkpoints/, summary.json, quarantine.jsonl;
-plots/ is what `inspect` draws; run.lock is there while a process trains.
+plots/ is what `inspect` draws; run.log keeps what went wrong; run.lock is there while a process
+trains.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -48,6 +50,7 @@ class RunFolder:
         self.summary_file = path / "summary.json"
         self.quarantine_file = path / "quarantine.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.log_file = path / "run.log"
         self.tensorboard = path / "tensorboard"
         self.plots = path / "plots"
         self.has_lock = True
@@ -104,7 +107,7 @@ class RunFolder:
         """Raises `ConfigError` if the job reads what the run writes, or will."""
         below = (self.checkpoints / "any", self.tensorboard / "any")
         files = (self.job_file, self.metrics_file, self.summary_file, self.quarantine_file)
-        refuse_read((*files, *below), paths_of(job))
+        refuse_read((*files, self.log_file, *below), paths_of(job))
 
     def start(self, job: Job, step: int, drop_training_at_step: bool) -> list[dict[str, Any]]:
         """Writes job.yaml and opens the metrics, without the lines of steps after `step`.
@@ -152,15 +155,31 @@ class RunFolder:
     def append_metrics(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl and its numbers to TensorBoard."""
         line = {"kind": kind, "step": step, **_finite(metrics)}
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
         assert self._tensorboard is not None, "start() comes first"
-        for name, value in _numbers(metrics, kind):
-            self._tensorboard.add_scalar(name, value, step)
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in _numbers(metrics, kind):
+                self._tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json; a number that is not finite becomes null."""
-        _replace(self.summary_file, json.dumps(_finite(summary), indent=2) + "\n")
+        try:
+            _replace(self.summary_file, json.dumps(_finite(summary), indent=2) + "\n")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+
+    def note(self, text: str) -> None:
+        """Adds to run.log what has no other place; where that cannot be written, it is lost."""
+        with suppress(OSError), self.log_file.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()}: {text}\n")
+
+    def note_lost_display(self, error: OSError) -> None:
+        """Says in run.log that the run goes on though nobody can see it."""
+        reason = error.strerror or error
+        self.note(f"standard output: {reason}; training goes on, and shows nothing more")
 
     def read_summary(self) -> dict[str, Any]:
         """Reads summary.json.
@@ -179,7 +198,10 @@ class RunFolder:
     def close(self) -> None:
         """Flushes and closes TensorBoard's file."""
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            except OSError as error:
+                self.note(f"{self.tensorboard}: {error}; its last numbers are in metrics.jsonl")
 
 
 def files_of_run(path: Path) -> list[str]:
@@ -194,6 +216,7 @@ def files_of_run(path: Path) -> list[str]:
             folder.metrics_file,
             folder.summary_file,
             folder.quarantine_file,
+            folder.log_file,
             folder.checkpoints,
             folder.tensorboard,
         )

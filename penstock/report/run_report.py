@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from penstock.config import Job
 from penstock.report.display import Display, rules_table, slices_tables, summary_table, tables_table
 from penstock.report.environment import hardware, peak_memory_bytes, versions
 from penstock.report.folder import RunFolder
+from penstock.report.terminal import Stream, console_of
 from penstock.types import Position
 
 _SUMMARIZED = (
@@ -48,7 +51,7 @@ class RunReport:
     ) -> None:
         self._folder = folder
         self._job = job
-        self._console = console or Console()
+        self._console = console or console_of(Stream(sys.stdout, folder.note_lost_display))
         self._display = Display(self._console, total_samples)
         self._last_training: dict[str, Any] = {}
         self._last_evaluation: tuple[int, dict[str, Any]] | None = None
@@ -119,11 +122,17 @@ class RunReport:
         samples = 0 if evaluation is None else evaluation["samples"]
         return {"measured_on": where, "evaluation_samples": samples, **metrics}
 
-    def interrupted(self, step: int) -> None:
-        """Says that the run stopped after `step` with a checkpoint, and how to go on."""
+    def failed(self, error: BaseException) -> None:
+        """Keeps in run.log what ends the run; of errors in a user's model, where they came up."""
+        chain = traceback.format_exception(error) if error.__cause__ is not None else [str(error)]
+        self._folder.note("".join(chain).rstrip())
+
+    def stopped(self, step: int, *, is_kept: bool) -> None:
+        """Says that the run stopped after `step`, with a checkpoint or not, and how to go on."""
         self._display.stop()
         command = ["penstock", "train", str(self._folder.job_file), "--out", str(self._folder.path)]
-        self._display.line(f"stopped after step {step:,}; the checkpoint is complete. Continue:")
+        kept = "the checkpoint is complete" if is_kept else "the last checkpoint is an earlier one"
+        self._display.line(f"stopped after step {step:,}; {kept}. Continue:")
         self._display.line(f"  {shlex.join([*command, '--resume'])}")
 
     def has_nothing_new(self, step: int) -> bool:

@@ -20,9 +20,9 @@ from penstock.training.feed import on_device
 from penstock.training.grouped_metrics import SLICE_BINS, GroupedAUC, SliceMetrics
 from penstock.training.items import Catalogue
 from penstock.training.metrics import MAX_BINS, BinaryMetrics, logits_of_probabilities
-from penstock.training.objective import Objective
+from penstock.training.objective import Objective, check_outputs
 from penstock.training.recall import Recall
-from penstock.training.step import look_up, model_inputs
+from penstock.training.step import batch_error, look_up, model_inputs
 from penstock.training.tasks import BinaryTask, Task, combined, output_of_task
 from penstock.types import Batch
 
@@ -196,16 +196,25 @@ def scored(
 ) -> Iterator[Scored]:
     """Yields each batch with the inputs and outputs of the model.
 
+    Raises:
+      BatchError: the model raised, or gave outputs of a wrong shape.
+
     Effects: model and collection are in evaluation mode while the iterator is alive, and then as
     before.
     """
     with evaluation_mode(model, collection):
         for batch in batches:
-            with torch.no_grad():
-                there = on_device(batch, collection)
-                inputs = model_inputs(collection, there, look_up(collection, there))
-                outputs = model(*inputs)
-            yield Scored(batch, inputs, outputs.cpu())
+            try:
+                with torch.no_grad():
+                    there = on_device(batch, collection)
+                    inputs = model_inputs(collection, there, look_up(collection, there))
+                    outputs = model(*inputs)
+                    check_outputs(outputs, batch)
+                    scores = outputs.cpu()
+            # A user's model may raise anything.
+            except Exception as error:
+                raise batch_error("the model's forward pass", batch, error) from error
+            yield Scored(batch, inputs, scores)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -49,9 +50,14 @@ class Feed:
     def __enter__(self) -> Feed:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._channel.close()
-        self._loader.close()
+        self._loader.__exit__(kind, error, traceback)
         if self._thread is not None:
             self._thread.join()
 

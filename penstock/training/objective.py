@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from penstock.errors import ConfigError
 from penstock.training.tasks import Task, TaskMetrics, output_of_task
 from penstock.types import Batch
 
@@ -52,6 +53,20 @@ class Objective(Protocol):
         """By task: what a user reads of `outputs`, [B] float32."""
 
 
+def check_outputs(outputs: Any, batch: Batch) -> None:
+    """Raises `ConfigError` unless the outputs of a model are as many as the labels of the batch.
+
+    Others would broadcast against the labels, to a loss of something else.
+    """
+    wanted = batch.labels.shape
+    if isinstance(outputs, Tensor) and outputs.shape == wanted and outputs.is_floating_point():
+        return
+    got = type(outputs).__name__
+    if isinstance(outputs, Tensor):
+        got = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"
+    raise ConfigError(f"it returned {got}; it must return logits {list(wanted)}")
+
+
 class SumOfTasks:
     """The weighted sum of the losses of the tasks, one output of the model each.
 
@@ -64,6 +79,7 @@ class SumOfTasks:
     def __call__(self, model: nn.Module, inputs: tuple[Tensor, ...], batch: Batch) -> Outcome:
         """See `Objective`."""
         outputs = model(*inputs)
+        check_outputs(outputs, batch)
         if len(self.tasks) == 1:
             return Outcome(self.tasks[0].loss(outputs, batch.labels, batch.weights), outputs)
         losses = [

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+import penstock
 from penstock.embedding.collection import EmbeddingCollection
-from penstock.errors import NonFiniteError
+from penstock.errors import BatchError, NonFiniteError
+from penstock.interruption import Interruption
 from penstock.training.dense import DenseTrainer
 from penstock.training.objective import Objective
 from penstock.types import Batch
@@ -43,11 +47,15 @@ class Clock:
         finally:
             self.seconds[part] += time.perf_counter() - begin
 
-    def waiting_for(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yields the items; the time until each arrives counts as `data`."""
+    def waiting_for(self, items: Iterable[Item], stop: Interruption) -> Iterator[Item]:
+        """Yields the items; the time until each arrives counts as `data`.
+
+        Raises:
+          Interrupted: a signal came meanwhile. Nothing is lost but an item that nobody had yet.
+        """
         source = iter(items)
         while True:
-            with self.measure("data"):
+            with self.measure("data"), stop.at_once():
                 item = next(source, None)
             if item is None:
                 return
@@ -94,31 +102,73 @@ def train_step(
 
     Raises:
       NonFiniteError: the loss or a gradient is not finite. Nothing was updated.
+      BatchError: something else was raised, by the model or for lack of memory. Says whether
+        anything was updated.
     """
-    with clock.measure("embedding"):
-        if batch.event_time is not None:
-            collection.observe_times(batch.event_time)
-        pooled = look_up(collection, batch)
-    with clock.measure("dense"):
-        leaf = pooled.detach().requires_grad_()
-        loss, outputs = objective(model, model_inputs(collection, batch, leaf), batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(f"step {step}: the loss is {value}; {_place(batch)}")
-        torch.autograd.backward(loss)
-        if leaf.grad is not None and not is_finite(leaf.grad):
-            raise NonFiniteError(
-                f"step {step}: the gradient of the embeddings is NaN or infinite; {_place(batch)}"
-            )
-        try:
+    doing, is_whole = "the look-up of its keys", True
+    try:
+        with clock.measure("embedding"):
+            if batch.event_time is not None:
+                collection.observe_times(batch.event_time)
+            pooled = look_up(collection, batch)
+        with clock.measure("dense"):
+            doing = "the model's forward pass"
+            leaf = pooled.detach().requires_grad_()
+            loss, outputs = objective(model, model_inputs(collection, batch, leaf), batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise NonFiniteError(f"step {step}: the loss is {value}")
+            doing = "the backward pass"
+            torch.autograd.backward(loss)
+            if leaf.grad is not None and not is_finite(leaf.grad):
+                raise NonFiniteError(
+                    f"step {step}: the gradient of the embeddings is NaN or infinite"
+                )
+            doing, is_whole = "the update of the dense weights", False
             trainer.step(step)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; {_place(batch)}") from None
-    with clock.measure("embedding"):
-        if leaf.grad is not None and pooled.requires_grad:
-            pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
-        collection.apply_gradients()
+        with clock.measure("embedding"):
+            doing = "the update of the embeddings"
+            if leaf.grad is not None and pooled.requires_grad:
+                pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
+            collection.apply_gradients()
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; {_place(batch)}") from None
+    # A user's model may raise anything.
+    except Exception as error:
+        raise batch_error(f"step {step}: {doing}", batch, error, is_whole=is_whole) from error
     return StepResult(value, outputs.detach().cpu())
+
+
+def batch_error(doing: str, batch: Batch, error: Exception, *, is_whole: bool = True) -> BatchError:
+    """What to raise where `error` came up: names it, its place in the user's code, the batch."""
+    size = batch.batch_size
+    samples = f"a batch of {size:,} samples" if size > 1 else "a batch of a single sample"
+    words = [
+        f"{doing} failed: {type(error).__name__}: {error}{_users_place(error)}",
+        f"at {samples}, {batch.origin} (epoch {batch.start.epoch}, "
+        f"samples {batch.start.samples} to {batch.end.samples - 1} of the run)",
+    ]
+    if not is_whole:
+        words.append("this update may be half done; the last checkpoint stays good")
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError):
+        words.append("a smaller batch needs less memory (training.batch_size)")
+    elif size == 1:
+        words.append(
+            "batch normalisation cannot train on one sample: choose a training.batch_size that "
+            "leaves none over, or another normalisation"
+        )
+    return BatchError("; ".join(words), is_whole=is_whole)
+
+
+def _users_place(error: Exception) -> str:
+    """Where in code that is neither ours nor torch's an error came up; empty: nowhere."""
+    not_theirs = tuple(str(Path(str(module.__file__)).parent) for module in (penstock, torch))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(not_theirs)]
+    if not theirs:
+        return ""
+    last = theirs[-1]
+    return f" ({last.filename}:{last.lineno} in {last.name})"
 
 
 def is_finite(values: Tensor) -> bool:

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
 import yaml
@@ -17,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from penstock import run as story
 from penstock.config import parse_job
 from penstock.errors import CheckpointError, ConfigError
-from penstock.training.interruption import interruption
 
 
 @pytest.fixture
@@ -52,26 +50,41 @@ def test_after_a_crash_with_admission_and_eviction(small_job, tmp_path, quiet, m
 
 
 SIGNALLED = """
-import os, signal, sys
+import os, signal, threading, time
 from penstock import cli, run
-real = run.train_step
+from penstock.data.synthetic import SyntheticRows
+real_step, real_read = run.train_step, SyntheticRows.read
 def step(model, objective, collection, trainer, batch, at, clock):
-    if at == {step}:
-        os.kill(os.getpid(), signal.{signal})
-    return real(model, objective, collection, trainer, batch, at, clock)
-run.train_step = step
+    {at_the_step}
+    return real_step(model, objective, collection, trainer, batch, at, clock)
+def read(self, split, columns):
+    yield from real_read(self, split, columns)
+    {after_reading}
+run.train_step, SyntheticRows.read = step, read
 cli.main()
 """
+IN_A_STEP = SIGNALLED.format(
+    at_the_step="at == 8 and os.kill(os.getpid(), signal.SIGINT)", after_reading=""
+)
+IN_A_READ_THAT_DOES_NOT_END = SIGNALLED.format(
+    # The last one that can be made of four windows of 1,024 rows.
+    at_the_step="at == 31 and threading.Timer(.5, os.kill, (os.getpid(), signal.SIGTERM)).start()",
+    after_reading="split.stop <= 4500 and time.sleep(3600)",
+)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_after_a_signal(small_yaml, tmp_path, penstock, whole, name):
+@pytest.mark.parametrize(
+    ("script", "status", "step"),
+    [(IN_A_STEP, 130, 9), (IN_A_READ_THAT_DOES_NOT_END, 143, 32)],
+    ids=["in a step", "in a read that does not end"],
+)
+def test_after_a_signal(small_yaml, tmp_path, penstock, whole, script, status, step):
     out = tmp_path / "run"
     stopped = subprocess.run(
         [
             sys.executable,
             "-c",
-            SIGNALLED.format(step=8, signal=name),
+            script,
             "train",
             small_yaml,
             "--out",
@@ -82,40 +95,16 @@ def test_after_a_signal(small_yaml, tmp_path, penstock, whole, name):
         check=False,
         env={**os.environ, "COLUMNS": "200"},
     )
-    assert stopped.returncode == 0, stopped.stderr
-    assert "stopped after step 9; the checkpoint is complete. Continue:" in stopped.stdout
+    assert stopped.returncode == status, stopped.stderr
+    assert stopped.stderr == f"stopped by {signal.Signals(status - 128).name}\n"
+    assert f"stopped after step {step}; the checkpoint is complete. Continue:" in stopped.stdout
     assert not (out / "summary.json").exists()
     # The line that it printed is the line that continues.
     command = re.search(r"^  penstock (train .*)$", stopped.stdout, re.MULTILINE).group(1)
     code, shown, errors = penstock(*command.split())
     assert (code, errors) == (0, "")
-    assert "resumed at step 9 (1,152 samples)" in shown
+    assert f"resumed at step {step} ({step * 128:,} samples)" in shown
     assert not differences(contents(out), whole)
-
-
-def test_signals_are_a_question_first_and_an_order_then():
-    before = signal.getsignal(signal.SIGTERM)
-    with interruption() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested
-        with pytest.raises(SystemExit) as exit_:
-            os.kill(os.getpid(), signal.SIGINT)
-        assert exit_.value.code == 130
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_off_the_main_thread_signals_stay_as_they_are():
-    handlers = []
-
-    def look():
-        with interruption() as stop:
-            handlers.append((signal.getsignal(signal.SIGTERM), stop.requested))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    assert handlers == [(signal.getsignal(signal.SIGTERM), False)]
 
 
 def test_a_finished_run_resumes_to_the_same_summary(small_job, tmp_path, quiet):

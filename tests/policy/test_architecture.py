@@ -12,12 +12,13 @@ MAY_IMPORT = {
     "errors": set(),
     "types": {"errors"},
     "locking": set(),
+    "interruption": {"errors"},
     "config": {"errors"},
     "data": {"errors", "types", "config", "locking", "_core"},
     "models": {"errors", "types", "config"},
     "kernels": {"errors", "types", "config", "_core"},
     "embedding": {"errors", "types", "config", "kernels", "_core"},
-    "training": {"errors", "types", "config", "data", "embedding", "models"},
+    "training": {"errors", "types", "config", "interruption", "data", "embedding", "models"},
     "job_file": {"errors", "config"},
     "report": {
         "errors",
@@ -39,6 +40,7 @@ MAY_IMPORT = {
         "training",
         "job_file",
         "report",
+        "interruption",
     },
     "cli_data": {"errors", "config", "data", "job_file", "report"},
     "cli": {
@@ -51,6 +53,7 @@ MAY_IMPORT = {
         "report",
         "run",
         "cli_data",
+        "interruption",
     },
 }
 MAX_MODULE_LINES = 500

@@ -1,0 +1,134 @@
+"""Signals: at once, or when it is asked for; and what happens to a process that does not hear."""
+
+import hashlib
+import os
+import signal
+import threading
+
+import pytest
+
+from penstock import interruption as module
+from penstock.errors import Interrupted, PenstockError
+from penstock.interruption import interruption
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_at_first_a_signal_raises_where_it_arrives(number):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with pytest.raises(Interrupted) as raised, interruption():
+        send(number)
+    assert raised.value.exit_status == 128 + number
+    assert str(raised.value) == f"stopped by {signal.Signals(number).name}"
+    assert not raised.value.is_repeated
+    assert not isinstance(raised.value, (Exception, PenstockError))
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_a_deferred_signal_waits_to_be_asked_for():
+    with interruption() as stop, stop.deferred():
+        stop.check()
+        send(signal.SIGHUP)
+        with pytest.raises(Interrupted) as raised:
+            stop.check()
+        assert raised.value.exit_status == 129
+        entered = []
+        with pytest.raises(Interrupted), stop.at_once():
+            entered.append(True)
+        assert not entered
+
+
+def test_a_deferred_signal_is_over_with_the_block_that_it_came_in():
+    with interruption() as stop:
+        with stop.deferred():
+            send(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+
+
+def test_waiting_within_a_deferral_ends_at_once():
+    with interruption() as stop, stop.deferred():
+        timer = threading.Timer(0.05, send, (signal.SIGTERM,))
+        timer.start()
+        with pytest.raises(Interrupted), stop.at_once():
+            assert threading.Event().wait(30)
+        timer.join()
+        # Out of it, signals are noted again; a second one raises all the same.
+        with pytest.raises(Interrupted) as raised:
+            send(signal.SIGINT)
+        assert raised.value.is_repeated and raised.value.exit_status == 130
+
+
+def test_what_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruption() as stop:
+            send(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_off_the_main_thread_signals_stay_as_they_are():
+    handlers = []
+
+    def look():
+        with interruption() as stop:
+            handlers.append((signal.getsignal(signal.SIGTERM), stop.signal))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert handlers == [(signal.getsignal(signal.SIGTERM), None)]
+
+
+def within_a_library(seconds):
+    """Python handles no signal meanwhile, but other threads run."""
+    end = threading.Event()
+    timer = threading.Timer(seconds, end.set)
+    timer.start()
+    while not end.is_set():
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000)
+    timer.join()
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_process_that_does_not_hear_is_ended_unless_it_has_to_save(monkeypatch, deferred):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    ends = []
+    with interruption(ends.append) as stop:
+        timer = threading.Timer(0.02, send, (signal.SIGTERM,))
+        if deferred:
+            with stop.deferred():
+                timer.start()
+                within_a_library(0.3)
+        else:
+            with pytest.raises(Interrupted):
+                timer.start()
+                within_a_library(0.3)
+        timer.join()
+    assert ends == ([] if deferred else [signal.SIGTERM])
+
+
+def test_after_a_second_signal_there_is_little_time(monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    ended = threading.Event()
+    with interruption(lambda number: ended.set()) as stop, stop.deferred():
+        send(signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            send(signal.SIGTERM)
+        assert ended.wait(30)
+
+
+def test_whoever_leaves_in_time_is_not_ended():
+    ends = []
+    with pytest.raises(Interrupted), interruption(ends.append) as stop, stop.deferred():
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+    assert not ends
+    assert not [one for one in threading.enumerate() if one.name == "penstock-signals"]
