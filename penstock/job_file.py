@@ -170,7 +170,7 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 class _JobLoader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
-    """Safe YAML that refuses duplicate keys and reads 1e-3 as a number, as YAML 1.2 does."""
+    """Safe YAML that refuses duplicate keys, and reads 1e-3 and `no` as YAML 1.2 does."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -199,6 +199,15 @@ class _JobLoader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
         return dict(super().construct_mapping(node, deep=deep))
 
 
+# In YAML 1.1 no, off, y and their like are false and true: columns and countries have such names.
+_BOOL = "tag:yaml.org,2002:bool"
+_JobLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != _BOOL]
+    for first, found in _JobLoader.yaml_implicit_resolvers.items()
+}
+_JobLoader.add_implicit_resolver(
+    _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _JobLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),

@@ -132,18 +132,22 @@ def _expand(filesystem: fs.FileSystem, path: str, given: str) -> list[str]:
         root = path[: path.rfind("/", 0, glob.start()) + 1]
         base = root.rstrip("/") or ("/" if root else ".")
         if filesystem.get_file_info(base).type != fs.FileType.Directory:
-            raise DataError(f"{given}: no such directory: {base}")
+            raise DataError(f"{given}: no such directory: {base}{_of_home(given)}")
         found = _files_below(filesystem, base, deep="/" in path[len(root) :] or "**" in path)
         pattern = glob_pattern(path)
         files = sorted(file for file in found if pattern.fullmatch(file[0]))
         if not files:
             raise DataError(f"{given}: no file matches{_matching_folder(filesystem, base, path)}")
     else:
-        raise DataError(f"{given}: no such file or directory")
+        raise DataError(f"{given}: no such file or directory{_of_home(given)}")
     for file, size in files:
         if size == 0:
             raise DataError(f"{file}: empty file (0 bytes); remove it or name the others")
     return [file for file, _ in files]
+
+
+def _of_home(path: str) -> str:
+    return "; a ~ is not expanded here: write the whole path" if path.startswith("~") else ""
 
 
 def _files_below(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from penstock.config import EvaluationConfig, MetricsConfig
 from penstock.data.dataset import Dataset
 from penstock.embedding.collection import EmbeddingCollection
+from penstock.errors import NonFiniteError
 from penstock.models import TwoTower
 from penstock.training.feed import on_device
 from penstock.training.grouped_metrics import SLICE_BINS, GroupedAUC, SliceMetrics
@@ -22,7 +23,7 @@ from penstock.training.items import Catalogue
 from penstock.training.metrics import MAX_BINS, BinaryMetrics, logits_of_probabilities
 from penstock.training.objective import Objective, check_outputs
 from penstock.training.recall import Recall
-from penstock.training.step import batch_error, look_up, model_inputs
+from penstock.training.step import batch_error, is_finite, look_up, model_inputs
 from penstock.training.tasks import BinaryTask, Task, combined, output_of_task
 from penstock.types import Batch
 
@@ -198,6 +199,7 @@ def scored(
 
     Raises:
       BatchError: the model raised, or gave outputs of a wrong shape.
+      NonFiniteError: an output is NaN or infinite.
 
     Effects: model and collection are in evaluation mode while the iterator is alive, and then as
     before.
@@ -214,6 +216,12 @@ def scored(
             # A user's model may raise anything.
             except Exception as error:
                 raise batch_error("the model's forward pass", batch, error) from error
+            if not is_finite(scores):
+                bad = int((~scores.isfinite()).sum())
+                raise NonFiniteError(
+                    f"{bad:,} of {scores.numel():,} outputs of the model are NaN or infinite, at "
+                    f"the batch {batch.origin}; look at these rows, or use an earlier checkpoint"
+                )
             yield Scored(batch, inputs, scores)
 
 

@@ -184,6 +184,23 @@ def test_outputs_of_a_wrong_shape(job, tmp_path, quiet, monkeypatch, place, repl
     assert expected in str(caught.value)
 
 
+def test_outputs_that_are_no_numbers(job, tmp_path, quiet, monkeypatch, penstock):
+    out, scores = tmp_path / "run", tmp_path / "scores.parquet"
+    story.train(job, out, console=quiet)
+    acts = {
+        "evaluation": (2, lambda: lambda logits: logits.index_fill(0, torch.tensor([3]), torch.nan))
+    }
+    monkeypatch.setattr(users_model.UsersModel, "acts", acts)
+    for command in (
+        ("evaluate", out),
+        ("predict", out, "--data", tmp_path / "log.parquet", "--out", scores),
+    ):
+        code, _, errors = penstock(*command)
+        assert code == 2
+        assert errors.startswith("error: 1 of ") and "parquet rows 0-" in errors
+    assert not scores.exists()
+
+
 def test_a_signal_within_the_model(job, tmp_path, quiet, monkeypatch):
     act = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     monkeypatch.setattr(users_model.UsersModel, "acts", {"forward": (9, act)})

@@ -275,6 +275,11 @@ class TestFiles:
         job = job_over({"format": "parquet", "path": str(path)})
         assert open_message(DataError, job) == f"{path}: no such file or directory"
 
+    @pytest.mark.parametrize("path", ["~/log.parquet", "~/*.parquet"])
+    def test_a_home_directory_is_not_expanded(self, path):
+        message = open_message(DataError, job_over({"format": "parquet", "path": path}))
+        assert message.endswith("; a ~ is not expanded here: write the whole path")
+
     def test_glob_without_match(self, tmp_path):
         job = job_over({"format": "parquet", "path": f"{tmp_path}/*.parquet"})
         assert open_message(DataError, job) == f"{tmp_path}/*.parquet: no file matches"

@@ -173,6 +173,12 @@ def test_yaml_is_safe_and_reads_numbers_as_yaml_1_2():
         "c": -2500.0,
         "d": "e5",
     }
+    words = ["no", "NO", "yes", "on", "off", "y"]
+    assert parse_yaml(f"{{no: [{', '.join(words)}], a: true, b: False}}", "x") == {
+        "no": words,
+        "a": True,
+        "b": False,
+    }
     assert "could not determine a constructor" in refusal(
         parse_yaml, "!!python/object/apply:os.getcwd []", "x"
     )
