@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.console import Console
 from penstock.config import Job
 from penstock.data.dataset import Dataset
 from penstock.data.output import whole_file
+from penstock.data.source import RowCount
 from penstock.errors import (
     BatchError,
     CheckpointError,
@@ -28,6 +30,7 @@ from penstock.errors import (
 )
 from penstock.interruption import Interruption, interruption
 from penstock.job_file import override
+from penstock.report.display import stages
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.run_report import RunReport
 from penstock.training.checkpoint import Checkpoints, position_of
@@ -173,8 +176,12 @@ def open_run(
     with folder.held():
         _check_folder(folder, resume)  # again: a process that has ended may have been at it
         after = position_of(newest_of_run(out)) if resume else None
-        dataset = Dataset.open(job, quarantine=folder.quarantine_file, after=after)
-        with closing(RunReport(folder, job, planned_samples(job, dataset), console)) as report:
+        with stages() as begin:
+            dataset = Dataset.open(
+                job, quarantine=folder.quarantine_file, after=after, stages=begin
+            )
+        planned = partial(planned_samples, job, dataset)
+        with closing(RunReport(folder, job, planned, console)) as report:
             yield Run(job, dataset, folder, report, stop or Interruption())
 
 
@@ -185,12 +192,14 @@ def _check_folder(folder: RunFolder, resume: bool) -> None:
         folder.refuse_unless_new()
 
 
-def planned_samples(job: Job, dataset: Dataset) -> int:
-    """Samples that the whole run will see, if no row is quarantined."""
-    samples = dataset.num_samples("train") * job.training.epochs
-    if job.training.max_steps is None:
-        return samples
-    return min(samples, job.training.max_steps * job.training.batch_size)
+def planned_samples(job: Job, dataset: Dataset) -> RowCount | None:
+    """Samples that the whole run will see, if no row is quarantined, as far as they are known."""
+    expected, steps = dataset.expected_samples("train"), job.training.max_steps
+    most = None if steps is None else steps * job.training.batch_size
+    if expected is None:
+        return None if most is None else RowCount(most, is_exact=False)
+    samples = expected.rows * job.training.epochs
+    return expected._replace(rows=samples if most is None else min(samples, most))
 
 
 class Run:

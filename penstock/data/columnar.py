@@ -21,7 +21,7 @@ from penstock.config import FileSource
 from penstock.data.files import list_files
 from penstock.data.identity import tag_of
 from penstock.data.lazy_splits import LazySplits
-from penstock.data.source import CHUNK_ROWS, Chunk, RowPlace, Split, chunk_rows
+from penstock.data.source import CHUNK_ROWS, Chunk, RowCount, RowPlace, Split, chunk_rows
 from penstock.errors import DataError
 from penstock.types import FileTag
 
@@ -136,13 +136,39 @@ class GroupedFiles:
 
     def count_rows(self, split: Split) -> int:
         """Rows of the split; reads a stream once."""
+        known = self.known_rows(split)
+        return sum(self.row_counts(split)) if known is None else known
+
+    def known_rows(self, split: Split) -> int | None:
+        """Rows of the split; None: of a stream that was not counted."""
         if split.stop != END:
             return split.stop - split.start
-        if split.path not in self._counted:
-            # One column, to read little.
-            whole = self._tables(Split(split.path, 0, END), self.schema.names[:1])
-            self._counted[split.path] = sum(table.num_rows for _, table in whole)
-        return self._counted[split.path] - split.start
+        counted = self._counted.get(split.path)
+        return None if counted is None else counted - split.start
+
+    def row_counts(self, split: Split) -> Iterator[int]:
+        """Rows of the split, of a stream of each table."""
+        if split.stop != END:
+            yield split.stop - split.start
+            return
+        # One column, to read little.
+        first = end = 0
+        for first, table in self._tables(split, self.schema.names[:1]):
+            end = first + table.num_rows
+            yield max(end - max(first, split.start), 0)
+        self._counted[split.path] = end
+
+    def expected_rows(self, splits: Sequence[Split]) -> RowCount | None:
+        """Rows of the splits; of files whose groups were not asked for, as many as of others."""
+        groups = list(self._groups.values())
+        if any(one is None for one in groups):
+            known = [self.known_rows(split) for split in splits]
+            rows = [one for one in known if one is not None]
+            return RowCount(sum(rows), is_exact=True) if len(rows) == len(known) else None
+        if splits is not self._splits or len(groups) == len(self.paths):
+            return RowCount(sum(split.stop - split.start for split in splits), is_exact=True)
+        found = sum(int(one.ends[-1]) for one in groups if one is not None and len(one.ends))
+        return RowCount(found * len(self.paths) // len(groups), is_exact=False)
 
     def cut(self, split: Split, row: int) -> tuple[Split, Split]:
         """Cuts a split before its row `row`."""

@@ -22,6 +22,7 @@ from penstock.config import (
 from penstock.config import Source as SourceConfig
 from penstock.data.arrow import ArrowFormat
 from penstock.data.columnar import GroupedFiles
+from penstock.data.counting import Stages, no_stages
 from penstock.data.files import common_file
 from penstock.data.identity import WholeTags, check_files
 from penstock.data.json_lines import open_json_lines
@@ -36,7 +37,7 @@ from penstock.data.schema import (
     resolve_columns,
     resolve_features,
 )
-from penstock.data.source import Source
+from penstock.data.source import RowCount, Source
 from penstock.data.synthetic import SyntheticRows
 from penstock.data.text import open_text
 from penstock.errors import ConfigError, DataError
@@ -78,6 +79,7 @@ class Dataset:
         after: Position | None = None,
         labels: Literal["required", "optional"] = "required",
         order: Sequence[str] = (),
+        stages: Stages = no_stages,
     ) -> Dataset:
         """Lists the files and splits of a job and checks columns and types.
 
@@ -88,14 +90,15 @@ class Dataset:
           labels: `optional` for prediction: without the label column, labels are NaN.
           order: names of numeric columns and features in the order to give them, as those of
             another data set; empty: that of the source.
+          stages: told where rows must be counted to divide them.
 
         Raises:
           ConfigError: columns, features or tables of the job do not fit together.
           DataError: files or columns are missing or not what the job says; files that were read
             before `after` are not what they were.
 
-        Effects: reads the metadata of every file; to divide text by fraction or anything by time,
-        also counts lines or reads times.
+        Effects: reads the metadata of files; to divide text by a fraction it counts all rows, and
+        to divide anything by time it reads times until both parts have a row, on all cores.
         """
         data = job.data
         text_types = default_text_types(job)
@@ -108,6 +111,7 @@ class Dataset:
             data.event_time,
             data.event_time_unit,
             0 if after is None else after.divided,
+            stages,
         )
         if data.evaluation_source is not None:
             other = open_source(data.evaluation_source, text_types)
@@ -142,9 +146,16 @@ class Dataset:
         """Rows of a part, malformed ones included. May read the part's files once to count."""
         return self._rows(part).count_rows()
 
-    def num_samples(self, part: Part) -> int:
-        """Samples of one epoch of a part: its rows, and the negatives drawn for each."""
-        return self.num_rows(part) * self._samples_per_row
+    def expected_samples(self, part: Part) -> RowCount | None:
+        """Samples of one epoch of a part: its rows, and the negatives drawn for each.
+
+        As far as that is known without reading anything: it is learnt as rows are read. None: not
+        at all yet.
+        """
+        expected = self._rows(part).expected_rows()
+        if expected is None:
+            return None
+        return expected._replace(rows=expected.rows * self._samples_per_row)
 
     @property
     def _samples_per_row(self) -> int:

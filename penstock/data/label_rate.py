@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.data.counting import Progress
 from penstock.data.decode import read_times
-from penstock.data.profile import DataProfile, Extent, Progress, spread_chunks
+from penstock.data.profile import DataProfile, Extent, spread_chunks
 from penstock.data.roles import Roles
 from penstock.data.source import Chunk, Source
 from penstock.data.transforms import BadValue, read_numbers

@@ -72,8 +72,6 @@ class LineFiles:
     A `Split` is [start, stop) in bytes of a plain file, in data rows of a compressed file.
     """
 
-    counts_by_reading = True
-
     def __init__(
         self,
         filesystem: fs.FileSystem,
@@ -126,16 +124,19 @@ class LineFiles:
 
     def count_rows(self, split: Split) -> int:
         """Rows of the split; reads it once."""
+        known = self.known_rows(split)
+        return sum(self.row_counts(split)) if known is None else known
+
+    def known_rows(self, split: Split) -> int | None:
+        """Rows of a split that was read to its end, or is a range of rows."""
         if split.stop != END and is_compressed(split.path):
             return split.stop - split.start
-        counted = self._rows.of_split(split)
-        if counted is None:
-            counted = sum(piece.rows.count for piece in self._pieces(split))
-        return counted
+        return self._rows.of_split(split)
 
-    def has_rows(self, split: Split) -> bool:
-        """Whether the split has any row; reads no further than the first."""
-        return self._rows.of_split(split) != 0 and next(self._pieces(split), None) is not None
+    def row_counts(self, split: Split) -> Iterator[int]:
+        """Rows of successive pieces."""
+        for piece in self._pieces(split):
+            yield piece.rows.count
 
     def expected_rows(self, splits: Sequence[Split]) -> RowCount | None:
         """Rows of the splits as far as they are known, else by the rows a byte read so far."""

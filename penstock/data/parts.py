@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Literal, TypeAlias
 
@@ -12,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from penstock.config import FileSplit, FractionSplit, TimeSplit, TimeUnit
+from penstock.data.counting import Stages, count_rows, in_parallel, no_stages
 from penstock.data.decode import TICKS_PER_S, read_times
 from penstock.data.files import glob_pattern
-from penstock.data.source import Chunk, KeptPlace, Source, Split
+from penstock.data.source import Chunk, KeptPlace, RowCount, Source, Split
 from penstock.errors import ConfigError, DataError
 
 Part: TypeAlias = Literal["train", "evaluation"]
@@ -51,6 +54,25 @@ class TimeRange:
         )
 
 
+class _Kept:
+    """How many of the rows that were read lie in a range of times. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._read = self._kept = 0
+
+    def add(self, read: int, kept: int) -> None:
+        """Takes note of some rows."""
+        with self._lock:
+            self._read += read
+            self._kept += kept
+
+    def share(self) -> float:
+        """Of all that were read; 1 while there were none."""
+        with self._lock:
+            return self._kept / self._read if self._read else 1.0
+
+
 @dataclass(frozen=True)
 class PartRows:
     """The rows of one part: splits of one source, perhaps filtered by time."""
@@ -63,6 +85,7 @@ class PartRows:
     time_range: TimeRange | None = None
     divided: int = 0
     """Files, the first of the source, of which a fraction is held out; 0: no split by fraction."""
+    _kept: _Kept = field(default_factory=_Kept, compare=False)
 
     def read(self, split: Split, columns: Sequence[str]) -> Generator[Chunk]:
         """The part's rows of a split, in order, in chunks that may be empty."""
@@ -70,27 +93,57 @@ class PartRows:
             yield from self.source.read(split, columns)
             return
         for chunk in self.source.read(split, columns):
-            yield self.time_range.keep(chunk)
+            kept = self.time_range.keep(chunk)
+            self._kept.add(chunk.table.num_rows, kept.table.num_rows)
+            yield kept
 
     def count_rows(self) -> int:
         """Rows of the part, malformed ones included; with a time range it reads the times."""
         if self.time_range is None:
-            return sum(self.source.count_rows(split) for split in self.splits)
-        return sum(
-            chunk.table.num_rows
-            for split in self.splits
-            for chunk in self.read(split, [self.time_range.column])
-        )
+            return sum(count_rows(self.source, self.splits, no_stages))
+        return sum(in_parallel(self._count_split, self.splits))
+
+    def _count_split(self, split: Split, is_unwanted: Callable[[], bool]) -> int:
+        total = 0
+        for rows in self._row_counts(split):
+            total += rows
+            if is_unwanted():
+                break
+        return total
+
+    def expected_rows(self) -> RowCount | None:
+        """Rows of the part, as far as they are known without reading; None: not at all.
+
+        With a time range, by the share of the rows that lay in it so far.
+        """
+        expected = self.source.expected_rows(self.splits)
+        if expected is None or self.time_range is None:
+            return expected
+        return RowCount(round(expected.rows * self._kept.share()), is_exact=False)
 
     def has_rows(self) -> bool:
         """Whether there is any row; stops at the first."""
+
+        def has_some(split: Split, is_unwanted: Callable[[], bool] = lambda: False) -> bool:
+            for rows in self._row_counts(split):
+                if rows or is_unwanted():
+                    return rows > 0
+            return False
+
+        splits = iter(self.splits)
+        # Nearly always there is one at once.
+        first = next(splits, None)
+        if first is None or has_some(first):
+            return first is not None
+        with closing(in_parallel(has_some, splits)) as found:
+            return any(found)
+
+    def _row_counts(self, split: Split) -> Iterator[int]:
         if self.time_range is None:
-            return any(self.source.count_rows(split) for split in self.splits)
-        return any(
-            chunk.table.num_rows
-            for split in self.splits
-            for chunk in self.read(split, [self.time_range.column])
-        )
+            yield from self.source.row_counts(split)
+            return
+        for chunk in self.read(split, [self.time_range.column]):
+            yield chunk.table.num_rows
 
 
 def divide(
@@ -99,6 +152,7 @@ def divide(
     event_time: str | None,
     unit: TimeUnit = "ms",
     first_files: int = 0,
+    stages: Stages = no_stages,
 ) -> tuple[PartRows, PartRows | None]:
     """Divides a source as `data.split` says.
 
@@ -109,6 +163,7 @@ def divide(
       unit: of integers in it.
       first_files: files that the run began with, of which a fraction was held out: of others
         nothing is, so that no row changes sides; 0: all.
+      stages: told where rows must be counted for it.
 
     Returns:
       Training and evaluation; None where nothing is held out.
@@ -123,7 +178,7 @@ def divide(
             raise DataError(f"{source.paths[0]}: no rows; the source has none at all")
         return train, None
     if isinstance(split, FractionSplit):
-        return _by_fraction(source, split, first_files or len(source.paths))
+        return _by_fraction(source, split, first_files or len(source.paths), stages)
     if isinstance(split, FileSplit):
         return _by_file(source, split)
     assert event_time is not None
@@ -131,12 +186,12 @@ def divide(
 
 
 def _by_fraction(
-    source: Source, split: FractionSplit, first_files: int
+    source: Source, split: FractionSplit, first_files: int, stages: Stages
 ) -> tuple[PartRows, PartRows]:
     first = set(source.paths[:first_files])
     splits = [one for one in source.splits() if one.path in first]
     added = source.splits()[len(splits) :]
-    rows = [source.count_rows(one) for one in splits]
+    rows = count_rows(source, splits, stages)
     total = sum(rows)
     held_out = round(total * split.evaluation)
     if not 0 < held_out < total:

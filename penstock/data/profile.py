@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from penstock.config import Hash
 from penstock.data.column_checks import is_text
+from penstock.data.counting import Progress
 from penstock.data.sketches import Quantiles, ValueCounts, ValueSummary, affordable_values
 from penstock.data.source import Chunk, Source, Split
 from penstock.data.text_kinds import TextKinds
@@ -30,9 +31,6 @@ _QUANTILE_SAMPLE = 1 << 15
 _PLACES = 64
 """A sample is read from the beginnings of about so many splits."""
 _NAMES_A_CHUNK = 32
-
-Progress: TypeAlias = Callable[[int, float | None], None]
-"""Called with the rows so far and the share of the files that is done (None: unknown)."""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,19 @@ class Source(Protocol):
         """All splits, in the order of reading; the same on every call."""
 
     def count_rows(self, split: Split) -> int:
-        """Rows of the split, malformed ones included."""
+        """Rows of the split, malformed ones included. May read it."""
+
+    def known_rows(self, split: Split) -> int | None:
+        """Rows of the split, as `count_rows`; None: it must be read for that."""
+
+    def row_counts(self, split: Split) -> Iterator[int]:
+        """Rows of successive stretches of the split. May read them, one after the other."""
+
+    def expected_rows(self, splits: Sequence[Split]) -> RowCount | None:
+        """Rows of splits, by what is known of them and of others. Reads nothing.
+
+        None: nothing is known yet.
+        """
 
     def cut(self, split: Split, row: int) -> tuple[Split, Split]:
         """Cuts a split before its row `row`, where 0 < row < its rows."""

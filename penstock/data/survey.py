@@ -13,11 +13,12 @@ from penstock.config import (
     ParquetSource,
     TextSource,
 )
+from penstock.data.counting import Progress
 from penstock.data.dataset import open_source
 from penstock.data.files import list_files
 from penstock.data.label_rate import LabelRate, label_rate
 from penstock.data.lines import OpenQuote
-from penstock.data.profile import DataProfile, Progress, profile_source
+from penstock.data.profile import DataProfile, profile_source
 from penstock.data.roles import Roles, assign_roles
 from penstock.data.source import Chunk, Source
 from penstock.data.text import guess_delimiter

@@ -19,7 +19,7 @@ from pyarrow import csv
 
 from penstock.config import SyntheticSource
 from penstock.data.output import whole_file
-from penstock.data.source import Chunk, RowPlace, Split
+from penstock.data.source import Chunk, RowCount, RowPlace, Split
 from penstock.types import FileTag
 
 # FORMAT: all constants below decide what row r of a seed is; never change.
@@ -66,6 +66,18 @@ class SyntheticRows:
     def count_rows(self, split: Split) -> int:
         """Rows of the split."""
         return split.stop - split.start
+
+    def known_rows(self, split: Split) -> int:
+        """Rows of the split."""
+        return self.count_rows(split)
+
+    def row_counts(self, split: Split) -> Iterator[int]:
+        """Rows of the split, at once."""
+        yield self.count_rows(split)
+
+    def expected_rows(self, splits: Sequence[Split]) -> RowCount:
+        """Rows of the splits."""
+        return RowCount(sum(map(self.count_rows, splits)), is_exact=True)
 
     def cut(self, split: Split, row: int) -> tuple[Split, Split]:
         """Cuts a split before its row `row`."""

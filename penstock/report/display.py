@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from penstock.data.source import RowCount
 from penstock.report.record import by_task, metric_words
 from penstock.report.terminal import Stream, console_of, ignored
 
@@ -25,6 +27,8 @@ _HEADLINE = {
     "rmse": "RMSE",
     "mae": "MAE",
 }
+_TOTAL_EVERY_S = 1.0
+"""Adding up what is known of very many splits takes a while."""
 _MOST_ON_THE_BAR = 3
 """Metrics: the line must fit into 80 columns."""
 _WORDS = {
@@ -55,12 +59,14 @@ class Display:
 
     Args:
       console: where to print.
-      total_samples: samples that the whole run will see, so that an ETA can be shown.
+      total_samples: gives the samples that the whole run will see, as far as they are known by
+        then, so that an ETA can be shown. Asked once a second.
     """
 
-    def __init__(self, console: Console, total_samples: int) -> None:
+    def __init__(self, console: Console, total_samples: Callable[[], RowCount | None]) -> None:
         self._console = console
-        self._total = total_samples
+        self._total_samples = total_samples
+        self._next_total_s = -math.inf
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
@@ -71,7 +77,7 @@ class Display:
         self._progress = Progress(
             TextColumn("step {task.fields[step]:,}"),
             BarColumn(bar_width=12),
-            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[share]:>5}"),
             TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(compact=True),
             console=self._console,
@@ -79,14 +85,22 @@ class Display:
             transient=True,
         )
         self._task = self._progress.add_task(
-            "training", total=self._total, completed=samples, step=0, metrics=""
+            "training", total=None, completed=samples, step=0, metrics="", share=""
         )
         self._progress.start()
 
     def advance(self, step: int, samples: int) -> None:
         """Moves the bar."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=samples, step=step)
+        if self._progress is None:
+            return
+        now_s = time.monotonic()
+        if now_s >= self._next_total_s:
+            self._next_total_s = now_s + _TOTAL_EVERY_S
+            total = self._total_samples()
+            if total is not None:
+                share = f"{'' if total.is_exact else '~'}{_percent(samples, total.rows)} %"
+                self._progress.update(self._task, total=max(total.rows, samples), share=share)
+        self._progress.update(self._task, completed=samples, step=step)
 
     def training(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of one window of steps."""
@@ -98,8 +112,11 @@ class Display:
             )
             return
         shown = f"{headline(metrics)}  {speed}"
-        left_s = (self._total - samples) / max(metrics["samples_per_s"], 1e-9)
-        eta = timedelta(seconds=round(max(left_s, 0.0)))
+        eta, total = "unknown", self._total_samples()
+        if total is not None:
+            left_s = (total.rows - samples) / max(metrics["samples_per_s"], 1e-9)
+            about = "" if total.is_exact else "about "
+            eta = f"{about}{timedelta(seconds=round(max(left_s, 0.0)))}"
         self.line(f"step {step:,}  {samples:,} samples  {shown} samples/s  ETA {eta}")
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -224,6 +241,10 @@ def _time_split(seconds: Mapping[str, float]) -> str:
     total = sum(seconds.values()) or 1.0
     parts = ", ".join(f"{name} {part / total:.0%}" for name, part in seconds.items())
     return f"{total:.1f} s: {parts}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{min(part / whole, 1.0):.0%}".rstrip("%") if whole else "100"
 
 
 def _number(value: float | None, digits: int = 4) -> str:

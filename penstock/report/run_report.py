@@ -6,12 +6,13 @@ import math
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 
 from penstock.config import Job
+from penstock.data.source import RowCount
 from penstock.report.display import Display, rules_table, slices_tables, summary_table, tables_table
 from penstock.report.environment import hardware, peak_memory_bytes, versions
 from penstock.report.folder import RunFolder
@@ -42,12 +43,17 @@ class RunReport:
     Args:
       folder: where the files go.
       job: what is run.
-      total_samples: samples that the whole run will see, for the ETA.
+      total_samples: gives the samples that the whole run will see, as far as they are known by
+        then, for the ETA.
       console: where to print; None: the standard output.
     """
 
     def __init__(
-        self, folder: RunFolder, job: Job, total_samples: int, console: Console | None = None
+        self,
+        folder: RunFolder,
+        job: Job,
+        total_samples: Callable[[], RowCount | None],
+        console: Console | None = None,
     ) -> None:
         self._folder = folder
         self._job = job

@@ -211,7 +211,10 @@ class TestSamples:
 
     def test_every_batch_but_the_last_is_full_and_positions_count_samples(self, tmp_path):
         dataset = Dataset.open(log_job(tmp_path))
-        assert (dataset.num_rows("train"), dataset.num_samples("train")) == (ROWS, 4 * ROWS)
+        assert (dataset.num_rows("train"), dataset.expected_samples("train")) == (
+            ROWS,
+            (4 * ROWS, True),
+        )
         for size in (1, 7, 32, 50, 999):
             batches = read_all(dataset, batch_size=size, epochs=2)
             sizes = [batch.batch_size for batch in batches]
@@ -234,11 +237,11 @@ class TestSamples:
                 shuffle={"window_rows": window_rows},
                 split={"by": "fraction", "evaluation": 0.5},
             )
-            dataset = Dataset.open(job)
+            dataset, table = Dataset.open(job), log_table()
 
-            def pairs(part="train", dataset=dataset, **options):
+            def pairs(part="train", dataset=dataset, table=table, **options):
                 samples = samples_of(read_all(dataset, part, **options))
-                return [check_sample(sample, log_table()) for sample in samples]
+                return [check_sample(sample, table) for sample in samples]
 
             once = pairs(seed=1)
             assert pairs(seed=1) == once
@@ -330,7 +333,7 @@ class TestSamples:
 
 def test_planned_samples_count_negatives(tmp_path):
     job = log_job(tmp_path)
-    assert planned_samples(job, Dataset.open(job)) == 4 * ROWS
+    assert planned_samples(job, Dataset.open(job)) == (4 * ROWS, True)
 
 
 def message(error, call):

@@ -7,7 +7,6 @@ from pyarrow import ipc
 
 from penstock.config import parse_job
 from penstock.data import Dataset, columnar
-from penstock.errors import DataError
 from tests.contract.data_cases import (
     assert_resumes_everywhere,
     assert_same_batches,
@@ -41,10 +40,10 @@ def open_job(path, window_bytes, threads=2, window_rows=256, **data):
                 "source": {"format": "arrow", "path": str(path)},
                 "numeric": [{"columns": ["row"]}],
                 "shuffle": {"window_rows": window_rows, "window_bytes": window_bytes},
-                "reader_threads": threads,
                 "label": {"column": "label"},
                 **data,
             },
+            "run": {"reader_threads": threads},
             "features": [{"columns": ["item"]}, {"columns": ["basket"], "pooling": "mean"}],
         })
     )
@@ -127,9 +126,11 @@ def test_no_window_that_draws_negatives_is_short(path):
     assert_resumes_everywhere(dataset, batch_size=32, seed=5)
 
 
-def test_a_position_beyond_its_window_is_refused(path):
-    batches = read_all(open_job(path, 2**62), batch_size=16)
-    start = batches[10].start
-    assert start.window_row == 160
-    with pytest.raises(DataError, match="position after 160 samples of a window that has"):
-        read_all(open_job(path, 1_000), batch_size=16, start=start)
+@pytest.mark.parametrize("bounds", [(2**62, 1_000), (1_000, 2**62), (3_000, 2_000)])
+def test_another_bound_at_resume_neither_loses_nor_repeats(path, bounds):
+    before, after = (open_job(path, bound) for bound in bounds)
+    whole = read_all(before, batch_size=16)
+    for taken in (1, 10, 25):
+        rest = read_all(after, batch_size=16, start=whole[taken - 1].end)
+        rows = sum(windows([*whole[:taken]]) + windows(rest), [])
+        assert sorted(rows) == list(range(ROWS))
