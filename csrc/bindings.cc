@@ -8,9 +8,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
+#include <cstring>
+#include <limits>
 #include <memory>
-#include <numeric>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -33,45 +34,41 @@ using OutValues = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 constexpr size_t kMaxIdleBytes = size_t{1} << 30;
 
-// Owns copies of the arrays that a PoolingPlan points to.
-struct PlanArrays {
-  std::vector<int64_t> packed_feature;
-  std::vector<uint32_t> table;
+std::shared_ptr<const SharedPlan> make_plan(std::vector<int64_t> packed_feature, std::vector<uint32_t> table,
+                                            const std::vector<uint8_t>& pooling_codes, std::vector<int64_t> max_keys,
+                                            std::vector<int64_t> column, int64_t stride) {
   std::vector<Pooling> pooling;
-  std::vector<int64_t> max_keys;
-  std::vector<int64_t> column;
-  int64_t stride;
-  std::vector<int64_t> by_table;
+  for (const uint8_t code : pooling_codes) pooling.push_back(static_cast<Pooling>(code));
+  return std::make_shared<const SharedPlan>(std::move(packed_feature), std::move(table), std::move(pooling),
+                                            std::move(max_keys), std::move(column), stride);
+}
 
-  PlanArrays(std::vector<int64_t> packed_feature, std::vector<uint32_t> table, const std::vector<uint8_t>& pooling_codes,
-             std::vector<int64_t> max_keys, std::vector<int64_t> column, int64_t stride)
-      : packed_feature(std::move(packed_feature)),
-        table(std::move(table)),
-        max_keys(std::move(max_keys)),
-        column(std::move(column)),
-        stride(stride),
-        by_table(this->table.size()) {
-    for (const uint8_t code : pooling_codes) pooling.push_back(static_cast<Pooling>(code));
-    std::iota(by_table.begin(), by_table.end(), 0);
-    std::stable_sort(by_table.begin(), by_table.end(),
-                     [this](int64_t a, int64_t b) { return this->table[a] < this->table[b]; });
-  }
+void check(bool is_right, const char* what) {
+  if (!is_right) throw nb::value_error(what);
+}
 
-  PoolingPlan plan() const {
-    return {static_cast<int64_t>(table.size()), packed_feature.data(), table.data(), pooling.data(), max_keys.data(),
-            column.data(), stride, by_table.data()};
-  }
-};
+void check_table(const HostStore& store, uint32_t table) { check(table < store.num_tables(), "table: not of this store"); }
 
+template <typename Rows>
+void check_rows(const Rows& rows, size_t count, size_t width, const char* what) {
+  check(rows.shape(0) == count && rows.shape(1) == width, what);
+}
+
+// Features: of the packed batch, served or not.
 PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, const std::optional<In<float>>& weights,
                   int64_t batch_size) {
-  const int64_t bags = static_cast<int64_t>(offsets.shape(0)) - 1;
+  check(offsets.size() > 0 && batch_size >= 0, "offsets: expected features * batch_size + 1");
+  const int64_t bags = static_cast<int64_t>(offsets.size()) - 1;
+  check(batch_size == 0 ? bags == 0 : bags % batch_size == 0, "offsets: expected features * batch_size + 1");
+  check(!weights || weights->size() == keys.size(), "weights: expected one a key");
+  // An empty array may have no address, which would read as no weights.
+  static const float kNoWeight = 1;
   return {keys.data(),
           offsets.data(),
           batch_size,
           batch_size == 0 ? 0 : bags / batch_size,
           static_cast<int64_t>(keys.size()),
-          weights ? weights->data() : nullptr};
+          !weights ? nullptr : weights->size() ? weights->data() : &kNoWeight};
 }
 
 template <typename Values>
@@ -80,12 +77,67 @@ void check_bytes(const Values& values, ValueType type) {
 }
 
 const Hyper* hypers_of(const InRows& hypers) { return reinterpret_cast<const Hyper*>(hypers.data()); }
-static_assert(sizeof(Hyper) == 10 * sizeof(float));
+constexpr size_t kHyperFields = 10;
+static_assert(sizeof(Hyper) == kHyperFields * sizeof(float));
+
+constexpr size_t kRetentionNumbers = sizeof(RetentionNumbers) / sizeof(int64_t);
+static_assert(sizeof(RetentionNumbers) % sizeof(int64_t) == 0);
+
+void check_retention(const HostStore& store, uint32_t table, size_t values, size_t states, size_t numbers) {
+  check_table(store, table);
+  check(values == store.dim(), "value: expected [dim]");
+  check(states == store.state_dim(), "state: expected [state_dim]");
+  check(numbers == kRetentionNumbers, "numbers: expected one of each");
+}
+
+// With no samples a plan may name features that a batch of no features has not.
+Status py_pooled_lookup(HostStore& self, std::shared_ptr<const SharedPlan> plan, In<int64_t> keys, In<int64_t> offsets,
+                        std::optional<In<float>> weights, int64_t batch_size, bool insert, OutRows out, Lookup& lookup) {
+  const PackedKeys batch = packed(keys, offsets, weights, batch_size);
+  check(plan != nullptr, "plan: none");
+  const int64_t features = batch_size == 0 ? std::numeric_limits<int64_t>::max() : batch.num_features;
+  check(plan->fits(features, self.num_tables(), self.dim()), "plan: not of this batch and store");
+  check_rows(out, static_cast<size_t>(batch_size), static_cast<size_t>(plan->view().stride), "out: expected [B, stride]");
+  check(lookup.store == 0, "lookup: used before");
+  const nb::gil_scoped_release release;
+  return self.pooled_lookup(std::move(plan), batch, insert, out.data(), &lookup);
+}
+
+std::tuple<Status, int64_t> py_apply_gradients(
+    HostStore& self, std::shared_ptr<const SharedPlan> plan,
+    const std::vector<std::tuple<std::shared_ptr<Lookup>, InRows>>& gradients, InRows hypers, uint64_t step,
+    bool is_order_free) {
+  check(plan != nullptr, "plan: none");
+  check_rows(hypers, self.num_tables(), kHyperFields, "hypers: expected [tables, 10]");
+  std::vector<LookupGradient> parts;
+  uint64_t keys = 0;
+  for (const auto& [lookup, grad] : gradients) {
+    check(lookup != nullptr && self.made(*lookup), "lookup: of another store");
+    check(!lookup->is_applied, "lookup: applied already");
+    check(lookup->plan == plan || *lookup->plan == *plan, "lookup: of another plan");
+    check_rows(grad, static_cast<size_t>(lookup->batch_size), static_cast<size_t>(plan->view().stride),
+               "grad: expected [B, stride]");
+    for (const LookupGradient& part : parts) check(part.lookup != lookup.get(), "lookup: given twice");
+    parts.push_back({lookup.get(), lookup->batch(), grad.data()});
+    keys += static_cast<uint64_t>(lookup->num_keys);
+  }
+  check(keys <= kMostUpdateKeys, "an update of more than 2^31 - 1 keys");
+  int64_t rows = 0;
+  Status status;
+  {
+    const nb::gil_scoped_release release;
+    status = self.apply_gradients(parts, hypers_of(hypers), step, is_order_free, &rows);
+  }
+  return {status, rows};
+}
 
 void bind_host_store(nb::module_& m) {
   nb::enum_<Status>(m, "Status")
       .value("OK", Status::kOk)
       .value("OUT_OF_MEMORY", Status::kOutOfMemory)
+      .value("NO_WORKING_MEMORY", Status::kNoWorkingMemory)
+      .value("NO_THREADS", Status::kNoThreads)
+      .value("HALF_UPDATED", Status::kHalfUpdated)
       .value("TOO_MANY_ROWS", Status::kTooManyRows)
       .value("STALE_CURSOR", Status::kStaleCursor)
       .value("BAD_OFFSETS", Status::kBadOffsets)
@@ -109,6 +161,8 @@ void bind_host_store(nb::module_& m) {
   nb::class_<BufferPool>(m, "BufferPool")
       .def("__init__", [](BufferPool*) { throw nb::type_error("use buffer_pool()"); })
       .def("take_rows", [](BufferPool& pool, int64_t rows, int64_t columns) -> nb::object {
+        constexpr int64_t kMostBytes = std::numeric_limits<int64_t>::max() / int64_t{sizeof(float)};
+        check(rows >= 0 && columns >= 0 && (columns == 0 || rows <= kMostBytes / columns), "rows, columns: out of range");
         std::unique_ptr<BufferPool::Loan> loan = pool.take(static_cast<size_t>(rows * columns) * sizeof(float));
         if (!loan) return nb::none();
         float* const data = reinterpret_cast<float*>(loan->region.data());
@@ -119,11 +173,8 @@ void bind_host_store(nb::module_& m) {
   m.def("keep_freed_memory", &keep_freed_memory);
   m.def("buffer_pool", [] { return std::make_shared<BufferPool>(kMaxIdleBytes); });
 
-  nb::class_<PlanArrays>(m, "PoolingPlan")
-      .def(nb::init<std::vector<int64_t>, std::vector<uint32_t>, std::vector<uint8_t>, std::vector<int64_t>,
-                    std::vector<int64_t>, int64_t>(),
-           nb::arg("packed_feature"), nb::arg("table"), nb::arg("pooling"), nb::arg("max_keys"), nb::arg("column"),
-           nb::arg("stride"));
+  nb::class_<SharedPlan>(m, "PoolingPlan")
+      .def(nb::new_(&make_plan), "packed_feature"_a, "table"_a, "pooling"_a, "max_keys"_a, "column"_a, "stride"_a);
 
   nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing);
 
@@ -133,57 +184,55 @@ void bind_host_store(nb::module_& m) {
           [](HostStore* self, uint32_t dim, int value_type, uint32_t state_dim, uint32_t usage_dim, int optimizer,
              const std::vector<std::tuple<int, float, float, uint64_t, RetentionPolicy>>& tables, int num_threads,
              uint64_t max_bytes, const std::string& most_isa) {
+            check(dim >= 1 && dim <= kMostDim, "dim: out of range");
+            check(value_type >= 0 && value_type <= static_cast<int>(ValueType::kFloat16), "value_type: unknown");
+            check(optimizer >= 0 && optimizer <= static_cast<int>(OptimizerKind::kLamb), "optimizer: unknown");
+            check(state_dim == state_dim_of(static_cast<OptimizerKind>(optimizer), dim), "state_dim: not of the optimizer");
+            check(usage_dim <= 2, "usage_dim: 0, 1 or 2");
+            check(!tables.empty() && tables.size() <= kMaxTables, "tables: 1 to 65535");
+            check(num_threads >= 1, "num_threads: at least 1");
             std::vector<TableRules> rules;
             for (const auto& [kind, scale, state, seed, retention] : tables) {
+              check(usage_dim == 2 || !retention.by_uses, "usage_dim: 2 where rows leave by their uses");
+              check(usage_dim >= 1 || !retention.evicts, "usage_dim: at least 1 where rows leave");
               rules.push_back({{static_cast<InitializerKind>(kind), scale, state, seed}, retention});
             }
             new (self) HostStore(dim, static_cast<ValueType>(value_type), state_dim, usage_dim,
                                  static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes, most_isa);
+            if (!self->open()) {
+              self->~HostStore();
+              throw std::bad_alloc();
+            }
           },
           nb::kw_only(), "dim"_a, "value_type"_a, "state_dim"_a, "usage_dim"_a, "optimizer"_a, "tables"_a, "num_threads"_a, "max_bytes"_a,
           "most_isa"_a)
-      .def("open", &HostStore::open)
-      .def(
-          "pooled_lookup",
-          [](HostStore& self, const PlanArrays& plan, In<int64_t> keys, In<int64_t> offsets,
-             std::optional<In<float>> weights, int64_t batch_size, bool insert, OutRows out, Lookup& lookup) {
-            const nb::gil_scoped_release release;
-            return self.pooled_lookup(plan.plan(), packed(keys, offsets, weights, batch_size), insert, out.data(),
-                                      &lookup);
-          },
-          "plan"_a, "keys"_a, "offsets"_a, "weights"_a.none(), "batch_size"_a, "insert"_a, "out"_a, "lookup"_a)
-      .def(
-          "apply_gradients",
-          [](HostStore& self, const PlanArrays& plan,
-             const std::vector<
-                 std::tuple<Lookup*, In<int64_t>, In<int64_t>, std::optional<In<float>>, int64_t, InRows>>& gradients,
-             InRows hypers, uint64_t step, bool is_order_free) {
-            std::vector<LookupGradient> parts;
-            for (const auto& [lookup, keys, offsets, weights, batch_size, grad] : gradients) {
-              parts.push_back({lookup, packed(keys, offsets, weights, batch_size), grad.data()});
-            }
-            int64_t rows = 0;
-            Status status;
-            {
-              const nb::gil_scoped_release release;
-              status = self.apply_gradients(plan.plan(), parts, hypers_of(hypers), step, is_order_free, &rows);
-            }
-            return std::make_tuple(status, rows);
-          })
+      .def("pooled_lookup", &py_pooled_lookup, "plan"_a, "keys"_a.noconvert(), "offsets"_a.noconvert(),
+           "weights"_a.noconvert().none(), "batch_size"_a, "insert"_a, "out"_a.noconvert(), "lookup"_a)
+      .def("apply_gradients", &py_apply_gradients, "plan"_a, "gradients"_a.noconvert(), "hypers"_a.noconvert(), "step"_a,
+           "is_order_free"_a)
       .def(
           "find",
           [](HostStore& self, uint32_t table, In<int64_t> keys, bool insert, OutRows values, OutRows state,
              Out<bool> found) {
+            check_table(self, table);
+            check_rows(values, keys.size(), self.dim(), "values: expected [n, dim]");
+            check_rows(state, keys.size(), self.state_dim(), "state: expected [n, state_dim]");
+            check(found.size() == keys.size(), "found: expected [n]");
             const nb::gil_scoped_release release;
             return self.find(table, keys.data(), static_cast<int64_t>(keys.size()), insert, values.data(), state.data(),
                              found.data());
-          })
+          },
+          "table"_a, "keys"_a.noconvert(), "insert"_a, "values"_a.noconvert(), "state"_a.noconvert(), "found"_a.noconvert())
       .def(
           "insert_or_assign",
           [](HostStore& self, uint32_t table, In<int64_t> keys, InValues values, InRows state,
              std::optional<In<int64_t>> usage) {
             const ValueType type = values.itemsize() == bytes_of(ValueType::kFloat32) ? ValueType::kFloat32 : self.type();
             check_bytes(values, type);
+            check_table(self, table);
+            check_rows(values, keys.size(), self.dim(), "values: expected [n, dim]");
+            check_rows(state, keys.size(), self.state_dim(), "state: expected [n, state_dim]");
+            check(!usage || usage->size() == keys.size() * self.usage_dim(), "usage: expected [n * usage_dim]");
             int64_t inserted = 0;
             Status status;
             {
@@ -193,68 +242,134 @@ void bind_host_store(nb::module_& m) {
             }
             return std::make_tuple(status, inserted);
           },
-          "table"_a, "keys"_a, "values"_a, "state"_a, "usage"_a.none())
-      .def("erase",
-           [](HostStore& self, uint32_t table, In<int64_t> keys) {
-             const nb::gil_scoped_release release;
-             return self.erase(table, keys.data(), static_cast<int64_t>(keys.size()));
-           })
-      .def("export_batch",
-           [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, OutValues values,
-              OutRows state, Out<int64_t> usage) {
-             check_bytes(values, self.type());
-             int64_t rows = 0;
-             Status status;
-             {
-               const nb::gil_scoped_release release;
-               status = self.export_batch(table, &cursor, version, static_cast<int64_t>(keys.size()), keys.data(),
-                                          values.data(), state.data(), usage.data(), &rows);
-             }
-             return std::make_tuple(status, rows, cursor);
-           })
+          "table"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "state"_a.noconvert(), "usage"_a.noconvert().none())
+      .def(
+          "erase",
+          [](HostStore& self, uint32_t table, In<int64_t> keys) {
+            check_table(self, table);
+            int64_t erased = 0;
+            Status status;
+            {
+              const nb::gil_scoped_release release;
+              status = self.erase(table, keys.data(), static_cast<int64_t>(keys.size()), &erased);
+            }
+            return std::make_tuple(status, erased);
+          },
+          "table"_a, "keys"_a.noconvert())
+      .def(
+          "export_batch",
+          [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, OutValues values,
+             OutRows state, Out<int64_t> usage) {
+            check_bytes(values, self.type());
+            check_table(self, table);
+            check_rows(values, keys.size(), self.dim(), "values: expected [n, dim]");
+            check_rows(state, keys.size(), self.state_dim(), "state: expected [n, state_dim]");
+            check(usage.size() == keys.size() * self.usage_dim(), "usage: expected [n * usage_dim]");
+            int64_t rows = 0;
+            Status status;
+            {
+              const nb::gil_scoped_release release;
+              status = self.export_batch(table, &cursor, version, static_cast<int64_t>(keys.size()), keys.data(),
+                                         values.data(), state.data(), usage.data(), &rows);
+            }
+            return std::make_tuple(status, rows, cursor);
+          },
+          "table"_a, "cursor"_a, "version"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "state"_a.noconvert(),
+          "usage"_a.noconvert())
       .def("advance", &HostStore::advance, nb::call_guard<nb::gil_scoped_release>())
-      .def("num_candidates", &HostStore::num_candidates)
-      .def("export_candidates",
-           [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, Out<int64_t> counts) {
-             int64_t exported = 0;
-             const Status status = self.export_candidates(table, &cursor, version, static_cast<int64_t>(keys.size()),
-                                                          keys.data(), counts.data(), &exported);
-             return std::make_tuple(status, exported, cursor);
+      .def("num_candidates",
+           [](const HostStore& self, uint32_t table) {
+             check_table(self, table);
+             const nb::gil_scoped_release release;
+             return self.num_candidates(table);
            })
-      .def("import_candidates",
-           [](HostStore& self, uint32_t table, In<int64_t> keys, In<int64_t> counts) {
-             return self.import_candidates(table, keys.data(), counts.data(), static_cast<int64_t>(keys.size()));
+      .def(
+          "export_candidates",
+          [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, Out<int64_t> counts) {
+            check_table(self, table);
+            check(counts.size() == keys.size(), "counts: expected [n]");
+            int64_t exported = 0;
+            Status status;
+            {
+              const nb::gil_scoped_release release;
+              status = self.export_candidates(table, &cursor, version, static_cast<int64_t>(keys.size()), keys.data(),
+                                              counts.data(), &exported);
+            }
+            return std::make_tuple(status, exported, cursor);
+          },
+          "table"_a, "cursor"_a, "version"_a, "keys"_a.noconvert(), "counts"_a.noconvert())
+      .def(
+          "import_candidates",
+          [](HostStore& self, uint32_t table, In<int64_t> keys, In<int64_t> counts) {
+            check_table(self, table);
+            check(counts.size() == keys.size(), "counts: expected [n]");
+            const nb::gil_scoped_release release;
+            return self.import_candidates(table, keys.data(), counts.data(), static_cast<int64_t>(keys.size()));
+          },
+          "table"_a, "keys"_a.noconvert(), "counts"_a.noconvert())
+      .def(
+          "retention",
+          [](const HostStore& self, uint32_t table, Out<float> value, Out<float> state, Out<int64_t> numbers) {
+            check_retention(self, table, value.size(), state.size(), numbers.size());
+            const nb::gil_scoped_release release;
+            const RetentionNumbers now = self.retention(table, value.data(), state.data());
+            std::memcpy(numbers.data(), &now, sizeof(now));
+          },
+          "table"_a, "value"_a.noconvert(), "state"_a.noconvert(), "numbers"_a.noconvert())
+      .def(
+          "counters",
+          [](const HostStore& self, Out<int64_t> rows, Out<int64_t> candidates, Out<int64_t> numbers) {
+            const size_t tables = self.num_tables();
+            check(rows.size() == tables && candidates.size() == tables, "rows, candidates: expected [tables]");
+            check(numbers.size() == tables * kRetentionNumbers, "numbers: expected one of each, by table");
+            const nb::gil_scoped_release release;
+            self.counters(rows.data(), candidates.data(), reinterpret_cast<RetentionNumbers*>(numbers.data()));
+          },
+          "rows"_a.noconvert(), "candidates"_a.noconvert(), "numbers"_a.noconvert())
+      .def(
+          "set_retention",
+          [](HostStore& self, uint32_t table, In<float> value, In<float> state, In<int64_t> numbers) {
+            check_retention(self, table, value.size(), state.size(), numbers.size());
+            RetentionNumbers given;
+            std::memcpy(static_cast<void*>(&given), numbers.data(), sizeof(given));
+            const nb::gil_scoped_release release;
+            self.set_retention(table, given, value.data(), state.data());
+          },
+          "table"_a, "value"_a.noconvert(), "state"_a.noconvert(), "numbers"_a.noconvert())
+      .def("num_rows",
+           [](const HostStore& self, uint32_t table) {
+             check_table(self, table);
+             const nb::gil_scoped_release release;
+             return self.num_rows(table);
            })
-      .def("retention",
-           [](const HostStore& self, uint32_t table, Out<float> value, Out<float> state, Out<int64_t> numbers) {
-             const RetentionNumbers now = self.retention(table, value.data(), state.data());
-             static_assert(sizeof(now) == 10 * sizeof(int64_t));
-             std::memcpy(numbers.data(), &now, sizeof(now));
-           })
-      .def("counters",
-           [](const HostStore& self, Out<int64_t> rows, Out<int64_t> candidates, Out<int64_t> numbers) {
-             self.counters(rows.data(), candidates.data(), reinterpret_cast<RetentionNumbers*>(numbers.data()));
-           })
-      .def("set_retention",
-           [](HostStore& self, uint32_t table, In<float> value, In<float> state, In<int64_t> numbers) {
-             RetentionNumbers given;
-             std::memcpy(static_cast<void*>(&given), numbers.data(), sizeof(given));
-             self.set_retention(table, given, value.data(), state.data());
-           })
-      .def("num_rows", &HostStore::num_rows)
-      .def("longest_probe", &HostStore::longest_probe)
-      .def("row_slots",
-           [](const HostStore& self, uint32_t table, Out<uint32_t> slots) {
-             if (slots.size() != self.num_rows(table)) throw nb::value_error("slots must have num_rows(table) elements");
-             self.row_slots(table, slots.data());
-           })
+      .def("longest_probe", &HostStore::longest_probe, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "row_slots",
+          [](const HostStore& self, uint32_t table, Out<uint32_t> slots) {
+            check_table(self, table);
+            bool is_written;
+            {
+              const nb::gil_scoped_release release;
+              is_written = self.row_slots(table, slots.data(), slots.size());
+            }
+            check(is_written, "slots: expected [num_rows(table)]");
+          },
+          "table"_a, "slots"_a.noconvert())
       .def("check_invariants", &HostStore::check_invariants, nb::call_guard<nb::gil_scoped_release>())
       .def("memory",
            [](const HostStore& self) {
-             const StoreMemory m = self.memory();
+             StoreMemory m;
+             {
+               const nb::gil_scoped_release release;
+               m = self.memory();
+             }
              return std::make_tuple(m.rows, m.free_slots, m.slot_capacity, m.index_bytes, m.row_bytes);
            })
-      .def_prop_ro("content_version", &HostStore::content_version)
+      .def_prop_ro("content_version",
+                   [](const HostStore& self) {
+                     const nb::gil_scoped_release release;
+                     return self.content_version();
+                   })
       .def_prop_ro("isa", [](const HostStore& self) { return std::string(self.isa()); });
 }
 

@@ -29,14 +29,20 @@ namespace {
 
 using InArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 
+// Whether offsets [n + 1] rise from 0 or more to at most `end`.
+template <typename Offset>
+bool rise_to(const Offset* offsets, size_t n, size_t end) {
+  size_t falls = 0;
+  for (size_t i = 0; i < n; ++i) falls += offsets[i + 1] < offsets[i];
+  return falls == 0 && offsets[0] >= 0 && static_cast<size_t>(offsets[n]) <= end;
+}
+
 template <typename Offset>
 size_t num_strings(const In<Offset>& offsets, const In<uint8_t>& bytes) {
-  const size_t n = offsets.size();
-  if (n == 0) throw std::invalid_argument("offsets: at least one expected");
-  if (offsets(0) < 0 || static_cast<size_t>(offsets(n - 1)) > bytes.size()) {
-    throw std::invalid_argument("offsets: beyond the bytes");
-  }
-  return n - 1;
+  if (offsets.size() == 0) throw std::invalid_argument("offsets: at least one expected");
+  const size_t n = offsets.size() - 1;
+  if (!rise_to(offsets.data(), n, bytes.size())) throw std::invalid_argument("offsets: falling, or beyond the bytes");
+  return n;
 }
 
 template <typename Offset>
@@ -120,6 +126,8 @@ class PyJaggedWindow {
 
   Cut cut(const Places& places, int64_t batch, const Places* others, const std::vector<bool>& of_others) const {
     if (batch <= 0) throw std::invalid_argument("batch: must be positive");
+    check_found_here(places);
+    if (others) check_found_here(*others);
     if (others && (others->size() != places.size() || of_others.size() != window_.num_features())) {
       throw std::invalid_argument("others: as many as places, and of_others as many as features");
     }
@@ -151,6 +159,7 @@ class PyJaggedWindow {
   }
 
   nb::ndarray<nb::numpy> take(const Places& places, const std::vector<InArray>& parts) const {
+    check_found_here(places);
     if (parts.size() != window_.num_parts() || parts.empty()) {
       throw std::invalid_argument("parts: one for each part of the window");
     }
@@ -177,11 +186,18 @@ class PyJaggedWindow {
   }
 
  private:
+  void check_found_here(const Places& places) const {
+    if (places.window() != window_.number()) throw std::invalid_argument("places: found by another window");
+  }
+
   static std::vector<penstock::JaggedColumn> view(const std::vector<Column>& columns,
                                                   const std::vector<int64_t>& starts,
                                                   const std::vector<int64_t>& stops) {
     if (starts.size() != stops.size() || (starts.empty() ? !columns.empty() : columns.size() % starts.size() != 0)) {
       throw std::invalid_argument("JaggedWindow: columns, starts and stops do not fit");
+    }
+    for (size_t p = 0; p < starts.size(); ++p) {
+      if (starts[p] < 0 || starts[p] > stops[p]) throw std::invalid_argument("JaggedWindow: starts beyond stops");
     }
     // An empty array may have no address, which would read as no weights.
     static const float kNoWeight = 1;
@@ -190,10 +206,11 @@ class PyJaggedWindow {
     for (size_t c = 0; c < columns.size(); ++c) {
       const auto& [values, offsets, weights] = columns[c];
       const int64_t stop = stops[c / features];
-      const bool fits = starts[c / features] >= 0 && starts[c / features] <= stop &&
-                        static_cast<size_t>(stop) + (offsets ? 1 : 0) <= (offsets ? offsets->size() : values.size());
-      if (!fits || (offsets && static_cast<size_t>((*offsets)(stop)) > values.size())) {
-        throw std::invalid_argument("JaggedWindow: a column is shorter than its part");
+      const bool fits = static_cast<size_t>(stop) + (offsets ? 1 : 0) <= (offsets ? offsets->size() : values.size());
+      if (!fits) throw std::invalid_argument("JaggedWindow: a column is shorter than its part");
+      const size_t start = static_cast<size_t>(starts[c / features]);
+      if (offsets && !rise_to(offsets->data() + start, static_cast<size_t>(stop) - start, values.size())) {
+        throw std::invalid_argument("JaggedWindow: offsets fall, or go beyond the values");
       }
       const bool first_has = std::get<2>(columns[c % features]).has_value();
       if (weights.has_value() != first_has || (weights && weights->size() != values.size())) {
@@ -210,7 +227,8 @@ class PyJaggedWindow {
 };
 
 void check_bits(const In<uint8_t>& valid, size_t first_bit, size_t n) {
-  if (valid.size() * 8 < first_bit + n) throw std::invalid_argument("valid: too few bits");
+  const size_t bits = valid.size() * 8;
+  if (first_bit > bits || n > bits - first_bit) throw std::invalid_argument("valid: too few bits");
 }
 
 NewArray<int64_t> py_fill_missing(In<int64_t> values, In<uint8_t> valid, size_t first_bit, int64_t missing) {
@@ -240,6 +258,7 @@ std::tuple<nb::ndarray<nb::numpy, float, nb::ndim<2>>, int64_t, int64_t> py_tran
   for (const auto& [values, valid, first_bit, plan, position] : arrays) {
     if (valid) check_bits(*valid, first_bit, values.size());
     if (values.size() != rows) throw std::invalid_argument("values: not as many as rows");
+    if (plan == nullptr) throw std::invalid_argument("plan: none");
     if (position >= width || given[position]) throw std::invalid_argument("position: not each once, from 0");
     given[position] = true;
     columns.push_back({values.data(), number_type(values), valid ? valid->data() : nullptr, first_bit, plan, position});

@@ -1,6 +1,8 @@
 #include "buffer_pool.h"
 
 #include <algorithm>
+#include <mutex>
+#include <new>
 #include <utility>
 
 namespace penstock {
@@ -15,7 +17,7 @@ BufferPool::Loan::~Loan() { pool->give_back(std::move(region)); }
 std::unique_ptr<BufferPool::Loan> BufferPool::take(size_t bytes) {
   Region region;
   {
-    const std::lock_guard<std::mutex> guard(lock_);
+    const std::lock_guard<ForkSafeMutex> guard(lock_);
     // Up to twice the size wanted: batches of unequal size share regions, a small one does not pin a huge one.
     const auto it = idle_.lower_bound(bytes);
     if (it != idle_.end() && it->first <= 2 * std::max(bytes, kLeastBytes)) {
@@ -28,12 +30,16 @@ std::unique_ptr<BufferPool::Loan> BufferPool::take(size_t bytes) {
   return std::unique_ptr<Loan>(new Loan{shared_from_this(), std::move(region)});
 }
 
-void BufferPool::give_back(Region region) {
-  const std::lock_guard<std::mutex> guard(lock_);
+void BufferPool::give_back(Region region) noexcept {
+  const std::lock_guard<ForkSafeMutex> guard(lock_);
   if (idle_bytes_ + region.committed() > max_idle_bytes_) return;
   const size_t size = region.committed();
-  idle_bytes_ += size;
-  idle_.emplace(size, std::move(region));
+  try {
+    idle_.emplace(size, std::move(region));
+    idle_bytes_ += size;
+  } catch (const std::bad_alloc&) {
+    // Then it goes back to the system.
+  }
 }
 
 }  // namespace penstock

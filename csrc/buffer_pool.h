@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <map>
 #include <memory>
-#include <mutex>
 
+#include "fork.h"
 #include "memory.h"
 
 namespace penstock {
@@ -25,10 +25,10 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
   std::unique_ptr<Loan> take(size_t bytes);
 
  private:
-  void give_back(Region region);
+  void give_back(Region region) noexcept;
 
   const size_t max_idle_bytes_;
-  std::mutex lock_;
+  ForkSafeMutex lock_;
   std::multimap<size_t, Region> idle_;
   size_t idle_bytes_ = 0;
 };

@@ -1,14 +1,20 @@
 #include "host_store.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <new>
 
 namespace penstock {
 namespace {
 
 constexpr int64_t kMinUnitKeys = 2048;     // fewer keys are not worth another pass over a table's slots
 constexpr int64_t kMaxUnitKeys = 16384;    // the grouping of more keys leaves the L2 cache
+constexpr int64_t kMostParts = 32;         // of a table: more passes over its slots take longer than a grouping in the L3 cache
 constexpr size_t kMostSummed = 2 * kMaxUnitKeys;  // a key that is most of a batch makes a larger unit, and few sums
+constexpr size_t kMaxIdleLookupBytes = size_t{256} << 20;
+
+std::atomic<uint64_t> stores_made{0};
 
 template <typename T>
 void ensure_size(std::vector<T>& v, size_t size) {
@@ -36,9 +42,11 @@ HostStore::HostStore(uint32_t dim, ValueType type, uint32_t state_dim, uint32_t 
       candidate_thresholds_(tables.size()),
       number_of_table_(tables.size(), kNoNumber),
       follows_(tables.size(), true),
+      number_(stores_made.fetch_add(1) + 1),
       pool_(num_threads),
       shards_(kNumShards),
-      scratch_(num_threads) {
+      scratch_(num_threads),
+      lookup_memory_(std::make_shared<BufferPool>(kMaxIdleLookupBytes)) {
   uint64_t most_entries = 0;
   for (const TableRules& table : tables) {
     initializers_.push_back(table.initializer);
@@ -68,6 +76,31 @@ bool HostStore::open() {
     std::fill_n(rows().state(default_slots_[table]), state_dim_, initializers_[table].state);
   }
   return true;
+}
+
+// After a call that was given up somewhere. An entry of the index, its slot and its place in a list are made and given up
+// together, but not all that is counted of them, and what belongs to the call may be left. Slots that were not given back yet
+// stay in the lists of freed ones, for the next call that does so.
+void HostStore::recount() noexcept {
+  ++erase_version_;
+  content_changed();
+  for (std::atomic<uint64_t>& rows : rows_of_table_) rows.store(0, std::memory_order_relaxed);
+  std::fill(candidates_of_table_.begin(), candidates_of_table_.end(), 0);
+  const Entry* const entries = index_.view().entries;
+  for (uint64_t i = 0; i < index_.capacity() * kNumShards; ++i) {
+    if (entries[i].is_empty()) continue;
+    const uint32_t table = entries[i].table();
+    if (entries[i].is_candidate()) {
+      ++candidates_of_table_[table];
+    } else {
+      ++rows_of_table_[table];
+    }
+  }
+  for (ThreadScratch& scratch : scratch_) scratch.tallies.clear();
+  std::fill(row_thresholds_.begin(), row_thresholds_.end(), Threshold{});
+  std::fill(candidate_thresholds_.begin(), candidate_thresholds_.end(), Threshold{});
+  std::fill(number_of_table_.begin(), number_of_table_.end(), kNoNumber);
+  std::fill(in_use_bits_.begin(), in_use_bits_.end(), 0);
 }
 
 bool HostStore::commit_slots(uint64_t slots) {
@@ -174,30 +207,35 @@ Status HostStore::insert_misses(Insert insert, const std::vector<SlotSpan>& in_u
 }
 
 Status HostStore::insert_by_shard(const std::function<Status(uint32_t, int)>& insert) {
-  std::vector<Status> status(kNumShards);
-  for (;;) {
-    pool_.run(kNumShards, [&](int64_t shard, int thread) { status[shard] = insert(static_cast<uint32_t>(shard), thread); });
-    bool is_full = false;
-    for (const Status s : status) {
-      if (s != Status::kOk && s != Status::kIndexFull) return s;
-      is_full |= s == Status::kIndexFull;
+  // No exception leaves this: what has been inserted is for the caller to note.
+  try {
+    std::vector<Status> status(kNumShards);
+    for (;;) {
+      pool_.run(kNumShards, [&](int64_t shard, int thread) { status[shard] = insert(static_cast<uint32_t>(shard), thread); });
+      bool is_full = false;
+      for (const Status s : status) {
+        if (s != Status::kOk && s != Status::kIndexFull) return s;
+        is_full |= s == Status::kIndexFull;
+      }
+      if (!is_full) return Status::kOk;
+      if (!index_.grow(pool_, growth_)) return Status::kOutOfMemory;
     }
-    if (!is_full) return Status::kOk;
-    if (!index_.grow(pool_, growth_)) return Status::kOutOfMemory;
+  } catch (const std::bad_alloc&) {
+    return Status::kNoWorkingMemory;
   }
 }
 
-Status HostStore::refresh(const PoolingPlan& plan, LookupGradient& gradient) {
+Status HostStore::refresh(LookupGradient& gradient) {
   // Rows that were erased since the look-up begin anew; those of tables with rules may have been evicted, and stay away.
   Lookup& lookup = *gradient.lookup;
   if (lookup.erase_version == erase_version_ && lookup.num_missing == 0) return Status::kOk;
+  const PoolingPlan plan = lookup.plan->view();
   for (ThreadScratch& scratch : scratch_) scratch.misses.clear();
-  std::vector<uint32_t> before;
-  if (retains_) before = lookup.slots;
+  // Beside those of before, so that nothing has changed if there is no memory.
+  std::vector<uint32_t> slots(static_cast<size_t>(lookup.num_keys));
+  std::vector<int64_t> dropped(policies_.size());
   const Tile everything{0, plan.num_features, 0, gradient.batch.batch_size};
-  find_tile(plan, gradient.batch, everything, lookup.slots.data(), scratch_[0]);
-  lookup.erase_version = erase_version_;
-  lookup.num_missing = 0;
+  find_tile(plan, gradient.batch, everything, slots.data(), scratch_[0]);
   std::vector<Miss>& misses = scratch_[0].misses;
   if (retains_) {
     for (int64_t f = 0; f < plan.num_features; ++f) {
@@ -205,17 +243,25 @@ Status HostStore::refresh(const PoolingPlan& plan, LookupGradient& gradient) {
       if (default_slot == kNoSlot) continue;
       const int64_t bag = plan.packed_feature[f] * gradient.batch.batch_size;
       for (int64_t i = gradient.batch.begin(bag), end = gradient.batch.begin(bag + gradient.batch.batch_size); i < end; ++i) {
-        if (before[i] == default_slot) lookup.slots[i] = default_slot;
+        if (lookup.slots[i] == default_slot) slots[i] = default_slot;
       }
     }
     const auto stays_away = [&](const Miss& miss) {
       if (!policies_[miss.table].retains) return false;
-      retention_[miss.table].dropped += *miss.slot == kNoSlot;
+      dropped[miss.table] += *miss.slot == kNoSlot;
       return true;
     };
     misses.erase(std::remove_if(misses.begin(), misses.end(), stays_away), misses.end());
   }
-  return misses.empty() ? Status::kOk : insert_misses(Insert::kAdmitted, {});
+  if (!misses.empty()) {
+    const Status status = insert_misses(Insert::kAdmitted, {});
+    if (status != Status::kOk) return status;
+  }
+  for (size_t table = 0; table < dropped.size(); ++table) retention_[table].dropped += dropped[table];
+  std::copy(slots.begin(), slots.end(), lookup.slots);
+  lookup.erase_version = erase_version_;
+  lookup.num_missing = 0;
+  return Status::kOk;
 }
 
 std::vector<HostStore::Unit> HostStore::update_units(const PoolingPlan& plan,
@@ -241,9 +287,11 @@ std::vector<HostStore::Unit> HostStore::update_units(const PoolingPlan& plan,
     keys.push_back(count);
   }
   const int64_t unit_keys = std::clamp<int64_t>(total / (int64_t{4} * num_threads()), kMinUnitKeys, kMaxUnitKeys);
+  // Each part goes over all keys of its table.
+  const int64_t most_parts = std::max<int64_t>(kMostParts, int64_t{4} * num_threads());
   const size_t tables = units.size();
   for (size_t i = 0; i < tables; ++i) {
-    units[i].parts = static_cast<uint32_t>((keys[i] + unit_keys - 1) / unit_keys);
+    units[i].parts = static_cast<uint32_t>(std::min((keys[i] + unit_keys - 1) / unit_keys, most_parts));
     for (uint32_t part = 1; part < units[i].parts; ++part) {
       units.push_back(units[i]);
       units.back().part = part;
@@ -266,7 +314,7 @@ int64_t HostStore::collect_occurrences(const PoolingPlan& plan, const std::vecto
     next += (slot != kNoSlot) & ((uint64_t{slot * 0x9E3779B1u} * unit.parts) >> 32 == unit.part);
   };
   for (const auto& [lookup, batch, grad] : gradients) {
-    const uint32_t* const slots = lookup->slots.data();
+    const uint32_t* const slots = lookup->slots;
     for (int64_t i = unit.first; i < unit.last; ++i) {
       const int64_t f = plan.by_table[i];
       const int64_t first_bag = plan.packed_feature[f] * batch.batch_size;
@@ -318,27 +366,45 @@ UpdateScratch HostStore::update_scratch(size_t count, ThreadScratch& scratch) co
           scratch.order.data(),      hash_size,                sums};
 }
 
-Status HostStore::apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients,
-                                  const Hyper* hypers, uint64_t step, bool is_order_free, int64_t* rows_updated) {
-  const std::lock_guard<std::mutex> guard(call_);
+Status HostStore::apply_gradients(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step,
+                                  bool is_order_free, int64_t* rows_updated) {
+  *rows_updated = 0;
+  if (gradients.empty()) return Status::kOk;
+  return call([&] { return update(gradients, hypers, step, is_order_free, rows_updated); });
+}
+
+Status HostStore::update(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step, bool is_order_free,
+                         int64_t* rows_updated) {
+  const PoolingPlan plan = gradients.front().lookup->plan->view();
   for (LookupGradient& gradient : gradients) {
-    gradient.batch.is_one_hot = gradient.lookup->is_one_hot;
-    const Status status = refresh(plan, gradient);
+    const Status status = refresh(gradient);
     if (status != Status::kOk) return status;
   }
   const std::vector<Unit> units = update_units(plan, gradients);
   for (ThreadScratch& scratch : scratch_) scratch.rows = 0;
-  pool_.run(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
-    ThreadScratch& scratch = scratch_[thread];
-    const int64_t count = collect_occurrences(plan, gradients, units[unit], &scratch.occurrences);
-    if (count == 0) return;
-    const UpdateScratch working = update_scratch(static_cast<size_t>(count), scratch);
-    const int64_t updated = kernels_.update(rows(), scratch.occurrences.data(), count, hypers[units[unit].table],
-                                            step_seed(step), is_order_free, working);
-    if (usage_dim_ != 0) mark_used(scratch.unique_slot.data(), updated, units[unit].table);
-    scratch.rows += updated;
-  });
-  *rows_updated = 0;
+  uint64_t keys = 0;
+  for (const LookupGradient& gradient : gradients) keys += static_cast<uint64_t>(gradient.batch.num_keys);
+  const int sum_bits = is_order_free ? sum_bits_of(keys) : 0;
+  ++content_version_;
+  std::atomic<bool> has_begun{false};
+  try {
+    pool_.run(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
+      ThreadScratch& scratch = scratch_[thread];
+      const int64_t count = collect_occurrences(plan, gradients, units[unit], &scratch.occurrences);
+      if (count == 0) return;
+      const UpdateScratch working = update_scratch(static_cast<size_t>(count), scratch);
+      has_begun.store(true, std::memory_order_relaxed);
+      const int64_t updated = kernels_.update(rows(), scratch.occurrences.data(), count, hypers[units[unit].table],
+                                              step_seed(step), sum_bits, working);
+      if (usage_dim_ != 0) mark_used(scratch.unique_slot.data(), updated, units[unit].table);
+      scratch.rows += updated;
+    });
+  } catch (const std::bad_alloc&) {
+    if (!has_begun) throw;
+    for (const LookupGradient& gradient : gradients) gradient.lookup->is_applied = true;
+    return Status::kHalfUpdated;
+  }
+  for (const LookupGradient& gradient : gradients) gradient.lookup->is_applied = true;
   for (const ThreadScratch& scratch : scratch_) *rows_updated += scratch.rows;
   return Status::kOk;
 }

@@ -1,8 +1,9 @@
 // Rows by (table, key) in this machine's memory: an index and two arenas (values, optimizer states), for all tables of
 // one row layout.
 //
-// Calls may come from any thread, one at a time (a lock sees to it); inside a call the work is split over the pool's
-// threads: rows and index shards have one owner each, so there are no locks on the way.
+// Calls may come from any thread, one at a time (a lock sees to it, which a fork of the process waits for); inside a call the
+// work is split over the pool's threads: rows and index shards have one owner each, so there are no locks on the way. A call
+// that runs out of memory says so, and leaves the store whole.
 #pragma once
 
 #include <atomic>
@@ -10,22 +11,30 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
+#include "buffer_pool.h"
+#include "fork.h"
 #include "index.h"
 #include "key_list.h"
 #include "memory.h"
 #include "retention.h"
 #include "row_kernels.h"
+#include "shared_plan.h"
 #include "thread_pool.h"
 
 namespace penstock {
 
 enum class Status {
   kOk,
-  kOutOfMemory,   // the system gave no memory; what was done before stays done
+  kOutOfMemory,   // the system gave no memory for rows; what was done before stays done
+  kNoWorkingMemory,  // nor for what a call needs on its way; rows that it made stay
+  kNoThreads,        // the system starts no more of them
+  kHalfUpdated,      // no working memory when some rows had taken the step already
   kTooManyRows,   // 2^32 - 1 rows in one store
   kStaleCursor,   // the store changed while it was exported
   kBadOffsets,    // offsets do not rise from 0 to the number of keys
@@ -35,17 +44,33 @@ enum class Status {
   kOverBudget,    // a table holds fewer rows than it was told to take
 };
 
-// What apply_gradients needs of a look-up: where each key's row is.
+// What apply_gradients needs of a look-up: where each key's row is, and the batch: copies, so that the caller may do with his
+// arrays as he likes. Arrays are by position in the packed keys; only the plan's features are filled.
 struct Lookup {
-  std::vector<uint32_t> slots;  // [N] by position in the packed keys; only the plan's features are filled
+  std::shared_ptr<const SharedPlan> plan;
+  uint64_t store = 0;  // number of the one that made it; 0: none yet
+  int64_t batch_size = 0;
+  int64_t num_features = 0;
+  int64_t num_keys = 0;
+  uint32_t* slots = nullptr;         // [N]
+  int64_t* keys = nullptr;           // [N]
+  float* weights = nullptr;          // [N]; null: all 1
+  int64_t* offsets = nullptr;        // [F * B + 1]; null: every bag holds one key
   uint64_t erase_version = 0;  // slots hold as long as no row was erased since
-  bool is_one_hot = false;
   int64_t num_missing = 0;  // keys read without a row (insert == false)
+  bool is_applied = false;
+  std::unique_ptr<BufferPool::Loan> memory;  // of the arrays
+
+  PackedKeys batch() const {
+    return {keys, offsets, batch_size, num_features, num_keys, weights, offsets == nullptr};
+  }
 };
+
+constexpr uint64_t kMostUpdateKeys = (uint64_t{1} << 31) - 1;  // of all look-ups of one update
 
 struct LookupGradient {
   Lookup* lookup;
-  PackedKeys batch;
+  PackedKeys batch;  // the look-up's own
   const float* grad;  // [B, plan.stride]
 };
 
@@ -74,14 +99,18 @@ class HostStore {
   bool open();
 
   // Pools the batch into out [B, plan.stride]. With `insert`, absent keys get rows, where admitted; without, they read as
-  // initial values or the default row.
-  Status pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool insert, float* out, Lookup* lookup);
+  // initial values or the default row. The plan must fit (see SharedPlan::fits); the batch is copied into the look-up, and its
+  // arrays are looked at but once.
+  Status pooled_lookup(std::shared_ptr<const SharedPlan> plan, const PackedKeys& batch, bool insert, float* out,
+                       Lookup* lookup);
 
   // One optimizer step on every row that the look-ups touched, on the sum of its gradients; rows: how many. With
   // is_order_free the bits do not depend on the order of the samples either.
-  // Values of two bytes are rounded by the number of the step.
-  Status apply_gradients(const PoolingPlan& plan, std::vector<LookupGradient>& gradients, const Hyper* hypers,
-                         uint64_t step, bool is_order_free, int64_t* rows);
+  // Values of two bytes are rounded by the number of the step. The look-ups are of this store and of one plan, none of them
+  // applied yet; but for kHalfUpdated an error changes none of their rows.
+  Status apply_gradients(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step, bool is_order_free,
+                         int64_t* rows);
+  bool made(const Lookup& lookup) const { return lookup.store == number_; }
 
   // values [n, dim] and state [n, state_dim]; absent keys read as initial or as the default row. found[i]: the row was there
   // before the call.
@@ -93,7 +122,7 @@ class HostStore {
   Status insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, ValueType type, const void* values,
                           const float* state, const int64_t* usage, int64_t* inserted);
 
-  int64_t erase(uint32_t table, const int64_t* keys, int64_t count);
+  Status erase(uint32_t table, const int64_t* keys, int64_t count, int64_t* erased);
 
   // Copies up to max_rows rows of a table from *cursor on (0 at first) and moves it; ends when it returns 0 rows.
   // Values come in the store's type. kStaleCursor: content_version() is not `version` any more.
@@ -104,10 +133,10 @@ class HostStore {
   Status export_candidates(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_keys, int64_t* keys,
                            int64_t* counts, int64_t* exported);
   Status import_candidates(uint32_t table, const int64_t* keys, const int64_t* counts, int64_t count);
-  uint64_t num_candidates(uint32_t table) const { return candidates_of_table_[table]; }
+  uint64_t num_candidates(uint32_t table) const;
 
   // Moves the time on. Rows beyond their ttl leave, counts are halved. Costs what is due, not what there is.
-  void advance(uint64_t step, uint64_t seconds);
+  Status advance(uint64_t step, uint64_t seconds);
 
   // What a table remembers besides; value [dim] and state [state_dim] of its default row.
   RetentionNumbers retention(uint32_t table, float* value, float* state) const;
@@ -115,18 +144,22 @@ class HostStore {
   void counters(int64_t* rows, int64_t* candidates, RetentionNumbers* numbers) const;
   void set_retention(uint32_t table, const RetentionNumbers& numbers, const float* value, const float* state);
 
-  // Rises with every call that adds or removes rows.
-  uint64_t content_version() const { return content_version_; }
+  // Rises with every call that adds, removes or changes rows or counts: exports across it are torn.
+  uint64_t content_version() const;
 
   uint64_t num_rows(uint32_t table) const { return rows_of_table_[table].load(std::memory_order_relaxed); }
 
-  // Where the table's rows are, in the order of the index: slots [num_rows].
-  void row_slots(uint32_t table, uint32_t* slots) const;
+  // Where the table's rows are, in the order of the index. False: there are not `count` of them.
+  bool row_slots(uint32_t table, uint32_t* slots, size_t count) const;
   StoreMemory memory() const;
-  uint64_t longest_probe() const { return index_.longest_probe(); }
+  uint64_t longest_probe() const;
   const char* isa() const { return isa_; }
   ValueType type() const { return type_; }
   int num_threads() const { return pool_.num_threads(); }
+  size_t num_tables() const { return initializers_.size(); }
+  uint32_t dim() const { return dim_; }
+  uint32_t state_dim() const { return state_dim_; }
+  uint32_t usage_dim() const { return usage_dim_; }
 
   // Empty, or what is wrong: every entry reachable, slots used once, rows + free slots = slots handed out.
   std::string check_invariants() const;
@@ -281,7 +314,35 @@ class HostStore {
     int64_t last;
   };
 
+  // One call: alone, with empty lists, and whole again if it runs out of memory on its way.
+  template <typename Body>
+  Status call(const Body& body) {
+    const std::lock_guard<ForkSafeMutex> guard(call_);
+    for (ThreadScratch& scratch : scratch_) {
+      scratch.misses.clear();
+      scratch.chunk->count = 0;
+    }
+    Status status;
+    try {
+      status = body();
+    } catch (const std::bad_alloc&) {
+      status = Status::kNoWorkingMemory;
+    } catch (const std::system_error&) {
+      status = Status::kNoThreads;
+    }
+    if (status == Status::kNoWorkingMemory || status == Status::kNoThreads) recount();
+    return status;
+  }
+  void recount() noexcept;
+
   // host_store_lookup.cc
+  Status look_up(const PoolingPlan& plan, const PackedKeys& given, bool insert, float* out, Lookup* lookup);
+  Status take_batch(const PoolingPlan& plan, const PackedKeys& given, Lookup* lookup);
+  bool is_one_hot(const PackedKeys& given);
+  Status take_offsets(const PackedKeys& given, int64_t* offsets);
+  bool take_weights(const PackedKeys& given, float* weights);
+  static void take_keys(const PoolingPlan& plan, const PackedKeys& batch, const int64_t* given, const Tile& tile,
+                        int64_t* keys);
   void find_tile(const PoolingPlan& plan, const PackedKeys& batch, const Tile& tile, uint32_t* slots,
                  ThreadScratch& scratch);
   // Finds and pools in one pass, where each bag is one key: no other wait for a row than that of the machine.
@@ -294,6 +355,14 @@ class HostStore {
   void flush(ThreadScratch& scratch);
   static void note_misses(const uint64_t* keys, int64_t count, uint32_t table, uint32_t* slots, ThreadScratch& scratch);
   enum class Insert { kNever, kAdmitted, kAll };
+  Status read(uint32_t table, const int64_t* keys, int64_t count, bool insert, float* values, float* state, bool* found);
+  Status assign(uint32_t table, const int64_t* keys, int64_t count, ValueType type, const void* values, const float* state,
+                const int64_t* usage, int64_t* inserted);
+  Status copy_counts(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_keys, int64_t* keys, int64_t* counts,
+                     int64_t* exported);
+  Status count_keys(uint32_t table, const int64_t* keys, const int64_t* counts, int64_t count);
+  Status copy_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys, void* values,
+                    float* state, int64_t* usage, int64_t* rows);
   Status locate(uint32_t table, const int64_t* keys, int64_t count, Insert insert, std::vector<uint32_t>* slots);
   std::vector<int64_t> sort_misses();
   // Gives rows to the keys that were not found. in_use: slots that must not be evicted for them.
@@ -334,6 +403,7 @@ class HostStore {
   void remove_keys(std::vector<std::vector<Leaver>>& of_tables);
   template <typename Judge, typename Settle>
   void sweep(const std::vector<uint32_t>& tables, const Judge& judge, const Settle& settle);
+  void move_time(uint64_t step, uint64_t seconds);
   void judge_time(uint32_t table, int64_t step, int64_t seconds, std::vector<uint32_t>* expiring,
                   std::vector<std::pair<uint32_t, uint32_t>>* halvings);
   void find_next_events();
@@ -351,19 +421,18 @@ class HostStore {
   bool is_in_order(uint32_t table) const;
   void order_for_export(uint32_t table);
 
+  Status update(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step, bool is_order_free, int64_t* rows);
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
   // Returns how many there are; the vector may be longer.
   int64_t collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
                               std::vector<Occurrence>* occurrences) const;
   UpdateScratch update_scratch(size_t count, ThreadScratch& scratch) const;
-  bool classify(PackedKeys* batch);
-  bool has_finite_weights(const PackedKeys& batch);
   // Into values of the given type: the store's, or fp32.
   void copy_rows(const uint32_t* slots, int64_t count, ValueType type, void* values, float* state);
   uint64_t extent_rows() const;  // slots that a shard takes at a time
   uint32_t first_owner(uint32_t slot) const { return first_owners_[(slot - num_defaults_) / kLeastExtent]; }
   Status take_slot(uint32_t shard_number, uint32_t* slot);
-  Status refresh(const PoolingPlan& plan, LookupGradient& gradient);
+  Status refresh(LookupGradient& gradient);
   std::vector<Tile> lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const;
   bool commit_slots(uint64_t slots);
   Rows rows() const {
@@ -399,7 +468,8 @@ class HostStore {
   int64_t next_second_ = 0;
   std::vector<uint32_t> full_tables_;  // whose counts are halved at the next step
 
-  mutable std::mutex call_;
+  const uint64_t number_;  // of all stores of the process
+  mutable ForkSafeMutex call_;
   ThreadPool pool_;
   Index index_;
   Region values_;
@@ -417,6 +487,7 @@ class HostStore {
   std::vector<Miss> sorted_misses_;
   std::vector<std::vector<Newcomer>> newcomers_ = std::vector<std::vector<Newcomer>>(kNumShards);
   std::vector<TileMisses> tile_misses_;
+  std::shared_ptr<BufferPool> lookup_memory_;
 };
 
 }  // namespace penstock

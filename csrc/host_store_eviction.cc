@@ -3,6 +3,7 @@
 // A table is looked through by its list of keys, many tables and the parts of long ones side by side. Keys that leave are
 // then taken out of the index, whose shards threads own one at a time.
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <utility>
 
@@ -36,7 +37,6 @@ void HostStore::tidy(uint32_t table) {
     std::sort(keys.begin(), keys.end());
     keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
     listed.keys.clear();
-    listed.keys.reserve(keys.size());
     for (const uint64_t key : keys) listed.keys.push_back(key);
   }
   for (uint64_t i = listed.keys.size(); i-- > 0;) {
@@ -90,7 +90,11 @@ void HostStore::each_entry(uint32_t table, uint64_t first, uint64_t last, uint64
 
 Status HostStore::export_candidates(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_keys, int64_t* keys,
                                     int64_t* counts, int64_t* exported) {
-  const std::lock_guard<std::mutex> guard(call_);
+  return call([&] { return copy_counts(table, cursor, version, max_keys, keys, counts, exported); });
+}
+
+Status HostStore::copy_counts(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_keys, int64_t* keys,
+                              int64_t* counts, int64_t* exported) {
   if (version != content_version_) return Status::kStaleCursor;
   *exported = 0;
   if (!is_listed(table)) return Status::kOk;
@@ -110,7 +114,7 @@ Status HostStore::export_candidates(uint32_t table, uint64_t* cursor, uint64_t v
 }
 
 void HostStore::remove_keys(std::vector<std::vector<Leaver>>& of_tables) {
-  // By shard.
+  // All memory is taken before the first key leaves. By shard.
   std::vector<uint64_t> begin(kNumShards + 1), next(kNumShards);
   const auto shard_of = [this](const Leaver& leaver) { return Index::shard_of(index_.hash(leaver.key, leaver.table)); };
   for (const std::vector<Leaver>& leavers : of_tables) {
@@ -118,16 +122,18 @@ void HostStore::remove_keys(std::vector<std::vector<Leaver>>& of_tables) {
   }
   for (uint32_t shard = 0; shard < kNumShards; ++shard) next[shard] = begin[shard + 1] += begin[shard];
   std::vector<std::pair<uint64_t, uint32_t>> keys(begin.back());
+  std::vector<uint32_t>& freed = scratch_[0].freed;
+  const size_t freed_before = freed.size();
   for (const std::vector<Leaver>& leavers : of_tables) {
     for (const Leaver& leaver : leavers) keys[--next[shard_of(leaver)]] = {leaver.key, leaver.table};
   }
-  pool_.run(static_cast<int64_t>(of_tables.size()), [&](int64_t number, int) {
+  const std::function<void(int64_t, int)> remove_from_list = [&](int64_t number, int) {
     std::vector<Leaver>& leavers = of_tables[number];
     // From the end, so that the keys which take the places of those removed stay.
     std::sort(leavers.begin(), leavers.end(), [](const Leaver& a, const Leaver& b) { return a.position > b.position; });
     for (const Leaver& leaver : leavers) listed_[leaver.table].keys.remove(leaver.position);
-  });
-  pool_.run(kNumShards, [&](int64_t shard, int thread) {
+  };
+  const std::function<void(int64_t, int)> erase_from_shard = [&](int64_t shard, int) {
     constexpr uint64_t kAhead = 8;
     const IndexView index = index_.view();
     for (uint64_t i = begin[shard]; i < begin[shard + 1]; ++i) {
@@ -137,10 +143,14 @@ void HostStore::remove_keys(std::vector<std::vector<Leaver>>& of_tables) {
       }
       const auto [key, table] = keys[i];
       Entry* const entry = index_.find(key, table, index.hash(key, table));
-      if (entry->slot() != kNoSlot) scratch_[thread].freed.push_back(entry->slot());
+      freed[freed_before + i] = entry->slot();
       index_.erase(entry);
     }
-  });
+  };
+  freed.resize(freed_before + begin.back(), kNoSlot);
+  pool_.run(static_cast<int64_t>(of_tables.size()), remove_from_list);
+  pool_.run(kNumShards, erase_from_shard);
+  std::erase(freed, kNoSlot);
   bool has_rows = false;
   for (const std::vector<Leaver>& leavers : of_tables) {
     for (const Leaver& leaver : leavers) {
@@ -298,9 +308,15 @@ int64_t HostStore::step_of(uint32_t table) const {
   return follows_[table] ? std::max(own, clock_step_) : own;
 }
 
-void HostStore::advance(uint64_t step_now, uint64_t seconds_now) {
-  if (!retains_) return;
-  const std::lock_guard<std::mutex> guard(call_);
+Status HostStore::advance(uint64_t step, uint64_t seconds) {
+  if (!retains_) return Status::kOk;
+  return call([&] {
+    move_time(step, seconds);
+    return Status::kOk;
+  });
+}
+
+void HostStore::move_time(uint64_t step_now, uint64_t seconds_now) {
   const int64_t step = static_cast<int64_t>(std::min<uint64_t>(step_now, kNever / 2));
   const int64_t seconds = static_cast<int64_t>(std::min<uint64_t>(seconds_now, kMaxTime));
   std::vector<uint32_t> expiring;
@@ -424,7 +440,9 @@ void HostStore::halve_counts(const std::vector<std::pair<uint32_t, uint32_t>>& h
     leavers->push_back({place, entry.key, position, part.table, kNoSlot, entry.count() >> halvings[part.due].second});
   };
   const auto settle = [&](const Stretch& part, std::vector<Leaver>* leavers) {
-    for (const Leaver& counted : *leavers) entries[counted.rank].meta = Entry::pack_candidate(part.table, counted.age);
+    for (const Leaver& counted : *leavers) {
+      if (counted.age != 0) entries[counted.rank].meta = Entry::pack_candidate(part.table, counted.age);
+    }
     std::erase_if(*leavers, [](const Leaver& counted) { return counted.age != 0; });
   };
   sweep(tables, judge, settle);

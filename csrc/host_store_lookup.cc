@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <new>
+#include <utility>
 
 namespace penstock {
 namespace {
@@ -13,48 +15,13 @@ constexpr int64_t kTileBytes = 256 << 10;  // rows of one tile: found and prefet
 constexpr size_t kStreamBytes = 1 << 20;  // an output larger than this will not stay in the caches anyway
 constexpr int64_t kMinRun = 64;  // keys of one table that are worth a pass of their own; fewer go with those of others
 constexpr float kLargestFloat = std::numeric_limits<float>::max();
+constexpr int64_t kBagsPerTask = 1 << 15;
+constexpr int64_t kKeysPerTask = 1 << 16;
 
-}  // namespace
-
-bool HostStore::classify(PackedKeys* batch) {
-  const int64_t bags = batch->num_bags();
-  if (batch->offsets[0] != 0 || batch->offsets[bags] != batch->num_keys) return false;
-  constexpr int64_t kBagsPerTask = 1 << 15;
-  std::atomic<bool> is_rising{true}, is_one_hot{true};
-  pool_.run((bags + kBagsPerTask - 1) / kBagsPerTask, [&](int64_t task, int) {
-    const int64_t first = task * kBagsPerTask, last = std::min(first + kBagsPerTask, bags);
-    // Most often every bag so far holds one key, which takes no comparison of 64-bit numbers to see.
-    int64_t differences = batch->offsets[last] ^ last;
-    for (int64_t bag = first; bag < last; ++bag) differences |= batch->offsets[bag] ^ bag;
-    if (differences == 0) return;
-    int64_t falls = 0, others = 0;
-    for (int64_t bag = first; bag < last; ++bag) {
-      const int64_t size = batch->offsets[bag + 1] - batch->offsets[bag];
-      falls += size < 0;
-      others += size != 1;
-    }
-    if (falls != 0) is_rising = false;
-    if (others != 0) is_one_hot = false;
-  });
-  batch->is_one_hot = is_one_hot;
-  return is_rising;
-}
-
-bool HostStore::has_finite_weights(const PackedKeys& batch) {
-  if (batch.weights == nullptr) return true;
-  constexpr int64_t kKeysPerTask = 1 << 16;
-  std::atomic<bool> is_finite{true};
-  pool_.run((batch.num_keys + kKeysPerTask - 1) / kKeysPerTask, [&](int64_t task, int) {
-    const int64_t last = std::min((task + 1) * kKeysPerTask, batch.num_keys);
-    bool mine = true;
-    for (int64_t n = task * kKeysPerTask; n < last; ++n) mine &= std::abs(batch.weights[n]) <= kLargestFloat;
-    if (!mine) is_finite = false;
-  });
-  return is_finite;
-}
+int64_t num_tasks(int64_t items, int64_t items_per_task) { return (items + items_per_task - 1) / items_per_task; }
 
 // Offsets must rise.
-static bool sequences_fit(const PoolingPlan& plan, const PackedKeys& batch) {
+bool sequences_fit(const PoolingPlan& plan, const PackedKeys& batch) {
   for (int64_t f = 0; f < plan.num_features; ++f) {
     if (plan.pooling[f] != Pooling::kSequence) continue;
     const int64_t first = plan.packed_feature[f] * batch.batch_size;
@@ -65,6 +32,84 @@ static bool sequences_fit(const PoolingPlan& plan, const PackedKeys& batch) {
     if (longest > plan.max_keys[f]) return false;
   }
   return true;
+}
+
+}  // namespace
+
+// Offsets are looked at before they are copied; whether they are right is found of the copies, which nobody else can change.
+bool HostStore::is_one_hot(const PackedKeys& given) {
+  const int64_t bags = given.num_bags();
+  if (bags != given.num_keys) return false;
+  std::atomic<bool> is_other{false};
+  pool_.run(num_tasks(bags, kBagsPerTask), [&](int64_t task, int) {
+    const int64_t first = task * kBagsPerTask, last = std::min(first + kBagsPerTask, bags);
+    int64_t differences = given.offsets[last] ^ last;
+    for (int64_t bag = first; bag < last; ++bag) differences |= given.offsets[bag] ^ bag;
+    if (differences != 0) is_other = true;
+  });
+  return !is_other;
+}
+
+Status HostStore::take_offsets(const PackedKeys& given, int64_t* offsets) {
+  const int64_t bags = given.num_bags();
+  pool_.run(num_tasks(bags + 1, kBagsPerTask), [&](int64_t task, int) {
+    const int64_t first = task * kBagsPerTask, last = std::min(first + kBagsPerTask, bags + 1);
+    std::copy(given.offsets + first, given.offsets + last, offsets + first);
+  });
+  if (offsets[0] != 0 || offsets[bags] != given.num_keys) return Status::kBadOffsets;
+  std::atomic<bool> is_rising{true};
+  pool_.run(num_tasks(bags, kBagsPerTask), [&](int64_t task, int) {
+    const int64_t first = task * kBagsPerTask, last = std::min(first + kBagsPerTask, bags);
+    int64_t falls = 0;
+    for (int64_t bag = first; bag < last; ++bag) falls += offsets[bag + 1] < offsets[bag];
+    if (falls != 0) is_rising = false;
+  });
+  return is_rising ? Status::kOk : Status::kBadOffsets;
+}
+
+bool HostStore::take_weights(const PackedKeys& given, float* weights) {
+  std::atomic<bool> is_finite{true};
+  pool_.run(num_tasks(given.num_keys, kKeysPerTask), [&](int64_t task, int) {
+    const int64_t first = task * kKeysPerTask, last = std::min(first + kKeysPerTask, given.num_keys);
+    std::copy(given.weights + first, given.weights + last, weights + first);
+    bool mine = true;
+    for (int64_t n = first; n < last; ++n) mine &= std::abs(weights[n]) <= kLargestFloat;
+    if (!mine) is_finite = false;
+  });
+  return is_finite;
+}
+
+void HostStore::take_keys(const PoolingPlan& plan, const PackedKeys& batch, const int64_t* given, const Tile& tile,
+                          int64_t* keys) {
+  for (int64_t f = tile.first_feature; f < tile.last_feature; ++f) {
+    const int64_t bag = plan.packed_feature[f] * batch.batch_size;
+    const int64_t first = batch.begin(bag + tile.begin), last = batch.begin(bag + tile.end);
+    std::copy(given + first, given + last, keys + first);
+  }
+}
+
+// Makes the look-up's arrays, and copies all but the keys. Where there are no weights there is no array for them, nor for
+// offsets where every bag has one key.
+Status HostStore::take_batch(const PoolingPlan& plan, const PackedKeys& given, Lookup* lookup) {
+  const bool has_offsets = !is_one_hot(given), has_weights = given.weights != nullptr;
+  const size_t keys = static_cast<size_t>(given.num_keys), offsets = has_offsets ? given.num_bags() + 1 : 0;
+  const size_t key_bytes = sizeof(int64_t) + sizeof(uint32_t) + (has_weights ? sizeof(float) : 0);
+  lookup->memory = lookup_memory_->take(keys * key_bytes + offsets * sizeof(int64_t));
+  if (lookup->memory == nullptr) throw std::bad_alloc();
+  lookup->keys = reinterpret_cast<int64_t*>(lookup->memory->region.data());
+  lookup->offsets = has_offsets ? lookup->keys + keys : nullptr;
+  lookup->slots = reinterpret_cast<uint32_t*>(lookup->keys + keys + offsets);
+  lookup->weights = has_weights ? reinterpret_cast<float*>(lookup->slots + keys) : nullptr;
+  lookup->batch_size = given.batch_size;
+  lookup->num_features = given.num_features;
+  lookup->num_keys = given.num_keys;
+  if (has_offsets) {
+    const Status status = take_offsets(given, lookup->offsets);
+    if (status != Status::kOk) return status;
+  }
+  if (!sequences_fit(plan, lookup->batch())) return Status::kBagTooLong;
+  if (has_weights && !take_weights(given, lookup->weights)) return Status::kBadWeights;
+  return Status::kOk;
 }
 
 std::vector<Tile> HostStore::lookup_tiles(const PoolingPlan& plan, const PackedKeys& batch) const {
@@ -167,19 +212,21 @@ void HostStore::pool_missed(const PoolingPlan& plan, const PackedKeys& batch, co
   }
 }
 
-Status HostStore::pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool insert, float* out, Lookup* lookup) {
-  const std::lock_guard<std::mutex> guard(call_);
-  if (!classify(&batch)) return Status::kBadOffsets;
-  if (!sequences_fit(plan, batch)) return Status::kBagTooLong;
-  if (!has_finite_weights(batch)) return Status::kBadWeights;
+Status HostStore::pooled_lookup(std::shared_ptr<const SharedPlan> plan, const PackedKeys& batch, bool insert, float* out,
+                                Lookup* lookup) {
+  lookup->store = number_;
+  lookup->plan = std::move(plan);
+  return call([&] { return look_up(lookup->plan->view(), batch, insert, out, lookup); });
+}
+
+Status HostStore::look_up(const PoolingPlan& plan, const PackedKeys& given, bool insert, float* out, Lookup* lookup) {
+  if (const Status status = take_batch(plan, given, lookup); status != Status::kOk) return status;
+  const PackedKeys batch = lookup->batch();
   const std::vector<Tile> tiles = lookup_tiles(plan, batch);
   const bool stream = static_cast<size_t>(batch.batch_size * plan.stride) * sizeof(float) > kStreamBytes;
-  lookup->slots.resize(static_cast<size_t>(batch.num_keys));
   lookup->erase_version = erase_version_;
-  lookup->is_one_hot = batch.is_one_hot;
-  uint32_t* const slots = lookup->slots.data();
+  uint32_t* const slots = lookup->slots;
   tile_misses_.resize(tiles.size());
-  for (ThreadScratch& scratch : scratch_) scratch.misses.clear();
   const bool is_plain = batch.is_one_hot && batch.weights == nullptr &&
                         std::find(plan.pooling, plan.pooling + plan.num_features, Pooling::kSequence) ==
                             plan.pooling + plan.num_features;
@@ -188,6 +235,7 @@ Status HostStore::pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool 
     const Tile& tile = tiles[number];
     TileMisses& missed = tile_misses_[number];
     missed = {thread, is_plain && tile.end - tile.begin >= kMinRun, scratch.misses.size(), 0};
+    take_keys(plan, batch, given.keys, tile, lookup->keys);
     if (missed.others_are_pooled) {
       look_up_tile(plan, batch, tile, slots, stream, out, scratch);
     } else {
@@ -200,14 +248,13 @@ Status HostStore::pooled_lookup(const PoolingPlan& plan, PackedKeys batch, bool 
     }
     pool_missed(plan, batch, missed, tile, slots, stream, out);
   });
-  lookup->num_missing = 0;
   for (const ThreadScratch& scratch : scratch_) lookup->num_missing += static_cast<int64_t>(scratch.misses.size());
   if (!insert || lookup->num_missing == 0) return Status::kOk;
   std::vector<SlotSpan> in_use;
   if (retains_) {
     for (int64_t f = 0; f < plan.num_features; ++f) {
       const int64_t bag = plan.packed_feature[f] * batch.batch_size, first = batch.begin(bag);
-      in_use.push_back({plan.table[f], lookup->slots.data() + first, batch.begin(bag + batch.batch_size) - first});
+      in_use.push_back({plan.table[f], slots + first, batch.begin(bag + batch.batch_size) - first});
     }
   }
   const Status status = insert_misses(Insert::kAdmitted, in_use);

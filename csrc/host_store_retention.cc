@@ -237,8 +237,11 @@ Status HostStore::give_row(uint32_t shard, const Newcomer& newcomer, Entry* entr
 // --- checkpoints -------------------------------------------------------------------------------------------------------
 
 Status HostStore::import_candidates(uint32_t table, const int64_t* keys, const int64_t* counts, int64_t count) {
-  const std::lock_guard<std::mutex> guard(call_);
   if (policies_[table].min_count == 0) return Status::kOk;  // it does not count
+  return call([&] { return count_keys(table, keys, counts, count); });
+}
+
+Status HostStore::count_keys(uint32_t table, const int64_t* keys, const int64_t* counts, int64_t count) {
   content_changed();
   listed_[table].keys.reserve(listed_[table].keys.size() + static_cast<uint64_t>(count));
   for (int64_t i = 0; i < count; ++i) {
@@ -261,7 +264,7 @@ Status HostStore::import_candidates(uint32_t table, const int64_t* keys, const i
 }
 
 RetentionNumbers HostStore::retention(uint32_t table, float* value, float* state) const {
-  const std::lock_guard<std::mutex> guard(call_);
+  const std::lock_guard<ForkSafeMutex> guard(call_);
   if (default_slots_[table] != kNoSlot) {
     widen_values(type_, rows().value(default_slots_[table]), dim_, value);
     std::copy_n(rows().state(default_slots_[table]), state_dim_, state);
@@ -277,7 +280,7 @@ RetentionNumbers HostStore::numbers_of(uint32_t table) const {
 }
 
 void HostStore::counters(int64_t* rows, int64_t* candidates, RetentionNumbers* numbers) const {
-  const std::lock_guard<std::mutex> guard(call_);
+  const std::lock_guard<ForkSafeMutex> guard(call_);
   for (uint32_t table = 0; table < policies_.size(); ++table) {
     rows[table] = static_cast<int64_t>(num_rows(table));
     candidates[table] = static_cast<int64_t>(candidates_of_table_[table]);
@@ -286,7 +289,7 @@ void HostStore::counters(int64_t* rows, int64_t* candidates, RetentionNumbers* n
 }
 
 void HostStore::set_retention(uint32_t table, const RetentionNumbers& numbers, const float* value, const float* state) {
-  const std::lock_guard<std::mutex> guard(call_);
+  const std::lock_guard<ForkSafeMutex> guard(call_);
   retention_[table] = numbers;
   follows_[table] = false;
   next_step_ = next_second_ = 0;

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <new>
+#include <numeric>
 #include <set>
 
 namespace penstock {
@@ -56,7 +58,11 @@ void HostStore::copy_rows(const uint32_t* slots, int64_t count, ValueType type, 
 
 Status HostStore::find(uint32_t table, const int64_t* keys, int64_t count, bool insert, float* values, float* state,
                        bool* found) {
-  const std::lock_guard<std::mutex> guard(call_);
+  return call([&] { return read(table, keys, count, insert, values, state, found); });
+}
+
+Status HostStore::read(uint32_t table, const int64_t* keys, int64_t count, bool insert, float* values, float* state,
+                       bool* found) {
   std::vector<uint32_t> slots;
   Status status = locate(table, keys, count, Insert::kNever, &slots);
   for (int64_t i = 0; i < count; ++i) found[i] = slots[i] != kNoSlot;
@@ -78,13 +84,18 @@ Status HostStore::find(uint32_t table, const int64_t* keys, int64_t count, bool 
 
 Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t count, ValueType type, const void* values,
                                    const float* state, const int64_t* usage, int64_t* inserted) {
-  const std::lock_guard<std::mutex> guard(call_);
+  return call([&] { return assign(table, keys, count, type, values, state, usage, inserted); });
+}
+
+Status HostStore::assign(uint32_t table, const int64_t* keys, int64_t count, ValueType type, const void* values,
+                         const float* state, const int64_t* usage, int64_t* inserted) {
   const uint64_t before = num_rows(table);
   std::vector<uint32_t> slots;
   const int64_t evicted = retention_[table].evicted;
   const Status status = locate(table, keys, count, Insert::kAll, &slots);
   *inserted = static_cast<int64_t>(num_rows(table) - before) + retention_[table].evicted - evicted;
   if (status != Status::kOk && status != Status::kOverBudget) return status;
+  ++content_version_;  // though no row may have come or gone
   const int64_t now = now_of(table);
   if (usage != nullptr && usage_dim_ != 0) {
     for (int64_t i = 0; i < count; ++i) retention_[table].ahead += slots[i] != kNoSlot && usage[i * usage_dim_] > now;
@@ -111,31 +122,43 @@ Status HostStore::insert_or_assign(uint32_t table, const int64_t* keys, int64_t 
   return status;
 }
 
-int64_t HostStore::erase(uint32_t table, const int64_t* keys, int64_t count) {
-  const std::lock_guard<std::mutex> guard(call_);
-  // A thread owns the shards of its residue.
-  const uint32_t owners = static_cast<uint32_t>(num_threads());
-  pool_.run(owners, [&](int64_t owner, int) {
-    for (int64_t i = 0; i < count; ++i) {
-      const uint64_t key = static_cast<uint64_t>(keys[i]), hash = index_.hash(key, table);
-      const uint32_t shard = Index::shard_of(hash);
-      if (shard % owners != static_cast<uint32_t>(owner)) continue;
-      Entry* const entry = index_.find(key, table, hash);
-      if (entry == nullptr || entry->is_candidate()) continue;
-      scratch_[owner].freed.push_back(entry->slot());
-      index_.erase(entry);
+Status HostStore::erase(uint32_t table, const int64_t* keys, int64_t count, int64_t* erased) {
+  return call([&] {
+    // A thread owns the shards of its residue.
+    const uint32_t owners = static_cast<uint32_t>(num_threads());
+    std::vector<Status> status(owners);
+    std::vector<int64_t> number(owners);
+    const auto erase_owned = [&](int64_t owner) {
+      for (int64_t i = 0; i < count; ++i) {
+        const uint64_t key = static_cast<uint64_t>(keys[i]), hash = index_.hash(key, table);
+        const uint32_t shard = Index::shard_of(hash);
+        if (shard % owners != static_cast<uint32_t>(owner)) continue;
+        Entry* const entry = index_.find(key, table, hash);
+        if (entry == nullptr || entry->is_candidate()) continue;
+        scratch_[owner].freed.push_back(entry->slot());
+        index_.erase(entry);
+        ++number[owner];
+      }
+    };
+    pool_.run(owners, [&](int64_t owner, int) {
+      try {
+        erase_owned(owner);
+      } catch (const std::bad_alloc&) {
+        status[owner] = Status::kNoWorkingMemory;
+      }
+    });
+    // Of all that were erased, if not all there are: what is noted below must fit the index.
+    *erased = std::accumulate(number.begin(), number.end(), int64_t{0});
+    rows_of_table_[table] -= static_cast<uint64_t>(*erased);
+    if (policies_[table].evicts && *erased != 0) {
+      listed_[table].dead += static_cast<uint64_t>(*erased);
+      listed_[table].repeats = true;
+      tidy_if_worthwhile(table);
     }
+    return_freed_slots();
+    const auto short_one = std::find(status.begin(), status.end(), Status::kNoWorkingMemory);
+    return short_one == status.end() ? Status::kOk : *short_one;
   });
-  int64_t erased = 0;
-  for (const ThreadScratch& scratch : scratch_) erased += static_cast<int64_t>(scratch.freed.size());
-  rows_of_table_[table] -= static_cast<uint64_t>(erased);
-  if (policies_[table].evicts && erased != 0) {
-    listed_[table].dead += static_cast<uint64_t>(erased);
-    listed_[table].repeats = true;
-    tidy_if_worthwhile(table);
-  }
-  return_freed_slots();
-  return erased;
 }
 
 // After rows were erased. Their slots go back to the shards that took them first, so that the rows of a shard lie together
@@ -204,7 +227,11 @@ void HostStore::order_for_export(uint32_t table) {
 
 Status HostStore::export_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,
                                void* values, float* state, int64_t* usage, int64_t* num_rows) {
-  const std::lock_guard<std::mutex> guard(call_);
+  return call([&] { return copy_batch(table, cursor, version, max_rows, keys, values, state, usage, num_rows); });
+}
+
+Status HostStore::copy_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,
+                             void* values, float* state, int64_t* usage, int64_t* num_rows) {
   if (version != content_version_) return Status::kStaleCursor;
   const Entry* const entries = index_.view().entries;
   const uint64_t end = index_.capacity() * kNumShards, most = std::min(static_cast<uint64_t>(max_rows), this->num_rows(table));
@@ -238,15 +265,33 @@ Status HostStore::export_batch(uint32_t table, uint64_t* cursor, uint64_t versio
   return Status::kOk;
 }
 
-void HostStore::row_slots(uint32_t table, uint32_t* slots) const {
-  const std::lock_guard<std::mutex> guard(call_);
+bool HostStore::row_slots(uint32_t table, uint32_t* slots, size_t count) const {
+  const std::lock_guard<ForkSafeMutex> guard(call_);
+  if (count != num_rows(table)) return false;
   const Entry* const entries = index_.view().entries;
   for (uint64_t i = 0; i < index_.capacity() * kNumShards; ++i) {
     if (entries[i].table() == table && entries[i].slot() != kNoSlot) *slots++ = entries[i].slot();
   }
+  return true;
+}
+
+uint64_t HostStore::content_version() const {
+  const std::lock_guard<ForkSafeMutex> guard(call_);
+  return content_version_;
+}
+
+uint64_t HostStore::longest_probe() const {
+  const std::lock_guard<ForkSafeMutex> guard(call_);
+  return index_.longest_probe();
+}
+
+uint64_t HostStore::num_candidates(uint32_t table) const {
+  const std::lock_guard<ForkSafeMutex> guard(call_);
+  return candidates_of_table_[table];
 }
 
 StoreMemory HostStore::memory() const {
+  const std::lock_guard<ForkSafeMutex> guard(call_);
   const uint64_t slots = slots_handed_out_ - num_defaults_;
   const uint64_t row_bytes = value_bytes_ + (state_dim_ + usage_dim_) * sizeof(float);
   StoreMemory memory{0, free_slots_.size(), slots, index_.memory_bytes(), slots * row_bytes};
@@ -255,11 +300,12 @@ StoreMemory HostStore::memory() const {
   for (const ShardSlots& shard : shards_) {
     memory.free_slots += shard.free.size() + (shard.end - shard.next);
   }
+  for (const ThreadScratch& scratch : scratch_) memory.free_slots += scratch.freed.size();
   return memory;
 }
 
 std::string HostStore::check_invariants() const {
-  const std::lock_guard<std::mutex> guard(call_);
+  const std::lock_guard<ForkSafeMutex> guard(call_);
   if (!index_.is_consistent()) return "an index entry cannot be reached from its home, or counts differ";
   std::vector<uint8_t> uses(slots_handed_out_);
   std::vector<uint64_t> rows_of_table(initializers_.size()), candidates_of_table(initializers_.size());
@@ -281,6 +327,9 @@ std::string HostStore::check_invariants() const {
     if (slot != kNoSlot) ++uses[slot];
   }
   for (const uint32_t slot : free_slots_) ++uses[slot];
+  for (const ThreadScratch& scratch : scratch_) {
+    for (const uint32_t slot : scratch.freed) ++uses[slot];
+  }
   for (const ShardSlots& shard : shards_) {
     for (const uint32_t slot : shard.free) ++uses[slot];
     for (uint32_t slot = shard.next; slot < shard.end; ++slot) ++uses[slot];

@@ -44,13 +44,11 @@ class KeyList {
     --size_;
     blocks_[i / kBlock][i % kBlock] = (*this)[size_];
     // One block more than needed stays, so that a list that shrinks and grows does not ask for memory each time.
-    if (blocks_.size() > 2 && size_ <= (blocks_.size() - 2) * kBlock) blocks_.pop_back();
+    while (blocks_.size() > 2 && size_ <= (blocks_.size() - 2) * kBlock) blocks_.pop_back();
   }
 
-  void clear() {
-    size_ = 0;
-    if (blocks_.size() > 2) blocks_.resize(2);
-  }
+  // The memory stays, so that there is room for as many; `remove` gives up what is too much of it.
+  void clear() { size_ = 0; }
 
  private:
   static constexpr uint64_t kBlock = 1024;

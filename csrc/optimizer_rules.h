@@ -17,12 +17,25 @@ inline float sum_of_squares(const S& shape, const Lanes* x) {
   return horizontal_sum(squares);
 }
 
-// Scales a gradient down to an L2 norm of at most `most`.
+constexpr float kLargest = 3.4028234e38f;
+
+// `next`, but NaN where `squares`, the state that divides the step, has left the range of fp32: else the step would be 0 from
+// then on, and the row frozen without a sign. A look-up of NaN is seen.
+[[gnu::always_inline]] inline Lanes or_nan(Lanes next, Lanes squares) {
+  const Lanes nan = Lanes{} + __builtin_nanf("");
+  return squares <= Lanes{} + kLargest ? next : nan;
+}
+[[gnu::always_inline]] inline float or_nan(float next, float squares) {
+  return squares <= kLargest ? next : __builtin_nanf("");
+}
+
+// Scales a gradient down to an L2 norm of at most `most`; to NaN if the norm is beyond fp32.
 template <typename S>
 inline void clip(const S& shape, Lanes* grad, float most) {
   const float norm = __builtin_sqrtf(sum_of_squares(shape, grad));
   if (norm <= most) return;
-  for (int c = 0; c < num_chunks(shape); ++c) grad[c] *= most / norm;
+  const float factor = or_nan(most / norm, norm);
+  for (int c = 0; c < num_chunks(shape); ++c) grad[c] *= factor;
 }
 
 // beta * old + (1 - beta) * next, by way of 1 - beta: 0.999 itself is off by 1.3e-8 in fp32, which a thousand steps compound.
@@ -61,7 +74,7 @@ struct Adagrad {
       const Lanes g = grad[c] + h.weight_decay * w;
       const Lanes s = load(shape, state, c) + g * g;
       store(shape, state, c, s);
-      store(shape, value, c, w - h.learning_rate * g / (square_root(s) + h.eps));
+      store(shape, value, c, or_nan(w - h.learning_rate * g / (square_root(s) + h.eps), s));
     }
   }
 };
@@ -75,7 +88,7 @@ struct RowWiseAdagrad {
       squares += g * g;
     }
     *state += horizontal_sum(squares) / static_cast<float>(shape.dim());
-    const float factor = h.learning_rate / (__builtin_sqrtf(*state) + h.eps);
+    const float factor = or_nan(h.learning_rate / (__builtin_sqrtf(*state) + h.eps), *state);
     for (int c = 0; c < num_chunks(shape); ++c) {
       const Lanes w = load(shape, value, c);
       store(shape, value, c, w - factor * (grad[c] + h.weight_decay * w));
@@ -95,7 +108,7 @@ struct Adam {
       const Lanes v = towards(load(shape, variance, c), g * g, h.one_minus_beta2);
       store(shape, mean, c, m);
       store(shape, variance, c, v);
-      store(shape, value, c, w - h.learning_rate * m / (square_root(v) + h.eps));
+      store(shape, value, c, or_nan(w - h.learning_rate * m / (square_root(v) + h.eps), v));
     }
   }
 };
@@ -111,7 +124,7 @@ struct RowWiseAdam {
       squares += g * g;
     }
     variance = towards(variance, horizontal_sum(squares) / static_cast<float>(shape.dim()), h.one_minus_beta2);
-    const float factor = h.learning_rate / (__builtin_sqrtf(variance) + h.eps);
+    const float factor = or_nan(h.learning_rate / (__builtin_sqrtf(variance) + h.eps), variance);
     for (int c = 0; c < num_chunks(shape); ++c) {
       const Lanes w = load(shape, value, c);
       const Lanes m = towards(load(shape, state, c), grad[c] + h.weight_decay * w, h.one_minus_beta1);
@@ -138,7 +151,8 @@ struct Ftrl {
       const Lanes next = -shrunk / ((h.eps + root) / h.learning_rate + h.weight_decay);
       store(shape, state, c, z);
       store(shape, n_state, c, n_next);
-      store(shape, value, c, (z > l1) | (z < -l1) ? next : zero);
+      // So that a z of NaN is seen.
+      store(shape, value, c, (z <= l1) & (z >= -l1) ? zero : or_nan(next, n_next));
     }
   }
 };
@@ -168,8 +182,9 @@ struct Lamb {
     const float trust = value_norm > 0.0f && step_norm > 0.0f ? value_norm / step_norm : 1.0f;
     for (int c = 0; c < num_chunks(shape); ++c) {
       const Lanes w = load(shape, value, c);
-      const Lanes r = direction(w, load(shape, state, c), load(shape, variance, c));
-      store(shape, value, c, w - h.learning_rate * trust * r);
+      const Lanes v = load(shape, variance, c);
+      const Lanes r = direction(w, load(shape, state, c), v);
+      store(shape, value, c, or_nan(w - h.learning_rate * trust * r, v));
     }
   }
 };

@@ -186,10 +186,10 @@ inline uint32_t group_by_slot(const Occurrence* occurrences, int64_t count, cons
 }
 
 // Sum of scale * grad over occurrences order[first .. last) that has the same bits in any order: integers add exactly.
-// The unit is the row's largest share times 2^-40, so 2^22 occurrences fit and nothing that fp32 would keep is lost.
+// The unit is the row's largest share times 2^-sum_bits, 31 or more: nothing that fp32 would keep is lost.
 template <typename S>
 [[gnu::noinline]] void sum_order_free(const S& shape, const Occurrence* occurrences, const uint32_t* first,
-                                      const uint32_t* last, Lanes* sum) {
+                                      const uint32_t* last, int sum_bits, Lanes* sum) {
   float largest = 0.0f;
   bool is_finite = true;
   for (const uint32_t* k = first; k < last; ++k) {
@@ -204,7 +204,8 @@ template <typename S>
   if (largest == 0.0f || !is_finite) return;
   int exponent;
   __builtin_frexpf(largest, &exponent);
-  const double to_units = __builtin_ldexp(1.0, 40 - exponent), from_units = __builtin_ldexp(1.0, exponent - 40);
+  const double to_units = __builtin_ldexp(1.0, sum_bits - exponent);
+  const double from_units = __builtin_ldexp(1.0, exponent - sum_bits);
   for (int c = 0; c < num_chunks(shape); ++c) {
     int64_t units[kLanes] = {};
     for (const uint32_t* k = first; k < last; ++k) {
@@ -285,11 +286,11 @@ template <int D, typename Optimizer, typename SumOf>
 
 template <int D, typename Optimizer>
 int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
-               uint32_t step_seed, bool is_order_free, const UpdateScratch& scratch) {
+               uint32_t step_seed, int sum_bits, const UpdateScratch& scratch) {
   constexpr int kGradAhead = 12;
   const Shape<D> shape(rows.dim);
   if constexpr (D <= static_cast<int>(kMostSummedDim)) {
-    if (scratch.sums != nullptr && !is_order_free) {
+    if (scratch.sums != nullptr && sum_bits == 0) {
       const uint32_t unique = sum_by_slot(shape, occurrences, count, scratch);
       const Lanes* const sums = reinterpret_cast<const Lanes*>(scratch.sums);
       const auto sum_of = [&](uint32_t u, Lanes* sum) __attribute__((always_inline)) {
@@ -306,7 +307,9 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
   for (int64_t k = 0; k < count && k < kGradAhead; ++k) prefetch_grad(k);
   const auto sum_of = [&](uint32_t u, Lanes* sum) __attribute__((always_inline)) {
     const uint32_t first = scratch.begin[u], last = scratch.begin[u + 1];
-    if (is_order_free) return sum_order_free(shape, occurrences, scratch.order + first, scratch.order + last, sum);
+    if (sum_bits != 0) {
+      return sum_order_free(shape, occurrences, scratch.order + first, scratch.order + last, sum_bits, sum);
+    }
     for (int c = 0; c < num_chunks(shape); ++c) sum[c] = Lanes{};
     for (uint32_t k = first; k < last; ++k) {
       if (k + kGradAhead < count) prefetch_grad(k + kGradAhead);

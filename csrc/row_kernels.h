@@ -25,6 +25,28 @@ enum class OptimizerKind : int32_t {
   kLamb = 7,
 };
 
+// Floats of state of a row, behind which its marks of use lie.
+constexpr uint32_t state_dim_of(OptimizerKind optimizer, uint32_t dim) {
+  switch (optimizer) {
+    case OptimizerKind::kSgd:
+      return 0;
+    case OptimizerKind::kRowWiseAdagrad:
+      return 1;
+    case OptimizerKind::kAdagrad:
+    case OptimizerKind::kMomentumSgd:
+      return dim;
+    case OptimizerKind::kRowWiseAdam:
+      return dim + 1;
+    case OptimizerKind::kAdam:
+    case OptimizerKind::kFtrl:
+    case OptimizerKind::kLamb:
+      break;
+  }
+  return 2 * dim;
+}
+
+constexpr uint32_t kMostDim = 4096;
+
 // Settings of one table's optimizer at one step; those that its rule has no use for are 0.
 struct Hyper {
   float learning_rate;  // with the schedule's factor; for Adam also with the bias corrections
@@ -121,6 +143,14 @@ struct Occurrence {
 // stay in the caches. The bits are the same.
 constexpr uint32_t kMostSummedDim = 32;
 
+// Bits of a share in sums that are free of the order, of an update of `keys` keys in all: 2^62 / 2^40 = 2^22 of them sum up
+// without overflow, each twice as many take a bit. The same in penstock/kernels/fixed_point.py.
+constexpr int sum_bits_of(uint64_t keys) {
+  int bits = 40;
+  for (uint64_t most = uint64_t{1} << 22; most < keys; most *= 2) --bits;
+  return bits;
+}
+
 // Working memory of update(); the caller sizes it for `count` occurrences.
 struct UpdateScratch {
   uint64_t* hash_slots;   // [hash_size] power of two >= 2 * count
@@ -151,10 +181,10 @@ struct RowKernels {
                const Initializer* initializers, const Tile& tile, bool stream, float* out);
 
   // Sums the gradients of equal slots, in order, and applies one optimizer step to each row; all are of one table.
-  // Returns the number of rows updated. is_order_free: sums that have the same bits in any order, in fixed point. The step's
-  // seed is that of narrow.h.
+  // Returns the number of rows updated. sum_bits: in fixed point of so many bits, in which sums have the same bits in any
+  // order (see sum_bits_of); 0: in fp32. The step's seed is that of narrow.h.
   int64_t (*update)(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
-                    uint32_t step_seed, bool is_order_free, const UpdateScratch& scratch);
+                    uint32_t step_seed, int sum_bits, const UpdateScratch& scratch);
 
   // Writes the first value, as rows store it, and state of a row.
   void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, void* value, float* state);

@@ -1,5 +1,9 @@
 #include "thread_pool.h"
 
+#include <utility>
+
+#include "fork.h"
+
 namespace penstock {
 namespace {
 
@@ -15,33 +19,64 @@ void relax() {
 #endif
 }
 
-}  // namespace
-
-ThreadPool::ThreadPool(int num_threads) {
-  for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+// Forgets threads that a fork left behind: they can be neither joined nor detached, nor may their handles be destroyed.
+void forget(std::vector<std::thread>& workers) {
+  new std::vector<std::thread>(std::move(workers));
+  workers.clear();
 }
 
+}  // namespace
+
 ThreadPool::~ThreadPool() {
+  if (started_in_ != fork_generation()) {
+    if (!workers_.empty()) forget(workers_);
+  } else {
+    stop();
+  }
+}
+
+void ThreadPool::start() {
+  if (!workers_.empty()) forget(workers_);
+  started_in_ = fork_generation();
+  generation_.store(0);
+  workers_.reserve(static_cast<size_t>(num_threads_) - 1);
+  try {
+    for (int thread = 1; thread < num_threads_; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+  } catch (...) {  // no memory, or no more threads
+    stop();
+    throw;
+  }
+}
+
+void ThreadPool::stop() {
   stop_.store(true);
   generation_.fetch_add(1);
   generation_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
+  stop_.store(false);
 }
 
-void ThreadPool::drain(int thread) {
-  for (;;) {
-    const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= num_tasks_) return;
-    (*body_)(task, thread);
+void ThreadPool::drain(int thread) noexcept {
+  try {
+    for (;;) {
+      const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
+      if (task >= num_tasks_) return;
+      (*body_)(task, thread);
+    }
+  } catch (...) {
+    next_task_.store(num_tasks_, std::memory_order_relaxed);
+    if (!has_failed_.exchange(true)) failure_ = std::current_exception();
   }
 }
 
 void ThreadPool::run(int64_t num_tasks, const std::function<void(int64_t, int)>& body) {
   if (num_tasks <= 0) return;
-  if (workers_.empty() || num_tasks == 1) {
+  if (num_threads_ == 1 || num_tasks == 1) {
     for (int64_t task = 0; task < num_tasks; ++task) body(task, 0);
     return;
   }
+  if (workers_.empty() || started_in_ != fork_generation()) start();
   body_ = &body;
   num_tasks_ = num_tasks;
   next_task_.store(0, std::memory_order_relaxed);
@@ -51,6 +86,10 @@ void ThreadPool::run(int64_t num_tasks, const std::function<void(int64_t, int)>&
   drain(0);
   for (int spin = 0; spin < kSpins && busy_.load(std::memory_order_acquire) != 0; ++spin) relax();
   for (uint32_t left; (left = busy_.load(std::memory_order_acquire)) != 0;) busy_.wait(left);
+  if (has_failed_.load(std::memory_order_relaxed)) {
+    has_failed_.store(false);
+    std::rethrow_exception(std::exchange(failure_, nullptr));
+  }
 }
 
 void ThreadPool::work(int thread) {

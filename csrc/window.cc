@@ -1,6 +1,7 @@
 #include "window.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <type_traits>
@@ -8,6 +9,8 @@
 
 namespace penstock {
 namespace {
+
+std::atomic<uint64_t> windows_made{0};
 
 constexpr size_t kCacheLine = 64;
 // Columns up to this size are brought into the second-level cache at once before rows are picked from them: in order
@@ -22,7 +25,7 @@ inline __attribute__((always_inline)) void fetch(const Element* begin, const Ele
 }  // namespace
 
 JaggedWindow::JaggedWindow(std::vector<JaggedColumn> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
-    : columns_(std::move(columns)), starts_(std::move(starts)), stops_(std::move(stops)) {
+    : number_(windows_made.fetch_add(1) + 1), columns_(std::move(columns)), starts_(std::move(starts)), stops_(std::move(stops)) {
   num_features_ = starts_.empty() ? 0 : columns_.size() / starts_.size();
   ends_.reserve(stops_.size());
   for (size_t p = 0; p < stops_.size(); ++p) {
@@ -45,6 +48,7 @@ bool JaggedWindow::has_weights() const {
 
 bool JaggedWindow::locate_run(int64_t first, size_t n, Places* places) const {
   if (first < 0 || first > num_rows_ || n > static_cast<uint64_t>(num_rows_ - first)) return false;
+  places->window_ = number_;
   places->is_run_ = true;
   places->first_ = first;
   places->n_ = n;
@@ -52,6 +56,7 @@ bool JaggedWindow::locate_run(int64_t first, size_t n, Places* places) const {
 }
 
 bool JaggedWindow::locate(const int64_t* rows, size_t n, Places* places) const {
+  places->window_ = number_;
   places->n_ = n;
   if (place_bits_ > 32) {
     places->list_.emplace<std::vector<uint64_t>>(n);

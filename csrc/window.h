@@ -19,12 +19,14 @@ struct JaggedColumn {
 class Places {
  public:
   size_t size() const { return n_; }
+  uint64_t window() const { return window_; }
 
  private:
   friend class JaggedWindow;
 
   // A run of rows has no list. Otherwise a place is its part, shifted by the window's `row_bits_`, and the row within
   // the chunk: in few bits where they suffice, because each feature passes over all of them.
+  uint64_t window_ = 0;  // number of the one that found them
   bool is_run_ = false;
   int64_t first_ = 0;
   size_t n_ = 0;
@@ -42,6 +44,7 @@ class JaggedWindow {
                std::vector<int64_t> starts,        // [parts] first row taken of each chunk
                std::vector<int64_t> stops);        // [parts]
 
+  uint64_t number() const { return number_; }  // of all windows of the process
   size_t num_features() const { return num_features_; }
   size_t num_parts() const { return starts_.size(); }
   int64_t stop(size_t part) const { return stops_[part]; }
@@ -89,6 +92,7 @@ class JaggedWindow {
   void cut_elements(const Element* JaggedColumn::*elements, const PlacesOfFeatures& places, size_t n, size_t batch,
                     const int64_t* offsets, const int64_t* starts, Element* out) const;
 
+  uint64_t number_;
   std::vector<JaggedColumn> columns_;
   std::vector<int64_t> starts_, stops_;
   std::vector<int64_t> ends_;  // rows of the window up to the end of each part

@@ -11,12 +11,15 @@ from torch import Tensor
 class Status(enum.Enum):
     OK = 0
     OUT_OF_MEMORY = 1
-    TOO_MANY_ROWS = 2
-    STALE_CURSOR = 3
-    BAD_OFFSETS = 4
-    BAD_WEIGHTS = 5
-    BAG_TOO_LONG = 6
-    OVER_BUDGET = 8
+    NO_WORKING_MEMORY = 2
+    NO_THREADS = 3
+    HALF_UPDATED = 4
+    TOO_MANY_ROWS = 5
+    STALE_CURSOR = 6
+    BAD_OFFSETS = 7
+    BAD_WEIGHTS = 8
+    BAG_TOO_LONG = 9
+    OVER_BUDGET = 11
 
 class BufferPool:
     def take_rows(self, rows: int, columns: int) -> NDArray[np.float32] | None: ...
@@ -58,7 +61,6 @@ class HostStore:
         max_bytes: int,
         most_isa: str,
     ) -> None: ...
-    def open(self) -> bool: ...
     def pooled_lookup(
         self,
         plan: PoolingPlan,
@@ -73,16 +75,7 @@ class HostStore:
     def apply_gradients(
         self,
         plan: PoolingPlan,
-        gradients: Sequence[
-            tuple[
-                Lookup,
-                NDArray[np.int64],
-                NDArray[np.int64],
-                NDArray[np.float32] | None,
-                int,
-                NDArray[np.float32],
-            ]
-        ],
+        gradients: Sequence[tuple[Lookup, NDArray[np.float32]]],
         hypers: NDArray[np.float32],
         step: int,
         is_order_free: bool,
@@ -104,7 +97,7 @@ class HostStore:
         state: NDArray[np.float32],
         usage: NDArray[np.int64] | None,
     ) -> tuple[Status, int]: ...
-    def erase(self, table: int, keys: NDArray[np.int64]) -> int: ...
+    def erase(self, table: int, keys: NDArray[np.int64]) -> tuple[Status, int]: ...
     def export_batch(
         self,
         table: int,
@@ -115,7 +108,7 @@ class HostStore:
         state: NDArray[np.float32],
         usage: NDArray[np.int64],
     ) -> tuple[Status, int, int]: ...
-    def advance(self, step: int, seconds: int) -> None: ...
+    def advance(self, step: int, seconds: int) -> Status: ...
     def num_candidates(self, table: int) -> int: ...
     def export_candidates(
         self,

@@ -25,7 +25,15 @@ class CheckpointError(PenstockError, RuntimeError):
 
 
 class CapacityError(PenstockError, MemoryError):
-    """A store cannot hold another row."""
+    """A store cannot hold another row, or there is no memory for what a call needs on its way."""
+
+
+class PartialUpdateError(CapacityError):
+    """Memory ran out when a part of the rows had taken the step already; the message says which."""
+
+
+class StaleExportError(PenstockError, RuntimeError):
+    """Rows or counts changed while they were exported."""
 
 
 class BatchError(PenstockError, RuntimeError):

@@ -35,8 +35,10 @@ from torch import Tensor, nn
 
 from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
+from penstock.embedding.checks import check_batch, check_keys
 from penstock.embedding.graph_operator import look_up_in_graph, register
 from penstock.embedding.host_store import HostStore
+from penstock.embedding.pending import PendingGradients
 from penstock.embedding.places import nearest, places_of, plans_of, refuse_duplicates, unknown_table
 from penstock.embedding.retention import Clock, RetentionState, retains
 from penstock.embedding.row_clock import RowClock
@@ -44,11 +46,9 @@ from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
     FindResult,
-    PooledGradient,
     PoolingPlan,
     Store,
     TableRows,
-    check_batch,
 )
 from penstock.embedding.table_module import TableModule
 from penstock.embedding.table_stats import TableStats, retention_stats
@@ -63,12 +63,6 @@ class _Group(NamedTuple):
 
     store: Store
     plan: PoolingPlan
-
-
-class _Pending(NamedTuple):
-    lookups: list[object]
-    batch: KeyedJagged
-    grad: Tensor
 
 
 class EmbeddingCollection(TableModule):
@@ -156,7 +150,7 @@ class EmbeddingCollection(TableModule):
         self._groups = self._make_groups(seed=seed, **self._options)
         # In Triton's interpreter the device of a store on a GPU is the CPU.
         self._is_on_gpu = torch.device(device).type != "cpu"
-        self._pending: list[_Pending] = []
+        self._pending = PendingGradients()
         self._outputs = _core.buffer_pool()
         self.number = register(self)
         # Autograd calls backward only where an input needs a gradient; the tables are none.
@@ -194,10 +188,13 @@ class EmbeddingCollection(TableModule):
           `feature_shapes` says; an empty bag is zeros. Where the module was moved to another
           device or dtype, so is this.
 
+        The batch is copied: its arrays may be used again at once. On a GPU that waits for a copy
+        from pinned memory, unless `to_device` was called ahead.
+
         Raises:
           ConfigError: other features, or keys and offsets of a wrong type or shape; training in a
             process group of several ranks; a copy whose parameters alone were averaged.
-          CapacityError: no memory for a new row.
+          CapacityError: no memory for a new row, or for the look-up.
         """
         if torch.compiler.is_compiling():
             return look_up_in_graph(self, sparse)
@@ -207,19 +204,17 @@ class EmbeddingCollection(TableModule):
         if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
             pooled: Tensor = _PooledLookup.apply(self.anchor, self, sparse)  # type: ignore[no-untyped-call]
             return pooled.to(self.anchor)
-        out, _, _ = self.look_up(sparse, trains=False)
+        out, _ = self.look_up(sparse, trains=False)
         return out.to(self.anchor)
 
-    def look_up(
-        self, sparse: KeyedJagged, *, trains: bool
-    ) -> tuple[Tensor, KeyedJagged, list[Any]]:
+    def look_up(self, sparse: KeyedJagged, *, trains: bool) -> tuple[Tensor, list[Any]]:
         """The look-up of `forward`, without autograd.
 
         Returns:
-          The output, [B, W] float32 on the tables' device; the batch there; what the stores need to
-          know of it, for `keep_gradient`.
+          The output, [B, W] float32 on the tables' device; what the stores need to know of it, for
+          `keep_gradient`.
         """
-        sparse = self.to_device(sparse)
+        sparse = self._on_device(sparse, non_blocking=False)
         check_averaged(self)
         if trains:
             check_alone()
@@ -227,22 +222,24 @@ class EmbeddingCollection(TableModule):
         out, lookups = self._lookup(sparse, insert=trains)
         if not trains:
             self.num_missing += sum(lookup.num_missing for lookup in lookups)
-        return out, sparse, lookups
+        return out, lookups
 
-    def keep_gradient(self, sparse: KeyedJagged, lookups: list[Any], grad: Tensor) -> None:
-        """Keeps the gradient of a look-up's output until it is applied."""
-        grad = grad.to(self.device, torch.float32).contiguous()
-        self._pending.append(_Pending(lookups, sparse, grad))
+    def keep_gradient(self, lookups: list[Any], grad: Tensor) -> None:
+        """Keeps the gradient of a look-up's output, perhaps uncopied, until it is applied."""
+        self._pending.add(lookups, grad.to(self.device, torch.float32).contiguous())
 
     def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
         """The batch as the tables' device takes it, checked; on the CPU it is the batch itself.
 
         `forward` does it too. Called ahead, on another stream and with pinned memory, the copy
-        runs beside the step before.
+        runs beside the step before; pinned arrays must stay as they are until it has run.
 
         Raises:
           ConfigError: as `forward`.
         """
+        return self._on_device(sparse, non_blocking=True)
+
+    def _on_device(self, sparse: KeyedJagged, *, non_blocking: bool) -> KeyedJagged:
         self._check(sparse)
         if not self._is_on_gpu or (sparse.is_checked and sparse.values.device == self.device):
             return sparse
@@ -251,11 +248,11 @@ class EmbeddingCollection(TableModule):
         is_one_hot = bool((sparse.offsets.diff() == 1).all())
         return replace(
             sparse,
-            values=sparse.values.to(self.device, non_blocking=True),
-            offsets=sparse.offsets.to(self.device, non_blocking=True),
+            values=sparse.values.to(self.device, non_blocking=non_blocking),
+            offsets=sparse.offsets.to(self.device, non_blocking=non_blocking),
             weights=None
             if sparse.weights is None
-            else sparse.weights.to(self.device, non_blocking=True),
+            else sparse.weights.to(self.device, non_blocking=non_blocking),
             is_checked=True,
             is_one_hot=is_one_hot,
         )
@@ -288,16 +285,23 @@ class EmbeddingCollection(TableModule):
 
         Several backward passes add up, as in torch; a call without any changes nothing but the
         step.
+
+        Raises:
+          ConfigError: a gradient was changed in place since its backward pass, or is that of an
+            output whose gradient was applied before. Nothing is applied; the gradients stay until
+            `discard_gradients`.
+          CapacityError: no memory. Nothing is applied; the gradients stay, and may be applied
+            again.
+          PartialUpdateError: there was none when some rows had taken the step already; the message
+            says which. The gradients are gone; go on from a checkpoint.
         """
-        pending, self._pending = self._pending, []
-        if pending:
-            for number, (store, plan) in enumerate(self._groups):
-                gradients = [
-                    PooledGradient(part.lookups[number], part.batch, part.grad) for part in pending
-                ]
-                store.apply_gradients(plan, gradients, self.step)
-        self.step += 1
-        self.copied_at = None
+        try:
+            self._pending.apply(self._groups, self.step)
+        finally:
+            # Also where some rows have taken it: no number is taken twice.
+            if not self._pending:
+                self.step += 1
+                self.copied_at = None
 
     def discard_gradients(self) -> None:
         """Forgets the gradients that are not applied yet, as `optimizer.zero_grad()` does."""
@@ -326,7 +330,7 @@ class EmbeddingCollection(TableModule):
         """Copies every row of a table once to the CPU, in batches, in no particular order.
 
         Raises:
-          RuntimeError: a row was added or removed meanwhile.
+          StaleExportError: a row was added, removed or changed meanwhile.
         """
         store, number = self._find_table(table)
         cursor = CURSOR_START
@@ -382,7 +386,7 @@ class EmbeddingCollection(TableModule):
 
     def _open(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
-        self._pending = []
+        self._pending = PendingGradients()
         self._outputs = _core.buffer_pool()
         self.number = register(self)
         self._groups = self._make_groups(seed=self.seed, **self._options)
@@ -450,20 +454,7 @@ class EmbeddingCollection(TableModule):
 
     def _check(self, sparse: KeyedJagged) -> None:
         self.check_features(sparse)
-        for name, tensor in (("values", sparse.values), ("offsets", sparse.offsets)):
-            is_flat = tensor.dim() == 1 and tensor.is_contiguous()
-            is_near = tensor.device.type == "cpu" or tensor.device == self.device
-            if tensor.dtype != torch.int64 or not is_near or not is_flat:
-                or_device = f" or {self.device}" if self._is_on_gpu else ""
-                raise ConfigError(
-                    f"{name} of the batch: expected contiguous int64 [n] on the CPU{or_device}, "
-                    f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-                )
-        num_offsets, num_features = sparse.offsets.numel(), len(self._names)
-        if not num_offsets or (num_features and (num_offsets - 1) % num_features):
-            raise ConfigError(
-                f"{num_offsets} offsets for {num_features} features: expected features * B + 1"
-            )
+        check_keys(sparse, self.device)
 
 
 class _PooledLookup(torch.autograd.Function):
@@ -473,13 +464,13 @@ class _PooledLookup(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: Tensor, collection: EmbeddingCollection, sparse: KeyedJagged
     ) -> Tensor:
-        out, ctx.sparse, ctx.lookups = collection.look_up(sparse, trains=True)
-        ctx.collection = collection
+        out, lookups = collection.look_up(sparse, trains=True)
+        ctx.collection, ctx.lookups = collection, lookups
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        ctx.collection.keep_gradient(ctx.sparse, ctx.lookups, grads[0])
+        ctx.collection.keep_gradient(ctx.lookups, grads[0])
         return None, None, None
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
-from penstock.embedding import optimizer
+from penstock.embedding import checks, optimizer
 from penstock.embedding.initializer import initial_values
 from penstock.embedding.retention import (
     EVICTED_BEYOND_NEED,
@@ -50,14 +50,13 @@ from penstock.embedding.store import (
     FindResult,
     PooledFeature,
     PooledGradient,
+    PooledLookup,
     PoolingPlan,
     RowLayout,
     StoreMemory,
     TableCounters,
     TableRows,
-    check_finite_weights,
-    check_sequences,
-    check_weights,
+    own_copy,
 )
 from penstock.errors import CapacityError
 from penstock.types import KeyedJagged
@@ -188,13 +187,21 @@ class _Table:
         self.numbers["evicted"] += len(keys)
 
 
-@dataclass(frozen=True)
-class DictLookup:
-    """What a look-up leaves for the update; keys are looked up again."""
+class DictLookup(PooledLookup):
+    """What a look-up leaves for the update: the batch, copied; its keys are looked up again."""
 
-    num_missing: int
-    on_default: frozenset[tuple[int, int]]
-    """(table, key) that read the default row."""
+    def __init__(self, store: DictStore, plan: PoolingPlan, batch: KeyedJagged) -> None:
+        """Copies the batch."""
+        super().__init__(store, plan, batch)
+        self.batch = own_copy(batch, torch.device("cpu"))
+        self.missing = 0
+        self.on_default: set[tuple[int, int]] = set()
+        """(table, key) that read the default row."""
+
+    @property
+    def num_missing(self) -> int:
+        """See `PooledLookup`."""
+        return self.missing
 
 
 class DictStore:
@@ -312,7 +319,7 @@ class DictStore:
     ) -> tuple[dict[int, Item], Cursor]:
         version = self._version if cursor.version is None else cursor.version
         if version != self._version:
-            raise RuntimeError("store changed while it was exported; begin the export again")
+            raise checks.stale_export("store")
         part = dict(list(held.items())[cursor.position : cursor.position + most])
         return part, Cursor(cursor.position + len(part), version)
 
@@ -381,22 +388,23 @@ class DictStore:
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
     ) -> DictLookup:
         """See `Store.pooled_lookup`."""
-        check_weights(batch)
-        check_sequences(plan, batch)
-        check_finite_weights(batch)
+        fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
+        checks.check_lookup(plan, batch, out, device=torch.device("cpu"), **fit)
+        checks.check_offsets(batch)
+        checks.check_sequences(plan, batch)
+        checks.check_finite_weights(batch)
+        lookup = DictLookup(self, plan, batch)
         keys_of: dict[int, list[int]] = {feature.table: [] for feature in plan.features}
         for feature in plan.features:
             for keys, _ in _bags(batch, feature):
                 keys_of[feature.table] += keys.tolist()
-        missing = 0
-        on_default = set()
         for table, all_keys in keys_of.items():
             if insert:
                 self._insert(table, all_keys)
             absent = [key for key in all_keys if key not in self._tables[table].rows]
-            missing += len(absent)
+            lookup.missing += 0 if insert else len(absent)
             if refuses(self.tables[table]):
-                on_default |= {(table, key) for key in absent}
+                lookup.on_default |= {(table, key) for key in absent}
         for feature in plan.features:
             for sample, (keys, factors) in enumerate(_bags(batch, feature)):
                 rows = self._read(feature.table, keys.tolist())
@@ -405,15 +413,22 @@ class DictStore:
                     vectors[n if feature.max_keys else 0] += factor * row.value
                 last = feature.column + vectors.size
                 out[sample, feature.column : last] = torch.from_numpy(vectors.reshape(-1))
-        return DictLookup(0 if insert else missing, frozenset(on_default))
+        return lookup
+
+    def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
+        """See `Store.check_gradients`."""
+        checks.check_gradients(self, torch.device("cpu"), plan, gradients)
 
     def apply_gradients(
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
     ) -> int:
         """See `Store.apply_gradients`."""
+        self.check_gradients(plan, gradients)
+        self._version += 1
         # By (table, key), or by (table, None) for the default row.
         sums: dict[tuple[int, int | None], FloatArray] = {}
         for gradient in gradients:
+            gradient.lookup.is_applied = True
             for feature in plan.features:
                 for key, share in self._shares(feature, gradient):
                     name = (feature.table, key)
@@ -434,13 +449,13 @@ class DictStore:
         self, feature: PooledFeature, gradient: PooledGradient
     ) -> Iterator[tuple[int | None, FloatArray]]:
         """Each key of a feature with its share of the gradient; None: the default row's."""
-        lookup, batch, grad = gradient
+        lookup, _, grad = gradient
         assert isinstance(lookup, DictLookup)
         held = self._tables[feature.table]
         last = feature.column + self.layout.dim * (feature.max_keys or 1)
         part = grad[:, feature.column : last].double().numpy()
         part = part.reshape(len(part), feature.max_keys or 1, self.layout.dim)
-        for sample, (keys, factors) in enumerate(_bags(batch, feature)):
+        for sample, (keys, factors) in enumerate(_bags(lookup.batch, feature)):
             for n, (key, factor) in enumerate(zip(keys.tolist(), factors, strict=True)):
                 share = factor * part[sample, n if feature.max_keys else 0]
                 if (feature.table, key) in lookup.on_default:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from penstock.config import TableConfig
 from penstock.embedding.optimizer import Hypers
-from penstock.embedding.store import PoolingPlan
+from penstock.embedding.store import PooledLookup, PoolingPlan
 from penstock.errors import ConfigError
 from penstock.kernels.group import group_keys
 from penstock.kernels.index import KeyBatch, Misses
@@ -27,12 +26,20 @@ more launches, or a second stream.
 """
 
 
-class GpuLookup:
+class GpuLookup(PooledLookup):
     """What an update needs of a look-up."""
 
-    def __init__(self, batch: KeyedJagged, slots: Tensor, erase_version: int) -> None:
+    def __init__(
+        self,
+        store: object,
+        plan: PoolingPlan,
+        batch: KeyedJagged,
+        slots: Tensor,
+        erase_version: int,
+    ) -> None:
+        super().__init__(store, plan, batch)
         self.batch = batch
-        """On the store's device."""
+        """On the store's device, and nobody else's: see `own_copy`."""
         self.slots = slots
         """[N] int32 by position in the packed keys; -1: no row."""
         self.erase_version = erase_version
@@ -153,19 +160,6 @@ def _side(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event, to
     # Before the gathering of vectors, whose programs would else take every processor first.
     stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
     return stream, torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-def on_device(batch: KeyedJagged, device: torch.device) -> KeyedJagged:
-    """The batch on a device; copies from pinned memory are not waited for."""
-    if batch.values.device == device:
-        return batch
-    weights = None if batch.weights is None else batch.weights.to(device, non_blocking=True)
-    return replace(
-        batch,
-        values=batch.values.to(device, non_blocking=True),
-        offsets=batch.offsets.to(device, non_blocking=True),
-        weights=weights,
-    )
 
 
 def keys_of(plan: DevicePlan, batch: KeyedJagged) -> KeyBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import cast
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.config import TableConfig
-from penstock.embedding import optimizer
+from penstock.embedding import checks, optimizer
+from penstock.embedding.alone import alone
 from penstock.embedding.gpu_batches import (
     Counters,
     GpuLookup,
@@ -20,7 +22,6 @@ from penstock.embedding.gpu_batches import (
     PlanCache,
     given,
     keys_of,
-    on_device,
 )
 from penstock.embedding.gpu_export import ExportOrder
 from penstock.embedding.gpu_retention import Access, Rules
@@ -48,7 +49,7 @@ from penstock.embedding.store import (
     StoreMemory,
     TableCounters,
     TableRows,
-    check_batch,
+    own_copy,
 )
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
@@ -103,6 +104,7 @@ class GpuStore:
         if len(tables) > MAX_TABLES:
             raise ConfigError(f"{len(tables)} tables of one row layout; at most {MAX_TABLES}")
         self.device = kernel_device(device)
+        self._lock = threading.RLock()
         self.layout = layouts.pop()
         self.tables: Sequence[TableConfig] = tuple(tables)
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
@@ -136,10 +138,12 @@ class GpuStore:
         if any(retains(table) for table in tables):
             self._rules = Rules(self.tables, self._limits, seed, initial.now)
 
+    @alone
     def find(self, table: int, keys: Tensor) -> FindResult:
         """See `Store.find`."""
         return self._find(table, keys, insert=False)
 
+    @alone
     def find_or_insert(self, table: int, keys: Tensor) -> FindResult:
         """See `Store.find_or_insert`."""
         return self._find(table, keys, insert=True)
@@ -161,6 +165,7 @@ class GpuStore:
             state[initial] = self._keyed.initial.state[table]
         return FindResult(values, state, found)
 
+    @alone
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`."""
         batch, count = self._of_table(table, rows.keys), len(rows.keys)
@@ -173,6 +178,7 @@ class GpuStore:
             check_usage(rows.usage)
             words = self.layout.usage_dim
             usage = given(self.device, rows.usage, torch.int64, words, count, "usage")
+        self._content_version += 1
         before = self.num_rows(table)
         left = 0 if self._rules is None else self._rules.evicted(table)
         slots, misses = self._keyed.index.find(batch, self._none_absent)
@@ -203,6 +209,7 @@ class GpuStore:
             raise CapacityError(over_budget(self.tables[table], self._limits[table]))
         return self.num_rows(table) - before + left
 
+    @alone
     def erase(self, table: int, keys: Tensor) -> int:
         """See `Store.erase`."""
         keys = self._of_table(table, keys).keys
@@ -214,6 +221,7 @@ class GpuStore:
         self._row_order.drop()
         return self._keyed.erase(keys, tables)
 
+    @alone
     def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
         """See `Store.export_batch`."""
         self._check_table(table)
@@ -237,9 +245,7 @@ class GpuStore:
         """Keys and payloads of a table, from the place of the cursor on."""
         version = self._version if cursor.version is None else cursor.version
         if version != self._version:
-            raise RuntimeError(
-                f"{self._name} changed while it was exported; begin the export again"
-            )
+            raise checks.stale_export(self._name)
         places = order.places(index, version, table, sizes)
         if places is not None:
             after = min(cursor.position + most, len(places))
@@ -254,21 +260,25 @@ class GpuStore:
             position, number = last, number + len(part)
         return *index.at(torch.cat(found)), Cursor(position, version)
 
+    @alone
     def num_rows(self, table: int) -> int:
         """See `Store.num_rows`."""
         self._check_table(table)
         return int(self._keyed.of_table[table])
 
+    @alone
     def advance(self, clock: Clock) -> None:
         """See `Store.advance`."""
         if self._rules is not None and self._rules.advance(self._access, clock):
             self._content_version += 1
 
+    @alone
     def num_candidates(self, table: int) -> int:
         """See `Store.num_candidates`."""
         self._check_table(table)
         return 0 if self._rules is None else self._rules.num_candidates(table)
 
+    @alone
     def export_candidates(
         self, table: int, cursor: Cursor, max_keys: int
     ) -> tuple[Candidates, Cursor]:
@@ -281,6 +291,7 @@ class GpuStore:
         keys, numbers, after = self._export(counts, order, table, sizes, cursor, max_keys)
         return Candidates(keys, numbers), after
 
+    @alone
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """See `Store.import_candidates`."""
         self._check_table(table)
@@ -291,6 +302,7 @@ class GpuStore:
             _, misses = self._keyed.index.find(batch, self._absent)
             self._rules.import_counts(batch, counts, misses, table)
 
+    @alone
     def counters(self) -> TableCounters:
         """See `Store.counters`; waits for the device once."""
         rows, tables = self._keyed.of_table.cpu().numpy(), len(self.tables)
@@ -299,6 +311,7 @@ class GpuStore:
             return TableCounters(rows, nothing[:, 0].copy(), nothing)
         return TableCounters(rows, *self._rules.all_numbers())
 
+    @alone
     def retention_state(self, table: int) -> RetentionState:
         """See `Store.retention_state`."""
         self._check_table(table)
@@ -315,6 +328,7 @@ class GpuStore:
             return RetentionState(value, state)
         return RetentionState(value, state, self._rules.numbers_of(table))
 
+    @alone
     def set_retention_state(self, table: int, state: RetentionState) -> None:
         """See `Store.set_retention_state`."""
         self._check_table(table)
@@ -325,21 +339,22 @@ class GpuStore:
         if self._rules is not None:
             self._rules.set_numbers(table, checked_numbers(state.numbers))
 
+    @alone
     def pooled_lookup(
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
     ) -> GpuLookup:
         """See `Store.pooled_lookup`."""
-        assert out.is_contiguous()
-        assert out.shape == (batch.batch_size, plan.stride)
-        check_batch(plan, batch)
-        batch = on_device(batch, self.device)
+        fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
+        checks.check_lookup(plan, batch, out, device=self.device, **fit)
+        checks.check_batch(plan, batch)
+        batch = own_copy(batch, self.device)
         on_gpu = self._plans.get(plan, len(batch.features))
         if insert and self._rules is None and self._keyed.has_room(batch.values.numel()):
             slots = self._keyed.find_or_make(on_gpu, batch, self._absent)
-            lookup = GpuLookup(batch, slots, self._erase_version)
+            lookup = GpuLookup(self, plan, batch, slots, self._erase_version)
         else:
             slots, misses = self._keyed.find(on_gpu, batch, self._absent)
-            lookup = GpuLookup(batch, slots, self._erase_version)
+            lookup = GpuLookup(self, plan, batch, slots, self._erase_version)
             if insert:
                 self._insert(keys_of(on_gpu, batch), slots, misses)
                 lookup.erase_version = self._erase_version
@@ -352,10 +367,16 @@ class GpuStore:
         pooled_forward(self._rows.values, on_gpu, batch, slots, out, one_hot=batch.is_one_hot)
         return lookup
 
+    def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
+        """See `Store.check_gradients`."""
+        checks.check_gradients(self, self.device, plan, gradients)
+
+    @alone
     def apply_gradients(
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
     ) -> Tensor:
         """See `Store.apply_gradients`."""
+        self.check_gradients(plan, gradients)
         parts = []
         on_gpu = None
         for found, _, grad in gradients:
@@ -366,8 +387,9 @@ class GpuStore:
             parts.append(GradientPart(lookup.batch, lookup.slots, grad, lookup.grouped()))
         if on_gpu is None or not on_gpu.num_features:
             return torch.zeros((), dtype=torch.int32, device=self.device)
+        self._content_version += 1
         usage = None if self._rules is None else self._rules.usage_rules
-        return apply_gradients(
+        updated = apply_gradients(
             self._rows,
             on_gpu,
             parts,
@@ -378,6 +400,9 @@ class GpuStore:
             deterministic=self._deterministic,
             usage_rules=usage if self.layout.usage_dim else None,
         )
+        for gradient in gradients:
+            gradient.lookup.is_applied = True
+        return updated
 
     def _refresh(self, plan: DevicePlan, lookup: GpuLookup) -> None:
         """Finds rows again if some were erased since; such a key gets a new row, or none."""
@@ -402,6 +427,7 @@ class GpuStore:
         if misses.places.numel():
             self._keyed.make(batch, slots, misses)
 
+    @alone
     def memory(self) -> StoreMemory:
         """See `Store.memory`."""
         rows, capacity = self._slots.num_rows(), self._slots.capacity
@@ -411,6 +437,7 @@ class GpuStore:
         row_bytes = capacity * self.layout.row_bytes
         return StoreMemory(rows, capacity - rows, capacity, index_bytes, row_bytes)
 
+    @alone
     def check_invariants(self) -> None:
         """See `Store.check_invariants`."""
         index = self._keyed.index

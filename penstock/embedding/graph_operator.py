@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _NUMBERS = itertools.count()
 _COLLECTIONS: weakref.WeakValueDictionary[int, EmbeddingCollection] = weakref.WeakValueDictionary()
 # Look-ups of collections whose ticket is alive: a graph saves it for its backward pass.
-_LOOKUPS: dict[int, tuple[KeyedJagged, list[Any]]] = {}
+_LOOKUPS: dict[int, list[Any]] = {}
 
 
 def register(collection: EmbeddingCollection) -> int:
@@ -66,10 +66,10 @@ def _pooled_lookup(
     collection = _COLLECTIONS[number]
     names = tuple(feature.name for feature in collection.features)
     sparse = KeyedJagged(names, values, offsets, weights, is_checked, is_one_hot)
-    out, sparse, lookups = collection.look_up(sparse, trains=trains)
+    out, lookups = collection.look_up(sparse, trains=trains)
     ticket = np.array([next(_NUMBERS)], dtype=np.int64)
     if trains:
-        _LOOKUPS[int(ticket[0])] = (sparse, lookups)
+        _LOOKUPS[int(ticket[0])] = lookups
         weakref.finalize(ticket, _LOOKUPS.pop, int(ticket[0]), None)
     return out.to(anchor), torch.from_numpy(ticket)
 
@@ -92,8 +92,8 @@ def _(
 
 @torch.library.custom_op("penstock::keep_gradient", mutates_args=())
 def _keep_gradient(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
-    sparse, lookups = _LOOKUPS[int(ticket)]
-    _COLLECTIONS[number].keep_gradient(sparse, lookups, grad)
+    # A copy: a compiler uses the memory of what an operator was given again.
+    _COLLECTIONS[number].keep_gradient(_LOOKUPS[int(ticket)], grad.clone())
     # That of the anchor: an output, so that no compiler takes the operator for needless.
     return grad.new_zeros(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from penstock import _core
 from penstock.config import TableConfig
-from penstock.embedding import initializer, optimizer
+from penstock.embedding import checks, initializer, optimizer
 from penstock.embedding.retention import (
     MAX_COUNT,
     NUMBERS,
@@ -32,26 +32,41 @@ from penstock.embedding.store import (
     Cursor,
     FindResult,
     PooledGradient,
+    PooledLookup,
     PoolingPlan,
     RowLayout,
     StoreMemory,
     TableCounters,
     TableRows,
-    bad_offsets,
-    check_finite_weights,
-    check_sequences,
-    check_weights,
 )
-from penstock.errors import CapacityError, ConfigError
+from penstock.errors import CapacityError, ConfigError, PartialUpdateError
 from penstock.types import KeyedJagged
 
 MAX_TABLES = 65_535
+_CPU = torch.device("cpu")
 # As in csrc/row_kernels.h.
 POOLING_CODES = {"sum": 0, "mean": 1, "sqrt_n": 2, "sequence": 3}
 
 
 ISAS = ("generic", "avx2", "avx512")
 """Instruction sets that kernels are compiled for, each above the one before."""
+
+
+class HostLookup(PooledLookup):
+    """A look-up of a host store."""
+
+    __slots__ = ("core",)
+
+    def __init__(self, store: HostStore, plan: PoolingPlan, batch: KeyedJagged) -> None:
+        """Not looked up yet."""
+        super().__init__(store, plan, batch)
+        self.core = _core.Lookup()
+        """Its copies, in the C++ core."""
+
+    @property
+    def num_missing(self) -> int:
+        """See `PooledLookup`."""
+        return self.core.num_missing
 
 
 class HostStore:
@@ -90,12 +105,22 @@ class HostStore:
         self._hypers = optimizer.Hypers(tables)
         self._deterministic = deterministic
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
-        self._core = _core.HostStore(
+        try:
+            self._core = self._opened(seed, num_threads, max_bytes, most_isa or "")
+        except MemoryError:
+            raise CapacityError(
+                "no address space for a host store; raise the limit on virtual memory (ulimit -v)"
+            ) from None
+
+    def _opened(
+        self, seed: int, num_threads: int, max_bytes: int, most_isa: str
+    ) -> _core.HostStore:
+        return _core.HostStore(
             dim=self.layout.dim,
             value_type=CODES[self.layout.value_type],
             state_dim=self.layout.state_dim,
             usage_dim=self.layout.usage_dim,
-            optimizer=optimizer.rule_of(tables[0].optimizer).code,
+            optimizer=optimizer.rule_of(self.tables[0].optimizer).code,
             tables=[
                 (
                     initializer.KINDS[type(table.initializer)],
@@ -104,16 +129,12 @@ class HostStore:
                     initializer.table_seed(seed, table.name),
                     _core.RetentionPolicy(**policy_of(table, seed, limits)),
                 )
-                for table, limits in zip(tables, self._limits, strict=True)
+                for table, limits in zip(self.tables, self._limits, strict=True)
             ],
             num_threads=num_threads,
             max_bytes=max_bytes,
-            most_isa=most_isa or "",
+            most_isa=most_isa,
         )
-        if not self._core.open():
-            raise CapacityError(
-                "no address space for a host store; raise the limit on virtual memory (ulimit -v)"
-            )
 
     @property
     def isa(self) -> str:
@@ -134,7 +155,8 @@ class HostStore:
         values = np.empty((len(keys), self.layout.dim), dtype=np.float32)
         state = np.empty((len(keys), self.layout.state_dim), dtype=np.float32)
         found = np.empty(len(keys), dtype=np.bool_)
-        self._raise_for(self._core.find(table, keys.numpy(), insert, values, state, found))
+        status = self._core.find(table, keys.numpy(), insert, values, state, found)
+        self._raise_for(status, of=f"finding {len(keys)} keys")
         return FindResult(
             torch.from_numpy(values), torch.from_numpy(state), torch.from_numpy(found)
         )
@@ -155,13 +177,16 @@ class HostStore:
         status, inserted = self._core.insert_or_assign(
             table, keys.numpy(), _bits(values), state.numpy(), usage
         )
-        self._raise_for(status, table)
+        self._raise_for(status, table, of=f"writing {len(keys)} rows")
         return int(inserted)
 
     def erase(self, table: int, keys: Tensor) -> int:
         """See `Store.erase`."""
         self._check_table(table)
-        return int(self._core.erase(table, _checked(keys, torch.int64, (None,), "keys").numpy()))
+        keys = _checked(keys, torch.int64, (None,), "keys")
+        status, erased = self._core.erase(table, keys.numpy())
+        self._raise_for(status, of=f"erasing {len(keys)} rows")
+        return int(erased)
 
     def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
         """See `Store.export_batch`."""
@@ -175,7 +200,7 @@ class HostStore:
         status, count, position = self._core.export_batch(
             table, cursor.position, version, keys, _bits(values), state, usage
         )
-        self._raise_for(status)
+        self._raise_for(status, of=f"exporting {max_rows} rows")
         words = self.layout.usage_dim
         rows = TableRows(
             torch.from_numpy(keys[:count]),
@@ -192,7 +217,7 @@ class HostStore:
 
     def advance(self, clock: Clock) -> None:
         """See `Store.advance`."""
-        self._core.advance(clock.step, clock.seconds)
+        self._raise_for(self._core.advance(clock.step, clock.seconds), of="evicting rows")
 
     def num_candidates(self, table: int) -> int:
         """See `Store.num_candidates`."""
@@ -210,7 +235,7 @@ class HostStore:
         status, exported, position = self._core.export_candidates(
             table, cursor.position, version, keys, counts
         )
-        self._raise_for(status)
+        self._raise_for(status, of=f"exporting {max_keys} counts")
         part = Candidates(torch.from_numpy(keys[:exported]), torch.from_numpy(counts[:exported]))
         return part, Cursor(position, version)
 
@@ -221,7 +246,8 @@ class HostStore:
         counts = _checked(candidates.counts, torch.int64, (len(keys),), "counts")
         if bool(((counts < 1) | (counts > MAX_COUNT)).any()):
             raise ConfigError(f"counts of keys must lie in 1 to {MAX_COUNT}")
-        self._raise_for(self._core.import_candidates(table, keys.numpy(), counts.numpy()), table)
+        status = self._core.import_candidates(table, keys.numpy(), counts.numpy())
+        self._raise_for(status, table, of=f"counting {len(keys)} keys")
 
     def counters(self) -> TableCounters:
         """See `Store.counters`."""
@@ -254,50 +280,50 @@ class HostStore:
 
     def pooled_lookup(
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
-    ) -> _core.Lookup:
+    ) -> HostLookup:
         """See `Store.pooled_lookup`."""
-        assert out.is_contiguous()
-        assert out.shape == (batch.batch_size, plan.stride)
-        check_weights(batch)
-        lookup = _core.Lookup()
+        fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
+        checks.check_lookup(plan, batch, out, device=_CPU, **fit)
+        lookup = HostLookup(self, plan, batch)
         status = self._core.pooled_lookup(
             _core_plan(plan),
             batch.values.numpy(),
             batch.offsets.numpy(),
-            _weights(batch),
+            None if batch.weights is None else batch.weights.numpy(),
             batch.batch_size,
             insert,
             out.numpy(),
-            lookup,
+            lookup.core,
         )
         if status == _core.Status.BAD_OFFSETS:
             ends = int(batch.offsets[0]), int(batch.offsets[-1])
-            raise bad_offsets(*ends, batch.values.numel())
+            raise checks.bad_offsets(*ends, batch.values.numel())
         if status in {_core.Status.BAD_WEIGHTS, _core.Status.BAG_TOO_LONG}:
-            check_sequences(plan, batch)
-            check_finite_weights(batch)
-        self._raise_for(status)
+            checks.check_sequences(plan, batch)
+            checks.check_finite_weights(batch)
+            raise ConfigError("the batch changed while it was looked up")
+        self._raise_for(status, of=f"looking up {batch.values.numel()} keys")
         return lookup
+
+    def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
+        """See `Store.check_gradients`."""
+        checks.check_gradients(self, _CPU, plan, gradients)
 
     def apply_gradients(
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
     ) -> int:
         """See `Store.apply_gradients`."""
-        parts = [
-            (
-                cast("_core.Lookup", lookup),
-                batch.values.numpy(),
-                batch.offsets.numpy(),
-                _weights(batch),
-                batch.batch_size,
-                grad.numpy(),
-            )
-            for lookup, batch, grad in gradients
-        ]
+        self.check_gradients(plan, gradients)
+        lookups = [part.lookup for part in gradients]
+        parts = [(part.lookup.core, part.grad.detach().numpy()) for part in gradients]  # type: ignore[attr-defined]
         status, rows = self._core.apply_gradients(
             _core_plan(plan), parts, self._hypers.at(step), step, self._deterministic
         )
-        self._raise_for(status)
+        if status in {_core.Status.OK, _core.Status.HALF_UPDATED}:
+            for lookup in lookups:
+                lookup.is_applied = True
+        num_keys = sum(lookup.num_keys for lookup in lookups)
+        self._raise_for(status, of=f"an update of {num_keys} keys")
         return int(rows)
 
     def memory(self) -> StoreMemory:
@@ -316,17 +342,31 @@ class HostStore:
         if not 0 <= table < len(self.tables):
             raise ConfigError(f"table number {table} of a store with {len(self.tables)} tables")
 
-    def _raise_for(self, status: _core.Status, table: int = 0) -> None:
+    def _raise_for(self, status: _core.Status, table: int = 0, *, of: str = "") -> None:
+        """Raises what a status says; `of`: what was done."""
         if status == _core.Status.OK:
             return
         if status == _core.Status.OVER_BUDGET:
             raise CapacityError(over_budget(self.tables[table], self._limits[table]))
-        rows = self.memory().rows
         names = ", ".join(table.name for table in self.tables[:4])
         more = ", ..." if len(self.tables) > 4 else ""
         where = f"host store of {len(self.tables)} tables ({names}{more})"
         if status == _core.Status.STALE_CURSOR:
-            raise RuntimeError(f"{where} changed while it was exported; begin the export again")
+            raise checks.stale_export(where)
+        if status == _core.Status.HALF_UPDATED:
+            raise PartialUpdateError(
+                f"{where}: no working memory in the middle of {of}: some rows have taken the step, "
+                "others have not; go on from a checkpoint, with smaller batches or more memory"
+            )
+        if status == _core.Status.NO_WORKING_MEMORY:
+            raise CapacityError(
+                f"{where}: no working memory for {of}; use smaller batches or more memory"
+            )
+        if status == _core.Status.NO_THREADS:
+            raise CapacityError(
+                f"{where}: the system starts no more threads; use fewer (threads, num_threads)"
+            )
+        rows = self.memory().rows
         if status == _core.Status.TOO_MANY_ROWS:
             raise CapacityError(
                 f"{where} holds {rows} rows, and a store takes 2^32 - 1; "
@@ -354,10 +394,6 @@ def _core_plan(plan: PoolingPlan) -> _core.PoolingPlan:
 def _bits(values: Tensor) -> NDArray[Any]:
     """The same memory as numpy knows it: it has no bfloat16."""
     return (values if values.dtype == torch.float32 else values.view(torch.int16)).numpy()
-
-
-def _weights(batch: KeyedJagged) -> NDArray[np.float32] | None:
-    return None if batch.weights is None else batch.weights.numpy()
 
 
 def _checked(

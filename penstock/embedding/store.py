@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +26,11 @@ from penstock.embedding.retention import Clock, RetentionState, usage_dim
 from penstock.embedding.rounding import DTYPES
 from penstock.errors import ConfigError
 from penstock.types import KeyedJagged
+
+MOST_UPDATE_KEYS = 2**31 - 1
+"""Of all look-ups of one update: kernels count places in 32 bits, and sums in fixed point give up a
+bit for each twice as many.
+"""
 
 
 class RowLayout(NamedTuple):
@@ -137,6 +142,12 @@ class PoolingPlan:
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for feature in self.features:
+            numbers = feature.packed_feature, feature.table, feature.column, self.stride
+            if min(numbers) < 0 or (feature.pooling == "sequence") != (
+                feature.max_keys is not None
+            ):
+                raise ConfigError(f"{feature} of a plan of {self.stride} columns: not possible")
         # A look-up notes where the row of each packed key is, once.
         served = Counter(feature.packed_feature for feature in self.features)
         twice = sorted(number for number, count in served.items() if count > 1)
@@ -153,18 +164,57 @@ class PoolingPlan:
         return self._hash
 
 
+class PooledLookup:
+    """What a store returns of a look-up, and takes with its gradient, once.
+
+    It holds all that the update needs: the batch's arrays may be changed or used again as soon as
+    the look-up has returned.
+    """
+
+    __slots__ = ("batch_size", "is_applied", "is_weighted", "num_keys", "plan", "store")
+
+    def __init__(self, store: object, plan: PoolingPlan, batch: KeyedJagged) -> None:
+        """Of a store, by a plan."""
+        self.store = store
+        self.plan = plan
+        self.batch_size = batch.batch_size
+        self.num_keys = batch.values.numel()
+        self.is_weighted = batch.weights is not None
+        self.is_applied = False
+        """Whether an update has taken its gradient."""
+
+    @property
+    def num_missing(self) -> int:
+        """Keys read without a row (`insert` was False)."""
+        raise NotImplementedError
+
+
 class PooledGradient(NamedTuple):
     """The gradient of one pooled look-up."""
 
-    lookup: object
-    """What `pooled_lookup` returned; used once."""
-    batch: KeyedJagged
+    lookup: PooledLookup
+    """What `pooled_lookup` returned."""
+    batch: KeyedJagged | None
+    """What was looked up, if its size is to be compared; nothing else is read of it again."""
     grad: Tensor
     """[B, plan.stride] float32, contiguous."""
 
 
 class Store(Protocol):
-    """Rows by (table, key). Calls may come from any thread; they run one at a time."""
+    """Rows by (table, key).
+
+    Calls may come from any thread; they run one at a time. That goes for `memory`, `counters` and
+    other questions too, which wait for an update at work (`num_rows` need not). Nobody may change
+    the arrays of a call while it runs; on the host that would give wrong numbers, but no crash.
+
+    A process may fork: the fork waits for the call at hand, and the child's store has what the
+    parent's had. (A GPU's memory does not survive a fork.)
+
+    Errors, besides those that verbs name:
+      ConfigError: arguments of a wrong type or shape; nothing is done.
+      CapacityError: there is no memory for what a call needs on its way. Rows that it made stay;
+        the store is whole and can be used on.
+    """
 
     layout: RowLayout
 
@@ -206,7 +256,7 @@ class Store(Protocol):
         Begin with `CURSOR_START`; the end is reached when no rows come back.
 
         Raises:
-          RuntimeError: a row was added or removed since the export began.
+          StaleExportError: a row was added, removed or changed since the export began.
         """
 
     def num_rows(self, table: int) -> int:
@@ -221,7 +271,7 @@ class Store(Protocol):
     def export_candidates(
         self, table: int, cursor: Cursor, max_keys: int
     ) -> tuple[Candidates, Cursor]:
-        """As `export_batch`, for counted keys."""
+        """As `export_batch`, for counted keys; rows that change make it stale, too."""
 
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """Sets the counts of keys; those that have a row are passed over."""
@@ -237,7 +287,7 @@ class Store(Protocol):
 
     def pooled_lookup(
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
-    ) -> object:
+    ) -> PooledLookup:
         """Pools every bag of the plan's features into `out` [B, plan.stride] float32.
 
         Args:
@@ -249,12 +299,22 @@ class Store(Protocol):
           out: columns of other stores' features are left alone.
 
         Returns:
-          What `apply_gradients` needs to know of this look-up.
+          What `apply_gradients` needs to know of this look-up: copies, of the batch too.
 
         Raises:
           ConfigError: the offsets do not rise from 0 to the number of keys; the weights are not
             one finite float32 a key; a bag has more keys than its sequence has positions.
           CapacityError: as `find_or_insert`; `out` is then undefined.
+        """
+
+    def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
+        """Refuses what `apply_gradients` would refuse as wrong; changes nothing.
+
+        Raises:
+          ConfigError: a look-up is another store's, or by another plan, was applied before or is
+            given twice; its batch is of another size; a gradient is not contiguous float32
+            [B, plan.stride], on the CPU or the store's device; they are of more than
+            `MOST_UPDATE_KEYS` keys.
         """
 
     def apply_gradients(
@@ -272,6 +332,15 @@ class Store(Protocol):
         that the look-up gave it: a key of weight 0 is touched like any other. The weights
         themselves get no gradient. Keys refused in the look-up update the default row. A row erased
         since the look-up begins anew; in a table with rules, its gradient is dropped and counted.
+
+        A row whose new value, or the state that divides its step, is beyond float32 reads NaN from
+        then on (docs/optimizers.md): the next look-up shows it.
+
+        Raises:
+          ConfigError: see `check_gradients`. Nothing is done.
+          CapacityError: there is no memory, for new rows or on the way. No row has taken the step,
+            and the gradients may be given again.
+          PartialUpdateError: there was none when some rows had taken the step already.
         """
 
     def memory(self) -> StoreMemory:
@@ -292,75 +361,11 @@ class Cursor:
 CURSOR_START = Cursor()
 
 
-def check_weights(batch: KeyedJagged) -> None:
-    """Refuses weights that are not one float32 a key. Whether they are finite is not looked at."""
-    weights, device = batch.weights, batch.values.device
-    if weights is None:
-        return
-    is_flat = weights.shape == batch.values.shape and weights.is_contiguous()
-    if weights.dtype != torch.float32 or weights.device != device or not is_flat:
-        where = "the CPU" if device.type == "cpu" else str(device)
-        raise ConfigError(
-            f"weights of the batch: expected contiguous float32 {list(batch.values.shape)} on "
-            f"{where}, one a key, got {weights.dtype} {list(weights.shape)} on {weights.device}"
-        )
-
-
-def check_batch(plan: PoolingPlan, batch: KeyedJagged) -> None:
-    """Refuses what cannot be looked up; all that `KeyedJagged.is_checked` promises.
-
-    Raises:
-      ConfigError: see `Store.pooled_lookup`.
-    """
-    check_weights(batch)
-    if not batch.is_checked:
-        check_offsets(batch)
-        check_sequences(plan, batch)
-        check_finite_weights(batch)
-
-
-def check_offsets(batch: KeyedJagged) -> None:
-    """Refuses offsets that do not rise from 0 to the number of keys."""
-    offsets, num_keys = batch.offsets, batch.values.numel()
-    ends = int(offsets[0]), int(offsets[-1])
-    if ends != (0, num_keys) or bool((offsets.diff() < 0).any()):
-        raise bad_offsets(*ends, num_keys)
-
-
-def bad_offsets(first: int, last: int, num_keys: int) -> ConfigError:
-    """What is wrong with offsets from `first` to `last`."""
-    return ConfigError(
-        f"offsets of the batch must rise from 0 to the number of keys ({num_keys}), got "
-        f"{first} to {last}"
+def own_copy(batch: KeyedJagged, device: torch.device) -> KeyedJagged:
+    """The batch on a device, in memory of its own: the caller may change his as he likes."""
+    return replace(
+        batch,
+        values=batch.values.to(device, copy=True),
+        offsets=batch.offsets.to(device, copy=True),
+        weights=None if batch.weights is None else batch.weights.to(device, copy=True),
     )
-
-
-def check_finite_weights(batch: KeyedJagged) -> None:
-    """Refuses weights that are NaN or infinite, by feature and sample."""
-    if batch.weights is None or bool(batch.weights.isfinite().all()):
-        return
-    place = int((~batch.weights.isfinite()).nonzero()[0])
-    bag = int(torch.searchsorted(batch.offsets, place, right=True)) - 1
-    feature, sample = divmod(bag, batch.batch_size)
-    raise ConfigError(
-        f"feature {batch.features[feature]!r}, sample {sample} of the batch: the weight of key "
-        f"{int(batch.values[place])} is {float(batch.weights[place])}; weights must be finite"
-    )
-
-
-def check_sequences(plan: PoolingPlan, batch: KeyedJagged) -> None:
-    """Refuses a bag with more keys than its sequence has positions, by feature and sample."""
-    lengths = batch.offsets.diff()
-    for feature in plan.features:
-        if feature.max_keys is None:
-            continue
-        first = feature.packed_feature * batch.batch_size
-        sizes = lengths[first : first + batch.batch_size]
-        if (sizes > feature.max_keys).any():
-            sample = int((sizes > feature.max_keys).nonzero()[0])
-            name = batch.features[feature.packed_feature]
-            raise ConfigError(
-                f"feature {name!r}, sample {sample} of the batch: {int(sizes[sample])} keys for a "
-                f"sequence of {feature.max_keys} positions; raise max_keys, or cut the bags with "
-                "Jagged.truncate"
-            )

@@ -1,7 +1,8 @@
 """Sums in fixed point: the bits of csrc/row_kernels.cc, whatever the order of the samples.
 
-The unit is the largest share of a row times 2^-40, so the shares of a row are gone over twice: for
-the largest, then for the sum. Pieces of long segments learn the segment's largest in between.
+The unit is the largest share of a row times 2^-40 (less in updates of more than 2^22 keys), so the
+shares of a row are gone over twice: for the largest, then for the sum. Pieces of long segments
+learn the segment's largest in between.
 """
 
 from __future__ import annotations
@@ -13,6 +14,14 @@ from penstock.kernels.group import ENTERS
 
 _LARGEST: tl.constexpr = tl.constexpr(0x7F7FFFFF)
 """Bits of the largest finite float32."""
+
+
+def sum_bits(num_keys: int) -> int:
+    """Bits of a share in an update of so many keys in all, whose sums then stay below 2^62.
+
+    As csrc/row_kernels.h has it.
+    """
+    return 40 - max(0, (num_keys - 1).bit_length() - 22)
 
 
 @triton.jit
@@ -64,10 +73,10 @@ def largest_share(grad, sources, factors, place, length, D: tl.constexpr, COLUMN
 
 
 @triton.jit
-def units_exponent(largest):
-    """40 - frexp's exponent of the number with these bits; it may be subnormal."""
+def units_exponent(largest, sum_bits):
+    """`sum_bits` - frexp's exponent of the number with these bits; it may be subnormal."""
     wide = largest.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
-    return 40 - ((wide >> 52) - 1022)
+    return sum_bits - ((wide >> 52) - 1022)
 
 
 @triton.jit
@@ -83,9 +92,9 @@ def in_units(share, exponent):
 
 
 @triton.jit
-def from_units(units, largest):
+def from_units(units, largest, sum_bits):
     """float32 gradient [R, COLUMNS] from sums in units, and the largest magnitude [R, 1]."""
-    scale = _power_of_two(-units_exponent(largest))
+    scale = _power_of_two(-units_exponent(largest, sum_bits))
     total = (units.to(tl.float64) * scale).to(tl.float32)
     total = tl.where(largest == 0, 0.0, total)
     return tl.where(largest <= _LARGEST, total, float("nan"))

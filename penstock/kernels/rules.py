@@ -21,6 +21,7 @@ ROW_WISE_ADAM: tl.constexpr = tl.constexpr(kinds.ROW_WISE_ADAM)
 FTRL: tl.constexpr = tl.constexpr(kinds.FTRL)
 LANES: tl.constexpr = tl.constexpr(16)
 HYPER_FIELDS: tl.constexpr = tl.constexpr(kinds.HYPER_FIELDS)
+_LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -63,11 +64,17 @@ def towards(old, new, one_minus_beta):
 
 
 @triton.jit
+def or_nan(new, squares):
+    """`new`, but NaN where the state that divides the step is beyond float32; see the C++ rules."""
+    return tl.where(squares <= _LARGEST, new, float("nan"))
+
+
+@triton.jit
 def clipped(grad, most, EXACT: tl.constexpr):
-    """Scales rows of grad to an L2 norm of at most `most` [R, 1]; 0: any."""
+    """Scales rows of grad to an L2 norm of at most `most` [R, 1]; 0: any. NaN beyond float32."""
     norm = square_root(row_sum(grad * grad, EXACT), EXACT)
     is_over = (most > 0.0) & (norm > most)
-    factor = divide(most, tl.where(is_over, norm, 1.0), EXACT)
+    factor = or_nan(divide(most, tl.where(is_over, norm, 1.0), EXACT), norm)
     return tl.where(is_over, grad * factor, grad)
 
 
@@ -122,7 +129,7 @@ def adagrad(w, grad, state, slot, is_row, column, hypers, table,
     s = _load_state(state, slot, is_row, 0, D, D, column) + g * g
     _store_state(state, slot, is_row, 0, D, D, column, s)
     divisor = square_root(s, EXACT) + _hyper(hypers, table, 3)
-    return w - divide(_hyper(hypers, table, 0) * g, divisor, EXACT)
+    return or_nan(w - divide(_hyper(hypers, table, 0) * g, divisor, EXACT), s)
 
 
 @triton.jit
@@ -135,7 +142,7 @@ def row_wise_adagrad(w, grad, state, slot, is_row, hypers, table,
     s = _load_scalar(place, is_row) + mean
     tl.store(place, s, mask=is_row[:, None])
     divisor = square_root(s, EXACT) + _hyper(hypers, table, 3)
-    return w - divide(_hyper(hypers, table, 0), divisor, EXACT) * g
+    return w - or_nan(divide(_hyper(hypers, table, 0), divisor, EXACT), s) * g
 
 
 @triton.jit
@@ -150,7 +157,7 @@ def adam(w, grad, state, slot, is_row, column, hypers, table,
     _store_state(state, slot, is_row, 0, D, 2 * D, column, m)
     _store_state(state, slot, is_row, D, D, 2 * D, column, v)
     divisor = square_root(v, EXACT) + _hyper(hypers, table, 3)
-    return w - divide(_hyper(hypers, table, 0) * m, divisor, EXACT)
+    return or_nan(w - divide(_hyper(hypers, table, 0) * m, divisor, EXACT), v)
 
 
 @triton.jit
@@ -169,7 +176,7 @@ def row_wise_adam(w, grad, state, slot, is_row, column, hypers, table,
     m = _load_state(state, slot, is_row, 0, D, D + 1, column)
     m = towards(m, g, _hyper(hypers, table, 5))
     _store_state(state, slot, is_row, 0, D, D + 1, column, m)
-    return w - factor * m
+    return w - or_nan(factor, v) * m
 
 
 @triton.jit
@@ -186,7 +193,8 @@ def ftrl(w, grad, state, slot, is_row, column, hypers, table,
     _store_state(state, slot, is_row, D, D, 2 * D, column, new_n)
     shrunk = tl.where(z > 0.0, z - l1, z + l1)
     divisor = divide(_hyper(hypers, table, 3) + root, rate, EXACT) + _hyper(hypers, table, 1)
-    return tl.where((z > l1) | (z < -l1), divide(-shrunk, divisor, EXACT), 0.0)
+    # So that a z of NaN is seen.
+    return tl.where((z <= l1) & (z >= -l1), 0.0, or_nan(divide(-shrunk, divisor, EXACT), new_n))
 
 
 @triton.jit
@@ -207,7 +215,7 @@ def lamb(w, grad, state, slot, is_row, column, hypers, table,
     step_norm = square_root(row_sum(step * step, EXACT), EXACT)
     is_scaled = (norm > 0.0) & (step_norm > 0.0)
     trust = tl.where(is_scaled, divide(norm, tl.where(is_scaled, step_norm, 1.0), EXACT), 1.0)
-    return w - _hyper(hypers, table, 0) * trust * step
+    return or_nan(w - _hyper(hypers, table, 0) * trust * step, v)
 
 
 @triton.jit

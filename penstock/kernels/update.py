@@ -27,6 +27,7 @@ from penstock.kernels.fixed_point import (
     share_of,
     sources_of,
     spread_largest_kernel,
+    sum_bits,
     units_exponent,
 )
 from penstock.kernels.group import ENTERS, group_keys
@@ -74,7 +75,7 @@ def _load_pieces(pieces, num_keys, piece, count, BACK: tl.constexpr, TABLES: tl.
 @triton.jit
 def _step_pieces(
     values, state, usage, grad, scratch, largest, sources, factors, pieces, count, num_keys,
-    program, programs, hypers, step_seed, now, half_life,
+    program, programs, sum_bits, hypers, step_seed, now, half_life,
     D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BACK: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr, TABLES: tl.constexpr,
     RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr, ONE_HYPER: tl.constexpr,
@@ -102,7 +103,7 @@ def _step_pieces(
         if EXACT:
             most = largest_share(grad, sources, factors, place, length, D, COLUMNS, KEYS, FACTORS)
             most = tl.where(is_whole, most, tl.load(largest + there, mask=kind >= ENTERS, other=0))
-            exponent = units_exponent(most)[:, None]
+            exponent = units_exponent(most, sum_bits)[:, None]
             total = tl.zeros((ROWS, COLUMNS), tl.int64)
         else:
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -120,7 +121,7 @@ def _step_pieces(
         if tl.max(kind) >= ENTERS:
             part = scratch + there[:, None] * D + column[None, :]
             tl.store(part, total, mask=(kind >= ENTERS)[:, None] & is_column)
-        gradient = from_units(total, most[:, None]) if EXACT else total
+        gradient = from_units(total, most[:, None], sum_bits) if EXACT else total
         step_rows(
             values, state, usage, slot, is_whole, w, gradient, table, hypers, step_seed, now,
             half_life, D, COLUMNS, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
@@ -133,10 +134,10 @@ def _step_pieces(
         )
 
 
-@triton.jit(do_not_specialize=["num_keys", "other_programs", "step_seed"])
+@triton.jit(do_not_specialize=["num_keys", "other_programs", "sum_bits", "step_seed"])
 def _pieces_kernel(
     values, state, usage, grad, scratch, largest, sources, factors, pieces, counts, num_keys,
-    other_programs, hypers, step_seed, now, half_life,
+    other_programs, sum_bits, hypers, step_seed, now, half_life,
     D: tl.constexpr, COLUMNS: tl.constexpr, SHORT_ROWS: tl.constexpr, SHORT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr,
     TABLES: tl.constexpr, RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr,
@@ -149,17 +150,17 @@ def _pieces_kernel(
     if program < other_programs:
         _step_pieces(
             values, state, usage, grad, scratch, largest, sources, factors, pieces,
-            tl.load(counts + 1), num_keys, program, other_programs, hypers, step_seed, now,
-            half_life, D, COLUMNS, ROWS, KEYS, True, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT,
-            ONE_HYPER, WORDS,
+            tl.load(counts + 1), num_keys, program, other_programs, sum_bits, hypers, step_seed,
+            now, half_life, D, COLUMNS, ROWS, KEYS, True, WINDOW, FACTORS, TABLES, RULE, CLIPPED,
+            EXACT, ONE_HYPER, WORDS,
         )  # fmt: skip
     else:
         _step_pieces(
             values, state, usage, grad, scratch, largest, sources, factors, pieces,
             tl.load(counts), num_keys, program - other_programs,
-            tl.num_programs(0) - other_programs, hypers, step_seed, now, half_life, D, COLUMNS,
-            SHORT_ROWS, SHORT, False, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT, ONE_HYPER,
-            WORDS,
+            tl.num_programs(0) - other_programs, sum_bits, hypers, step_seed, now, half_life, D,
+            COLUMNS, SHORT_ROWS, SHORT, False, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT,
+            ONE_HYPER, WORDS,
         )  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def _parts(scratch, first, last, D: tl.constexpr, COLUMNS: tl.constexpr, PARTS: 
     return tl.load(there, mask=(window <= last)[:, None] & (column < D)[None, :], other=0)
 
 
-@triton.jit(do_not_specialize=["step_seed"])
+@triton.jit(do_not_specialize=["sum_bits", "step_seed"])
 def _long_kernel(
     values,
     state,
@@ -181,6 +182,7 @@ def _long_kernel(
     largest,
     long_places,
     counts,
+    sum_bits,
     hypers,
     step_seed,
     now,
@@ -220,7 +222,7 @@ def _long_kernel(
         gradient = total
         if EXACT:
             most = tl.load(largest + (place // WINDOW).to(tl.int64) * 2 + 1)
-            gradient = from_units(total, most[:, None])
+            gradient = from_units(total, most[:, None], sum_bits)
         step_rows(
             values, state, usage, slot, is_row, w, gradient, table, hypers, step_seed, now,
             half_life, D, COLUMNS, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
@@ -265,7 +267,8 @@ def apply_gradients(
         one_hot = parts[0].batch.is_one_hot
         grouping = group_keys(plan, parts, needs_tables=options.needs_tables, one_hot=one_hot)
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])
-    numbers = (hypers, _signed_word(step_seed(step)), *(usage_rules or (hypers, hypers)))
+    bits = sum_bits(sum(part.slots.numel() for part in parts))
+    numbers = (bits, hypers, _signed_word(step_seed(step)), *(usage_rules or (hypers, hypers)))
     if grouping.sources.numel():
         _step(rows, plan.dim, grouping, grad, numbers, options)
     return grouping.counts[3]

@@ -1,0 +1,214 @@
+"""What a store refuses: arguments of its verbs that are wrong, or do not belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from penstock.embedding.store import (
+    MOST_UPDATE_KEYS,
+    PooledGradient,
+    PooledLookup,
+    PoolingPlan,
+)
+from penstock.errors import ConfigError, StaleExportError
+from penstock.types import KeyedJagged
+
+
+def check_lookup(
+    plan: PoolingPlan,
+    batch: KeyedJagged,
+    out: Tensor,
+    *,
+    dim: int,
+    num_tables: int,
+    device: torch.device,
+) -> None:
+    """Refuses a batch, plan and output of a look-up that do not fit each other and the store.
+
+    Nothing that would have to be read is looked at.
+
+    Raises:
+      ConfigError: see `Store.pooled_lookup`.
+    """
+    check_keys(batch, device)
+    check_weights(batch)
+    features, tables = _needs(plan, dim)
+    if tables > num_tables or (features > len(batch.features) and batch.offsets.numel() > 1):
+        raise ConfigError(
+            f"a plan of packed features and tables up to {features - 1} and {tables - 1}, for a "
+            f"batch of {len(batch.features)} features and a store of {num_tables} tables"
+        )
+    shape = (batch.batch_size, plan.stride)
+    is_there = out.dtype == torch.float32 and out.shape == shape and out.device == device
+    if not is_there or not out.is_contiguous():
+        raise ConfigError(
+            f"out: expected contiguous float32 {list(shape)} on {device}, got {out.dtype} "
+            f"{list(out.shape)} on {out.device}"
+        )
+
+
+@lru_cache(maxsize=256)
+def _needs(plan: PoolingPlan, dim: int) -> tuple[int, int]:
+    """How many packed features, and tables, a plan for rows of `dim` columns is of."""
+    for feature in plan.features:
+        end = feature.column + dim * (feature.max_keys or 1)
+        if end > plan.stride:
+            raise ConfigError(f"{feature} ends at column {end} of {plan.stride}")
+    served = [feature.packed_feature for feature in plan.features]
+    tables = [feature.table for feature in plan.features]
+    return max(served, default=-1) + 1, max(tables, default=-1) + 1
+
+
+def check_gradients(
+    store: object, device: torch.device, plan: PoolingPlan, gradients: Sequence[PooledGradient]
+) -> None:
+    """See `Store.check_gradients`; `device` is the store's."""
+    seen = set()
+    num_keys = 0
+    for lookup, batch, grad in gradients:
+        if not isinstance(lookup, PooledLookup) or lookup.store is not store:
+            raise ConfigError(
+                f"the gradient of a look-up that this store did not make, but {_origin(lookup)}; "
+                "give each store the gradients of its own look-ups"
+            )
+        if lookup.is_applied or id(lookup) in seen:
+            what = "has been applied before" if lookup.is_applied else "is given twice"
+            raise ConfigError(
+                f"the gradient of a look-up {what}; look the batch up again, or add its gradients "
+                "before they are applied"
+            )
+        if lookup.plan is not plan and lookup.plan != plan:
+            raise ConfigError("the gradient of a look-up by another plan than this update's")
+        if batch is not None:
+            _check_same(lookup, batch)
+        wanted = (lookup.batch_size, plan.stride)
+        is_near = grad.device.type == "cpu" or grad.device == device
+        if grad.dtype != torch.float32 or grad.shape != wanted or not is_near:
+            or_device = "" if device.type == "cpu" else f" or {device}"
+            raise ConfigError(
+                f"gradient: expected float32 {list(wanted)} on the CPU{or_device}, got "
+                f"{grad.dtype} {list(grad.shape)} on {grad.device}"
+            )
+        if not grad.is_contiguous():
+            raise ConfigError(f"gradient {list(wanted)}: not contiguous; use grad.contiguous()")
+        seen.add(id(lookup))
+        num_keys += lookup.num_keys
+    if num_keys > MOST_UPDATE_KEYS:
+        raise ConfigError(
+            f"an update of {num_keys} keys; at most {MOST_UPDATE_KEYS}: use smaller batches"
+        )
+
+
+def _check_same(lookup: PooledLookup, batch: KeyedJagged) -> None:
+    of_lookup = lookup.batch_size, lookup.num_keys, lookup.is_weighted
+    of_batch = batch.batch_size, batch.values.numel(), batch.weights is not None
+    if of_lookup != of_batch:
+        raise ConfigError(
+            "the gradient's batch is not the one that was looked up: (samples, keys, weighted) are "
+            f"{of_batch}, and were {of_lookup}"
+        )
+
+
+def _origin(lookup: object) -> str:
+    return "another one" if isinstance(lookup, PooledLookup) else f"a {type(lookup).__name__}"
+
+
+def stale_export(store: str) -> StaleExportError:
+    """That `store` changed under an export."""
+    return StaleExportError(f"{store} changed while it was exported; begin the export again")
+
+
+def check_keys(batch: KeyedJagged, device: torch.device) -> None:
+    """Refuses keys and offsets that are not contiguous int64 arrays on the CPU or a device."""
+    for name, tensor in (("values", batch.values), ("offsets", batch.offsets)):
+        is_flat = tensor.dim() == 1 and tensor.is_contiguous()
+        is_near = tensor.device.type == "cpu" or tensor.device == device
+        if tensor.dtype != torch.int64 or not is_near or not is_flat:
+            or_device = "" if device.type == "cpu" else f" or {device}"
+            raise ConfigError(
+                f"{name} of the batch: expected contiguous int64 [n] on the CPU{or_device}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    num_offsets, num_features = batch.offsets.numel(), len(batch.features)
+    if not num_offsets or (num_features and (num_offsets - 1) % num_features):
+        raise ConfigError(
+            f"{num_offsets} offsets for {num_features} features: expected features * B + 1"
+        )
+
+
+def check_weights(batch: KeyedJagged) -> None:
+    """Refuses weights that are not one float32 a key. Whether they are finite is not looked at."""
+    weights, device = batch.weights, batch.values.device
+    if weights is None:
+        return
+    is_flat = weights.shape == batch.values.shape and weights.is_contiguous()
+    if weights.dtype != torch.float32 or weights.device != device or not is_flat:
+        where = "the CPU" if device.type == "cpu" else str(device)
+        raise ConfigError(
+            f"weights of the batch: expected contiguous float32 {list(batch.values.shape)} on "
+            f"{where}, one a key, got {weights.dtype} {list(weights.shape)} on {weights.device}"
+        )
+
+
+def check_batch(plan: PoolingPlan, batch: KeyedJagged) -> None:
+    """Refuses what cannot be looked up; all that `KeyedJagged.is_checked` promises.
+
+    Raises:
+      ConfigError: see `Store.pooled_lookup`.
+    """
+    check_weights(batch)
+    if not batch.is_checked:
+        check_offsets(batch)
+        check_sequences(plan, batch)
+        check_finite_weights(batch)
+
+
+def check_offsets(batch: KeyedJagged) -> None:
+    """Refuses offsets that do not rise from 0 to the number of keys."""
+    offsets, num_keys = batch.offsets, batch.values.numel()
+    ends = int(offsets[0]), int(offsets[-1])
+    if ends != (0, num_keys) or bool((offsets.diff() < 0).any()):
+        raise bad_offsets(*ends, num_keys)
+
+
+def bad_offsets(first: int, last: int, num_keys: int) -> ConfigError:
+    """What is wrong with offsets from `first` to `last`."""
+    return ConfigError(
+        f"offsets of the batch must rise from 0 to the number of keys ({num_keys}), got "
+        f"{first} to {last}"
+    )
+
+
+def check_finite_weights(batch: KeyedJagged) -> None:
+    """Refuses weights that are NaN or infinite, by feature and sample."""
+    if batch.weights is None or bool(batch.weights.isfinite().all()):
+        return
+    place = int((~batch.weights.isfinite()).nonzero()[0])
+    bag = int(torch.searchsorted(batch.offsets, place, right=True)) - 1
+    feature, sample = divmod(bag, batch.batch_size)
+    raise ConfigError(
+        f"feature {batch.features[feature]!r}, sample {sample} of the batch: the weight of key "
+        f"{int(batch.values[place])} is {float(batch.weights[place])}; weights must be finite"
+    )
+
+
+def check_sequences(plan: PoolingPlan, batch: KeyedJagged) -> None:
+    """Refuses a bag with more keys than its sequence has positions, by feature and sample."""
+    lengths = batch.offsets.diff()
+    for feature in plan.features:
+        if feature.max_keys is None:
+            continue
+        first = feature.packed_feature * batch.batch_size
+        sizes = lengths[first : first + batch.batch_size]
+        if (sizes > feature.max_keys).any():
+            sample = int((sizes > feature.max_keys).nonzero()[0])
+            name = batch.features[feature.packed_feature]
+            raise ConfigError(
+                f"feature {name!r}, sample {sample} of the batch: {int(sizes[sample])} keys for a "
+                f"sequence of {feature.max_keys} positions; raise max_keys, or cut the bags with "
+                "Jagged.truncate"
+            )
