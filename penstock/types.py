@@ -293,6 +293,8 @@ class Position:
     """Number within the epoch of the window being delivered, or of the next one."""
     window_row: int = 0
     """Samples of the window already delivered."""
+    window_size: int = 0
+    """Samples of the window, if it was begun."""
     pieces: tuple[Piece, ...] = ()
     """What the window is made of, if it was begun."""
     cursor: Cursor = Cursor()

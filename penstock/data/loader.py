@@ -329,10 +329,12 @@ class Loader:
         start = self._plan.start
         stretches = list(self._reader.stretches())
         found = counts_of(stretches).applied * self._plan.samples_per_row
-        if found <= start.window_row:
+        if found != start.window_size:
+            first = self._files[start.pieces[0].file].path
             raise DataError(
-                f"position behind {start.window_row:,} samples of a window in which are {found:,} "
-                "now; the data is not that which the checkpoint was taken on"
+                f"{first}: the window that was begun in it had {start.window_size:,} samples and "
+                f"has {found:,} now, so it cannot be finished in its order; put the files and the "
+                "job's data back as they were, or train in a new run folder"
             )
         # What the window leaves out was counted with its first batch.
         done = start.window_row // self._plan.samples_per_row
@@ -381,10 +383,12 @@ class Loader:
         parts = [(one.rows, one.low, one.high) for one in good if one.rows is not None]
         window = Window(parts, self._negatives) if parts else None
         samples = 0 if window is None else window.num_rows * self._plan.samples_per_row
+        inside = replace(inside, window_size=samples)
         after = replace(
             _within(inside, samples, self._plan.samples_per_row),
             window=inside.window + (window is not None),
             window_row=0,
+            window_size=0,
             pieces=(),
         )
         return _Cut(window, placed, malformed, start, inside, after)
@@ -478,6 +482,7 @@ def _within(window: Position, samples: int, per_row: int) -> Position:
         window.epoch,
         window.window,
         samples,
+        window.window_size,
         window.pieces,
         window.cursor,
         window.samples + samples,

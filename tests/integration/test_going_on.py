@@ -270,6 +270,24 @@ def test_rows_are_counted_once_over_a_crash(malformed, step, tmp_path, monkeypat
     assert lines == sorted(lines)
 
 
+def test_rows_that_are_all_left_out_are_counted_with_the_run(malformed, tmp_path):
+    job, rows, bad = malformed
+    out = tmp_path / "run"
+    path = job.data.source.path
+    source = job.data.source.model_copy(update={"path": str(tmp_path / "*.csv")})
+    job = job.model_copy(update={"data": job.data.model_copy(update={"source": source})})
+    first, _ = train(job, out)
+    (tmp_path / "y.csv").write_text("click,user\nbad\nbad\n")
+    again, shown = train(job, out, resume=True)
+    assert path.endswith("x.csv") and "nothing new" not in shown
+    assert again["steps"] == first["steps"]
+    assert again["counts"]["read"] == 2 * rows + 2
+    assert again["quarantined_rows"] == bad + 2
+    assert position_of(out).counts == tuple(again["counts"].values())
+    assert "nothing new" in train(job, out, resume=True)[1]
+    assert len((out / "quarantine.jsonl").read_text().splitlines()) == bad + 2
+
+
 def to_version_1(out, position):
     """Makes the newest checkpoint one of version 1, which had no list of files."""
     path = newest_of_run(out)

@@ -41,7 +41,7 @@ def write(path, day, ids=None):
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-def open_days(path, after=None, window=30, quarantine=None, **data):
+def open_days(path, window=30, *, after=None, quarantine=None, **data):
     source = {"format": "parquet", "path": path}
     if ".csv" in path:
         source = {"format": "csv", "path": path, "types": {"id": "int64"}}
@@ -361,13 +361,14 @@ def malformed_days(tmp_path, days=2):
     return str(tmp_path / "*.csv"), sum(lines_of) + 2, 8 * days + 2
 
 
+@pytest.mark.parametrize("window", [5, 30])
 @pytest.mark.parametrize("split", [None, {"by": "time", "at": 2020}])
-def test_rows_are_counted_once_at_every_position(tmp_path, split):
+def test_rows_are_counted_once_at_every_position(tmp_path, split, window):
     """read = filtered + quarantined + applied, whatever was read ahead; the end says all."""
     path, read_rows, bad = malformed_days(tmp_path)
     kept = tmp_path / "quarantine.jsonl"
-    dataset = open_days(path, split=split, quarantine=kept)
-    with dataset.batches("train", batch_size=7, seed=3, epochs=2) as batches:
+    dataset = open_days(path, window, split=split, quarantine=kept)
+    with dataset.batches("train", batch_size=5, seed=3, epochs=2) as batches:
         ends = [batch.end for batch in batches]
         last = batches.position
     applied = 2 * (200 if split is None else 120)
@@ -382,13 +383,27 @@ def test_rows_are_counted_once_at_every_position(tmp_path, split):
         assert count.applied == end.samples
     for end in (ends[0], ends[5], ends[len(ends) // 2], ends[-2], ends[-1]):
         # What was written behind the position goes, and comes again.
-        again = open_days(path, split=split, quarantine=kept, after=end)
+        again = open_days(path, window, split=split, quarantine=kept, after=end)
         again.take_up_quarantine(end)
         assert again.quarantined_rows == min(end.counts.quarantined, bad)
-        found, done = read(again, end, size=7, epochs=2)
+        found, done = read(again, end, size=5, epochs=2)
         assert len(found) == applied - end.samples
         assert done.counts == last.counts
         assert kept.read_text() == entries
+
+
+def test_a_window_that_was_begun_and_holds_other_rows_is_refused(tmp_path):
+    """As the job leaves out others than it did; the files are the same."""
+    path, _, _ = malformed_days(tmp_path)
+    dataset = open_days(path, split={"by": "time", "at": 1030})
+    _, end = read(dataset, batches=1)
+    with pytest.raises(DataError) as error:
+        read(open_days(path, split={"by": "time", "at": 1029}), end)
+    assert str(error.value) == (
+        f"{tmp_path}/day_1.csv: the window that was begun in it had 30 samples and has 29 now, so "
+        "it cannot be finished in its order; put the files and the job's data back as they were, "
+        "or train in a new run folder"
+    )
 
 
 def test_malformed_rows_at_the_very_end_are_counted(tmp_path):
