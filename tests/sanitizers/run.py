@@ -107,7 +107,7 @@ def run(sanitizer: str, is_short: bool, arguments: list[str]) -> dict:
     results = reports / "tests.xml"
     tests = arguments or [*(SHORT if is_short else TESTS)[sanitizer], "-k", "not gpu"]
     # The number of processes is the caller's: two cores make little of more.
-    command = [sys.executable, "-m", "pytest", "-p", "tests.sanitizers.core_under_test", *tests]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.sanitizers.tested_core", *tests]
     done = subprocess.run(
         [*command, f"--junitxml={results}"],
         check=False,
