@@ -72,8 +72,6 @@ class ParquetFormat:
 
     def _footer(self, path: str) -> pq.FileMetaData | None:
         with self._lock:
-            if path in self._footers:
-                self._footers.move_to_end(path)
             return self._footers.get(path)
 
     def _keep(self, path: str, footer: pq.FileMetaData) -> None:

@@ -176,6 +176,18 @@ class TestColumnarFiles:
         error = message(DataError, lambda: read_all(Dataset.open(job)))
         assert error.startswith((f"{path}: not a readable ", f"{path}: cannot be read: "))
 
+    def test_a_stripe_of_more_rows_than_any(self, tmp_path, monkeypatch):
+        path = tmp_path / "x.orc"
+        orc.write_table(pa.table({"label": [1], "C1": [1]}), path)
+        monkeypatch.setattr(
+            "penstock.data.orc._fields",
+            lambda message, field: iter([2**80] if field == 5 else [b"\0"]),
+        )
+        job = job_over({"format": "orc", "path": str(path)}, numeric=[])
+        assert message(DataError, lambda: Dataset.open(job)).startswith(
+            f"{path}: not a readable ORC file: a stripe of 1208925819614629174706176 rows"
+        )
+
     def test_no_rows(self, tmp_path):
         table = pa.table({"label": [1], "I1": [1.0], "C1": [1]})[:0]
         for kind, new in (("file", ipc.new_file), ("stream", ipc.new_stream)):

@@ -119,6 +119,26 @@ def test_a_dictionary_that_ends_within_a_column(tmp_path):
     assert_equal(read(open_files(path), ["a"]), table)
 
 
+@pytest.mark.parametrize("is_local", [True, False])
+def test_row_groups_are_read_ahead_only_elsewhere(tmp_path, monkeypatch, is_local):
+    """A remote store is asked for all at once, which a local file would copy."""
+    table = every_kind(200)
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=30)
+    source = open_files(tmp_path / "rows.parquet")
+    monkeypatch.setattr(source, "_is_local", is_local)
+    options, plain = [], pq.ParquetFile
+
+    def opened(*arguments, **given):
+        options.append(given)
+        return plain(*arguments, **given)
+
+    monkeypatch.setattr(pq, "ParquetFile", opened)
+    assert_equal(read(source, table.column_names), table)
+    assert [(one["pre_buffer"], one["buffer_size"] > 0) for one in options] == [
+        (not is_local, is_local)
+    ]
+
+
 @pytest.mark.parametrize("columns", [["struct.a"], ["struct"], ["struct", "struct.a"]])
 def test_names_with_dots(tmp_path, columns):
     table = every_kind(40)
