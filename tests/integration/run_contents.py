@@ -30,6 +30,7 @@ def contents(out):
         "step": manifest.step,
         "collection_step": manifest.collection_step,
         "position": manifest.position,
+        "row_clock": manifest.row_clock,
         "tables": tables,
         "dense": read_tensors(checkpoint / "dense.safetensors"),
         "optimizer": manifest.optimizer,

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pyarrow.parquet as pq
@@ -35,12 +36,6 @@ def at_call(monkeypatch, owner, name, call, act):
 
 def stop():
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def stop_soon_and_wait():
-    """As a read does that takes long; in C, where the signal is not handled."""
-    stop()
-    time.sleep(0.2)
 
 
 @pytest.fixture
@@ -81,21 +76,24 @@ def test_a_signal_at_any_moment(
 
 
 def test_a_signal_while_the_loop_waits(small_job, tmp_path, quiet, whole, monkeypatch):
-    """The reader sleeps within a read when the signal comes; the loop waits for it."""
-    out, real, began = tmp_path / "run", SyntheticRows.read, []
+    """The reader is within a read that does not end; the loop has trained on all it was given."""
+    out, real, release = tmp_path / "run", SyntheticRows.read, threading.Event()
 
     def read(self, split, columns):
         yield from real(self, split, columns)
-        if split.stop <= 4500 and not began:
-            began.append(time.monotonic())
-            stop()
-            time.sleep(3)
+        if split.stop <= 4500:
+            release.wait(60)
 
     with monkeypatch.context() as patch:
         patch.setattr(SyntheticRows, "read", read)
+        # Step 32 is the last one that can be made of four windows of 1,024 rows.
+        at_call(patch, story, "train_step", 32, threading.Timer(0.5, stop).start)
+        began = time.monotonic()
         with pytest.raises(Interrupted):
             story.train(small_job, out, console=quiet)
-    assert time.monotonic() - began[0] < 3, "it waited for the read to end"
+        assert time.monotonic() - began < 30, "it waited for the read to end"
+        release.set()
+    assert contents(out)["step"] == 32
     story.train(small_job, out, resume=True, console=quiet)
     assert not differences(contents(out), whole)
 
@@ -110,11 +108,12 @@ def test_a_second_signal_leaves_at_once(small_job, tmp_path, quiet, monkeypatch)
     for name, owner, call, kept in (
         ("step", DenseTrainer, 9, 6),
         ("save", story, 9, 6),
+        ("log", story.Run, 2, 12),
     ):
         out = tmp_path / name
         with monkeypatch.context() as patch:
-            if name == "step":
-                at_call(patch, owner, "step", call, twice)
+            if name != "save":
+                at_call(patch, owner, name, call, twice)
             else:
                 at_call(patch, owner, "train_step", call, stop)
                 at_call(patch, story.Checkpoints, "_commit", 2, stop)
@@ -122,7 +121,8 @@ def test_a_second_signal_leaves_at_once(small_job, tmp_path, quiet, monkeypatch)
                 story.train(small_job, out, console=quiet)
         assert raised.value.is_repeated
         assert contents(out)["step"] == kept
-        assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{kept:09d}"]
+        names = sorted(path.name for path in (out / "checkpoints").iterdir())
+        assert names == [f"step-{step:09d}" for step in range(6, kept + 1, 6)]
 
 
 @pytest.fixture
