@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from penstock import _core
 from penstock.config import TextSource
-from penstock.data import lines
+from penstock.data import lines, row_ends
 from penstock.data.lines import OpenQuote
 from penstock.data.text import open_text
 from penstock.errors import DataError
@@ -77,6 +77,7 @@ class Files:
     def open(self, data, sizes, ending="", **options):
         self._patch.setattr(lines, "BLOCK_BYTES", sizes[0])
         self._patch.setattr(lines, "READ_BYTES", sizes[1])
+        self._patch.setattr(row_ends, "_READ_BYTES", sizes[1])
         path = self._folder / ("x.csv." + ending).rstrip(".")
         path.write_bytes(COMPRESSIONS[ending](data))
         config = TextSource(path=str(path), **{"columns": NAMES, **options})
