@@ -34,7 +34,7 @@ def whole_file(out: Path, *, reads: Sequence[str] = (), overwrite: bool) -> Iter
       overwrite: whether `out` may exist.
 
     Raises:
-      ConfigError: `out` is among `reads`, exists, is a folder or a URI, is being written by
+      ConfigError: `out` is among `reads`, exists, is a folder, a device or a URI, is being written by
         another process, or cannot be written. Also where the block raises OSError.
     """
     target = free_path(out, reads=reads, overwrite=overwrite)
@@ -67,6 +67,9 @@ def free_path(out: Path, *, reads: Sequence[str] = (), overwrite: bool) -> Path:
     refuse_read([out], reads)
     if os.path.isdir(out):
         raise ConfigError(f"{out}: is a folder; name a file")
+    if os.path.exists(out) and not os.path.isfile(out):
+        # A device or pipe would be replaced by a file: /dev/null, for every program there is.
+        raise ConfigError(f"{out}: is a device, pipe or socket, not a file; name a file")
     if os.path.lexists(out) and not overwrite:
         raise ConfigError(f"{out}: exists already; name another file, or overwrite it with --force")
     return _without_links(out)

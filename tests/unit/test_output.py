@@ -140,6 +140,16 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path):
             raise AssertionError("the work began")
 
 
+def test_devices_pipes_and_links_to_them_are_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/full", tmp_path / "to_full")
+    for out in (tmp_path / "pipe", tmp_path / "to_full"):
+        with pytest.raises(ConfigError, match=r"is a device, pipe or socket, not a file"):
+            write(out)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "to_full").is_symlink()
+
+
 def test_two_writers_of_one_file(tmp_path):
     out = tmp_path / "out"
     with whole_file(out, overwrite=False) as part:
