@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 import pyarrow as pa
 
 from penstock.config import FeatureColumns, Hash, Hex
 from penstock.data.transforms import is_list
+from penstock.errors import ConfigError
+
+
+def check_types(types: Iterable[str], names: Sequence[str], path: str) -> None:
+    """Raises ConfigError where a name or glob of `data.source.types` is that of no column."""
+    for pattern in types:
+        if not any(is_named(name, pattern) for name in names):
+            raise ConfigError(
+                f"data.source.types: {pattern!r} matches no column of {path}"
+                f"{nearest(pattern, names)}"
+            )
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a column's name is `pattern`, brackets and all, or matches it as a glob."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

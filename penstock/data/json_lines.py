@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import numpy as np
@@ -15,12 +14,13 @@ import pyarrow.json as pa_json
 
 from penstock import _core
 from penstock.config import JsonLinesSource
+from penstock.data.column_checks import check_types, is_named
 from penstock.data.files import list_files
 from penstock.data.lines import LineFiles, first_bytes
 from penstock.data.malformed import find_malformed
 from penstock.data.quarantine import MalformedRow
 from penstock.data.row_ends import BOM, TextRows
-from penstock.errors import ConfigError, DataError
+from penstock.errors import DataError
 
 SAMPLE_LINES = 1000
 """Lines by which the columns and their types are known."""
@@ -56,7 +56,7 @@ def open_json_lines(
     filesystem, paths = list_files(config.path)
     sample = first_bytes(filesystem, paths[0], SAMPLE_LINES).removeprefix(BOM)
     found = _kinds(sample)
-    schema = pa.schema(_column_types(found, config, default_types))
+    schema = pa.schema(_column_types(found, config, default_types, paths[0]))
     if not schema.names:
         raise DataError(
             f"{paths[0]}: no JSON object with a field in the first {SAMPLE_LINES} lines; JSON "
@@ -194,17 +194,16 @@ def _column_types(
     found: Mapping[str, str | None],
     config: JsonLinesSource,
     default_types: Mapping[str, Literal["int64", "float64"]],
+    path: str,
 ) -> Iterator[tuple[str, pa.DataType]]:
     # A column that the first lines lack is there if its name, not a glob, has a type.
     names = [*found, *(n for n in config.types if n not in found and not _GLOB.search(n))]
-    for pattern in config.types:
-        if not any(fnmatchcase(name, pattern) or name == pattern for name in names):
-            raise ConfigError(f"data.source.types: {pattern!r} matches no column")
+    check_types(config.types, names, path)
     numbers = [pattern for pattern, kind in default_types.items() if kind == "float64"]
     for name in names:
-        declared = [kind for pattern, kind in config.types.items() if fnmatchcase(name, pattern)]
+        declared = [kind for pattern, kind in config.types.items() if is_named(name, pattern)]
         kind = found.get(name)
-        if any(name == pattern or fnmatchcase(name, pattern) for pattern in numbers):
+        if any(is_named(name, pattern) for pattern in numbers):
             # Later values may have a fraction.
             kind = {"int64": "float64", None: "float64", "list<int64>": "list<float64>"}.get(
                 kind, kind

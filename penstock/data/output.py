@@ -34,8 +34,8 @@ def whole_file(out: Path, *, reads: Sequence[str] = (), overwrite: bool) -> Iter
       overwrite: whether `out` may exist.
 
     Raises:
-      ConfigError: `out` is among `reads`, exists, is a folder, a device or a URI, is being written by
-        another process, or cannot be written. Also where the block raises OSError.
+      ConfigError: `out` is among `reads`, exists, is a folder, device or URI, is being written
+        by another process, or cannot be written. Also where the block raises OSError.
     """
     target = free_path(out, reads=reads, overwrite=overwrite)
     part = target.with_name(f".{target.name}.part")

@@ -241,7 +241,11 @@ def _by_time(
 ) -> tuple[PartRows, PartRows]:
     at = _parse_time(split.at)
     # Sources compare integers as they are, in the unit of the column.
-    ticks = TICKS_PER_S[unit] if pa.types.is_integer(source.schema.field(column).type) else 1000
+    is_integer = pa.types.is_integer(source.schema.field(column).type)
+    ticks = TICKS_PER_S[unit] if is_integer else 1000
+    remedy = (
+        f"change the time, or data.event_time_unit, now {unit}" if is_integer else "change the time"
+    )
 
     def part(
         low: int | None, high: int | None, order: Callable[[Sequence[Split]], Sequence[Split]]
@@ -257,7 +261,7 @@ def _by_time(
             side = "at or after" if high is None else "before"
             raise DataError(
                 f"data.split.at {split.at!r}: no row has {column!r} {side} it, which leaves no "
-                f"rows for {name}; change the time"
+                f"rows for {name}; {remedy}"
             )
         return rows
 

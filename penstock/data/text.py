@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import pyarrow as pa
 from pyarrow import csv, fs
 
 from penstock.config import TextSource
+from penstock.data.column_checks import check_types, is_named
 from penstock.data.files import list_files
 from penstock.data.lines import LineFiles, first_bytes, open_quote
 from penstock.data.row_ends import BOM, Quoting, RowEnds
@@ -49,6 +49,7 @@ def open_text(
     else:
         names = expand_names(config.columns)
     _check_names(names, paths[0])
+    check_types(config.types, names, paths[0])
     schema = pa.schema(_column_types(names, config, default_types))
     if config.columns is None:
         for path in paths[1:]:
@@ -92,11 +93,24 @@ def _header(
         newlines_in_values=True,
     )
     try:
-        return list(csv.read_csv(pa.BufferReader(row), parse_options=options).column_names)
+        header = csv.read_csv(pa.BufferReader(row), parse_options=options)
+        names = list(header.column_names)
     except UnicodeDecodeError:
         raise DataError(f"{path}:1: the header is not UTF-8; write the file in UTF-8") from None
     except pa.ArrowException as error:
+        if b"\r" in row.rstrip(b"\r\n"):
+            raise _carriage_return(path) from None
         raise DataError(f"{path}:1: header cannot be read: {error}") from None
+    if header.num_rows:
+        raise _carriage_return(path)
+    return names
+
+
+def _carriage_return(path: str) -> DataError:
+    return DataError(
+        f"{path}:1: the header holds a carriage return before its end, as files of old Macs do; "
+        "end lines with line feeds"
+    )
 
 
 def _check_header(path: str, header: list[str], first_path: str, first: list[str]) -> None:
@@ -141,14 +155,9 @@ def _column_types(
     config: TextSource,
     default_types: Mapping[str, Literal["int64", "float64"]],
 ) -> Iterator[tuple[str, pa.DataType]]:
-    for pattern in config.types:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"data.source.types: {pattern!r} matches no column")
     for name in names:
-        declared = [kind for pattern, kind in config.types.items() if fnmatchcase(name, pattern)]
-        default = next(
-            (k for p, k in default_types.items() if name == p or fnmatchcase(name, p)), "string"
-        )
+        declared = [kind for pattern, kind in config.types.items() if is_named(name, pattern)]
+        default = next((k for p, k in default_types.items() if is_named(name, p)), "string")
         # An exact name wins over globs; among globs the last one does.
         kind = config.types.get(name) or (declared[-1] if declared else default)
         yield name, _TYPES[kind]

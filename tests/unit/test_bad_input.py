@@ -416,14 +416,12 @@ class TestParts:
         job = parquet_job(event_time="t", split={"by": "time", "at": "1970-01-01T00:00:09Z"})
         assert open_message(DataError, job) == (
             "data.split.at '1970-01-01T00:00:09Z': no row has 't' at or after it, which leaves no "
-            "rows "
-            "for evaluation; change the time"
+            "rows for evaluation; change the time, or data.event_time_unit, now ms"
         )
         job = parquet_job(event_time="t", split={"by": "time", "at": 1000})
         assert open_message(DataError, job) == (
             "data.split.at 1000: no row has 't' before it, which leaves no rows for train; change "
-            "the "
-            "time"
+            "the time, or data.event_time_unit, now ms"
         )
 
     def test_time_that_is_none(self, parquet_job):

@@ -328,7 +328,7 @@ class TestJsonLines:
             message(
                 ConfigError, lambda: Dataset.open(job_over({**source, "types": {"X*": "int64"}}))
             )
-            == "data.source.types: 'X*' matches no column"
+            == f"data.source.types: 'X*' matches no column of {path}; there are label, I1"
         )
 
     def test_no_object_at_all(self, tmp_path):

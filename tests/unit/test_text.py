@@ -4,11 +4,12 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from penstock.config import parse_job
+from penstock.config import TextSource, parse_job
 from penstock.data import Dataset, lines
-from penstock.data.text import expand_names
+from penstock.data.text import expand_names, open_text
 from penstock.errors import ConfigError, DataError
 from tests.contract.data_cases import assert_resumes_everywhere, read_all
 
@@ -212,8 +213,29 @@ def test_names():
 def test_types_that_match_no_column(tmp_path):
     path = tmp_path / "x.tsv"
     path.write_bytes(rows(3))
-    with pytest.raises(ConfigError, match=r"data.source.types: 'D\*' matches no column"):
+    with pytest.raises(ConfigError) as raised:
         Dataset.open(text_job(path, types={"D*": "int64"}))
+    assert str(raised.value).startswith(
+        f"data.source.types: 'D*' matches no column of {path}; there are label, I1, "
+    )
+
+
+def test_a_type_by_the_name_of_a_column_with_brackets(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"label,id[0]\n1,7\n")
+    source = TextSource(path=str(path), types={"id[0]": "int64"})
+    assert open_text(source, {}).schema.field("id[0]").type == pa.int64()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"label,a\r1,2\r0,3\r", b"label,a\r1,2\n0,3\n", b"label,a\r1\n0,3\n", b"label\ra\r\n1,2\r\n"],
+)
+def test_a_header_that_ends_with_a_carriage_return_takes_no_row_along(tmp_path, text):
+    path = tmp_path / "x.csv"
+    path.write_bytes(text)
+    with pytest.raises(DataError, match=r"x.csv:1: the header holds a carriage return before its"):
+        open_text(TextSource(path=str(path)), {})
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
