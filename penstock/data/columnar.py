@@ -22,6 +22,7 @@ from penstock.data.files import list_files
 from penstock.data.identity import tag_of
 from penstock.data.lazy_splits import LazySplits
 from penstock.data.source import CHUNK_ROWS, Chunk, RowCount, RowPlace, Split, chunk_rows
+from penstock.data.view_types import plain_table, without_views
 from penstock.errors import DataError
 from penstock.types import FileTag
 
@@ -251,7 +252,7 @@ class GroupedFiles:
                         "its rows were counted"
                     )
                 for table in self._format.read(opened, wanted, columns):
-                    yield first, table
+                    yield first, plain_table(table)
                     first += table.num_rows
                     if first >= split.stop:
                         return
@@ -265,7 +266,9 @@ class GroupedFiles:
             with self._open(path) as opened:
                 # Asked first: a format may leave the file closed.
                 size = opened.file.size()
-                return self._format.layout(opened)._replace(file_bytes=size)
+                layout = self._format.layout(opened)
+                schema = without_views(layout.schema)
+                return layout._replace(schema=schema, file_bytes=size)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not {self._format.name} file: {error}") from None
 

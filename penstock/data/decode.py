@@ -291,7 +291,7 @@ def plain_values(column: pa.ChunkedArray) -> pa.Array:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     kind = array.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return array.cast(pa.large_string())
     # Of unsigned 64-bit integers the bits are kept, as in keys.
     return array.cast(pa.large_binary() if is_text(kind) else pa.int64(), safe=False)

@@ -388,6 +388,4 @@ def _kind_of(kind: pa.DataType) -> ColumnKind:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return not (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+    return not (pa.types.is_string(kind) or pa.types.is_large_string(kind))
