@@ -152,19 +152,20 @@ class Job(Config):
         return self
 
 
-def parse_job(fields: Mapping[str, Any], origin: str = "job") -> Job:
+def parse_job(fields: Mapping[str, Any], origin: str = "job", *, is_record: bool = False) -> Job:
     """Validates the fields of a job.
 
     Args:
       fields: what YAML or a program gave.
       origin: named in errors, for instance the file's path.
+      is_record: they are what a run wrote of its own job, which nobody is asked to change.
 
     Raises:
       ConfigError: one line for each wrong field: path, value, what is allowed, the nearest known
       key.
 
     Warns:
-      JobNote: a field is given where it lay before; it is read all the same.
+      JobNote: a field is given where it lay before; it is read all the same. Not of a record.
     """
     if not isinstance(fields, Mapping):
         raise ConfigError(f"{origin}: expected a mapping of fields, got {type(fields).__name__}")
@@ -172,7 +173,7 @@ def parse_job(fields: Mapping[str, Any], origin: str = "job") -> Job:
         fields, moved = bring_up_to_date(fields)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
-    for note in moved:
+    for note in () if is_record else moved:
         warnings.warn(f"{origin}: {note}", JobNote, stacklevel=2)
     try:
         return Job.model_validate(fields)

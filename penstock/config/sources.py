@@ -37,7 +37,7 @@ class TextSource(FileSource):
     """The character around values that hold delimiters; inside of them it is doubled. `none`:
     quotes are text. null: `"` in `csv`, `none` in `tsv`.
     """
-    quoted_line_breaks: bool = False
+    quoted_line_breaks: Annotated[bool, MAY_CHANGE] = False
     """Quoted values may hold line breaks. Each byte is then read twice, to find the rows. Where it
     is false, a quoted value that does not close on its line stops the run.
     """

@@ -144,7 +144,7 @@ class RunFolder:
     def _measures_other(self, job: Job) -> bool:
         """Whether a job asks for another evaluation than the one in job.yaml."""
         try:
-            before = parse_job(read_fields(self.job_file))
+            before = parse_job(read_fields(self.job_file), is_record=True)
         except ConfigError:
             return True  # it is lost or of another version
         return (before.evaluation.metrics, before.data.evaluation_source) != (

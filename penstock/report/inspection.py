@@ -83,7 +83,7 @@ def _curves(record: RunRecord, draw: bool) -> Iterator[Table | str]:
 def _key_skew(manifest: Manifest, folder: Path | None) -> Iterator[Table | str]:
     """Reads a sample of the job's data, if it is still there; draws into `folder`."""
     try:
-        skew = key_skew(parse_job(manifest.job, "job of the checkpoint"))
+        skew = key_skew(parse_job(manifest.job, "job of the checkpoint", is_record=True))
     except (ConfigError, DataError) as error:
         yield f"no key skew, which needs the job's data: {error}"
         return

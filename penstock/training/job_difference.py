@@ -58,7 +58,7 @@ def differences(
     """
     try:
         # Through the current classes, so that a field younger than the checkpoint has its default.
-        before = parse_job(saved_job).model_dump(mode="json")
+        before = parse_job(saved_job, is_record=True).model_dump(mode="json")
     except ConfigError:
         before = dict(saved_job)
     lines = _compare(leaves(before), leaves(job.model_dump(mode="json")))

@@ -90,7 +90,8 @@ def open_trained(
       DataError: the data lacks a column.
     """
     manifest, position = read_newest(path, _read_description)
-    job = parse_job(change(manifest.job), origin=f"{path}: job of the checkpoint")
+    origin = f"{path}: job of the checkpoint"
+    job = parse_job(change(manifest.job), origin=origin, is_record=True)
     lines = differences(manifest.job, manifest.resolved, job, manifest.resolved)
     if lines:
         raise ConfigError(

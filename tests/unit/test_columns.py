@@ -277,7 +277,9 @@ def test_jagged_window_refuses_what_does_not_fit():
         ([(keys, np.array([0, 9]), None)], [0], [1]),
         ([(keys, None, None)], [2], [1]),
     ):
-        with pytest.raises(ValueError, match="shorter than its part|go beyond the values|starts beyond stops"):
+        with pytest.raises(
+            ValueError, match="shorter than its part|go beyond the values|starts beyond stops"
+        ):
             _core.JaggedWindow(columns, starts, stops)
     with pytest.raises(ValueError, match="do not fit"):
         _core.JaggedWindow([(keys, None, None)], [], [])

@@ -365,3 +365,10 @@ def test_another_kind_drops_the_fields_that_it_lacks_by_name(job_file):
         warnings.simplefilter("error")
         load_job(str(job_file), ["model.kind=dlrm"])
     assert "input tag 'dlmr'" in refusal(load_job, str(job_file), ["model.kind=dlmr"])
+
+
+def test_what_a_run_wrote_of_its_job_is_read_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parse_job(BEFORE, "manifest", is_record=True).run.threads == 3
+        assert parse_job(BEFORE, is_record=True) is not None

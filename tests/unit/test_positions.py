@@ -255,6 +255,27 @@ def test_lines_added_to_the_file_being_read_are_trained_on(tmp_path, batches):
     assert sorted(first + rest + read(open_days(str(path)), done)[0]) == list(ids_of(1, 360))
 
 
+@pytest.mark.parametrize("batches", [0, 2, 13, 29, None])
+def test_line_breaks_in_quotes_may_come_with_a_later_day(tmp_path, batches):
+    def open_texts(line_breaks):
+        source = {"format": "csv", "path": f"{tmp_path}/*.csv", "types": {"id": "int64"}}
+        source |= {"quoted_line_breaks": line_breaks}
+        return open_days("", source=source)
+
+    def write_texts(day, text):
+        lines = [f'0,{one},{one},"{text}"\n' for one in ids_of(day)]
+        (tmp_path / f"{day}.csv").write_text("label,id,time,text\n" + "".join(lines))
+
+    write_texts(1, 'a "" b, c')
+    write_texts(2, "d")
+    first, end = read(open_texts(False), batches=batches)
+    write_texts(3, "one\ntwo\n")
+    with pytest.raises(DataError, match=r"3\.csv:2: .* set data.source.quoted_line_breaks: true"):
+        read(open_texts(False), end)
+    rest, _ = read(open_texts(True), end)
+    assert sorted(first + rest) == [*ids_of(1), *ids_of(2), *ids_of(3)]
+
+
 def test_a_line_that_was_not_whole_is_not_added_to(tmp_path):
     path = tmp_path / "day.csv"
     path.write_text("label,id,time\n0,1,1\n0,2,2")
