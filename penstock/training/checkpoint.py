@@ -321,11 +321,15 @@ class Checkpoints:
             existing = existing.parent
         free = shutil.disk_usage(existing).free
         last = self.latest()
-        kept = f"the last complete checkpoint, {last.name}, stays" if last else "there is none yet"
+        remedy = (
+            f"free some space and resume; the last complete checkpoint, {last.name}, stays"
+            if last
+            else "free some space and train anew; there is no checkpoint to resume from"
+        )
         return (
             f"cannot write checkpoint {final}: {error.strerror}; it needs about "
             f"{_needed_bytes(state):,} bytes, {free:,} bytes are free on its file system; "
-            f"free some space and resume; {kept}"
+            f"{remedy}"
         )
 
 

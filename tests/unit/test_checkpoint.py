@@ -671,7 +671,7 @@ def test_a_disk_that_fails_at_the_first_checkpoint(tmp_path, monkeypatch):
     assert re.fullmatch(
         rf"cannot write checkpoint {tmp_path}/deep/checkpoints/step-000000001: "
         r"Read-only file system; it needs about [\d,]+ bytes, [\d,]+ bytes are free on its file "
-        r"system; free some space and resume; there is none yet",
+        r"system; free some space and train anew; there is no checkpoint to resume from",
         str(caught.value),
     )
     assert verify(run.save()).step == 1
