@@ -18,10 +18,11 @@ from penstock.data.source import CHUNK_ROWS, chunk_rows
 _MOST_FOOTERS = 64
 _MOST_FOOTER_BYTES = 8 << 20
 """As they lie in the files; in memory they take several times as much."""
-_READ_BYTES = 1 << 20
-"""Of each column, read at a time from a local file, to bound what is read ahead."""
+_LARGE_GROUP_BYTES = 128 << 20
+"""Columns of larger row groups of local files are read piece by piece, to bound what lies ahead."""
+_PIECE_BYTES = 1 << 20
 _PEEK_BYTES = 4096
-"""The same where no more than the first value is wanted."""
+"""Read of a column where no more than its first value is wanted."""
 _MS_PER_DAY = 86_400_000
 # Of Parquet's logical types.
 _TICKS_PER_MS = {"milliseconds": 1, "microseconds": 1_000, "nanoseconds": 1_000_000}
@@ -36,6 +37,7 @@ class ParquetFormat:
         """`time_column`: of which layouts tell the bounds."""
         self._time_column = time_column
         self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._footer_bytes = 0
         self._lock = threading.Lock()
 
     def layout(self, opened: OpenFile) -> Layout:
@@ -51,16 +53,19 @@ class ParquetFormat:
         self, opened: OpenFile, groups: Sequence[int] | None, columns: Sequence[str]
     ) -> Iterator[pa.Table]:
         """Reads row groups, some rows at a time, which may be of two groups."""
+        footer = self._footer(opened)
+        if groups is None:
+            groups = range(footer.num_row_groups)
+        most = max((footer.row_group(group).total_byte_size for group in groups), default=0)
         with pq.ParquetFile(
             opened.file,
-            metadata=self._footer(opened.path),
+            metadata=footer,
             # It hides the latency of a remote store, and costs a copy.
             pre_buffer=not opened.is_local,
-            buffer_size=_READ_BYTES if opened.is_local else 0,
+            buffer_size=_PIECE_BYTES if opened.is_local and most > _LARGE_GROUP_BYTES else 0,
             # Pages without a checksum read as they are.
             page_checksum_verification=True,
         ) as parquet:
-            self._keep(opened.path, parquet.metadata)
             # A name with a dot may stand for a column, for a field within one, or for both.
             for batch in parquet.iter_batches(
                 chunk_rows(len(columns), CHUNK_ROWS),
@@ -70,19 +75,26 @@ class ParquetFormat:
             ):
                 yield pa.Table.from_batches([batch]).select(list(columns))
 
-    def _footer(self, path: str) -> pq.FileMetaData | None:
+    def _footer(self, opened: OpenFile) -> pq.FileMetaData:
         with self._lock:
-            return self._footers.get(path)
+            footer = self._footers.get(opened.path)
+            if footer is not None:
+                self._footers.move_to_end(opened.path)
+                return footer
+        footer = pq.read_metadata(opened.file)
+        self._keep(opened.path, footer)
+        return footer
 
     def _keep(self, path: str, footer: pq.FileMetaData) -> None:
         with self._lock:
+            before = self._footers.pop(path, None)
+            self._footer_bytes -= 0 if before is None else before.serialized_size
             self._footers[path] = footer
-            self._footers.move_to_end(path)
-            size = sum(one.serialized_size for one in self._footers.values())
+            self._footer_bytes += footer.serialized_size
             while len(self._footers) > 1 and (
-                size > _MOST_FOOTER_BYTES or len(self._footers) > _MOST_FOOTERS
+                self._footer_bytes > _MOST_FOOTER_BYTES or len(self._footers) > _MOST_FOOTERS
             ):
-                size -= self._footers.popitem(last=False)[1].serialized_size
+                self._footer_bytes -= self._footers.popitem(last=False)[1].serialized_size
 
 
 def _group_rows(footer: pq.FileMetaData) -> NDArray[np.int64]:

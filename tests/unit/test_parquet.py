@@ -119,9 +119,13 @@ def test_a_dictionary_that_ends_within_a_column(tmp_path):
     assert_equal(read(open_files(path), ["a"]), table)
 
 
-@pytest.mark.parametrize("is_local", [True, False])
-def test_row_groups_are_read_ahead_only_elsewhere(tmp_path, monkeypatch, is_local):
-    """A remote store is asked for all at once, which a local file would copy."""
+@pytest.mark.parametrize(
+    ("is_local", "large", "expected"),
+    [(True, 1 << 30, (False, 0)), (True, 1, (False, 1 << 20)), (False, 1, (True, 0))],
+)
+def test_how_row_groups_are_read(tmp_path, monkeypatch, is_local, large, expected):
+    """A remote store is asked for all at once; large local groups are read piece by piece."""
+    monkeypatch.setattr(parquet, "_LARGE_GROUP_BYTES", large)
     table = every_kind(200)
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=30)
     source = open_files(tmp_path / "rows.parquet")
@@ -134,9 +138,7 @@ def test_row_groups_are_read_ahead_only_elsewhere(tmp_path, monkeypatch, is_loca
 
     monkeypatch.setattr(pq, "ParquetFile", opened)
     assert_equal(read(source, table.column_names), table)
-    assert [(one["pre_buffer"], one["buffer_size"] > 0) for one in options] == [
-        (not is_local, is_local)
-    ]
+    assert [(one["pre_buffer"], one["buffer_size"]) for one in options] == [expected]
 
 
 @pytest.mark.parametrize("columns", [["struct.a"], ["struct"], ["struct", "struct.a"]])
