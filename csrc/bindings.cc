@@ -176,7 +176,7 @@ void bind_host_store(nb::module_& m) {
   nb::class_<SharedPlan>(m, "PoolingPlan")
       .def(nb::new_(&make_plan), "packed_feature"_a, "table"_a, "pooling"_a, "max_keys"_a, "column"_a, "stride"_a);
 
-  nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing);
+  nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing).def_ro("is_applied", &Lookup::is_applied);
 
   nb::class_<HostStore>(m, "HostStore")
       .def(

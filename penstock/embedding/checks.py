@@ -84,9 +84,9 @@ def check_gradients(
         if lookup.plan is not plan and lookup.plan != plan:
             raise ConfigError("the gradient of a look-up by another plan than this update's")
         if batch is not None:
-            _check_same(lookup, batch)
+            check_same(lookup, batch)
         wanted = (lookup.batch_size, plan.stride)
-        is_near = grad.device.type == "cpu" or grad.device == device
+        is_near = grad.is_cpu or grad.device == device
         if grad.dtype != torch.float32 or grad.shape != wanted or not is_near:
             or_device = "" if device.type == "cpu" else f" or {device}"
             raise ConfigError(
@@ -103,7 +103,8 @@ def check_gradients(
         )
 
 
-def _check_same(lookup: PooledLookup, batch: KeyedJagged) -> None:
+def check_same(lookup: PooledLookup, batch: KeyedJagged) -> None:
+    """Refuses a batch of another size than the one that was looked up."""
     of_lookup = lookup.batch_size, lookup.num_keys, lookup.is_weighted
     of_batch = batch.batch_size, batch.values.numel(), batch.weights is not None
     if of_lookup != of_batch:
@@ -124,9 +125,10 @@ def stale_export(store: str) -> StaleExportError:
 
 def check_keys(batch: KeyedJagged, device: torch.device) -> None:
     """Refuses keys and offsets that are not contiguous int64 arrays on the CPU or a device."""
-    for name, tensor in (("values", batch.values), ("offsets", batch.offsets)):
+    for name in ("values", "offsets"):
+        tensor: Tensor = getattr(batch, name)
         is_flat = tensor.dim() == 1 and tensor.is_contiguous()
-        is_near = tensor.device.type == "cpu" or tensor.device == device
+        is_near = tensor.is_cpu or tensor.device == device
         if tensor.dtype != torch.int64 or not is_near or not is_flat:
             or_device = "" if device.type == "cpu" else f" or {device}"
             raise ConfigError(

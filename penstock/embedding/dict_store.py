@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -190,18 +190,15 @@ class _Table:
 class DictLookup(PooledLookup):
     """What a look-up leaves for the update: the batch, copied; its keys are looked up again."""
 
+    num_missing = 0
+    is_applied = False
+
     def __init__(self, store: DictStore, plan: PoolingPlan, batch: KeyedJagged) -> None:
         """Copies the batch."""
         super().__init__(store, plan, batch)
         self.batch = own_copy(batch, torch.device("cpu"))
-        self.missing = 0
         self.on_default: set[tuple[int, int]] = set()
         """(table, key) that read the default row."""
-
-    @property
-    def num_missing(self) -> int:
-        """See `PooledLookup`."""
-        return self.missing
 
 
 class DictStore:
@@ -402,7 +399,7 @@ class DictStore:
             if insert:
                 self._insert(table, all_keys)
             absent = [key for key in all_keys if key not in self._tables[table].rows]
-            lookup.missing += 0 if insert else len(absent)
+            lookup.num_missing += 0 if insert else len(absent)
             if refuses(self.tables[table]):
                 lookup.on_default |= {(table, key) for key in absent}
         for feature in plan.features:
@@ -428,7 +425,7 @@ class DictStore:
         # By (table, key), or by (table, None) for the default row.
         sums: dict[tuple[int, int | None], FloatArray] = {}
         for gradient in gradients:
-            gradient.lookup.is_applied = True
+            cast("DictLookup", gradient.lookup).is_applied = True
             for feature in plan.features:
                 for key, share in self._shares(feature, gradient):
                     name = (feature.table, key)

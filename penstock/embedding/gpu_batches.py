@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from penstock.config import TableConfig
 from penstock.embedding.optimizer import Hypers
-from penstock.embedding.store import PooledLookup, PoolingPlan
+from penstock.embedding.store import PooledLookup, PoolingPlan, own_copy
 from penstock.errors import ConfigError
 from penstock.kernels.group import group_keys
 from penstock.kernels.index import KeyBatch, Misses
@@ -29,6 +30,8 @@ more launches, or a second stream.
 class GpuLookup(PooledLookup):
     """What an update needs of a look-up."""
 
+    is_applied = False
+
     def __init__(
         self,
         store: object,
@@ -39,7 +42,8 @@ class GpuLookup(PooledLookup):
     ) -> None:
         super().__init__(store, plan, batch)
         self.batch = batch
-        """On the store's device, and nobody else's: see `own_copy`."""
+        """See `held`."""
+        self._keys_version = batch.values._version
         self.slots = slots
         """[N] int32 by position in the packed keys; -1: no row."""
         self.erase_version = erase_version
@@ -53,6 +57,27 @@ class GpuLookup(PooledLookup):
     def num_missing(self) -> int:
         """Keys read without a row; waits for the device."""
         return 0 if self.misses is None else int(self.misses.number)
+
+    def batch_again(self, *, keys: bool) -> KeyedJagged:
+        """The batch as it was looked up, to be read once more; without `keys` all but those.
+
+        Raises:
+          ConfigError: keys were changed since. They are not copied where no rule evicts rows.
+        """
+        if keys and self.batch.values._version != self._keys_version:
+            raise ConfigError(
+                "keys on a GPU were changed between look-up and update, which has to find rows "
+                "that were erased since: erase rows before the look-up, or leave the keys alone"
+            )
+        if not self.batch.is_one_hot:
+            return self.batch
+        count = self.batch.values.numel()
+        return replace(self.batch, offsets=torch.arange(count + 1, device=self.slots.device))
+
+    @property
+    def grouping(self) -> Grouping | None:
+        """What `group_ahead` made; it may not be done."""
+        return self._grouping
 
     def found_again(self, slots: Tensor, erase_version: int) -> None:
         """Takes slots of a later search; every key that gets a row has one now."""
@@ -109,6 +134,26 @@ class GpuLookup(PooledLookup):
         # begins there by waiting for all that this stream has begun with it.
         torch.cuda.current_stream(self.slots.device).wait_event(self._is_grouped)
         return self._grouping
+
+
+def held(batch: KeyedJagged, device: torch.device, plan: DevicePlan, *, keys: bool) -> KeyedJagged:
+    """A batch on a device, with what an update needs of it in memory of its own.
+
+    Offsets of bags of one key each need no copy, unless they are read beside the caller's stream.
+
+    Args:
+      batch: anywhere; a copy from pinned memory is waited for.
+      device: the store's.
+      plan: of the look-up.
+      keys: whether keys are copied, too: an update looks them up again where rows have left since.
+    """
+    if batch.values.device != device:
+        return own_copy(batch, device)
+    weights = batch.weights
+    if not batch.is_one_hot or weights is not None or not plan.serves_all:
+        weights = None if weights is None else weights.clone()
+        batch = replace(batch, offsets=batch.offsets.clone(), weights=weights)
+    return replace(batch, values=batch.values.clone()) if keys else batch
 
 
 class PlanCache:

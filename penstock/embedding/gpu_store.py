@@ -21,6 +21,7 @@ from penstock.embedding.gpu_batches import (
     HypersOnDevice,
     PlanCache,
     given,
+    held,
     keys_of,
 )
 from penstock.embedding.gpu_export import ExportOrder
@@ -49,7 +50,6 @@ from penstock.embedding.store import (
     StoreMemory,
     TableCounters,
     TableRows,
-    own_copy,
 )
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
@@ -347,8 +347,9 @@ class GpuStore:
         fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
         checks.check_lookup(plan, batch, out, device=self.device, **fit)
         checks.check_batch(plan, batch)
-        batch = own_copy(batch, self.device)
         on_gpu = self._plans.get(plan, len(batch.features))
+        keys = self._rules is not None or not insert
+        batch = held(batch, self.device, on_gpu, keys=keys)
         if insert and self._rules is None and self._keyed.has_room(batch.values.numel()):
             slots = self._keyed.find_or_make(on_gpu, batch, self._absent)
             lookup = GpuLookup(self, plan, batch, slots, self._erase_version)
@@ -384,7 +385,9 @@ class GpuStore:
             on_gpu = self._plans.get(plan, len(lookup.batch.features))
             self._refresh(on_gpu, lookup)
             grad = grad.to(self.device)
-            parts.append(GradientPart(lookup.batch, lookup.slots, grad, lookup.grouped()))
+            is_grouped = len(gradients) == 1 and lookup.grouping is not None
+            batch = lookup.batch if is_grouped else lookup.batch_again(keys=False)
+            parts.append(GradientPart(batch, lookup.slots, grad, lookup.grouped()))
         if on_gpu is None or not on_gpu.num_features:
             return torch.zeros((), dtype=torch.int32, device=self.device)
         self._content_version += 1
@@ -401,15 +404,16 @@ class GpuStore:
             usage_rules=usage if self.layout.usage_dim else None,
         )
         for gradient in gradients:
-            gradient.lookup.is_applied = True
+            cast("GpuLookup", gradient.lookup).is_applied = True
         return updated
 
     def _refresh(self, plan: DevicePlan, lookup: GpuLookup) -> None:
         """Finds rows again if some were erased since; such a key gets a new row, or none."""
         if lookup.erase_version == self._erase_version and lookup.num_missing == 0:
             return
-        keys = keys_of(plan, lookup.batch)
-        slots, misses = self._keyed.find(plan, lookup.batch, self._none_absent)
+        batch = lookup.batch_again(keys=True)
+        keys = keys_of(plan, batch)
+        slots, misses = self._keyed.find(plan, batch, self._none_absent)
         if self._rules is not None:
             misses = self._rules.stay_away(keys, slots, lookup.slots, misses, self._absent)
         self._insert(keys, slots, misses)

@@ -68,6 +68,11 @@ class HostLookup(PooledLookup):
         """See `PooledLookup`."""
         return self.core.num_missing
 
+    @property
+    def is_applied(self) -> bool:
+        """See `PooledLookup`."""
+        return self.core.is_applied
+
 
 class HostStore:
     """Satisfies `Store`. All tables must have one row layout."""
@@ -282,19 +287,23 @@ class HostStore:
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
     ) -> HostLookup:
         """See `Store.pooled_lookup`."""
-        fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
-        checks.check_lookup(plan, batch, out, device=_CPU, **fit)
         lookup = HostLookup(self, plan, batch)
-        status = self._core.pooled_lookup(
-            _core_plan(plan),
-            batch.values.numpy(),
-            batch.offsets.numpy(),
-            None if batch.weights is None else batch.weights.numpy(),
-            batch.batch_size,
-            insert,
-            out.numpy(),
-            lookup.core,
-        )
+        try:
+            status = self._core.pooled_lookup(
+                _core_plan(plan),
+                batch.values.numpy(),
+                batch.offsets.numpy(),
+                None if batch.weights is None else batch.weights.numpy(),
+                lookup.batch_size,
+                insert,
+                out.numpy(),
+                lookup.core,
+            )
+        except (TypeError, ValueError):
+            # The core has checked all arrays; this says what is wrong with them.
+            fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
+            checks.check_lookup(plan, batch, out, device=_CPU, **fit)
+            raise
         if status == _core.Status.BAD_OFFSETS:
             ends = int(batch.offsets[0]), int(batch.offsets[-1])
             raise checks.bad_offsets(*ends, batch.values.numel())
@@ -313,17 +322,24 @@ class HostStore:
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
     ) -> int:
         """See `Store.apply_gradients`."""
-        self.check_gradients(plan, gradients)
-        lookups = [part.lookup for part in gradients]
-        parts = [(part.lookup.core, part.grad.detach().numpy()) for part in gradients]  # type: ignore[attr-defined]
-        status, rows = self._core.apply_gradients(
-            _core_plan(plan), parts, self._hypers.at(step), step, self._deterministic
-        )
-        if status in {_core.Status.OK, _core.Status.HALF_UPDATED}:
-            for lookup in lookups:
-                lookup.is_applied = True
-        num_keys = sum(lookup.num_keys for lookup in lookups)
-        self._raise_for(status, of=f"an update of {num_keys} keys")
+        try:
+            for part in gradients:
+                if part.batch is not None:
+                    checks.check_same(part.lookup, part.batch)
+            status, rows = self._core.apply_gradients(
+                _core_plan(plan),
+                [(part.lookup.core, part.grad.detach().numpy()) for part in gradients],  # type: ignore[attr-defined]
+                self._hypers.at(step),
+                step,
+                self._deterministic,
+            )
+        except (AttributeError, TypeError, ValueError):
+            # As in `pooled_lookup`; a look-up of another kind of store has no core.
+            self.check_gradients(plan, gradients)
+            raise
+        if status != _core.Status.OK:
+            num_keys = sum(part.lookup.num_keys for part in gradients)
+            self._raise_for(status, of=f"an update of {num_keys} keys")
         return int(rows)
 
     def memory(self) -> StoreMemory:

@@ -78,8 +78,9 @@ class PendingGradients:
                 of_store.append(PooledGradient(lookup, None, part.grad))
         if not self._parts:
             return
-        for (store, plan), of_store in zip(stores, gradients, strict=True):
-            store.check_gradients(plan, of_store)
+        if len(stores) > 1:  # one alone checks for itself
+            for (store, plan), of_store in zip(stores, gradients, strict=True):
+                store.check_gradients(plan, of_store)
         applied, is_taken = 0, False
         try:
             for (store, plan), of_store in zip(stores, gradients, strict=True):

@@ -168,10 +168,9 @@ class PooledLookup:
     """What a store returns of a look-up, and takes with its gradient, once.
 
     It holds all that the update needs: the batch's arrays may be changed or used again as soon as
-    the look-up has returned.
+    the look-up has returned. (Keys on a GPU are not copied where no rule evicts rows: if somebody
+    erases rows in between, changed keys are refused.)
     """
-
-    __slots__ = ("batch_size", "is_applied", "is_weighted", "num_keys", "plan", "store")
 
     def __init__(self, store: object, plan: PoolingPlan, batch: KeyedJagged) -> None:
         """Of a store, by a plan."""
@@ -180,12 +179,15 @@ class PooledLookup:
         self.batch_size = batch.batch_size
         self.num_keys = batch.values.numel()
         self.is_weighted = batch.weights is not None
-        self.is_applied = False
-        """Whether an update has taken its gradient."""
 
     @property
     def num_missing(self) -> int:
         """Keys read without a row (`insert` was False)."""
+        raise NotImplementedError
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether an update has taken its gradient."""
         raise NotImplementedError
 
 
@@ -195,7 +197,9 @@ class PooledGradient(NamedTuple):
     lookup: PooledLookup
     """What `pooled_lookup` returned."""
     batch: KeyedJagged | None
-    """What was looked up, if its size is to be compared; nothing else is read of it again."""
+    """What was looked up, if that is to be compared with the look-up: its size alone is, and
+    nothing of it is read again.
+    """
     grad: Tensor
     """[B, plan.stride] float32, contiguous."""
 

@@ -1,5 +1,7 @@
 """A look-up owns what its update needs, and what does not belong together is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from penstock.embedding.store import (
 )
 from penstock.errors import ConfigError, StaleExportError
 from penstock.types import Jagged, KeyedJagged
-from tests.contract.stores import open_store, skip_in_interpreter
+from tests.contract.stores import WITHOUT_TRITON, OnCpu, open_store, skip_in_interpreter
 
 __all__ = ["open_store"]
 DIM = 3
@@ -60,9 +62,11 @@ def overwrite(batch):
 def test_a_batch_may_be_overwritten_after_its_lookup(open_store, kind, plan, is_erased):
     if not (kind == "weighted" and is_erased):
         skip_in_interpreter(open_store, kind)
+    # Without rules keys that are on the store's device are not copied; see the next test.
+    rules = {"eviction": Eviction(ttl=100)} if open_store is OnCpu and is_erased else {}
     results = []
     for is_overwritten in (False, True):
-        store = open_store(tables(), seed=1)
+        store = open_store(tables(**rules), seed=1)
         gradients = []
         for turn in range(2):
             batch = bags(kind)
@@ -72,13 +76,44 @@ def test_a_batch_may_be_overwritten_after_its_lookup(open_store, kind, plan, is_
             if is_overwritten:
                 overwrite(batch)
         if is_erased:
-            assert store.erase(0, torch.arange(7)) > 0
+            assert int(store.erase(0, torch.arange(7))) > 0
         store.apply_gradients(plan, gradients, 0)
         store.check_invariants()
         results.append([store.find(table, torch.arange(-1, 15)) for table in range(2)])
     for one, other in zip(*results, strict=True):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rules", [{}, {"eviction": Eviction(ttl=100)}])
+@WITHOUT_TRITON
+def test_a_batch_on_the_device_may_be_overwritten_too(rules):
+    """One key a bag, so that nothing is copied that need not be."""
+    results = []
+    for is_overwritten in (False, True):
+        store = OnCpu(tables(**rules), seed=1)
+        device = store.store.device
+        gradients = []
+        for turn in range(2):
+            batch = bags("one key a bag").to(device)
+            batch = replace(batch, is_checked=True, is_one_hot=True)
+            lookup = store.pooled_lookup(PLAN, batch, insert=True, out=torch.empty(20, 6))
+            gradients.append(PooledGradient(lookup, batch, torch.full((20, 6), 1.0 + turn)))
+            if is_overwritten:
+                overwrite(batch)
+        if rules:
+            store.erase(0, torch.arange(7))
+        store.apply_gradients(PLAN, gradients, 0)
+        results.append(store.find(0, torch.arange(-1, 15)))
+        if not rules and is_overwritten:
+            again = replace(bags("bags").to(device), is_checked=True)
+            lookup = store.pooled_lookup(PLAN, again, insert=True, out=torch.empty(20, 6))
+            overwrite(again)
+            store.erase(0, torch.arange(7))
+            with pytest.raises(ConfigError, match="keys on a GPU were changed"):
+                store.apply_gradients(PLAN, [PooledGradient(lookup, None, torch.ones(20, 6))], 1)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def looked_up(store, plan=PLAN, kind="bags"):
