@@ -349,6 +349,10 @@ def main() -> None:
 
     A `PenstockError` is printed without a traceback.
     """
+    if sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
+        # Names of files are UTF-8 to pyarrow and in jobs; Python would refuse their letters.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
     # Jobs and models named `module:function` are found in the folder one stands in, as with
     # `python -m`; an entry point alone would look only in its own folder.
     if "" not in sys.path and os.getcwd() not in sys.path:

@@ -7,18 +7,20 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from run_contents import contents, differences
 
-from penstock import cli
 from penstock import run as story
 from penstock.config import SyntheticSource, parse_job
 from penstock.data.synthetic import SyntheticRows, write_synthetic
 from penstock.errors import ConfigError, DataError, Interrupted
 from penstock.training.checkpoint import latest_checkpoint
 from penstock.training.dense import DenseTrainer
+
+BINARY = str(Path(sys.executable).with_name("penstock"))
 
 
 def at_call(monkeypatch, owner, name, call, act):
@@ -228,6 +230,26 @@ def unseen(kind):
     return os.fdopen(write, "w")
 
 
+def test_names_of_files_where_the_locale_is_ascii(tmp_path):
+    environment = {
+        **os.environ,
+        "LC_ALL": "POSIX",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    out = tmp_path / "日本" / "é.csv"
+    done = subprocess.run(
+        [BINARY, "data", "synth", "--rows", "10", "--out", out],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"10 rows: " in done.stdout and b"\\u65e5\\u672c/\\xe9.csv" in done.stdout
+    assert out.exists()
+
+
 @pytest.mark.parametrize(
     ("command", "status"),
     [
@@ -241,11 +263,10 @@ def unseen(kind):
     ],
 )
 def test_output_that_is_the_product(command, status):
-    binary = str(cli.Path(sys.executable).with_name("penstock"))
     # head may have all it wants before the rest is written, so more is written than a pipe holds.
     script = f"set -o pipefail; {command}"
     done = subprocess.run(
-        ["bash", "-c", script, binary], capture_output=True, text=True, check=False
+        ["bash", "-c", script, BINARY], capture_output=True, text=True, check=False
     )
     assert done.returncode == status, done
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
