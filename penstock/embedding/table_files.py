@@ -212,8 +212,10 @@ def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         needed = sum(8 * table.rows + table.bytes for table in collection.table_stats())
+        # A write that fails, as on a full disk, names no file; a call with a path does.
+        named = f": {error.filename}" if error.filename else ""
         raise CheckpointError(
-            f"cannot write the tables to {final}: {error.strerror}: {error.filename}; they need "
+            f"cannot write the tables to {final}: {error.strerror or error}{named}; they need "
             f"about {needed:,} bytes; what was there before stays"
         ) from error
 

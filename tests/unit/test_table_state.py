@@ -1,6 +1,7 @@
 """What a collection holds goes wherever torch users put a module's state."""
 
 import copy
+import errno
 import os
 import pickle
 from dataclasses import dataclass
@@ -384,3 +385,24 @@ def test_the_tables_of_a_runs_checkpoint_are_read_too(tmp_path):
     twin.load_tables(run.save())
     assert twin.seed == 0  # the job's
     assert {**contents(twin), "seed": source.seed} == contents(source)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EFBIG, "File too large"), ": File too large; they need about"),
+        (OSError("no more"), ": no more; they need about"),
+        (OSError(errno.ENOSPC, "No space", "a/t"), ": No space: a/t; they need about"),
+    ],
+)
+def test_a_failed_write_of_tables_names_what_is_known(tmp_path, monkeypatch, error, said):
+    def fail(*_):
+        raise error
+
+    embeddings = trained(steps=1)
+    monkeypatch.setattr("penstock.embedding.table_files._commit", fail)
+    with pytest.raises(CheckpointError) as caught:
+        embeddings.save_tables(tmp_path / "tables")
+    assert said in str(caught.value)
+    assert "None" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
