@@ -173,8 +173,12 @@ def _matching_folder(filesystem: fs.FileSystem, base: str, path: str) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether directories and globs pass over a file of this path below them."""
-    return any(part.startswith((".", "_")) for part in path.split("/"))
+    """Whether directories and globs pass over a file of this path below them.
+
+    Names that begin with a dot or underscore, and an editor's backups (`part-0.csv~`), which would
+    give the rows of a file twice.
+    """
+    return any(part.startswith((".", "_")) or part.endswith("~") for part in path.split("/"))
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:

@@ -144,4 +144,4 @@ def _unreadable(path: Path, name: str, error: OSError) -> CheckpointError:
         return CheckpointError(f"no checkpoint at {path}: there is no such directory")
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"checkpoint {path}: {name} is missing")
-    return CheckpointError(f"checkpoint {path}: cannot read {name}: {error.strerror}")
+    return CheckpointError(f"checkpoint {path}: cannot read {name}: {error.strerror or error}")

@@ -181,7 +181,7 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {final} is complete, but an older one could not be removed: "
-                f"{error.strerror}: {error.filename}; remove it by hand"
+                f"{error}; remove it by hand"
             ) from error
         return final
 
@@ -327,7 +327,7 @@ class Checkpoints:
             else "free some space and train anew; there is no checkpoint to resume from"
         )
         return (
-            f"cannot write checkpoint {final}: {error.strerror}; it needs about "
+            f"cannot write checkpoint {final}: {error.strerror or error}; it needs about "
             f"{_needed_bytes(state):,} bytes, {free:,} bytes are free on its file system; "
             f"{remedy}"
         )

@@ -302,6 +302,7 @@ def test_directories_are_read_recursively_in_order_without_hidden_files(tmp_path
     pq.write_table(table[20:], tmp_path / "b" / "0.parquet")
     pq.write_table(table[:20], tmp_path / "a.parquet")
     (tmp_path / "_SUCCESS").touch()
+    pq.write_table(table, tmp_path / "a.parquet~")  # an editor's backup: its rows would come twice
     for path in (
         str(tmp_path),
         f"file://{tmp_path}",
