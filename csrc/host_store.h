@@ -124,6 +124,8 @@ class HostStore {
 
   Status erase(uint32_t table, const int64_t* keys, int64_t count, int64_t* erased);
 
+  static constexpr uint64_t kExported = ~uint64_t{0};  // a cursor behind the last row
+
   // Copies up to max_rows rows of a table from *cursor on (0 at first) and moves it; ends when it returns 0 rows.
   // Values come in the store's type. kStaleCursor: content_version() is not `version` any more.
   Status export_batch(uint32_t table, uint64_t* cursor, uint64_t version, int64_t max_rows, int64_t* keys,
@@ -287,6 +289,7 @@ class HostStore {
     int64_t rows = 0;
     Tallies tallies{0};
     std::vector<uint32_t> freed;
+    std::vector<Leaver> leavers;
   };
   // Where the rows of some tables are in the index, table by table, so that an export of many small tables passes over the
   // index a few times in all. Holds as long as no row comes or goes.
@@ -398,6 +401,7 @@ class HostStore {
   std::vector<Stretch> stretches(const std::vector<Due>& dues) const;
   void mark_in_use(const std::vector<Due>& dues, const std::vector<SlotSpan>& in_use, bool is_in_use);
   void guess_bound(Due& due) const;
+  static void keep_lowest(std::vector<Leaver>& leavers, uint64_t count);
   void evict_lowest(std::vector<Due>& dues, const std::vector<SlotSpan>& in_use);
   // Takes keys out of lists and index, and rows out of the store; each element is of one table.
   void remove_keys(std::vector<std::vector<Leaver>>& of_tables);

@@ -248,6 +248,13 @@ void HostStore::guess_bound(Due& due) const {
   due.bound = *last;
 }
 
+void HostStore::keep_lowest(std::vector<Leaver>& leavers, uint64_t count) {
+  if (leavers.size() <= count) return;
+  std::nth_element(leavers.begin(), leavers.begin() + static_cast<int64_t>(count), leavers.end(),
+                   [](const Leaver& a, const Leaver& b) { return leaves_before(a.rank, a.key, b.rank, b.key); });
+  leavers.resize(count);
+}
+
 void HostStore::evict_lowest(std::vector<Due>& dues, const std::vector<SlotSpan>& in_use) {
   for (const Due& due : dues) tidy(due.table);
   mark_in_use(dues, in_use, true);
@@ -255,17 +262,21 @@ void HostStore::evict_lowest(std::vector<Due>& dues, const std::vector<SlotSpan>
   std::vector<std::vector<Leaver>> leaving(dues.size());
   for (std::vector<Stretch> parts = stretches(dues); !parts.empty();) {
     std::vector<std::vector<Leaver>> found(parts.size());
-    pool_.run(static_cast<int64_t>(parts.size()), [&](int64_t number, int) {
+    pool_.run(static_cast<int64_t>(parts.size()), [&](int64_t number, int thread) {
       const Stretch& part = parts[number];
       const Due& due = dues[part.due];
+      std::vector<Leaver>& leavers = scratch_[thread].leavers;
+      leavers.clear();
       const int64_t now = now_of(part.table);
       each_entry(part.table, part.first, part.last, 1, [&](const Entry* entry, uint64_t position) {
         const uint32_t slot = entry->slot();
         if (slot == kNoSlot || (in_use_bits_[slot / 64] >> (slot % 64) & 1) != 0) return;
         const Leaver row = leaver_of(part.table, *entry, position, now);
         if (due.is_bounded && !leaves_before(row.rank, row.key, due.bound.rank, due.bound.key)) return;
-        found[number].push_back(row);
+        leavers.push_back(row);
       });
+      keep_lowest(leavers, due.count);
+      found[number] = leavers;
     });
     for (size_t number = 0; number < parts.size(); ++number) {
       std::vector<Leaver>& leavers = leaving[parts[number].due];
@@ -284,14 +295,7 @@ void HostStore::evict_lowest(std::vector<Due>& dues, const std::vector<SlotSpan>
     parts = stretches(dues);
   }
   mark_in_use(dues, in_use, false);
-  pool_.run(static_cast<int64_t>(dues.size()), [&](int64_t number, int) {
-    std::vector<Leaver>& leavers = leaving[number];
-    const uint64_t count = dues[number].count;
-    if (leavers.size() <= count) return;
-    std::nth_element(leavers.begin(), leavers.begin() + static_cast<int64_t>(count), leavers.end(),
-                     [](const Leaver& a, const Leaver& b) { return leaves_before(a.rank, a.key, b.rank, b.key); });
-    leavers.resize(count);
-  });
+  pool_.run(static_cast<int64_t>(dues.size()), [&](int64_t number, int) { keep_lowest(leaving[number], dues[number].count); });
   remove_keys(leaving);
 }
 

@@ -257,6 +257,7 @@ Status HostStore::copy_batch(uint32_t table, uint64_t* cursor, uint64_t version,
     const Entry& entry = entries[*cursor];
     if (entry.table() == table && entry.slot() != kNoSlot) copy_key(entry);
   }
+  if (*cursor >= end) *cursor = kExported;
   *num_rows = static_cast<int64_t>(slots.size());
   copy_rows(slots.data(), *num_rows, type_, values, state);
   for (int64_t i = 0; i < *num_rows; ++i) {
