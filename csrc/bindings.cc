@@ -183,7 +183,7 @@ void bind_host_store(nb::module_& m) {
           "__init__",
           [](HostStore* self, uint32_t dim, int value_type, uint32_t state_dim, uint32_t usage_dim, int optimizer,
              const std::vector<std::tuple<int, float, float, uint64_t, RetentionPolicy>>& tables, int num_threads,
-             uint64_t max_bytes, const std::string& most_isa) {
+             uint64_t max_bytes, const std::string& most_isa, uint64_t scan_from) {
             check(dim >= 1 && dim <= kMostDim, "dim: out of range");
             check(value_type >= 0 && value_type <= static_cast<int>(ValueType::kFloat16), "value_type: unknown");
             check(optimizer >= 0 && optimizer <= static_cast<int>(OptimizerKind::kLamb), "optimizer: unknown");
@@ -198,14 +198,15 @@ void bind_host_store(nb::module_& m) {
               rules.push_back({{static_cast<InitializerKind>(kind), scale, state, seed}, retention});
             }
             new (self) HostStore(dim, static_cast<ValueType>(value_type), state_dim, usage_dim,
-                                 static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes, most_isa);
+                                 static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes, most_isa,
+                                 scan_from);
             if (!self->open()) {
               self->~HostStore();
               throw std::bad_alloc();
             }
           },
           nb::kw_only(), "dim"_a, "value_type"_a, "state_dim"_a, "usage_dim"_a, "optimizer"_a, "tables"_a, "num_threads"_a, "max_bytes"_a,
-          "most_isa"_a)
+          "most_isa"_a, "scan_from"_a)
       .def("pooled_lookup", &py_pooled_lookup, "plan"_a, "keys"_a.noconvert(), "offsets"_a.noconvert(),
            "weights"_a.noconvert().none(), "batch_size"_a, "insert"_a, "out"_a.noconvert(), "lookup"_a)
       .def("apply_gradients", &py_apply_gradients, "plan"_a, "gradients"_a.noconvert(), "hypers"_a.noconvert(), "step"_a,

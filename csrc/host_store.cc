@@ -25,13 +25,14 @@ void ensure_size(std::vector<T>& v, size_t size) {
 
 HostStore::HostStore(uint32_t dim, ValueType type, uint32_t state_dim, uint32_t usage_dim, OptimizerKind optimizer,
                      const std::vector<TableRules>& tables, int num_threads, uint64_t max_bytes,
-                     std::string_view most_isa)
+                     std::string_view most_isa, uint64_t scan_from)
     : dim_(dim),
       type_(type),
       value_bytes_(dim * bytes_of(type)),
       state_dim_(state_dim),
       usage_dim_(usage_dim),
       max_bytes_(max_bytes != 0 ? max_bytes : 2 * uint64_t{physical_memory_bytes()}),
+      scan_from_(scan_from),
       kernels_(select_row_kernels(dim, type, optimizer, most_isa, &isa_)),
       retention_(tables.size()),
       default_slots_(tables.size(), kNoSlot),

@@ -91,9 +91,10 @@ struct StoreMemory {
 class HostStore {
  public:
   // Tables are numbered as in `tables`. max_bytes bounds the arenas' address range; 0: twice the machine's memory.
+  // scan_from: places of an index that may be passed over, in place of a list, to look through a table that is much of it.
   HostStore(uint32_t dim, ValueType type, uint32_t state_dim, uint32_t usage_dim, OptimizerKind optimizer,
             const std::vector<TableRules>& tables, int num_threads, uint64_t max_bytes,
-            std::string_view most_isa);
+            std::string_view most_isa, uint64_t scan_from);
 
   // False: no memory or address space.
   bool open();
@@ -234,8 +235,10 @@ class HostStore {
     std::vector<uint64_t> precedences;
   };
   // The keys of a table that has eviction or counts keys: those with a row where it evicts, and those counted. So what looks
-  // through a table costs what the table holds, whatever else the index does.
+  // through a table costs what the table holds, whatever else the index does. Of a table that is much of the index there is
+  // no list, if the index is large: its entries are found faster one after the other.
   struct Listed {
+    bool is_kept = true;
     KeyList keys;
     uint64_t dead = 0;     // no longer of the table, or there twice
     bool repeats = false;  // some may be there twice: erased, and inserted again
@@ -244,7 +247,7 @@ class HostStore {
   struct Leaver {
     uint64_t rank;  // of a row; of a count the place of its entry
     uint64_t key;
-    uint64_t position;  // in the table's list
+    uint64_t position;  // in the table's list, if it has one
     uint32_t table;
     uint32_t slot;
     uint32_t age;  // of a row; of a count what is left of it
@@ -257,7 +260,7 @@ class HostStore {
     Leaver bound{};
     uint64_t found = 0;
   };
-  // Part of the list of a table, the `due`-th of those that a loop is about.
+  // Part of a table, the `due`-th of those that a loop is about: of its list, or of the places of the index.
   struct Stretch {
     size_t due;
     uint32_t table;
@@ -394,9 +397,27 @@ class HostStore {
   // Drops what is dead from a table's list.
   void tidy(uint32_t table);
   void tidy_if_worthwhile(uint32_t table);
+  // The entries of a table that its list is of.
+  uint64_t num_listed(uint32_t table) const {
+    return candidates_of_table_[table] + (policies_[table].evicts ? num_rows(table) : 0);
+  }
+  // Readies tables for being looked through: makes or drops lists, where that has become the better way, and tidies them.
+  void choose_ways(const std::vector<uint32_t>& tables);
+  uint64_t num_places() const { return index_.capacity() * kNumShards; }
   // Calls visit(entry, position) for the keys of a tidy list from `first`, `stride` apart.
   template <typename Visit>
-  void each_entry(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const;
+  void each_listed(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const;
+  // The same for entries at places of the index.
+  template <typename Visit>
+  void each_place(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const;
+  template <typename Visit>
+  void each_entry(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const {
+    if (listed_[table].is_kept) {
+      each_listed(table, first, last, stride, visit);
+    } else {
+      each_place(table, first, last, stride, visit);
+    }
+  }
   Leaver leaver_of(uint32_t table, const Entry& entry, uint64_t position, int64_t now) const;
   std::vector<Stretch> stretches(const std::vector<Due>& dues) const;
   void mark_in_use(const std::vector<Due>& dues, const std::vector<SlotSpan>& in_use, bool is_in_use);
@@ -449,6 +470,7 @@ class HostStore {
   const uint32_t state_dim_;
   const uint32_t usage_dim_;
   const uint64_t max_bytes_;
+  const uint64_t scan_from_;
   const char* isa_ = "";
   const RowKernels kernels_;
   std::vector<Initializer> initializers_;

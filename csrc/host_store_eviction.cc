@@ -1,7 +1,7 @@
 // Which rows leave: eviction, ageing, the time. Exact, and by functions of keys, marks of use and times alone.
 //
-// A table is looked through by its list of keys, many tables and the parts of long ones side by side. Keys that leave are
-// then taken out of the index, whose shards threads own one at a time.
+// A table is looked through by its list of keys or, where it is much of the index, by the index; many tables and the parts of
+// large ones side by side. Keys that leave are then taken out of the index, whose shards threads own one at a time.
 #include <algorithm>
 #include <functional>
 #include <limits>
@@ -16,6 +16,7 @@ constexpr uint64_t kStretch = 8192;           // keys of a task
 constexpr uint64_t kSampleSize = 1 << 14;     // keys
 constexpr uint64_t kSweptAtOnce = 1 << 20;    // keys whose leavers are kept in memory together
 constexpr uint64_t kMostDead = 64;            // dead keys of a list that are not worth dropping
+constexpr uint64_t kPlacesAKey = 8;           // with no more places of the index for each key of a table, a list is slower
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 
 // The first multiple of `period` after `now`.
@@ -53,8 +54,57 @@ void HostStore::tidy_if_worthwhile(uint32_t table) {
   if (listed_[table].dead > listed_[table].keys.size() / 4 + kMostDead) tidy(table);
 }
 
+void HostStore::choose_ways(const std::vector<uint32_t>& tables) {
+  std::vector<uint32_t> without;
+  for (const uint32_t table : tables) {
+    Listed& listed = listed_[table];
+    tidy(table);
+    // It may be twice as far off before the other way is taken: the index has doubled, or half of the table has left.
+    if (listed.is_kept && num_places() >= scan_from_ && num_listed(table) * kPlacesAKey >= num_places()) {
+      listed = Listed{false, {}, 0, false};
+      content_changed();  // cursors have another meaning
+    } else if (!listed.is_kept && num_listed(table) * kPlacesAKey * 2 < num_places()) {
+      without.push_back(table);
+    }
+  }
+  if (without.empty()) return;
+  content_changed();
+  for (const uint32_t table : without) {
+    listed_[table].keys.reserve(num_listed(table));
+    number_of_table_[table] = 0;
+  }
+  const Entry* const entries = index_.view().entries;
+  for (uint64_t place = 0; place < num_places(); ++place) {
+    const Entry& entry = entries[place];
+    if (entry.is_empty() || number_of_table_[entry.table()] == kNoNumber) continue;
+    if (policies_[entry.table()].evicts || entry.is_candidate()) listed_[entry.table()].keys.push_back(entry.key);
+  }
+  for (const uint32_t table : without) {
+    number_of_table_[table] = kNoNumber;
+    listed_[table].is_kept = true;
+  }
+}
+
 template <typename Visit>
-void HostStore::each_entry(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const {
+void HostStore::each_place(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const {
+  const uint64_t ahead = 32 * stride;
+  const Entry* const entries = index_.view().entries;
+  const bool evicts = policies_[table].evicts;
+  // An empty entry is of no table.
+  const auto is_theirs = [&](const Entry& entry) {
+    return entry.table() == table && !entry.is_empty() && (evicts || entry.slot() == kNoSlot);
+  };
+  for (uint64_t place = first; place < last; place += stride) {
+    if (usage_dim_ != 0 && ahead < last - place) {
+      const Entry& later = entries[place + ahead];
+      if (is_theirs(later) && later.slot() != kNoSlot) __builtin_prefetch(rows().usage(later.slot()));
+    }
+    if (is_theirs(entries[place])) visit(entries + place, place);
+  }
+}
+
+template <typename Visit>
+void HostStore::each_listed(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const {
   // Three groups are under way: one whose lines of the index are on their way, one whose marks of use are, one at hand.
   constexpr uint64_t kGroup = 16;
   const IndexView index = index_.view();
@@ -99,7 +149,7 @@ Status HostStore::copy_counts(uint32_t table, uint64_t* cursor, uint64_t version
   *exported = 0;
   if (!is_listed(table)) return Status::kOk;
   tidy(table);
-  const uint64_t size = listed_[table].keys.size();
+  const uint64_t size = listed_[table].is_kept ? listed_[table].keys.size() : num_places();
   while (*cursor < size && *exported < max_keys) {
     // No more than there is room for.
     const uint64_t last = std::min(size, *cursor + static_cast<uint64_t>(max_keys - *exported));
@@ -129,6 +179,7 @@ void HostStore::remove_keys(std::vector<std::vector<Leaver>>& of_tables) {
   }
   const std::function<void(int64_t, int)> remove_from_list = [&](int64_t number, int) {
     std::vector<Leaver>& leavers = of_tables[number];
+    if (leavers.empty() || !listed_[leavers.front().table].is_kept) return;
     // From the end, so that the keys which take the places of those removed stay.
     std::sort(leavers.begin(), leavers.end(), [](const Leaver& a, const Leaver& b) { return a.position > b.position; });
     for (const Leaver& leaver : leavers) listed_[leaver.table].keys.remove(leaver.position);
@@ -146,6 +197,9 @@ void HostStore::remove_keys(std::vector<std::vector<Leaver>>& of_tables) {
       freed[freed_before + i] = entry->slot();
       index_.erase(entry);
     }
+    // The last are taken first: rows that come together lie side by side.
+    const auto first = freed.begin() + static_cast<int64_t>(freed_before);
+    std::sort(first + static_cast<int64_t>(begin[shard]), first + static_cast<int64_t>(begin[shard + 1]), std::greater<>());
   };
   freed.resize(freed_before + begin.back(), kNoSlot);
   pool_.run(static_cast<int64_t>(of_tables.size()), remove_from_list);
@@ -200,9 +254,11 @@ std::vector<HostStore::Stretch> HostStore::stretches(const std::vector<Due>& due
   std::vector<Stretch> parts;
   for (size_t due = 0; due < dues.size(); ++due) {
     if (dues[due].found >= dues[due].count) continue;
-    const uint64_t size = listed_[dues[due].table].keys.size();
-    for (uint64_t first = 0; first < size; first += kStretch) {
-      parts.push_back({due, dues[due].table, first, std::min(first + kStretch, size)});
+    const Listed& listed = listed_[dues[due].table];
+    const uint64_t size = listed.is_kept ? listed.keys.size() : num_places();
+    const uint64_t stretch = listed.is_kept ? kStretch : index_.capacity();
+    for (uint64_t first = 0; first < size; first += stretch) {
+      parts.push_back({due, dues[due].table, first, std::min(first + stretch, size)});
     }
   }
   return parts;
@@ -230,9 +286,10 @@ static bool leaves_before(uint64_t rank, uint64_t key, uint64_t other_rank, uint
 
 // A sample says about which row of a long table is the last to leave; so few rows need keeping to compare them.
 void HostStore::guess_bound(Due& due) const {
-  const uint64_t size = listed_[due.table].keys.size();
-  if (size < kSampleSize) return;
-  const uint64_t stride = size / std::min(kSampleSize, size / 16);
+  const Listed& listed = listed_[due.table];
+  const uint64_t size = listed.is_kept ? listed.keys.size() : num_places();
+  if (num_listed(due.table) < kSampleSize) return;
+  const uint64_t stride = std::max<uint64_t>(1, size / std::min(kSampleSize, num_listed(due.table) / 16));
   std::vector<Leaver> sample;
   const int64_t now = now_of(due.table);
   each_entry(due.table, 0, size, stride, [&](const Entry* entry, uint64_t position) {
@@ -256,7 +313,9 @@ void HostStore::keep_lowest(std::vector<Leaver>& leavers, uint64_t count) {
 }
 
 void HostStore::evict_lowest(std::vector<Due>& dues, const std::vector<SlotSpan>& in_use) {
-  for (const Due& due : dues) tidy(due.table);
+  std::vector<uint32_t> tables;
+  for (const Due& due : dues) tables.push_back(due.table);
+  choose_ways(tables);
   mark_in_use(dues, in_use, true);
   pool_.run(static_cast<int64_t>(dues.size()), [&](int64_t number, int) { guess_bound(dues[number]); });
   std::vector<std::vector<Leaver>> leaving(dues.size());
@@ -410,11 +469,14 @@ void HostStore::sweep(const std::vector<uint32_t>& tables, const Judge& judge, c
     parts.clear();
     size = 0;
   };
+  choose_ways(tables);
   for (size_t number = 0; number < tables.size(); ++number) {
-    tidy(tables[number]);
-    // From the end: what is removed is replaced by keys that were looked at.
-    for (uint64_t last = listed_[tables[number]].keys.size(); last > 0;) {
-      const uint64_t first = (last - 1) / kStretch * kStretch;
+    const Listed& listed = listed_[tables[number]];
+    // Of the index whole shards, within which entries move. Of a list from the end: what is removed is replaced by keys that
+    // were looked at.
+    const uint64_t stretch = listed.is_kept ? kStretch : index_.capacity();
+    for (uint64_t last = listed.is_kept ? listed.keys.size() : num_places(); last > 0;) {
+      const uint64_t first = (last - 1) / stretch * stretch;
       parts.push_back({number, tables[number], first, last});
       size += last - first;
       last = first;

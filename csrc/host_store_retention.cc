@@ -160,7 +160,7 @@ void HostStore::set_thresholds(std::vector<Crowd>& crowds, bool of_rows) {
 // Memory for the keys that are new in lists, before there are any.
 void HostStore::reserve_lists(const Totals& totals) {
   for (const auto& [table, total] : totals) {
-    if (!is_listed(table)) continue;
+    if (!is_listed(table) || !listed_[table].is_kept) continue;
     const RetentionPolicy& policy = policies_[table];
     uint64_t most = static_cast<uint64_t>(total.uncounted);
     if (policy.evicts) most += std::min(static_cast<uint64_t>(total.wanted), policy.max_rows - num_rows(table));
@@ -172,7 +172,7 @@ void HostStore::reserve_lists(const Totals& totals) {
 void HostStore::list_newcomers() {
   for (const std::vector<Newcomer>& newcomers : newcomers_) {
     for (const Newcomer& one : newcomers) {
-      if (!is_listed(one.table)) continue;
+      if (!is_listed(one.table) || !listed_[one.table].is_kept) continue;
       const bool evicts = policies_[one.table].evicts;
       if (one.is_new && (evicts || !one.has_row)) listed_[one.table].keys.push_back(one.key);
       // A table that does not evict lists what is counted.
@@ -243,7 +243,8 @@ Status HostStore::import_candidates(uint32_t table, const int64_t* keys, const i
 
 Status HostStore::count_keys(uint32_t table, const int64_t* keys, const int64_t* counts, int64_t count) {
   content_changed();
-  listed_[table].keys.reserve(listed_[table].keys.size() + static_cast<uint64_t>(count));
+  Listed& listed = listed_[table];
+  if (listed.is_kept) listed.keys.reserve(listed.keys.size() + static_cast<uint64_t>(count));
   for (int64_t i = 0; i < count; ++i) {
     const uint64_t key = static_cast<uint64_t>(keys[i]), hash = index_.hash(key, table);
     const uint32_t shard = Index::shard_of(hash);
@@ -257,7 +258,7 @@ Status HostStore::count_keys(uint32_t table, const int64_t* keys, const int64_t*
       if (!index_.grow(pool_, growth_)) return Status::kOutOfMemory;
     }
     index_.insert(key, meta, hash);
-    listed_[table].keys.push_back(key);
+    if (listed.is_kept) listed.keys.push_back(key);
     ++candidates_of_table_[table];
   }
   return Status::kOk;

@@ -150,7 +150,7 @@ Status HostStore::erase(uint32_t table, const int64_t* keys, int64_t count, int6
     // Of all that were erased, if not all there are: what is noted below must fit the index.
     *erased = std::accumulate(number.begin(), number.end(), int64_t{0});
     rows_of_table_[table] -= static_cast<uint64_t>(*erased);
-    if (policies_[table].evicts && *erased != 0) {
+    if (policies_[table].evicts && listed_[table].is_kept && *erased != 0) {
       listed_[table].dead += static_cast<uint64_t>(*erased);
       listed_[table].repeats = true;
       tidy_if_worthwhile(table);
@@ -342,7 +342,7 @@ std::string HostStore::check_invariants() const {
     if (rows_of_table[table] != num_rows(table)) return "the row count of a table is wrong";
     if (candidates_of_table[table] != candidates_of_table_[table]) return "the number of counted keys is wrong";
     const RetentionPolicy& policy = policies_[table];
-    if (is_listed(table)) {
+    if (is_listed(table) && listed_[table].is_kept) {
       const Listed& listed = listed_[table];
       std::set<uint64_t> living;
       for (uint64_t i = 0; i < listed.keys.size(); ++i) {

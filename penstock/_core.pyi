@@ -62,6 +62,7 @@ class HostStore:
         num_threads: int,
         max_bytes: int,
         most_isa: str,
+        scan_from: int,
     ) -> None: ...
     def pooled_lookup(
         self,

@@ -88,6 +88,7 @@ class HostStore:
         max_bytes: int = 0,
         deterministic: bool = False,
         most_isa: Literal["generic", "avx2", "avx512"] | None = None,
+        scan_from: int = 1 << 20,
     ) -> None:
         """Opens an empty store.
 
@@ -99,6 +100,8 @@ class HostStore:
           deterministic: gradients are summed in fixed point, so that the bits of an update do not
             depend on the order of the samples either (on the number of threads they never do).
           most_isa: no instruction set above it is used, to test the others; None: the best.
+          scan_from: entries of the index from which on a table that is much of it is looked
+            through there, and has no list of its keys; fewer to test it.
         """
         layouts = {RowLayout.of(table) for table in tables}
         if len(layouts) != 1:
@@ -141,6 +144,7 @@ class HostStore:
             num_threads=num_threads,
             max_bytes=max_bytes,
             most_isa=most_isa,
+            scan_from=scan_from,
         )
 
     @property

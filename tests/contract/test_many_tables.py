@@ -190,3 +190,68 @@ def test_lists_of_many_small_tables_are_small():
         bytes_of[tables] = store.memory().index_bytes
     # 8 bytes a row in each; a list that grows has a quarter more than it needs.
     assert bytes_of[500] - bytes_of[1] < 0.3 * 8 * 15_000
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("scan_from", [0, 1 << 20])
+def test_a_table_grows_to_most_of_a_store_and_shrinks_again(threads, scan_from):
+    """Beyond a share of the index it has no list of its keys; the same rows leave all the same."""
+    small = rules(1)
+    large = small.model_copy(
+        update={
+            "name": "large",
+            "max_bytes": 1500 * (4 + 4 * usage_dim(small) + overhead_bytes(small)) + 8 * 32 * 900,
+            "admission": AdmitFrequent(min_count=2, half_life_steps=7),
+            "eviction": Eviction(order="lfu", half_life=9, ttl=40),
+        }
+    )
+    configs = [small, large]
+    store = HostStore(configs, num_threads=threads, scan_from=scan_from)
+    oracle = DictStore(configs)
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0), PooledFeature(1, 1, "sum", 1)), 2)
+    rng = np.random.default_rng(4)
+    size = 300
+    evicted = []
+    for step in range(126):
+        low, high = (step * 40, step * 40 + 900) if step < 60 else (2400 + step, 2430 + step)
+        keys = np.concatenate([rng.integers(0, 60, size), rng.integers(low, high, size)])
+        batch = KeyedJagged(("a", "b"), torch.from_numpy(keys), torch.arange(2 * size + 1))
+        gone = torch.arange(1000 + 25 * step, 1015 + 25 * step)
+        for one in (store, oracle):
+            one.advance(Clock(step, 1_700_000_000 + 3 * step))
+            if step % 3 == 2:
+                one.erase(1, gone)
+            lookup = one.pooled_lookup(plan, batch, insert=True, out=torch.zeros(size, 2))
+            grad = torch.full((size, 2), 0.25)
+            one.apply_gradients(plan, [PooledGradient(lookup, batch, grad)], step)
+        if step % 9 == 8:
+            store.check_invariants()
+            assert content(store, 1) == content(oracle, 1), step
+            assert content(store, 0) == content(oracle, 0), step
+            evicted.append(store.retention_state(1).numbers["evicted"])
+    assert evicted[-1] > evicted[5] > 300
+    assert store.num_rows(1) < 200
+
+
+def test_a_large_table_has_no_list():
+    large = TableConfig(name="t", dim=1, optimizer=SGD(), eviction=Eviction(ttl=16))
+    others = [large.model_copy(update={"name": f"t{n}"}) for n in range(3)]
+    store = HostStore([large, *others], num_threads=1, scan_from=1 << 18)
+    rows = 200_000
+    for first in range(0, rows, 50_000):
+        store.find_or_insert(0, torch.arange(first, first + 50_000))
+    for number in range(1, 4):
+        store.find_or_insert(number, torch.arange(1000))
+    before = store.memory().index_bytes
+    store.advance(Clock(1))  # a sweep
+    assert before - store.memory().index_bytes >= 8 * rows
+    store.check_invariants()
+    # Most of it leaves: from then on it has one.
+    store.erase(0, torch.arange(5_000, rows))
+    after = store.memory().index_bytes
+    store.advance(Clock(2))
+    assert 8 * 5_000 <= store.memory().index_bytes - after <= 8 * 7_000
+    store.check_invariants()
+    store.advance(Clock(40))
+    assert [store.num_rows(number) for number in range(4)] == [0] * 4
+    store.check_invariants()
