@@ -20,7 +20,7 @@
 #include "buffer_pool.h"
 #include "fork.h"
 #include "index.h"
-#include "key_list.h"
+#include "host_store_parts.h"
 #include "memory.h"
 #include "retention.h"
 #include "row_kernels.h"
@@ -192,81 +192,6 @@ class HostStore {
     bool is_new = false;  // has got an entry of the index
     bool has_row = false;
   };
-  // What the newcomers of one call amount to, of one table.
-  struct Tally {
-    int64_t wanted = 0;
-    int64_t uncounted = 0;
-    int64_t admitted = 0;
-    int64_t refused = 0;
-    int64_t candidates = 0;  // change of their number
-    bool is_touched = false;
-  };
-  // Those of one thread. Clearing them costs what was touched, not what there is.
-  class Tallies {
-   public:
-    explicit Tallies(size_t tables) : of_table_(tables) {}
-    Tally& operator[](uint32_t table) {
-      Tally& tally = of_table_[table];
-      if (!tally.is_touched) {
-        touched_.push_back(table);
-        tally.is_touched = true;
-      }
-      return tally;
-    }
-    const std::vector<uint32_t>& touched() const { return touched_; }
-    void clear();
-
-   private:
-    std::vector<Tally> of_table_;
-    std::vector<uint32_t> touched_;
-  };
-  using Totals = std::vector<std::pair<uint32_t, Tally>>;  // of the tables touched, in their order
-  // Which keys come in where there is not room for all: those of a lower precedence.
-  struct Threshold {
-    uint64_t precedence = 0;
-    bool is_set = false;
-    bool admits(uint64_t other) const { return !is_set || other < precedence; }
-  };
-  // A table with more newcomers than places.
-  struct Crowd {
-    uint32_t table;
-    uint64_t places;
-    uint64_t size;
-    std::vector<uint64_t> precedences;
-  };
-  // The keys of a table that has eviction or counts keys: those with a row where it evicts, and those counted. So what looks
-  // through a table costs what the table holds, whatever else the index does. Of a table that is much of the index there is
-  // no list, if the index is large: its entries are found faster one after the other.
-  struct Listed {
-    bool is_kept = true;
-    KeyList keys;
-    uint64_t dead = 0;     // no longer of the table, or there twice
-    bool repeats = false;  // some may be there twice: erased, and inserted again
-  };
-  // A key that may leave: a row, or a count, which has no slot.
-  struct Leaver {
-    uint64_t rank;  // of a row; of a count the place of its entry
-    uint64_t key;
-    uint64_t position;  // in the table's list, if it has one
-    uint32_t table;
-    uint32_t slot;
-    uint32_t age;  // of a row; of a count what is left of it
-  };
-  // Rows that must leave a table, the lowest in the order of eviction.
-  struct Due {
-    uint32_t table;
-    uint64_t count;
-    bool is_bounded = false;  // all that leave are below `bound`, probably
-    Leaver bound{};
-    uint64_t found = 0;
-  };
-  // Part of a table, the `due`-th of those that a loop is about: of its list, or of the places of the index.
-  struct Stretch {
-    size_t due;
-    uint32_t table;
-    uint64_t first;
-    uint64_t last;
-  };
   // Slots that the call at hand has found, so that they stay.
   struct SlotSpan {
     uint32_t table;
@@ -393,7 +318,7 @@ class HostStore {
   Status give_row(uint32_t shard, const Newcomer& newcomer, Entry* entry, uint64_t hash, uint32_t* slot);
   Totals take_totals();
 
-  // host_store_eviction.cc
+  // host_store_eviction.cc, host_store_time.cc
   // Drops what is dead from a table's list.
   void tidy(uint32_t table);
   void tidy_if_worthwhile(uint32_t table);

@@ -8,13 +8,13 @@
 
 namespace penstock {
 
-void HostStore::Tallies::clear() {
+void Tallies::clear() {
   for (const uint32_t table : touched_) of_table_[table] = Tally{};
   touched_.clear();
 }
 
 // Sums up what the threads have counted, and clears it.
-HostStore::Totals HostStore::take_totals() {
+Totals HostStore::take_totals() {
   Tallies& sum = scratch_[0].tallies;
   for (size_t thread = 1; thread < scratch_.size(); ++thread) {
     Tallies& theirs = scratch_[thread].tallies;
@@ -44,6 +44,9 @@ Status HostStore::admit_misses(const std::vector<int64_t>& begin, bool admits_al
     judge_shard(static_cast<uint32_t>(shard), begin[shard], begin[shard + 1], admits_all, scratch_[thread].tallies);
   });
   const Totals wishes = take_totals();
+  const AtEnd forget([&] {
+    for (const auto& [table, wish] : wishes) row_thresholds_[table] = candidate_thresholds_[table] = {};
+  });
   make_room(wishes, in_use);
   reserve_lists(wishes);
   std::vector<int64_t> done(kNumShards);
@@ -51,7 +54,6 @@ Status HostStore::admit_misses(const std::vector<int64_t>& begin, bool admits_al
     return admit_shard(shard, admits_all, scratch_[thread].tallies, &done[shard]);
   });
   list_newcomers();
-  for (const auto& [table, wish] : wishes) row_thresholds_[table] = candidate_thresholds_[table] = {};
   bool is_over_budget = false;
   for (const auto& [table, total] : take_totals()) {
     rows_of_table_[table] += static_cast<uint64_t>(total.admitted);

@@ -116,15 +116,19 @@ class HostStore:
         self._deterministic = deterministic
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
         try:
-            self._core = self._opened(seed, num_threads, max_bytes, most_isa or "")
+            self._core = self._opened(
+                seed,
+                num_threads=num_threads,
+                max_bytes=max_bytes,
+                most_isa=most_isa or "",
+                scan_from=scan_from,
+            )
         except MemoryError:
             raise CapacityError(
                 "no address space for a host store; raise the limit on virtual memory (ulimit -v)"
             ) from None
 
-    def _opened(
-        self, seed: int, num_threads: int, max_bytes: int, most_isa: str
-    ) -> _core.HostStore:
+    def _opened(self, seed: int, **options: Any) -> _core.HostStore:
         return _core.HostStore(
             dim=self.layout.dim,
             value_type=CODES[self.layout.value_type],
@@ -141,10 +145,7 @@ class HostStore:
                 )
                 for table, limits in zip(self.tables, self._limits, strict=True)
             ],
-            num_threads=num_threads,
-            max_bytes=max_bytes,
-            most_isa=most_isa,
-            scan_from=scan_from,
+            **options,
         )
 
     @property
