@@ -39,7 +39,7 @@ bool sequences_fit(const PoolingPlan& plan, const PackedKeys& batch) {
 // Offsets are looked at before they are copied; whether they are right is found of the copies, which nobody else can change.
 bool HostStore::is_one_hot(const PackedKeys& given) {
   const int64_t bags = given.num_bags();
-  if (bags != given.num_keys) return false;
+  if (bags != given.num_keys || given.offsets[0] != 0) return false;  // without bags no other offset is looked at
   std::atomic<bool> is_other{false};
   pool_.run(num_tasks(bags, kBagsPerTask), [&](int64_t task, int) {
     const int64_t first = task * kBagsPerTask, last = std::min(first + kBagsPerTask, bags);

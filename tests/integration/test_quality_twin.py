@@ -32,7 +32,8 @@ def small_job_with(fields, optimizer):
         "max_steps": STEPS,
         "seed": 3,
     }
-    fields |= {"report": {"every_steps": 1}, "evaluation": {}, "checkpoint": {}}
+    fields |= {"report": {"every_steps": 1}, "checkpoint": {}}
+    fields["evaluation"] = {"metrics": fields["evaluation"].get("metrics", {})}
     return parse_job(fields)
 
 

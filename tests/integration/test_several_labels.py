@@ -101,7 +101,7 @@ def test_every_label_is_learnt_measured_and_scored(fields, tmp_path, quiet):
     assert abs(scores["score_click"].to_numpy().mean() - log["click"].to_numpy().mean()) < 0.1
 
     pq.write_table(log.drop_columns(["click", "minutes"]), tmp_path / "tomorrow.parquet")
-    story.predict(out, str(tmp_path / "tomorrow.parquet"), scores_file)
+    story.predict(out, str(tmp_path / "tomorrow.parquet"), scores_file, overwrite=True)
     again = pq.read_table(scores_file)
     assert [name for name in again.column_names if name.startswith("label")] == ["label_bought"]
     assert again["score_minutes"] == scores["score_minutes"]

@@ -87,21 +87,27 @@ def test_off_the_main_thread_signals_stay_as_they_are():
     assert handlers == [(signal.getsignal(signal.SIGTERM), None)]
 
 
-def within_a_library(seconds):
-    """Python handles no signal meanwhile, but other threads run."""
-    end = threading.Event()
+def within_a_library(seconds, end=None):
+    """Python handles no signal meanwhile, but other threads run; `end` ends it earlier."""
+    end = threading.Event() if end is None else end
     timer = threading.Timer(seconds, end.set)
     timer.start()
     while not end.is_set():
         hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000)
+    timer.cancel()
     timer.join()
 
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_process_that_does_not_hear_is_ended_unless_it_has_to_save(monkeypatch, deferred):
     monkeypatch.setattr(module, "PATIENCE_S", 0.05)
-    ends = []
-    with interruption(ends.append) as stop:
+    ends, ended = [], threading.Event()
+
+    def end(number):
+        ends.append(number)
+        ended.set()
+
+    with interruption(end) as stop:
         timer = threading.Timer(0.02, send, (signal.SIGTERM,))
         if deferred:
             with stop.deferred():
@@ -110,7 +116,7 @@ def test_a_process_that_does_not_hear_is_ended_unless_it_has_to_save(monkeypatch
         else:
             with pytest.raises(Interrupted):
                 timer.start()
-                within_a_library(0.3)
+                within_a_library(30, ended)  # a busy machine may be late
         timer.join()
     assert ends == ([] if deferred else [signal.SIGTERM])
 
