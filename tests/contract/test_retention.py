@@ -14,6 +14,7 @@ from penstock.config import (
     TableConfig,
 )
 from penstock.embedding import retention
+from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import Clock
 from penstock.embedding.store import (
@@ -64,6 +65,11 @@ def train(store, keys, step, grad=0.25):
 def held(store):
     rows, _ = store.export_batch(0, CURSOR_START, 1000)
     return set(rows.keys.tolist())
+
+
+def counted(store):
+    counts, _ = store.export_candidates(0, CURSOR_START, 1000)
+    return dict(zip(counts.keys.tolist(), counts.counts.tolist(), strict=True))
 
 
 def numbers(store):
@@ -320,9 +326,7 @@ def test_imported_counts_stay_within_their_limit_too(open_store):
     assert store.num_candidates(0) == 4
     with pytest.raises(CapacityError, match="table 't' holds"):
         store.import_candidates(0, Candidates(torch.tensor([3, 9]), torch.tensor([2, 1])))
-    counts, _ = store.export_candidates(0, CURSOR_START, 10)
-    found = dict(zip(counts.keys.tolist(), counts.counts.tolist(), strict=True))
-    assert found == {0: 4, 1: 3, 2: 2, 3: 2}
+    assert counted(store) == {0: 4, 1: 3, 2: 2, 3: 2}
     store.check_invariants()
 
 
@@ -404,12 +408,17 @@ def test_candidates_stay_within_their_share_of_the_budget(open_store):
     rule = table(admission=AdmitFrequent(min_count=2), max_bytes=100 * 28)
     limits = retention.limits_of(rule, 4)
     assert limits.max_candidates == 100 * 28 // 8 // 32
-    store = open_store([rule])
+    store, oracle = open_store([rule]), DictStore([rule])
     rng = np.random.default_rng(0)
     for step in range(20):
-        train(store, rng.integers(0, 500, 30).tolist(), step)
+        keys = rng.integers(0, 500, 30).tolist()
+        for one in (store, oracle):
+            train(one, keys, step)
         assert store.num_candidates(0) <= limits.max_candidates
         assert store.num_rows(0) <= limits.max_rows
+        # Full at every step, and halved at the next one.
+        assert numbers(store) == numbers(oracle)
+        assert (held(store), counted(store)) == (held(oracle), counted(oracle))
     # Counts were halved to make room, so that rows still come in.
     assert store.num_rows(0) > 5
 
