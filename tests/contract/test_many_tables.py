@@ -234,24 +234,28 @@ def test_a_table_grows_to_most_of_a_store_and_shrinks_again(threads, scan_from):
 
 
 def test_a_large_table_has_no_list():
-    large = TableConfig(name="t", dim=1, optimizer=SGD(), eviction=Eviction(ttl=16))
-    others = [large.model_copy(update={"name": f"t{n}"}) for n in range(3)]
+    small = TableConfig(name="t", dim=1, optimizer=SGD(), eviction=Eviction(ttl=16))
+    large = small.model_copy(update={"name": "large", "admission": AdmitFrequent(min_count=2)})
+    others = [small.model_copy(update={"name": f"t{n}"}) for n in range(3)]
     store = HostStore([large, *others], num_threads=1, scan_from=1 << 18)
     rows = 200_000
     for first in range(0, rows, 50_000):
-        store.find_or_insert(0, torch.arange(first, first + 50_000))
+        for _ in range(2):
+            store.find_or_insert(0, torch.arange(first, first + 50_000))
     for number in range(1, 4):
         store.find_or_insert(number, torch.arange(1000))
+    store.find_or_insert(0, torch.arange(rows, rows + 3000))  # counted
     before = store.memory().index_bytes
     store.advance(Clock(1))  # a sweep
     assert before - store.memory().index_bytes >= 8 * rows
     store.check_invariants()
-    # Most of it leaves: from then on it has one.
+    # Most of it leaves: from then on it has one, of rows and counts.
     store.erase(0, torch.arange(5_000, rows))
     after = store.memory().index_bytes
     store.advance(Clock(2))
-    assert 8 * 5_000 <= store.memory().index_bytes - after <= 8 * 7_000
+    assert 8 * 8_000 <= store.memory().index_bytes - after <= 8 * 10_000
     store.check_invariants()
     store.advance(Clock(40))
     assert [store.num_rows(number) for number in range(4)] == [0] * 4
+    assert store.num_candidates(0) == 3000
     store.check_invariants()

@@ -271,6 +271,22 @@ def test_a_time_that_goes_back_makes_no_row_old(open_store):
     assert held(store) == {1, 2}
 
 
+def test_rows_used_after_now_are_of_no_age(open_store):
+    store = open_store([table(rows=2, eviction=Eviction())])
+    state = store.retention_state(0)
+    state.numbers.update(now=200)
+    store.set_retention_state(0, state)
+    usage = torch.tensor([[150], [160]])
+    store.insert_or_assign(
+        0, TableRows(torch.tensor([1, 2]), torch.ones(2, 1), torch.zeros(2, 0), usage)
+    )
+    state.numbers.update(now=5)
+    store.set_retention_state(0, state)
+    store.find_or_insert(0, torch.tensor([3]))
+    assert held(store) == {2, 3}
+    assert (numbers(store)["evicted"], numbers(store)["evicted_age"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("time", "uses", "wrong"),
     [
