@@ -44,7 +44,7 @@ def test_sums_in_fixed_point_fit_63_bits(keys, bits):
 
 
 @WITHOUT_TRITON
-@pytest.mark.parametrize("bits", [31, 40])
+@pytest.mark.parametrize("bits", [18, 40])
 def test_kernels_sum_in_the_bits_they_are_given(monkeypatch, bits):
     """As for an update of more keys than a test can have: long segments and short ones."""
     from penstock.kernels import update

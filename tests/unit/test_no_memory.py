@@ -1,4 +1,7 @@
-"""A store that runs out of memory on its way says so, and is whole: no thread ends the process."""
+"""A store that runs out of memory on its way says so, and is whole: no thread ends the process.
+
+Here the system refuses it; in test_every_allocation.py each request fails in its turn.
+"""
 
 import os
 import subprocess
@@ -12,10 +15,7 @@ import os, resource, traceback
 import torch
 from penstock.config import SGD, Eviction, TableConfig
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.retention import Clock
-from penstock.embedding.store import (
-    CURSOR_START, PooledFeature, PooledGradient, PoolingPlan, TableRows
-)
+from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan
 from penstock.errors import CapacityError, PartialUpdateError
 from penstock.types import KeyedJagged
 
@@ -25,7 +25,6 @@ KEYS = torch.arange(N)
 PLAN = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 1)
 BAG = KeyedJagged(("f",), KEYS, torch.tensor([0, N]))
 OUT, GRAD = torch.empty(1, 1), torch.ones(1, 1)
-NONE = torch.zeros(N, 0)
 
 def opened(rules):
     table = TableConfig(
@@ -70,31 +69,6 @@ def update(store, extra):
     torch.testing.assert_close(moved, torch.full((N,), -1.0))
     return first
 
-def erase(store, extra):
-    store.pooled_lookup(PLAN, BAG, insert=True, out=OUT)
-    first = limited(extra, lambda: store.erase(0, KEYS))
-    store.check_invariants()
-    store.erase(0, KEYS)
-    assert store.num_rows(0) == 0
-    assert (store.memory().free_slots == store.memory().slot_capacity)
-    return first
-
-def sweep(store, extra):
-    store.pooled_lookup(PLAN, BAG, insert=True, out=OUT)
-    first = limited(extra, lambda: store.advance(Clock(100)))
-    store.check_invariants()
-    store.advance(Clock(200))
-    assert store.num_rows(0) == 0
-    return first
-
-def assign(store, extra):
-    rows = TableRows(KEYS, torch.ones(N, 1), NONE)
-    first = limited(extra, lambda: store.insert_or_assign(0, rows))
-    store.check_invariants()
-    store.insert_or_assign(0, rows)
-    assert (store.find(0, KEYS).values == 1).all()
-    return first
-
 store = HostStore([TableConfig(name="a", dim=1)], num_threads=64)
 error = limited(1 << 22, lambda: store.find_or_insert(0, KEYS))
 assert "starts no more threads; use fewer" in str(error), error
@@ -123,8 +97,8 @@ def is_refused(call, rules, extra):
     assert status in {0, 256}, (call.__name__, rules, extra, status)
     return status == 256
 
-for call in (look_up, update, erase, assign, sweep):
-    cases = [(call, rules, extra) for rules in (call is sweep, True) for extra in EXTRAS]
+for call in (look_up, update):
+    cases = [(call, rules, extra) for rules in (False, True) for extra in EXTRAS]
     print(call.__name__, sum(is_refused(*case) for case in cases))
 """
 
@@ -141,5 +115,5 @@ def test_no_memory_on_the_way_is_an_error_and_the_store_goes_on():
     )
     assert done.returncode == 0, done.stderr
     refused = dict(line.split() for line in done.stdout.splitlines())
-    assert list(refused) == ["look_up", "update", "erase", "assign", "sweep"]
+    assert list(refused) == ["look_up", "update"]
     assert all(int(times) > 0 for times in refused.values()), refused
