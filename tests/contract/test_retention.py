@@ -287,6 +287,20 @@ def test_rows_used_after_now_are_of_no_age(open_store):
     assert (numbers(store)["evicted"], numbers(store)["evicted_age"]) == (1, 0)
 
 
+def test_uses_after_now_are_not_halved(open_store):
+    store = open_store([table(rows=2, eviction=Eviction(order="lfu", half_life=10))])
+    state = store.retention_state(0)
+    state.numbers.update(now=200)
+    store.set_retention_state(0, state)
+    usage = torch.tensor([[150, 8], [160, 4]])
+    rows = TableRows(torch.tensor([1, 2]), torch.ones(2, 1), torch.zeros(2, 0), usage)
+    store.insert_or_assign(0, rows)
+    state.numbers.update(now=5)
+    store.set_retention_state(0, state)
+    store.find_or_insert(0, torch.tensor([3]))
+    assert held(store) == {1, 3}
+
+
 @pytest.mark.parametrize(
     ("time", "uses", "wrong"),
     [
