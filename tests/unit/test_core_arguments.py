@@ -179,6 +179,7 @@ def test_stores_that_cannot_be_are_refused():
         "num_threads": 1,
         "max_bytes": 0,
         "most_isa": "",
+        "scan_from": 0,
     }
     for wrong in ({"dim": 0}, {"dim": 4097}, {"value_type": 3}, {"optimizer": 8}, {"state_dim": 1},
                   {"usage_dim": 3}, {"num_threads": 0}, {}):  # fmt: skip

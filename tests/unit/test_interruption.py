@@ -1,9 +1,11 @@
 """Signals: at once, or when it is asked for; and what happens to a process that does not hear."""
 
-import hashlib
+import ctypes
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
@@ -87,17 +89,28 @@ def test_off_the_main_thread_signals_stay_as_they_are():
     assert handlers == [(signal.getsignal(signal.SIGTERM), None)]
 
 
-def within_a_library(seconds, end=None):
-    """Python handles no signal meanwhile, but other threads run; `end` ends it earlier."""
-    end = threading.Event() if end is None else end
-    timer = threading.Timer(seconds, end.set)
-    timer.start()
-    while not end.is_set():
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000)
-    timer.cancel()
-    timer.join()
+def within_a_library(then, seconds, end=None):
+    """Waits as a library does that handles no signal; once it does so, `then` is called.
+
+    `end` ends the wait earlier. No signal ends a wait for a lock of the C library.
+    """
+    library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    assert library.pthread_mutex_lock(lock) == 0
+
+    def hold():
+        while int.from_bytes(lock.raw[:4], sys.byteorder) != 2:  # glibc's: locked and waited for
+            time.sleep(0.001)
+        then()
+        (end or threading.Event()).wait(seconds)
+        library.pthread_mutex_unlock(lock)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    library.pthread_mutex_lock(lock)
+    holder.join()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into a lock of glibc")
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_process_that_does_not_hear_is_ended_unless_it_has_to_save(monkeypatch, deferred):
     monkeypatch.setattr(module, "PATIENCE_S", 0.05)
@@ -107,17 +120,16 @@ def test_a_process_that_does_not_hear_is_ended_unless_it_has_to_save(monkeypatch
         ends.append(number)
         ended.set()
 
+    def ask():
+        send(signal.SIGTERM)
+
     with interruption(end) as stop:
-        timer = threading.Timer(0.02, send, (signal.SIGTERM,))
         if deferred:
             with stop.deferred():
-                timer.start()
-                within_a_library(0.3)
+                within_a_library(ask, 0.3)
         else:
             with pytest.raises(Interrupted):
-                timer.start()
-                within_a_library(30, ended)  # a busy machine may be late
-        timer.join()
+                within_a_library(ask, 60, ended)  # a busy machine may be late
     assert ends == ([] if deferred else [signal.SIGTERM])
 
 
