@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "thread_pool.h"
+#include "system/thread_pool.h"
 
 namespace {
 

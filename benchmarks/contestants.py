@@ -168,7 +168,7 @@ class BareStep:
     def __init__(self, case: Case) -> None:
         if case.dim not in (16, 128):
             raise ValueError(f"bare_step.cc is compiled for rows of 16 and 128, not {case.dim}")
-        self._core = compile_library("bare_step.cc", "thread_pool.cc", "fork.cc")
+        self._core = compile_library("bare_step.cc", "system/thread_pool.cc", "system/fork.cc")
         self._core.start_pool.restype = ctypes.c_void_p
         threads = ctypes.c_int(torch.get_num_threads())
         self._pool = ctypes.c_void_p(self._core.start_pool(threads))

@@ -27,7 +27,7 @@ from penstock.config import (
     TableConfig,
 )
 from penstock.data.dataset import Dataset
-from penstock.embedding.initializer import initial_values
+from penstock.embedding.rules.initializer import initial_values
 from penstock.training.evaluation import Evaluator
 from penstock.training.setup import build
 from penstock.training.step import model_inputs

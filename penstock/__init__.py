@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         TableConfig,
         Uniform,
     )
-    from penstock.embedding.collection import EmbeddingCollection
+    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.module.torch_idioms import average_tables
     from penstock.embedding.store import TableRows
-    from penstock.embedding.torch_idioms import average_tables
     from penstock.errors import (
         CapacityError,
         CheckpointError,
@@ -47,9 +47,9 @@ _HOMES = {
         "FTRL LAMB SGD Adagrad Adam AdmitAtRandom AdmitFrequent Constant Eviction FeatureConfig "
         "MomentumSGD Normal RowWiseAdagrad RowWiseAdam Schedule TableConfig Uniform"
     ),
-    "penstock.embedding.collection": "EmbeddingCollection",
+    "penstock.embedding.module.collection": "EmbeddingCollection",
     "penstock.embedding.store": "TableRows",
-    "penstock.embedding.torch_idioms": "average_tables",
+    "penstock.embedding.module.torch_idioms": "average_tables",
     "penstock.errors": (
         "CapacityError CheckpointError ConfigError DataError NonFiniteError PenstockError"
     ),

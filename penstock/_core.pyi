@@ -1,4 +1,4 @@
-"""The C++ core (csrc/bindings.cc). Arrays are C-contiguous numpy arrays."""
+"""The C++ core (csrc/bindings/bindings.cc). Arrays are C-contiguous numpy arrays."""
 
 import enum
 from collections.abc import Sequence
@@ -323,7 +323,7 @@ def count_newlines(bytes: NDArray[np.uint8]) -> int:
 def quote_states_after(
     bytes: NDArray[np.uint8], delimiter: int, quote: int
 ) -> tuple[int, int, int, int]:
-    """The state of quoting after the bytes, from each of the four states (csrc/quoted_text.h).
+    """The state of quoting after the bytes, from each of the four states (csrc/data/quoted_text.h).
 
     0: a field begins, 1: in plain text, 2: in quotes, 3: after a quote in quotes.
     """

@@ -302,7 +302,7 @@ def synthesize(  # noqa: PLR0913 (each is an option)
         penstock data synth --out clicks.tsv --rows 10000 --seed 7
     """
     from penstock.config import SyntheticSource
-    from penstock.data.synthetic import write_synthetic
+    from penstock.data.formats.synthetic import write_synthetic
 
     context.obj.output.failed = ignored
     chosen = file_format or FileFormat.of(out)

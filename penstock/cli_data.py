@@ -15,7 +15,7 @@ from penstock.errors import ConfigError
 from penstock.report.terminal import ignored, say
 
 if TYPE_CHECKING:
-    from penstock.data.survey import Survey, SurveyedSource
+    from penstock.survey.survey import Survey, SurveyedSource
 
 _RATE, _SKEW = "label_rate.png", "skew.png"
 
@@ -114,9 +114,9 @@ def inspect_data(  # noqa: PLR0913 (each is an option)
         penstock train clicks.yaml
     """
     from penstock.data.output import free_path, whole_file
-    from penstock.data.survey import survey_data
     from penstock.report.data_survey import survey_tables
     from penstock.report.display import show, stages
+    from penstock.survey.survey import survey_data
 
     source = _source(files, file_format, columns)
     written = []
@@ -207,8 +207,8 @@ def _draw(survey: Survey, folder: Path) -> list[str]:
 
 def _job_text(survey: Survey, path: Path, files: Sequence[str]) -> str:
     from penstock.config import parse_job
-    from penstock.data.job_draft import draft_job
     from penstock.job_file import parse_yaml
+    from penstock.survey.job_draft import draft_job
 
     text = draft_job(survey, shlex.join(["penstock", "data", "inspect", *files]), path)
     parse_job(parse_yaml(text, str(path)), str(path))

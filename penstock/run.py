@@ -1,8 +1,8 @@
 """THE STORY: what a run does, from the job to the summary.
 
 `train` is the main path; `evaluate` and `predict` use what it left behind. How one step works is in
-`training/step.py`, what a checkpoint holds in `training/checkpoint.py`, how batches come about in
-`data/dataset.py`, where embeddings live in `embedding/collection.py`.
+`training/step.py`, what a checkpoint holds in `training/checkpoint/checkpoint.py`, how batches come
+about in `data/dataset.py`, where embeddings live in `embedding/module/collection.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from penstock.job_file import override
 from penstock.report.display import stages
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.run_report import RunReport
-from penstock.training.checkpoint import Checkpoints, position_of
+from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.feed import Fed, Feed
 from penstock.training.forward_state import ForwardState

@@ -20,26 +20,26 @@ from penstock.config import (
     TimeSplit,
 )
 from penstock.config import Source as SourceConfig
-from penstock.data.arrow import ArrowFormat
-from penstock.data.columnar import GroupedFiles
-from penstock.data.counting import Stages, no_stages
-from penstock.data.files import common_file
-from penstock.data.identity import WholeTags, check_files
-from penstock.data.json_lines import open_json_lines
-from penstock.data.loader import Loader, LoaderPlan
-from penstock.data.orc import OrcFormat
-from penstock.data.parquet import ParquetFormat
-from penstock.data.parts import Part, PartRows, divide
-from penstock.data.quarantine import Quarantine
-from penstock.data.schema import (
+from penstock.data.batches.loader import Loader, LoaderPlan
+from penstock.data.columns.schema import (
     Columns,
     default_text_types,
     resolve_columns,
     resolve_features,
 )
+from penstock.data.files import common_file
+from penstock.data.formats.arrow import ArrowFormat
+from penstock.data.formats.columnar import GroupedFiles
+from penstock.data.formats.json_lines import open_json_lines
+from penstock.data.formats.orc import OrcFormat
+from penstock.data.formats.parquet import ParquetFormat
+from penstock.data.formats.synthetic import SyntheticRows
+from penstock.data.formats.text import open_text
+from penstock.data.identity import WholeTags, check_files
+from penstock.data.plan.counting import Stages, no_stages
+from penstock.data.plan.parts import Part, PartRows, divide
+from penstock.data.quarantine import Quarantine
 from penstock.data.source import RowCount, Source
-from penstock.data.synthetic import SyntheticRows
-from penstock.data.text import open_text
 from penstock.errors import ConfigError, DataError
 from penstock.types import FileTag, Position
 

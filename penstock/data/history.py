@@ -20,11 +20,11 @@ from pydantic import TypeAdapter
 
 from penstock.config import Source as SourceConfig
 from penstock.config import format_of_path
-from penstock.data.column_checks import is_one_key, nearest
+from penstock.data.columns.checks import is_one_key, nearest
+from penstock.data.columns.transforms import one_array
 from penstock.data.dataset import open_source
 from penstock.data.output import whole_file
 from penstock.data.source import Chunk, Source
-from penstock.data.transforms import one_array
 from penstock.errors import ConfigError, DataError
 
 ROW_GROUP_ROWS = 65_536

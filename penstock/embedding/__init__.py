@@ -1,7 +1,7 @@
 """Embedding tables by 64-bit key: stores, and the torch module over them."""
 
-from penstock.embedding.collection import EmbeddingCollection
+from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.module.table_stats import TableStats
 from penstock.embedding.store import TableRows
-from penstock.embedding.table_stats import TableStats
 
 __all__ = ["EmbeddingCollection", "TableRows", "TableStats"]

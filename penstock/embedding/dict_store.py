@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
-from penstock.embedding import checks, optimizer
-from penstock.embedding.initializer import initial_values
-from penstock.embedding.retention import (
+from penstock.embedding import checks
+from penstock.embedding.rules import optimizer
+from penstock.embedding.rules.initializer import initial_values
+from penstock.embedding.rules.retention import (
     EVICTED_BEYOND_NEED,
     MAX_COUNT,
     MAX_TIME,
@@ -43,7 +44,7 @@ from penstock.embedding.retention import (
     retains,
     sweep_period,
 )
-from penstock.embedding.rounding import round_update
+from penstock.embedding.rules.rounding import round_update
 from penstock.embedding.store import (
     Candidates,
     Cursor,

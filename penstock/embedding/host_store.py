@@ -1,4 +1,4 @@
-"""Rows in this machine's memory: the C++ core (csrc/host_store.h) behind the store contract."""
+"""Rows in this machine's memory: the C++ core (csrc/store) behind the store contract."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from penstock import _core
 from penstock.config import TableConfig
-from penstock.embedding import checks, initializer, optimizer
-from penstock.embedding.retention import (
+from penstock.embedding import checks
+from penstock.embedding.rules import initializer, optimizer
+from penstock.embedding.rules.retention import (
     MAX_COUNT,
     NUMBERS,
     Clock,
@@ -26,7 +27,7 @@ from penstock.embedding.retention import (
     over_budget,
     policy_of,
 )
-from penstock.embedding.rounding import CODES
+from penstock.embedding.rules.rounding import CODES
 from penstock.embedding.store import (
     Candidates,
     Cursor,
@@ -44,12 +45,12 @@ from penstock.types import KeyedJagged
 
 MAX_TABLES = 65_535
 _CPU = torch.device("cpu")
-# As in csrc/row_kernels.h.
+# As in csrc/rows/row_kernels.h.
 POOLING_CODES = {"sum": 0, "mean": 1, "sqrt_n": 2, "sequence": 3}
 
 
 _EXPORTED = 2**64 - 1
-"""Position of a cursor behind the last row, as in csrc/host_store.h."""
+"""Position of a cursor behind the last row, as in csrc/store/host_store.h."""
 ISAS = ("generic", "avx2", "avx512")
 """Instruction sets that kernels are compiled for, each above the one before."""
 

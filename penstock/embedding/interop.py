@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.embedding.collection import EmbeddingCollection
-from penstock.embedding.optimizer import initial_state
+from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.rules.optimizer import initial_state
 from penstock.embedding.store import RowLayout, TableRows
 from penstock.errors import ConfigError
 from penstock.types import KeyedJagged, as_keys

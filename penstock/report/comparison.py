@@ -16,7 +16,7 @@ from penstock.report.display import size_text
 from penstock.report.folder import files_of_run
 from penstock.report.plots import MISSING, can_draw, draw_comparison
 from penstock.report.record import MetricPath, RunRecord, metric_at, metric_words
-from penstock.training.job_difference import leaves
+from penstock.training.checkpoint.job_difference import leaves
 
 _HIGHER_IS_BETTER = {
     "loss": False,

@@ -10,11 +10,11 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from penstock.data.label_rate import LabelRate
-from penstock.data.profile import QUANTILES, ColumnSummary, NumberSummary
-from penstock.data.sketches import ValueSummary
-from penstock.data.survey import Survey
 from penstock.report.display import size_text
+from penstock.survey.label_rate import LabelRate
+from penstock.survey.profile import QUANTILES, ColumnSummary, NumberSummary
+from penstock.survey.sketches import ValueSummary
+from penstock.survey.survey import Survey
 
 _BAR = 30
 _LONGEST_VALUE = 20

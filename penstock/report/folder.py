@@ -25,7 +25,7 @@ from penstock.embedding.durable_files import MANIFEST
 from penstock.errors import ConfigError
 from penstock.job_file import dump_yaml, read_fields
 from penstock.locking import FileLock, Held
-from penstock.training.checkpoint import latest_checkpoint
+from penstock.training.checkpoint.checkpoint import latest_checkpoint
 
 _LOCK = "run.lock"
 

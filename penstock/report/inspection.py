@@ -13,9 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from penstock.config import parse_job
-from penstock.data.key_skew import key_skew
 from penstock.embedding.durable_files import read_tensors
-from penstock.embedding.retention import RetentionState
+from penstock.embedding.rules.retention import RetentionState
 from penstock.errors import ConfigError, DataError
 from penstock.report.display import counts_text, size_text, tables_table
 from penstock.report.folder import RunFolder
@@ -23,7 +22,8 @@ from penstock.report.plots import MISSING, can_draw, draw_run
 from penstock.report.record import RunRecord, is_metric
 from penstock.report.skew_plots import draw_skew
 from penstock.report.terminal_curves import curve_tables, skew_table
-from penstock.training.checkpoint_files import Manifest, verify
+from penstock.survey.key_skew import key_skew
+from penstock.training.checkpoint.files import Manifest, verify
 from penstock.training.trained import read_newest
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from penstock.data.label_rate import LabelRate
-from penstock.data.sketches import ValueSummary
 from penstock.report.plots import COLORS, GREY, new_figure, save_figure
+from penstock.survey.label_rate import LabelRate
+from penstock.survey.sketches import ValueSummary
 
 _MOST_COLORED = 8
 _MOST_BARS = 30

@@ -8,8 +8,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from penstock.data.key_skew import KeySkew
 from penstock.report.record import Curve, RunRecord
+from penstock.survey.key_skew import KeySkew
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 30

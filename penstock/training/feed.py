@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from penstock.data.channel import Channel, Closed, Ended
-from penstock.data.loader import Loader
-from penstock.embedding.collection import EmbeddingCollection
+from penstock.data.batches.channel import Channel, Closed, Ended
+from penstock.data.batches.loader import Loader
+from penstock.embedding.module.collection import EmbeddingCollection
 from penstock.types import Batch, Position
 
 _AHEAD = 2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from penstock.config import Label
 from penstock.models import TwoTower
 from penstock.training.items import item_ids
-from penstock.training.metrics import RankingMetrics
+from penstock.training.metrics.binary import RankingMetrics
 from penstock.training.objective import Outcome, RunningMetrics
 from penstock.training.tasks import BinaryTask, Task
 from penstock.types import Batch

@@ -12,10 +12,10 @@ import torch
 
 from penstock.config import CustomModel, Job, Label, Model, MultiTask, TwoTowerConfig
 from penstock.data.dataset import Dataset
-from penstock.embedding.collection import EmbeddingCollection, available_cores
+from penstock.embedding.module.collection import EmbeddingCollection, available_cores
 from penstock.errors import CapacityError
 from penstock.models import build_model
-from penstock.training.checkpoint import TrainState
+from penstock.training.checkpoint.checkpoint import TrainState
 from penstock.training.dense import DenseTrainer
 from penstock.training.in_batch_softmax import InBatchSoftmax
 from penstock.training.objective import Objective, SumOfTasks

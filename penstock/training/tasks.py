@@ -5,32 +5,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from penstock.config import Label
-from penstock.training.metrics import MAX_BINS, BinaryMetrics, RankingMetrics
-from penstock.training.regression_metrics import RegressionMetrics
+from penstock.training.metrics.binary import MAX_BINS, BinaryMetrics, RankingMetrics
+from penstock.training.metrics.regression import RegressionMetrics
+from penstock.training.metrics.sample_metrics import SampleMetrics
 from penstock.types import Batch
-
-
-class SampleMetrics(Protocol):
-    """Metrics of one task, summed batch by batch."""
-
-    def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None, /) -> None:
-        """Adds samples, [B] each."""
-
-    def compute(self) -> dict[str, float]:
-        """The metrics of all samples so far."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All state as tensors of fixed names."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state_dict`."""
 
 
 class Task(ABC):

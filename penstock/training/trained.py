@@ -20,20 +20,20 @@ from penstock.config import (
     format_of_path,
     parse_job,
 )
+from penstock.data.batches.loader import Loader
 from penstock.data.dataset import Dataset
-from penstock.data.loader import Loader
-from penstock.data.parts import Part
-from penstock.embedding.collection import EmbeddingCollection
+from penstock.data.plan.parts import Part
 from penstock.embedding.durable_files import MANIFEST
+from penstock.embedding.module.collection import EmbeddingCollection
 from penstock.errors import CheckpointError, ConfigError
-from penstock.training.checkpoint import (
+from penstock.training.checkpoint.checkpoint import (
     latest_checkpoint,
     load_tables_and_model,
     read_manifest,
 )
-from penstock.training.checkpoint_files import Manifest, read_position
+from penstock.training.checkpoint.files import Manifest, read_position
+from penstock.training.checkpoint.job_difference import describe, differences
 from penstock.training.evaluation import Evaluator
-from penstock.training.job_difference import describe, differences
 from penstock.training.objective import Objective
 from penstock.training.setup import build
 from penstock.types import Position

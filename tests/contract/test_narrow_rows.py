@@ -17,7 +17,7 @@ from penstock.config import (
 from penstock.embedding import EmbeddingCollection
 from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.rounding import DTYPES, round_update
+from penstock.embedding.rules.rounding import DTYPES, round_update
 from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan, TableRows
 from penstock.errors import ConfigError
 from penstock.types import Jagged, KeyedJagged

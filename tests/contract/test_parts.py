@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.data import columnar, lines
+from penstock.data.columns.decode import TICKS_PER_S
 from penstock.data.dataset import Dataset
-from penstock.data.decode import TICKS_PER_S
+from penstock.data.formats import columnar, lines
 from penstock.errors import DataError
 from tests.contract.data_cases import make_job, make_table, read_all, write_case
 from tests.fuzz.effort import effort

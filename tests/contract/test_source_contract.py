@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from penstock.data import Dataset, columnar, lines, parquet, source, synthetic
+from penstock.data import Dataset, source
+from penstock.data.formats import columnar, lines, parquet, synthetic
 from tests.contract.data_cases import (
     assert_resumes_everywhere,
     assert_same_batches,

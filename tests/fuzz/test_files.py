@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from penstock import run
 from penstock.config import parse_job
-from penstock.data import Dataset, lines
+from penstock.data import Dataset
 from penstock.data.dataset import open_source
-from penstock.data.json_lines import JsonParser
-from penstock.data.lines import OpenQuote
-from penstock.data.row_ends import TextRows
+from penstock.data.formats import lines
+from penstock.data.formats.json_lines import JsonParser
+from penstock.data.formats.lines import OpenQuote
+from penstock.data.formats.row_ends import TextRows
 from penstock.errors import CheckpointError, ConfigError, DataError
 from penstock.training.trained import open_trained
 from tests.contract.data_cases import make_job, make_table, write_case

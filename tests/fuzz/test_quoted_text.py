@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from penstock import _core
 from penstock.config import TextSource
-from penstock.data import lines, row_ends
-from penstock.data.lines import OpenQuote
-from penstock.data.text import open_text
+from penstock.data.formats import lines, row_ends
+from penstock.data.formats.lines import OpenQuote
+from penstock.data.formats.text import open_text
 from penstock.errors import DataError
 from tests.contract.data_cases import COMPRESSIONS
 from tests.fuzz.effort import effort

@@ -29,7 +29,7 @@ from run_contents import contents, differences
 
 from penstock import run as story
 from penstock.config import Job, parse_job
-from penstock.training import checkpoint
+from penstock.training.checkpoint import checkpoint
 
 
 def small_job(steps: int, threads: int) -> Job:

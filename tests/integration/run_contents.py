@@ -5,7 +5,7 @@ import json
 import torch
 
 from penstock.embedding.durable_files import read_tensors
-from penstock.training.checkpoint import read_manifest
+from penstock.training.checkpoint.checkpoint import read_manifest
 from penstock.training.trained import newest_of_run
 
 # Seconds and rates are of the machine, not of the run.

@@ -16,8 +16,8 @@ from penstock import run as story
 from penstock.config import parse_job
 from penstock.embedding.durable_files import seal
 from penstock.errors import DataError
-from penstock.training.checkpoint import read_manifest
-from penstock.training.checkpoint_files import read_position
+from penstock.training.checkpoint.checkpoint import read_manifest
+from penstock.training.checkpoint.files import read_position
 from penstock.training.trained import newest_of_run
 
 DAY = 256

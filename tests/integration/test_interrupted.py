@@ -15,9 +15,9 @@ from run_contents import contents, differences
 
 from penstock import run as story
 from penstock.config import SyntheticSource, parse_job
-from penstock.data.synthetic import SyntheticRows, write_synthetic
+from penstock.data.formats.synthetic import SyntheticRows, write_synthetic
 from penstock.errors import ConfigError, DataError, Interrupted
-from penstock.training.checkpoint import latest_checkpoint
+from penstock.training.checkpoint.checkpoint import latest_checkpoint
 from penstock.training.dense import DenseTrainer
 
 BINARY = str(Path(sys.executable).with_name("penstock"))

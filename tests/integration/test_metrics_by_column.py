@@ -10,7 +10,7 @@ import yaml
 
 from penstock import run
 from penstock.config import parse_job
-from penstock.training.metrics import auc_of_scores
+from penstock.training.metrics.binary import auc_of_scores
 
 
 @pytest.fixture

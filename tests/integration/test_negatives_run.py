@@ -13,7 +13,7 @@ from stopped_runs import crash
 
 from penstock import run as story
 from penstock.config import parse_job
-from penstock.training.metrics import auc_of_scores
+from penstock.training.metrics.binary import auc_of_scores
 
 ROWS, GROUPS = 6000, 5
 

@@ -52,7 +52,7 @@ def test_after_a_crash_with_admission_and_eviction(small_job, tmp_path, quiet, m
 SIGNALLED = """
 import os, signal, threading, time
 from penstock import cli, run
-from penstock.data.synthetic import SyntheticRows
+from penstock.data.formats.synthetic import SyntheticRows
 real_step, real_read = run.train_step, SyntheticRows.read
 def step(model, objective, collection, trainer, batch, at, clock):
     {at_the_step}

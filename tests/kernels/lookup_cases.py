@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from penstock.kernels.occurrences import (
+from penstock.kernels.plan import MEAN, SEQUENCE, SQRT_N, SUM, DevicePlan, FeatureOnDevice
+from penstock.kernels.update.occurrences import (
     ADAGRAD,
     ADAM,
     FTRL,
@@ -17,7 +18,6 @@ from penstock.kernels.occurrences import (
     RowArrays,
     UsageRules,
 )
-from penstock.kernels.plan import MEAN, SEQUENCE, SQRT_N, SUM, DevicePlan, FeatureOnDevice
 from penstock.types import KeyedJagged
 
 NUM_TABLES = 3

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from penstock.kernels.claim import find_or_claim
-from penstock.kernels.index import Claims, Index, KeyBatch, Misses
+from penstock.kernels.index.claim import find_or_claim
+from penstock.kernels.index.index import Claims, Index, KeyBatch, Misses
 from penstock.kernels.plan import MEAN, SUM
 from tests.kernels.lookup_cases import make_batch, make_plan
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from penstock.kernels.find import find_slots
-from penstock.kernels.index import Index, KeyBatch, Misses
+from penstock.kernels.index.find import find_slots
+from penstock.kernels.index.index import Index, KeyBatch, Misses
 from penstock.kernels.plan import MEAN, SUM
 from tests.kernels.lookup_cases import NUM_TABLES, make_batch, make_plan
 

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from penstock.kernels.group import bag_of
+from penstock.kernels.update.group import bag_of
 
 
 @triton.jit

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from penstock.config import Constant, Normal, Uniform
-from penstock.embedding import initializer
-from penstock.kernels import reference_index
+from penstock.embedding.rules import initializer
+from penstock.kernels.index import reference as reference_index
 
 pytest.importorskip("triton")
-from penstock.kernels.arena import Arena
-from penstock.kernels.index import Index, KeyBatch, Misses, prime_from
-from penstock.kernels.occurrences import RowArrays
-from penstock.kernels.rows import Count, Initial, Slots, make_rows, read_initial
+from penstock.kernels.index.index import Index, KeyBatch, Misses, prime_from
+from penstock.kernels.index.rows import Count, Initial, Slots, make_rows, read_initial
+from penstock.kernels.memory.arena import Arena
+from penstock.kernels.update.occurrences import RowArrays
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

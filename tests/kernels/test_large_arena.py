@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from penstock.config import SGD, TableConfig, Uniform
-from penstock.embedding.initializer import initial_values
+from penstock.embedding.rules.initializer import initial_values
 from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan
 from penstock.types import Jagged, KeyedJagged
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.gpu
 def test_rows_beyond_2_to_the_31_elements():
-    from penstock.embedding.gpu_store import GpuStore
+    from penstock.embedding.gpu.store import GpuStore
 
     table = TableConfig(name="a", dim=128, optimizer=SGD(learning_rate=1.0))
     plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 128)

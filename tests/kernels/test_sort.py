@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from penstock.kernels.sort import MOST_COUNTED, sort_words
+from penstock.kernels.update.sort import MOST_COUNTED, sort_words
 
 
 def check(words):

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from penstock.kernels import occurrences as kinds
-from penstock.kernels import reference_update, update
-from penstock.kernels.group import group_keys
-from penstock.kernels.occurrences import GradientPart, RowArrays
 from penstock.kernels.plan import MEAN, SEQUENCE, SQRT_N, SUM
+from penstock.kernels.update import occurrences as kinds
+from penstock.kernels.update import reference as reference_update
+from penstock.kernels.update import update
+from penstock.kernels.update.group import group_keys
+from penstock.kernels.update.occurrences import GradientPart, RowArrays
 from tests.kernels.lookup_cases import (
     Lookup,
     make_batch,

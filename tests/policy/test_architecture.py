@@ -2,30 +2,147 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "penstock"
 
-# What each part may import, besides itself; nothing else of the package, and never upwards.
+# What each room may import of the package, besides itself: never upwards. A room is a folder or a
+# file; the longest name counts. A name covers the rooms below it, so "data" is all of `data/`.
 MAY_IMPORT = {
     "errors": set(),
-    "types": {"errors"},
     "locking": set(),
+    "types": {"errors"},
     "interruption": {"errors"},
     "config": {"errors"},
-    "data": {"errors", "types", "config", "locking", "_core"},
-    "models": {"errors", "types", "config"},
-    "kernels": {"errors", "types", "config", "_core"},
-    "embedding": {"errors", "types", "config", "kernels", "_core"},
-    "training": {"errors", "types", "config", "interruption", "data", "embedding", "models"},
     "job_file": {"errors", "config"},
+    #
+    "data/identity": {"errors", "types"},
+    "data/files": {"errors"},
+    "data/output": {"errors", "locking", "data/files"},
+    "data/quarantine": {"errors", "types", "data/identity"},
+    "data/source": {"types", "data/quarantine"},
+    "data/columns": {"errors", "config", "_core", "data/quarantine", "data/source"},
+    "data/plan": {"errors", "config", "data/files", "data/source", "data/columns"},
+    "data/formats": {
+        "errors",
+        "types",
+        "config",
+        "_core",
+        "data/files",
+        "data/identity",
+        "data/output",
+        "data/quarantine",
+        "data/source",
+        "data/columns",
+        "data/plan",
+    },
+    "data/batches": {
+        "errors",
+        "types",
+        "_core",
+        "data/identity",
+        "data/quarantine",
+        "data/source",
+        "data/columns",
+        "data/plan",
+    },
+    "data": {"errors", "types", "config"},
+    "survey": {"errors", "config", "data"},
+    #
+    "models": {"errors", "types", "config"},
+    "kernels/device": {"errors"},
+    "kernels/launch": {"_core"},
+    "kernels/memory": {"errors"},
+    "kernels/update": {
+        "types",
+        "kernels/launch",
+        "kernels/plan",
+        "kernels/pool",
+        "kernels/reference",
+        "kernels/tiles",
+    },
+    "kernels/index": {
+        "types",
+        "kernels/device",
+        "kernels/launch",
+        "kernels/plan",
+        "kernels/update",
+    },
+    "kernels": {"errors", "types", "config"},
+    #
+    "embedding/durable_files": {"errors"},
+    "embedding/rules": {"errors", "config"},
+    "embedding/store": {"errors", "types", "config", "embedding/rules"},
+    "embedding/checks": {"errors", "types", "embedding/store"},
+    "embedding/host_store": {
+        "errors",
+        "types",
+        "config",
+        "_core",
+        "embedding/rules",
+        "embedding/store",
+        "embedding/checks",
+    },
+    "embedding/dict_store": {
+        "errors",
+        "types",
+        "config",
+        "embedding/rules",
+        "embedding/store",
+        "embedding/checks",
+    },
+    "embedding/gpu": {
+        "errors",
+        "types",
+        "config",
+        "kernels",
+        "embedding/rules",
+        "embedding/store",
+        "embedding/checks",
+    },
+    "embedding/module": {
+        "errors",
+        "types",
+        "config",
+        "_core",
+        "kernels/device",
+        "embedding/durable_files",
+        "embedding/rules",
+        "embedding/store",
+        "embedding/checks",
+        "embedding/host_store",
+        "embedding/gpu",
+    },
+    "embedding": {"errors", "types"},
+    #
+    "training/metrics": {
+        "errors",
+        "types",
+        "config",
+        "data/columns",
+        "models",
+        "embedding",
+        "training/items",
+    },
+    "training/checkpoint": {"errors", "types", "config", "embedding"},
+    "training": {
+        "errors",
+        "types",
+        "config",
+        "interruption",
+        "data",
+        "embedding",
+        "models",
+    },
     "report": {
         "errors",
         "types",
         "config",
         "locking",
         "data",
+        "survey",
         "embedding",
         "job_file",
         "training",
@@ -42,7 +159,7 @@ MAY_IMPORT = {
         "report",
         "interruption",
     },
-    "cli_data": {"errors", "config", "data", "job_file", "report"},
+    "cli_data": {"errors", "config", "data", "survey", "job_file", "report"},
     "cli": {
         "_core",
         "errors",
@@ -56,6 +173,15 @@ MAY_IMPORT = {
         "interruption",
     },
 }
+CORE_MAY_INCLUDE = {
+    "system": set(),
+    "index": {"system"},
+    "rows": {"index", "system"},
+    "data": {"rows", "system"},
+    "store": {"rows", "index", "system"},
+    "bindings": {"store", "data", "rows", "index", "system"},
+}
+MAX_FOLDER_FILES = 16
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 80
 BANNED_NAMES = {"utils", "util", "helpers", "common", "base_classes", "manager", "misc"}
@@ -70,46 +196,95 @@ def part_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_parts(tree):
+def core_files():
+    return sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+
+
+def covers(name, module):
+    return module == name or module.startswith(name + "/")
+
+
+def room_of(module):
+    """The longest name of a room that covers a module, "data/formats/csv"; None: of no room."""
+    return max((room for room in MAY_IMPORT if covers(room, module)), key=len, default=None)
+
+
+def imported_modules(tree):
+    """The package's modules that a module imports, as "data/formats/csv"."""
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            parts = name.split(".")
-            known = parts[0] == "penstock" and len(parts) > 1
-            if known and (parts[1] in MAY_IMPORT or parts[1] == "_core"):
-                yield parts[1]
+            first, _, module = name.replace(".", "/").partition("/")
+            if first != "penstock":
+                continue
+            there = PACKAGE / module
+            if not module:
+                continue  # `import penstock`: its version
+            if not (there.is_dir() or there.with_suffix(".py").is_file() or module == "_core"):
+                module = module.rpartition("/")[0]  # a name of a module
+            yield module or "__init__"
 
 
 def test_imports_point_one_way():
     wrong = []
     for path, tree in modules():
-        part = part_of(path)
-        if path.parent == PACKAGE and part in {"__init__", "__main__"}:
+        module = path.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__")
+        if module in {"__init__", "__main__"}:
             continue
-        assert part in MAY_IMPORT, f"{path.name} is no known part: say what it may import"
-        wrong += [
-            f"{path.relative_to(ROOT)} imports penstock.{other}"
-            for other in sorted(set(imported_parts(tree)) - {part})
-            if other not in MAY_IMPORT[part]
-        ]
+        room = room_of(module)
+        assert room, f"{path.name} is in no known room: say what it may import"
+        for other in sorted(set(imported_modules(tree))):
+            inside = covers(room, other)
+            if not inside and not any(covers(name, other) for name in MAY_IMPORT[room]):
+                wrong.append(f"{path.relative_to(ROOT)} imports {other}, which {room} may not")
     assert not wrong, "\n".join(wrong)
 
 
+def test_includes_of_the_core_point_one_way():
+    wrong = []
+    for path in core_files():
+        room = path.parent.name
+        for other in re.findall(
+            r'^#include "(\w+)/', path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            if other not in CORE_MAY_INCLUDE[room] | {room}:
+                wrong.append(f"{path.relative_to(ROOT)} includes {other}/")
+    assert not wrong, "\n".join(wrong)
+    order = list(CORE_MAY_INCLUDE)
+    for place, room in enumerate(order):
+        assert CORE_MAY_INCLUDE[room] <= set(order[:place]), f"cycle at {room}"
+
+
 def test_the_import_rules_have_no_cycle():
+    # What a room may import: the rooms named, those below them, and those below itself.
+    needs = {
+        room: {
+            other
+            for other in MAY_IMPORT
+            if other != room
+            and (covers(room, other) or any(covers(name, other) for name in allowed))
+        }
+        for room, allowed in MAY_IMPORT.items()
+    }
     order = []
-    while len(order) < len(MAY_IMPORT):
-        ready = [
-            part
-            for part, others in MAY_IMPORT.items()
-            if part not in order and others - {"_core"} <= set(order)
-        ]
-        assert ready, f"cycle among {set(MAY_IMPORT) - set(order)}"
+    while len(order) < len(needs):
+        ready = [room for room, of in needs.items() if room not in order and of <= set(order)]
+        assert ready, f"cycle among {set(needs) - set(order)}"
         order += ready
+
+
+def test_a_rule_of_imports_names_what_is_there():
+    named = set().union(*MAY_IMPORT.values(), MAY_IMPORT) - {"_core"}
+    there = {
+        path.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__")
+        for path, _ in modules()
+    }
+    assert named <= there, f"gone: {sorted(named - there)}"
 
 
 def test_modules_and_functions_stay_small():
@@ -125,10 +300,21 @@ def test_modules_and_functions_stay_small():
                     wrong.append(
                         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {size} lines"
                     )
-    for path in (ROOT / "csrc").iterdir():
+    for path in core_files():
         lines = path.read_text(encoding="utf-8").count("\n")
         if lines > MAX_MODULE_LINES:
-            wrong.append(f"csrc/{path.name}: {lines} lines > {MAX_MODULE_LINES}")
+            wrong.append(f"{path.relative_to(ROOT)}: {lines} lines > {MAX_MODULE_LINES}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_folder_shows_its_parts():
+    folders = Counter(path.parent for path, _ in modules())
+    folders.update(Counter(path.parent for path in core_files()))
+    wrong = [
+        f"{folder.relative_to(ROOT)}: {files} files"
+        for folder, files in folders.items()
+        if files > MAX_FOLDER_FILES
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -175,10 +361,30 @@ def test_only_the_command_line_prints():
     assert not wrong, wrong
 
 
-def test_the_page_of_the_architecture_names_every_file_and_no_other():
+def test_the_page_of_the_architecture_names_every_room_and_no_other():
+    """Rooms: folders without folders in them, and the files that lie beside folders."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^- `([^`]+)`", page, re.MULTILINE))
-    assert len(listed) == len(re.findall(r"^- `([^`]+)`", page, re.MULTILINE)), "a file twice"
-    there = {path.relative_to(ROOT).as_posix() for path, _ in modules() if path.stat().st_size}
-    there |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()}
-    assert listed == there, f"missing {sorted(there - listed)}, gone {sorted(listed - there)}"
+    listed = re.findall(r"^- `([^`]+)`", page, re.MULTILINE)
+    assert len(listed) == len(set(listed)), "a room twice"
+    assert len(page.splitlines()) <= 120, "one page"
+    files = [path for path, _ in modules() if path.stat().st_size] + core_files()
+    parents = {folder for path in files for folder in path.parent.parents}
+    there = {
+        path.relative_to(ROOT).as_posix()
+        if path.parent in parents
+        else path.parent.relative_to(ROOT).as_posix() + "/"
+        for path in files
+    }
+    assert set(listed) == there, f"missing {there - set(listed)}, gone {set(listed) - there}"
+
+
+def test_the_first_line_of_a_file_says_what_it_is():
+    wrong = []
+    for path, tree in modules():
+        first = (ast.get_docstring(tree) or "").partition("\n")[0]
+        if path.stat().st_size and not re.search(r"[.:]$|…$", first):
+            wrong.append(f"{path.relative_to(ROOT)}: {first!r}")
+    for path in core_files():
+        if not re.match(r"//+ \S", path.read_text(encoding="utf-8")):
+            wrong.append(f"{path.relative_to(ROOT)}: no comment on its first line")
+    assert not wrong, "\n".join(wrong)

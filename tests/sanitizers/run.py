@@ -35,32 +35,32 @@ OPTIONS = {
 STORES = [
     "tests/contract",
     "tests/fuzz/test_key_streams.py",
-    "tests/unit/test_bad_input.py",
-    "tests/unit/test_collection.py",
-    "tests/unit/test_gradient_sums.py",
-    "tests/unit/test_key_weights.py",
-    "tests/unit/test_optimizer_reference.py",
-    "tests/unit/test_rounding.py",
-    "tests/unit/test_row_places.py",
+    "tests/unit/data/test_bad_input.py",
+    "tests/unit/embedding/test_collection.py",
+    "tests/unit/core/test_gradient_sums.py",
+    "tests/unit/embedding/test_key_weights.py",
+    "tests/unit/embedding/test_optimizer_reference.py",
+    "tests/unit/embedding/test_rounding.py",
+    "tests/unit/core/test_row_places.py",
 ]
 FILES = [
     "tests/fuzz/test_files.py",
-    "tests/unit/test_columns.py",
-    "tests/unit/test_dataset.py",
-    "tests/unit/test_group_columns.py",
+    "tests/unit/data/test_columns.py",
+    "tests/unit/data/test_dataset.py",
+    "tests/unit/data/test_group_columns.py",
 ]
 TESTS = {"address": STORES + FILES, "thread": STORES + FILES}
 SHORT = {
     "address": [
         "tests/contract/test_long_lookups.py",
         "tests/fuzz/test_files.py",
-        "tests/unit/test_columns.py",
-        "tests/unit/test_gradient_sums.py",
-        "tests/unit/test_row_places.py",
+        "tests/unit/data/test_columns.py",
+        "tests/unit/core/test_gradient_sums.py",
+        "tests/unit/core/test_row_places.py",
     ],
     "thread": [
         "tests/contract/test_long_lookups.py",
-        "tests/unit/test_row_places.py",
+        "tests/unit/core/test_row_places.py",
     ],
 }
 

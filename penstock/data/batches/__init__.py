@@ -1,0 +1,1 @@
+"""Extents read ahead, shuffled block by block, and cut into batches."""

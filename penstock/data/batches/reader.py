@@ -1,0 +1,305 @@
+"""Reads splits ahead in threads, and gives what they read in order.
+
+A position begins a reader anywhere: in the pieces of a window that a former run began, and behind
+them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice, takewhile
+from typing import NamedTuple
+
+from penstock.data.batches.channel import Channel, Closed, Ended
+from penstock.data.batches.stretches import Passage, Stretch, good_rows_between
+from penstock.data.columns.decode import Decoder
+from penstock.data.columns.far_times import FarTimes
+from penstock.data.columns.schema import Columns
+from penstock.data.identity import WholeTags
+from penstock.data.plan.parts import PartRows
+from penstock.data.quarantine import LeftOut
+from penstock.data.source import Chunk, Split
+from penstock.errors import DataError
+from penstock.types import Cursor, FileTag, Piece, Position
+
+_CHUNKS_AHEAD = 2
+"""Chunks that a reader may decode ahead of the consumer, for each split it has open."""
+
+
+class _Task(NamedTuple):
+    """Rows [first, stop) of a split to read in an epoch; stop None: to its end."""
+
+    epoch: int
+    split: int
+    first: int = 0
+    stop: int | None = None
+    good_before: int = 0
+    """Good rows to pass over, in place of `first`, where a checkpoint of version 1 counts them."""
+
+
+class Reader:
+    """Decoded stretches of the rows of a part, from a position on, in order.
+
+    Safe to use from one thread; an error of a reading thread is raised where its rows would come.
+    """
+
+    def __init__(
+        self,
+        part: PartRows,
+        columns: Columns,
+        start: Position,
+        epochs: int,
+        threads: int,
+        *,
+        tags: WholeTags,
+        trains: bool,
+    ) -> None:
+        """Starts the threads.
+
+        Args:
+          part: what to read.
+          columns: what to decode.
+          start: where to begin.
+          epochs: passes, counted from epoch 0.
+          threads: how many splits are read side by side.
+          tags: of the part's files.
+          trains: stretches say what identifies their file, and rows whose event time cannot be are
+            left out.
+
+        Raises:
+          DataError: the data does not have the place at which to start.
+        """
+        self._part = part
+        self._start = start
+        self._epochs = epochs
+        self._tags = tags
+        self._trains = trains
+        self._far_times: FarTimes | None = None
+        if trains and columns.event_time is not None:
+            ahead_s = columns.event_time_ahead_s
+            self._far_times = FarTimes(columns.event_time, columns.time_unit, ahead_s)
+        self._columns = columns.names
+        self._decoder = Decoder(columns)
+        self._file_numbers = {path: number for number, path in enumerate(part.files)}
+        self._begun = [self._task_of(piece) for piece in start.pieces]
+        self._first = self._first_tasks()
+        self._todo = self._tasks()
+        self._draw = threading.Lock()
+        self._has_drawn_all = False
+        self._open_splits: deque[Channel[Stretch] | None] = deque()
+        """None ends an epoch, or the window that was begun."""
+        self._split_opened = threading.Condition()
+        self._max_open = threads + 1
+        self._closed = False
+        self._threads = [
+            threading.Thread(
+                target=self._read_splits, name=f"penstock-reader-{number}", daemon=True
+            )
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stretches(self) -> Iterator[Stretch]:
+        """The next part in order: the window that was begun, if one was, then epoch by epoch."""
+        while (channel := self._next_channel()) is not None:
+            while True:
+                try:
+                    stretch = channel.get()
+                except Ended:
+                    break
+                yield stretch
+            self._drop_first()
+        self._drop_first()
+
+    def close(self) -> None:
+        """Stops the threads; does not wait for them."""
+        with self._split_opened:
+            self._closed = True
+            for channel in self._open_splits:
+                if channel is not None:
+                    channel.close()
+            self._split_opened.notify_all()
+
+    def join(self, patience_s: float) -> None:
+        """Waits for the threads after `close`, so long at most.
+
+        Each ends with the read that it is in, which may be of a file system that does not answer.
+        """
+        end_s = time.monotonic() + patience_s
+        for thread in self._threads:
+            thread.join(max(0.0, end_s - time.monotonic()))
+
+    def _next_channel(self) -> Channel[Stretch] | None:
+        with self._split_opened:
+            self._split_opened.wait_for(lambda: self._closed or bool(self._open_splits))
+            if self._closed:
+                raise Closed
+            return self._open_splits[0]
+
+    def _drop_first(self) -> None:
+        with self._split_opened:
+            self._open_splits.popleft()
+            self._split_opened.notify_all()
+
+    def _first_tasks(self) -> Iterator[_Task]:
+        """What is left of the epoch in which to begin.
+
+        Splits before it are found here; where files are opened to find theirs, others are not yet.
+        """
+        start, splits = self._start, self._part.splits
+        file, at, row = start.cursor
+        if start.version_1 is not None:
+            first, good_before, _ = start.version_1
+            if first > len(splits):
+                raise DataError(
+                    f"position in split {first}, but the data has {len(splits)} splits; it is not "
+                    "the data that the checkpoint was taken on"
+                )
+            return self._tasks_from(_Task(start.epoch, first, good_before=good_before))
+        if row:
+            return self._tasks_from(self._task_of(Piece(file, at, row, -1))._replace(stop=None))
+        first = 0
+        if start.cursor > Cursor():
+            first = sum(1 for _ in takewhile(lambda one: self._place(one) < (file, at), splits))
+        return self._tasks_from(_Task(start.epoch, first))
+
+    def _tasks_from(self, first: _Task) -> Iterator[_Task]:
+        for number, _ in enumerate(islice(self._part.splits, first.split, None), start=first.split):
+            yield first if number == first.split else _Task(first.epoch, number)
+
+    def _place(self, split: Split) -> tuple[int, int]:
+        return self._file_numbers[split.path], split.start
+
+    def _task_of(self, piece: Piece) -> _Task:
+        place = (piece.file, piece.start)
+        for number, split in enumerate(self._part.splits):
+            if self._place(split) == place:
+                return _Task(self._start.epoch, number, piece.first, piece.stop)
+            if self._place(split) > place:
+                break
+        files = self._part.files
+        path = files[piece.file] if piece.file < len(files) else f"file {piece.file}"
+        raise DataError(
+            f"position in the unit of reading of {path} that begins at {piece.start:,}, but none "
+            "begins there; it is not the data that the checkpoint was taken on"
+        )
+
+    def _tasks(self) -> Iterator[_Task | None]:
+        """All that is to be read, in order; None behind each part."""
+        if self._start.epoch >= self._epochs:
+            return
+        if self._start.pieces:
+            yield from self._begun
+            yield None
+        yield from self._first
+        yield None
+        for epoch in range(self._start.epoch + 1, self._epochs):
+            yield from self._tasks_from(_Task(epoch, 0))
+            yield None
+
+    def _read_splits(self) -> None:
+        while (job := self._next_task()) is not None:
+            task, channel = job
+            try:
+                self._read(task, channel)
+                channel.end()
+            except Closed:
+                return
+            # Not handled here: the assembler raises it where the consumer sees it.
+            except BaseException as error:
+                channel.fail(error)
+                return
+
+    def _add(self, channel: Channel[Stretch] | None) -> bool:
+        """Lets the consumer take it in its turn; False: it was closed meanwhile."""
+        with self._split_opened:
+            if not self._closed:
+                self._open_splits.append(channel)
+                self._split_opened.notify_all()
+            return not self._closed
+
+    def _next_task(self) -> tuple[_Task, Channel[Stretch]] | None:
+        # One at a time, and not while the consumer waits for the rows of splits that are known: to
+        # find the next split, files may have to be opened.
+        with self._draw:
+            while not self._has_drawn_all:
+                with self._split_opened:
+                    self._split_opened.wait_for(
+                        lambda: self._closed or len(self._open_splits) < self._max_open
+                    )
+                    if self._closed:
+                        return None
+                channel: Channel[Stretch] = Channel(_CHUNKS_AHEAD)
+                task: _Task | None = None
+                try:
+                    task = next(self._todo)
+                except StopIteration:
+                    self._has_drawn_all = True
+                    return None
+                # Not handled here: the consumer raises it in its place among the rows.
+                except BaseException as error:
+                    self._has_drawn_all = True
+                    channel.fail(error)
+                is_end = task is None and not self._has_drawn_all
+                if not self._add(None if is_end else channel):
+                    return None
+                if task is not None:
+                    return task, channel
+            return None
+
+    def _read(self, task: _Task, channel: Channel[Stretch]) -> None:
+        split = self._part.splits[task.split]
+        file, start = self._place(split)
+        row, good_before = 0, task.good_before
+        with closing(self._part.read(split, self._columns)) as chunks:
+            for chunk in chunks:
+                begin, end = max(task.first - row, 0), chunk.num_read
+                if task.stop is not None:
+                    end = min(end, task.stop - row)
+                if good_before:
+                    passed = min(good_before, chunk.table.num_rows)
+                    good_before -= passed
+                    begin = _behind(chunk, passed)
+                if begin < end:
+                    if self._far_times is not None:
+                        chunk = self._far_times.leave_out(chunk)  # noqa: PLW2901
+                    passage = Passage(file, start, row, self._tag_of(chunk, split.path))
+                    channel.put(self._stretch(chunk, split.path, passage, begin, end))
+                row += chunk.num_read
+                if task.stop is not None and row >= task.stop:
+                    return
+
+    def _stretch(self, chunk: Chunk, path: str, passage: Passage, begin: int, end: int) -> Stretch:
+        low, high = good_rows_between(chunk, begin, end)
+        rows = self._decoder.decode(chunk) if low < high else None
+        first, stop = passage.row + begin, passage.row + end
+        stretch = Stretch(rows, chunk.place, passage, chunk.kept, low, high, first, stop)
+        if not chunk.malformed:
+            return stretch
+        tag = self._tags.of(path)
+        return replace(
+            stretch,
+            left_out_at=[passage.row + one.line for one in chunk.malformed],
+            left_out=[
+                LeftOut(tag, line, row.reason, row.text)
+                for row, line in zip(chunk.malformed, chunk.malformed_lines, strict=True)
+            ],
+        )
+
+    def _tag_of(self, chunk: Chunk, path: str) -> FileTag | None:
+        if not self._trains:
+            return None
+        return self._part.source.identify(path, chunk.until) if chunk.until else self._tags.of(path)
+
+
+def _behind(chunk: Chunk, good: int) -> int:
+    """Row of the chunk behind its first `good` good rows; behind them all, its end."""
+    if good == chunk.table.num_rows:
+        return chunk.num_read
+    return good if chunk.kept is None else int(chunk.kept[good])

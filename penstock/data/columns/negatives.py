@@ -1,0 +1,223 @@
+"""Negative samples for logs that hold positives alone: from which row each takes its item.
+
+Of a window of n rows, sample `r * (1 + per_positive)` is row r itself, the samples after it are its
+negatives. A negative is two rows: its own, and one from which the item's columns are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from penstock.config import CrossedFeature, Negatives
+from penstock.data.columns.checks import is_one_key, nearest
+from penstock.data.columns.transforms import CrossPart, cross, cross_part, cross_parts
+from penstock.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class MixedCross:
+    """A cross of columns of the item with others: its key exists only for the pair of rows."""
+
+    config: CrossedFeature
+    feature: int
+    """Its number in `Columns.feature_names`."""
+    of_item: tuple[bool, ...]
+    """Which of its columns are the item's."""
+
+
+@dataclass(frozen=True, slots=True)
+class NegativeColumns:
+    """What is drawn, and which inputs are the item's."""
+
+    per_positive: int
+    candidates: Literal["popularity", "uniform"]
+    item: str
+    """The column that names the item."""
+    numeric: tuple[int, ...]
+    """Columns of `Batch.dense` that are the item's."""
+    features: tuple[bool, ...]
+    """Of each of `Columns.feature_names`, whether it is the item's."""
+    mixed: tuple[MixedCross, ...]
+
+    @property
+    def samples_per_row(self) -> int:
+        """The row itself and its negatives."""
+        return 1 + self.per_positive
+
+
+def negative_columns(
+    config: Negatives,
+    numeric: Sequence[str],
+    features: Sequence[str],
+    crosses: Sequence[CrossedFeature],
+    schema: pa.Schema,
+    origin: str,
+) -> NegativeColumns:
+    """Finds which inputs are the item's.
+
+    Args:
+      config: what is wanted.
+      numeric: columns of `Batch.dense`, in order.
+      features: columns that are features, in order.
+      crosses: the features after them.
+      schema: of the source.
+      origin: names the source in errors.
+
+    Raises:
+      ConfigError: a column is no input, or all inputs are the item's.
+      DataError: a column is missing, or the first one cannot name the item.
+    """
+    inputs = {*numeric, *features, *(name for one in crosses for name in one.columns)}
+    for name in config.columns:
+        if name not in schema.names:
+            raise DataError(
+                f"{origin}: no column {name!r} (data.negatives){nearest(name, schema.names)}"
+            )
+        if name not in inputs:
+            raise ConfigError(
+                f"data.negatives.columns: {name!r} is no input of the model, so it makes no "
+                "difference of which row it is; list it under `features` or data.numeric, or "
+                "remove it"
+            )
+    item = config.columns[0]
+    kind = schema.field(item).type
+    if not is_one_key(kind):
+        raise DataError(
+            f"{origin}: column {item!r} is {kind}; the first of data.negatives.columns names the "
+            "item, by an integer or text a row; put another one first"
+        )
+    of_cross = [tuple(name in config.columns for name in one.columns) for one in crosses]
+    of_features = [name in config.columns for name in features]
+    of_numeric = [name in config.columns for name in numeric]
+    if all([*of_features, *of_numeric, *map(all, of_cross)]):
+        raise ConfigError(
+            "data.negatives.columns: these are all inputs, so that a negative would be another "
+            "row's positive; leave out what belongs to the user or the moment"
+        )
+    return NegativeColumns(
+        per_positive=config.per_positive,
+        candidates=config.candidates,
+        item=item,
+        numeric=tuple(place for place, whether in enumerate(of_numeric) if whether),
+        features=(*of_features, *map(all, of_cross)),
+        mixed=tuple(
+            MixedCross(one, len(features) + place, which)
+            for place, (one, which) in enumerate(zip(crosses, of_cross, strict=True))
+            if any(which) and not all(which)
+        ),
+    )
+
+
+class ItemRows(NamedTuple):
+    """What drawing needs of decoded rows, besides the inputs. n rows."""
+
+    items: NDArray[np.int64]
+    """[n] equal where the items are."""
+    parts: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]]
+    """[n] each: values of the columns of the mixed crosses, cross by cross, and which rows have
+    one."""
+
+
+def item_rows(table: pa.Table, columns: NegativeColumns) -> ItemRows:
+    """Reads the item and the columns of mixed crosses of a chunk."""
+    names = [name for one in columns.mixed for name in one.config.columns]
+    return ItemRows(
+        cross([table.column(columns.item)], 0, None),
+        [_with_presence(cross_part(table.column(name))) for name in names],
+    )
+
+
+def _with_presence(part: CrossPart) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    n = len(part.values)
+    if part.valid is None:
+        return part.values, np.ones(n, dtype=bool)
+    bits = np.unpackbits(part.valid, count=part.first_bit + n, bitorder="little")
+    return part.values, bits[part.first_bit :].astype(bool)
+
+
+def draw_rows(
+    items: NDArray[np.int64], columns: NegativeColumns, seed: Sequence[int], where: str
+) -> NDArray[np.int64]:
+    """Draws the rows from which the samples of a window take their item.
+
+    The negatives of a row are independent of each other and may repeat. `popularity`: every row of
+    the window that has another item is as likely as any other; `uniform`: every other item is, and
+    is taken from the first row that has it. No draw is repeated, so none can go on for ever: a
+    number is drawn among the rows (or items) that remain without the row's own item.
+
+    Args:
+      items: [n] equal where the items are.
+      columns: how many are drawn, and how.
+      seed: the result is a pure function of it and `items`.
+      where: the window in words, for the error.
+
+    Returns:
+      [n * samples_per_row] row numbers; of sample `r * samples_per_row` it is r.
+
+    Raises:
+      DataError: all rows have one item.
+    """
+    n, drawn_per_row = len(items), columns.per_positive
+    distinct, first, item, counts = np.unique(
+        items, return_index=True, return_inverse=True, return_counts=True
+    )
+    if len(distinct) < 2:
+        raise DataError(
+            f"{where}: all {n} rows have one value of {columns.item!r}, so no negative can be "
+            "drawn among them; raise data.shuffle.window_rows, or shuffle the file"
+        )
+    philox = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(1,)))
+    bits = philox.random_raw(n * drawn_per_row).reshape(n, drawn_per_row)
+    if columns.candidates == "uniform":
+        drawn = _below(bits, np.uint64(len(distinct) - 1))
+        # The numbers from the own item's on stand for the items after it.
+        drawn += drawn >= item[:, None]
+        rows = first[drawn]
+    else:
+        by_item = np.argsort(item, kind="stable")
+        begins = np.cumsum(counts) - counts
+        drawn = _below(bits, (n - counts).astype(np.uint64)[item][:, None])
+        # Likewise, of the rows sorted by item.
+        drawn += np.where(drawn >= begins[item][:, None], counts[item][:, None], 0)
+        rows = by_item[drawn]
+    return np.concatenate([np.arange(n)[:, None], rows], axis=1).reshape(-1)
+
+
+def _below(bits: NDArray[np.uint64], limits: NDArray[np.uint64] | np.uint64) -> NDArray[np.int64]:
+    """Random numbers in [0, limit) of random bits.
+
+    Limits are below 2^32; a number is off its fair share by less than limit / 2^32 of it.
+    """
+    half = np.uint64(32)
+    return (((bits >> half) * limits) >> half).view(np.int64)
+
+
+def mixed_keys(
+    one: MixedCross,
+    parts: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]],
+    rows: NDArray[np.int64],
+    drawn: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Keys of a cross whose columns come from two rows.
+
+    Args:
+      one: the cross.
+      parts: values and presence [n] of each of its columns.
+      rows: [S] the samples' own rows.
+      drawn: [S] the rows of their items.
+
+    Returns:
+      [S]
+    """
+    taken = []
+    for (values, present), of_item in zip(parts, one.of_item, strict=True):
+        at = drawn if of_item else rows
+        valid = np.packbits(present[at], bitorder="little")
+        taken.append(CrossPart(values[at], valid, 0))
+    return cross_parts(taken, one.config.seed, one.config.buckets)

@@ -1,0 +1,1 @@
+"""Formats of files: columns, extents that read alone, and chunks of rows."""

@@ -1,0 +1,1 @@
+"""Which rows a run reads, in which order, before any is decoded."""

@@ -1,0 +1,487 @@
+"""`EmbeddingCollection`: tables without a vocabulary, in place of nn.EmbeddingBag.
+
+```python
+import torch
+import torch.nn.functional as F
+from penstock import Adagrad, EmbeddingCollection, FeatureConfig, Jagged, KeyedJagged, TableConfig
+
+tables = [TableConfig(name="item", dim=16, optimizer=Adagrad(learning_rate=0.05))]
+features = [FeatureConfig(name="clicked", table="item", pooling="mean")]
+embeddings = EmbeddingCollection(tables, features)
+head = torch.nn.Linear(16, 1)
+optimizer = torch.optim.Adam(head.parameters())
+keys = torch.randint(-(2**63), 2**63 - 1, (64, 3))  # [B, n] int64, any value
+label = (keys[:, 0] > 0).float()
+for _ in range(200):
+    sparse = KeyedJagged.pack({"clicked": Jagged.from_dense(keys)})
+    loss = F.binary_cross_entropy_with_logits(head(embeddings(sparse))[:, 0], label)
+    loss.backward()
+    optimizer.step(), optimizer.zero_grad()
+    embeddings.apply_gradients()
+torch.save({"embeddings": embeddings.state_dict(), "head": head.state_dict()}, "model.pt")
+```
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from penstock import _core
+from penstock.config import FeatureConfig, TableConfig
+from penstock.embedding.checks import check_batch, check_keys
+from penstock.embedding.host_store import HostStore
+from penstock.embedding.module.graph_operator import look_up_in_graph, register
+from penstock.embedding.module.pending import PendingGradients
+from penstock.embedding.module.places import (
+    nearest,
+    places_of,
+    plans_of,
+    refuse_duplicates,
+    unknown_table,
+)
+from penstock.embedding.module.table_module import TableModule
+from penstock.embedding.module.table_stats import TableStats, retention_stats
+from penstock.embedding.module.torch_idioms import check_alone, check_averaged
+from penstock.embedding.rules.retention import Clock, RetentionState, retains
+from penstock.embedding.rules.row_clock import RowClock
+from penstock.embedding.store import (
+    CURSOR_START,
+    Candidates,
+    FindResult,
+    PoolingPlan,
+    Store,
+    TableRows,
+)
+from penstock.errors import CapacityError, ConfigError
+from penstock.kernels.device import kernel_device
+from penstock.types import FeatureShape, KeyedJagged, as_keys
+
+
+class _Group(NamedTuple):
+    """Tables of one row layout: one store, one call for all of them."""
+
+    store: Store
+    plan: PoolingPlan
+
+
+class EmbeddingCollection(TableModule):
+    """Pooled embeddings of every feature of a batch, and the optimizer step of their tables.
+
+    In training mode a new key gets a row, if its table admits it. In evaluation mode, or under
+    `torch.no_grad`, a missing key reads as its initial value, or the default row of a table that
+    refuses keys, and no row is made; `num_missing` counts them.
+
+    The tables are no torch parameters: torch's optimizers do not see them, and `apply_gradients`
+    takes the place of `optimizer.step()`. `state_dict` holds them all the same, as torch's extra
+    state; copies and pickles do, too (docs/torch.md). One parameter, `anchor`, stands for all of
+    them: `requires_grad_(False)` freezes the tables, `.double()` and `.to(device)` say of which
+    dtype and where outputs are, while the rows stay as and where they are.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        features: Sequence[FeatureConfig],
+        *,
+        seed: int = 0,
+        num_threads: int | None = None,
+        deterministic: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Makes empty tables.
+
+        Args:
+          tables: with distinct names.
+          features: with distinct names; the order is that of the output's columns.
+          seed: of the initial values.
+          num_threads: threads of one look-up or update; None: the cores this process may use.
+          deterministic: an update has the same bits for any order of the samples, too; it takes
+            longer. The number of threads never changes a bit; nor, in this mode, does the device.
+          device: where the rows live: `cpu`, or a GPU, `cuda` or `cuda:1`. Batches may be given on
+            the CPU all the same; the output is on this device.
+
+        Raises:
+          ConfigError: a name twice, or a feature of an unknown table; or no such GPU, or no Triton.
+        """
+        super().__init__()
+        self.tables = tuple(tables)
+        self.features = tuple(features)
+        refuse_duplicates("table", [table.name for table in tables])
+        refuse_duplicates("feature", [feature.name for feature in features])
+        by_name = {table.name: table for table in tables}
+        for feature in features:
+            if feature.table not in by_name:
+                raise ConfigError(unknown_table(feature, list(by_name)))
+        self.feature_shapes = tuple(
+            FeatureShape(feature.name, by_name[feature.table].dim, feature.max_keys)
+            for feature in features
+        )
+        """Of each feature, in the order of the output's columns."""
+        self.width = sum(shape.width for shape in self.feature_shapes)
+        """W, columns of the output."""
+        self.device = torch.device(device)
+        """Where the rows live; the output too, unless the module was moved."""
+        if self.device.type != "cpu":
+            self.device = kernel_device(device)
+        self._sequences = torch.tensor(
+            [f for f, shape in enumerate(self.feature_shapes) if shape.length],
+            dtype=torch.int64,
+            device=self.device,
+        )
+        self.step = 0
+        """Updates applied so far; schedules and Adam's bias correction count by it."""
+        self.row_clock = RowClock()
+        """The time by which rows age where the eviction of their table counts seconds; see
+        `observe_times`.
+        """
+        self.num_missing = 0
+        """Keys read without a row, in evaluation, since the beginning."""
+        self.tables_in_state = True
+        self.seed = seed
+        """Of the initial values."""
+        self._names = tuple(feature.name for feature in features)
+        self._places = places_of(tables)
+        self._options: dict[str, Any] = {
+            "num_threads": num_threads or available_cores(),
+            "deterministic": deterministic,
+            "device": torch.device(device),
+        }
+        self._groups = self._make_groups(seed=seed, **self._options)
+        # In Triton's interpreter the device of a store on a GPU is the CPU.
+        self._is_on_gpu = torch.device(device).type != "cpu"
+        self._pending = PendingGradients()
+        self._outputs = _core.buffer_pool()
+        self.number = register(self)
+        # Autograd calls backward only where an input needs a gradient; the tables are none.
+        self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=self.device))
+        self.copied_at = None
+
+    def _make_groups(
+        self, *, num_threads: int, device: torch.device, **options: Any
+    ) -> tuple[_Group, ...]:
+        tables_of: dict[int, list[TableConfig]] = {}
+        for table in self.tables:
+            tables_of.setdefault(self._places[table.name][0], []).append(table)
+        widths = [shape.width for shape in self.feature_shapes]
+        plans = plans_of(self._places, self.features, widths)
+        groups = []
+        for group, tables in tables_of.items():
+            plan = PoolingPlan(plans.get(group, ()), self.width)
+            if device.type == "cpu":
+                groups.append(_Group(HostStore(tables, num_threads=num_threads, **options), plan))
+            else:
+                # Needs Triton, which not everyone has.
+                from penstock.embedding.gpu.store import GpuStore
+
+                groups.append(_Group(GpuStore(tables, device=device, **options), plan))
+        return tuple(groups)
+
+    def forward(self, sparse: KeyedJagged) -> Tensor:
+        """Pools the keys of each sample.
+
+        Args:
+          sparse: its features must be this collection's, in the same order.
+
+        Returns:
+          [B, W] float32, W the sum of the features' widths: their vectors side by side, as
+          `feature_shapes` says; an empty bag is zeros. Where the module was moved to another
+          device or dtype, so is this.
+
+        The batch is copied: its arrays may be used again at once. On a GPU that waits for a copy
+        from pinned memory, unless `to_device` was called ahead.
+
+        Raises:
+          ConfigError: other features, or keys and offsets of a wrong type or shape; training in a
+            process group of several ranks; a copy whose parameters alone were averaged.
+          CapacityError: no memory for a new row, or for the look-up.
+        """
+        if torch.compiler.is_compiling():
+            return look_up_in_graph(self, sparse)
+        if self.anchor.is_meta:
+            self._check(sparse)
+            return self.anchor.new_empty(sparse.batch_size, self.width)
+        if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
+            pooled: Tensor = _PooledLookup.apply(self.anchor, self, sparse)  # type: ignore[no-untyped-call]
+            return pooled.to(self.anchor)
+        out, _ = self.look_up(sparse, trains=False)
+        return out.to(self.anchor)
+
+    def look_up(self, sparse: KeyedJagged, *, trains: bool) -> tuple[Tensor, list[Any]]:
+        """The look-up of `forward`, without autograd.
+
+        Returns:
+          The output, [B, W] float32 on the tables' device; what the stores need to know of it, for
+          `keep_gradient`.
+        """
+        sparse = self._on_device(sparse, non_blocking=False)
+        check_averaged(self)
+        if trains:
+            check_alone()
+            self._advance()
+        out, lookups = self._lookup(sparse, insert=trains)
+        if not trains:
+            self.num_missing += sum(lookup.num_missing for lookup in lookups)
+        return out, lookups
+
+    def keep_gradient(self, lookups: list[Any], grad: Tensor) -> None:
+        """Keeps the gradient of a look-up's output, perhaps uncopied, until it is applied."""
+        self._pending.add(lookups, grad.to(self.device, torch.float32).contiguous())
+
+    def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
+        """The batch as the tables' device takes it, checked; on the CPU it is the batch itself.
+
+        `forward` does it too. Called ahead, on another stream and with pinned memory, the copy
+        runs beside the step before; pinned arrays must stay as they are until it has run.
+
+        Raises:
+          ConfigError: as `forward`.
+        """
+        return self._on_device(sparse, non_blocking=True)
+
+    def _on_device(self, sparse: KeyedJagged, *, non_blocking: bool) -> KeyedJagged:
+        self._check(sparse)
+        if not self._is_on_gpu or (sparse.is_checked and sparse.values.device == self.device):
+            return sparse
+        for _, plan in self._groups:
+            check_batch(plan, sparse)
+        is_one_hot = bool((sparse.offsets.diff() == 1).all())
+        return replace(
+            sparse,
+            values=sparse.values.to(self.device, non_blocking=non_blocking),
+            offsets=sparse.offsets.to(self.device, non_blocking=non_blocking),
+            weights=None
+            if sparse.weights is None
+            else sparse.weights.to(self.device, non_blocking=non_blocking),
+            is_checked=True,
+            is_one_hot=is_one_hot,
+        )
+
+    def observe_times(self, event_time: Tensor) -> None:
+        """Tells when the samples of the next batch happened, by which rows then age.
+
+        Rows age by seconds where the eviction of their table has that unit; without this, by the
+        machine's clock. See `RowClock` for what becomes of times that are far ahead.
+
+        Args:
+          event_time: [B] int64 ms since 1970 UTC, on the CPU.
+        """
+        self.row_clock.observe(event_time)
+
+    def sequence_lengths(self, sparse: KeyedJagged) -> Tensor:
+        """Keys of each sample's sequences: what tells vectors from padding.
+
+        Returns:
+          [B, S] int64, S the number of features of pooling `sequence`, in their order.
+        """
+        size = sparse.batch_size
+        if not len(self._sequences):
+            return torch.zeros(size, 0, dtype=torch.int64, device=self.device)
+        lengths = sparse.offsets.to(self.device).diff().view(len(sparse.features), size)
+        return lengths[self._sequences].t().contiguous()
+
+    def apply_gradients(self) -> None:
+        """One optimizer step on all gradients of the backward passes since the last call.
+
+        Several backward passes add up, as in torch; a call without any changes nothing but the
+        step.
+
+        Raises:
+          ConfigError: a gradient was changed in place since its backward pass, or is that of an
+            output whose gradient was applied before. Nothing is applied; the gradients stay until
+            `discard_gradients`.
+          CapacityError: no memory. Nothing is applied; the gradients stay, and may be applied
+            again.
+          PartialUpdateError: there was none when some rows had taken the step already; the message
+            says which. The gradients are gone; go on from a checkpoint.
+        """
+        try:
+            self._pending.apply(self._groups, self.step)
+        finally:
+            # Also where some rows have taken it: no number is taken twice.
+            if not self._pending:
+                self.step += 1
+                self.copied_at = None
+
+    def discard_gradients(self) -> None:
+        """Forgets the gradients that are not applied yet, as `optimizer.zero_grad()` does."""
+        self._pending.clear()
+
+    def find(self, table: str, keys: Tensor) -> FindResult:
+        """Reads the rows of keys, [n] int64 of any value; makes none.
+
+        Returns:
+          Values [n, D] and optimizer states [n, S] float32, where a key has no row those that it
+          would read; and whether it has one. Copies, on the tables' device.
+        """
+        store, number = self._find_table(table)
+        return store.find(number, as_keys(keys).to(self.device))
+
+    def erase(self, table: str, keys: Tensor) -> int:
+        """Removes the rows of keys and returns how many there were; absent keys are no error.
+
+        Gradients of them that are not applied yet are dropped in tables with rules; in others the
+        next update makes the rows anew.
+        """
+        store, number = self._find_table(table)
+        return store.erase(number, as_keys(keys).to(self.device))
+
+    def export_table(self, table: str, batch_rows: int = 1 << 18) -> Iterator[TableRows]:
+        """Copies every row of a table once to the CPU, in batches, in no particular order.
+
+        Raises:
+          StaleExportError: a row was added, removed or changed meanwhile.
+        """
+        store, number = self._find_table(table)
+        cursor = CURSOR_START
+        while True:
+            rows, cursor = store.export_batch(number, cursor, batch_rows)
+            if not len(rows.keys):
+                return
+            yield TableRows(*(None if part is None else part.cpu() for part in rows))  # type: ignore[arg-type]
+
+    def export_candidates(self, table: str, batch_keys: int = 1 << 20) -> Iterator[Candidates]:
+        """Copies the counted keys of a table, as `export_table` does its rows."""
+        store, number = self._find_table(table)
+        cursor = CURSOR_START
+        while True:
+            candidates, cursor = store.export_candidates(number, cursor, batch_keys)
+            if not len(candidates.keys):
+                return
+            yield Candidates(*(part.cpu() for part in candidates))
+
+    def import_candidates(self, table: str, candidates: Candidates) -> None:
+        """Sets the counts of keys of a table with `min_count`."""
+        store, number = self._find_table(table)
+        store.import_candidates(number, candidates)
+
+    def retention_state(self, table: str) -> RetentionState:
+        """Default row, counters and clock of a table."""
+        store, number = self._find_table(table)
+        return store.retention_state(number)
+
+    def set_retention_state(self, table: str, state: RetentionState) -> None:
+        """Inverse of `retention_state`; before rows are imported."""
+        store, number = self._find_table(table)
+        store.set_retention_state(number, state)
+
+    def import_rows(self, table: str, rows: TableRows) -> int:
+        """Writes rows into a table; returns how many keys were new. Equal keys: the last stays."""
+        store, number = self._find_table(table)
+        return store.insert_or_assign(number, rows)
+
+    def like_new(self, *, seed: int) -> EmbeddingCollection:
+        """Makes an empty collection of the same tables, features and settings."""
+        return EmbeddingCollection(self.tables, self.features, seed=seed, **self._options)
+
+    def take_over(self, other: EmbeddingCollection) -> None:
+        """Takes the tables of `other`, made by `like_new`, in the place of its own.
+
+        Gradients that are not applied yet are dropped. `other` is not to be used any more.
+        """
+        self._groups, self.seed, self.step = other._groups, other.seed, other.step
+        self.row_clock = replace(other.row_clock, max_jump_s=self.row_clock.max_jump_s)
+        self.copied_at = None
+        self.discard_gradients()
+
+    def _open(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+        self._pending = PendingGradients()
+        self._outputs = _core.buffer_pool()
+        self.number = register(self)
+        self._groups = self._make_groups(seed=self.seed, **self._options)
+
+    def table_stats(self) -> list[TableStats]:
+        """Rows and bytes of each table, in the order of `tables`."""
+        stats = {}
+        for store, _ in self._groups:
+            memory, counters = store.memory(), store.counters()
+            for number, table in enumerate(store.tables):
+                rows = int(counters.rows[number])
+                share = rows / memory.rows if memory.rows else 0.0
+                used = memory.row_bytes + memory.index_bytes
+                stats[table.name] = TableStats(
+                    table.name,
+                    rows,
+                    rows * store.layout.row_bytes,
+                    round(share * used),
+                    retention_stats(store, number, counters) if retains(table) else None,
+                )
+        return [stats[table.name] for table in self.tables]
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if a store is inconsistent. Reads everything: for tests."""
+        for store, _ in self._groups:
+            store.check_invariants()
+
+    def _advance(self) -> None:
+        seconds = self.row_clock.now_s
+        if seconds is None:
+            seconds = int(time.time())
+        for store, _ in self._groups:
+            store.advance(Clock(self.step, seconds))
+
+    def _lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
+        out = self._output(sparse.batch_size)
+        lookups = [
+            store.pooled_lookup(plan, sparse, insert=insert, out=out)
+            for store, plan in self._groups
+        ]
+        return out, lookups
+
+    def _output(self, size: int) -> Tensor:
+        """[B, W] float32, undefined."""
+        if self._is_on_gpu:
+            return torch.empty(size, self.width, dtype=torch.float32, device=self.device)
+        rows = self._outputs.take_rows(size, self.width)
+        if rows is None:
+            raise CapacityError(f"no memory for the output of a batch of {size}")
+        return torch.from_numpy(rows)
+
+    def _find_table(self, name: str) -> tuple[Store, int]:
+        if name not in self._places:
+            raise ConfigError(f"no table {name!r}; {nearest(name, list(self._places))}")
+        group, number = self._places[name]
+        return self._groups[group].store, number
+
+    def check_features(self, sparse: KeyedJagged) -> None:
+        """Raises ConfigError if a batch has other features, or others' order."""
+        if sparse.features != self._names:
+            raise ConfigError(
+                f"the batch has features {list(sparse.features)}, "
+                f"this collection {list(self._names)}, in this order"
+            )
+
+    def _check(self, sparse: KeyedJagged) -> None:
+        self.check_features(sparse)
+        check_keys(sparse, self.device)
+
+
+class _PooledLookup(torch.autograd.Function):
+    """The boundary to autograd: forward looks rows up, backward keeps their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, collection: EmbeddingCollection, sparse: KeyedJagged
+    ) -> Tensor:
+        out, lookups = collection.look_up(sparse, trains=True)
+        ctx.collection, ctx.lookups = collection, lookups
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.collection.keep_gradient(ctx.lookups, grads[0])
+        return None, None, None
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

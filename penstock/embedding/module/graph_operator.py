@@ -1,0 +1,117 @@
+"""The look-up as an operator of torch, so that torch.compile keeps a model's graph in one piece.
+
+A graph holds tensors and numbers alone: a collection is known to it by a number, and a look-up, on
+its way from forward to backward, by a ticket, a tensor. Where nothing is compiled, the collection
+works without it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.types import KeyedJagged
+
+if TYPE_CHECKING:
+    from penstock.embedding.module.collection import EmbeddingCollection
+
+# Of this process. Numbers are never used again, so that a graph cannot reach another collection.
+_NUMBERS = itertools.count()
+_COLLECTIONS: weakref.WeakValueDictionary[int, EmbeddingCollection] = weakref.WeakValueDictionary()
+# Look-ups of collections whose ticket is alive: a graph saves it for its backward pass.
+_LOOKUPS: dict[int, list[Any]] = {}
+
+
+def register(collection: EmbeddingCollection) -> int:
+    """Gives a collection its number; it is forgotten with the collection."""
+    number = next(_NUMBERS)
+    _COLLECTIONS[number] = collection
+    return number
+
+
+def look_up_in_graph(collection: EmbeddingCollection, sparse: KeyedJagged) -> Tensor:
+    """As `EmbeddingCollection.forward`; to be traced."""
+    collection.check_features(sparse)
+    trains = collection.training and torch.is_grad_enabled() and collection.anchor.requires_grad
+    out: Tensor
+    out, _ = _pooled_lookup(
+        collection.anchor,
+        sparse.values,
+        sparse.offsets,
+        sparse.weights,
+        collection.number,
+        trains,
+        sparse.is_checked,
+        sparse.is_one_hot,
+    )
+    return out
+
+
+@torch.library.custom_op("penstock::pooled_lookup", mutates_args=())
+def _pooled_lookup(
+    anchor: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+    number: int,
+    trains: bool,
+    is_checked: bool,
+    is_one_hot: bool,
+) -> tuple[Tensor, Tensor]:
+    collection = _COLLECTIONS[number]
+    names = tuple(feature.name for feature in collection.features)
+    sparse = KeyedJagged(names, values, offsets, weights, is_checked, is_one_hot)
+    out, lookups = collection.look_up(sparse, trains=trains)
+    ticket = np.array([next(_NUMBERS)], dtype=np.int64)
+    if trains:
+        _LOOKUPS[int(ticket[0])] = lookups
+        weakref.finalize(ticket, _LOOKUPS.pop, int(ticket[0]), None)
+    return out.to(anchor), torch.from_numpy(ticket)
+
+
+@_pooled_lookup.register_fake
+def _(
+    anchor: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+    number: int,
+    trains: bool,
+    is_checked: bool,
+    is_one_hot: bool,
+) -> tuple[Tensor, Tensor]:
+    collection = _COLLECTIONS[number]
+    size = (offsets.numel() - 1) // max(1, len(collection.features))
+    return anchor.new_empty(size, collection.width), torch.empty(1, dtype=torch.int64)
+
+
+@torch.library.custom_op("penstock::keep_gradient", mutates_args=())
+def _keep_gradient(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
+    # A copy: a compiler uses the memory of what an operator was given again.
+    _COLLECTIONS[number].keep_gradient(_LOOKUPS[int(ticket)], grad.clone())
+    # That of the anchor: an output, so that no compiler takes the operator for needless.
+    return grad.new_zeros(1)
+
+
+@_keep_gradient.register_fake
+def _(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
+    return grad.new_empty(1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.number = inputs[4]
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    (ticket,) = ctx.saved_tensors
+    return _keep_gradient(grad, ticket, ctx.number), *[None] * 7
+
+
+_pooled_lookup.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,331 @@
+"""Tables in files: rows in shards, and what admission and eviction remember.
+
+A checkpoint has them among its files; a collection alone writes a directory of them, with a
+manifest of its own (docs/checkpoint_format.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import safetensors
+import torch
+from torch import Tensor
+
+from penstock.config import ValueType
+from penstock.embedding.durable_files import (
+    MANIFEST,
+    SEAL,
+    FileRecord,
+    read_sealed,
+    read_tensors,
+    seal,
+    sync_directory,
+    verify_files,
+    write_durably,
+    write_tensors,
+)
+from penstock.embedding.module.table_state import FORMAT, VERSION, TableKind, check_kinds
+from penstock.embedding.rules.retention import RetentionState, limits_of, retains
+from penstock.embedding.store import Candidates, RowLayout, TableRows
+from penstock.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from penstock.embedding.module.collection import EmbeddingCollection
+
+# FORMAT: never change these; see docs/checkpoint_format.md.
+_OF_A_RUN = "penstock checkpoint"
+# The tables are the same in both; what differs is the position in the input.
+_READ = {(FORMAT, VERSION), (_OF_A_RUN, 1), (_OF_A_RUN, 2)}
+_UNFINISHED = ".tmp-"
+_REPLACED = ".replaced"
+
+SHARD_BYTES = 1 << 27
+"""Rows of a table are cut into files of at most this size; writing takes about twice as much
+memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableRecord:
+    """What the manifest says of one table."""
+
+    name: str
+    dim: int
+    state_dim: int
+    """Columns of optimizer state."""
+    rows: int
+    shards: tuple[str, ...]
+    """Names of its files, in order."""
+    usage_dim: int = 0
+    """Columns of marks of use."""
+    retention: str | None = None
+    """File of default row and counters, where the table has admission, eviction or a budget."""
+    counts: tuple[str, ...] = ()
+    """Files of counted keys without a row, in order."""
+    dtype: ValueType = "float32"
+    """Of the values."""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> TableRecord:
+        """Of a manifest; KeyError or TypeError where it is none."""
+        lists = {"shards": tuple(fields["shards"]), "counts": tuple(fields.get("counts", ()))}
+        return cls(**{**fields, **lists})
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of value, state and marks of use of one row."""
+        value_bytes = 4 if self.dtype == "float32" else 2
+        return value_bytes * self.dim + 4 * (self.state_dim + self.usage_dim)
+
+
+def write_tables(
+    directory: Path, collection: EmbeddingCollection, files: dict[str, FileRecord]
+) -> Iterator[TableRecord]:
+    """Writes the files of every table into `directory`, and into `files` what they are."""
+    for number, table in enumerate(collection.tables):
+        layout = RowLayout.of(table)
+        row_bytes = 8 + layout.row_bytes + 4 * layout.usage_dim
+        # The number keeps names apart that differ in case alone, or are cut off here.
+        name = f"table-{number:04d}-{table.name[:100]}"
+        shards: list[str] = []
+        num_rows = 0
+        for rows in collection.export_table(table.name, max(1, SHARD_BYTES // row_bytes)):
+            shard = f"{name}-{len(shards):05d}.safetensors"
+            tensors = {key: part for key, part in rows._asdict().items() if part is not None}
+            files[shard] = write_tensors(directory / shard, tensors)
+            shards.append(shard)
+            num_rows += rows.keys.numel()
+        record = TableRecord(
+            table.name,
+            layout.dim,
+            layout.state_dim,
+            num_rows,
+            tuple(shards),
+            layout.usage_dim,
+            dtype=layout.value_type,
+        )
+        if retains(table):
+            record = _write_retention(directory, name, record, collection, files)
+        yield record
+
+
+def _write_retention(
+    directory: Path,
+    name: str,
+    record: TableRecord,
+    collection: EmbeddingCollection,
+    files: dict[str, FileRecord],
+) -> TableRecord:
+    file = f"{name}-retention.safetensors"
+    state = collection.retention_state(record.name)
+    files[file] = write_tensors(directory / file, state.tensors())
+    counts: list[str] = []
+    for candidates in collection.export_candidates(record.name, SHARD_BYTES // 16):
+        shard = f"{name}-counts-{len(counts):05d}.safetensors"
+        files[shard] = write_tensors(directory / shard, candidates._asdict())
+        counts.append(shard)
+    return replace(record, retention=file, counts=tuple(counts))
+
+
+def import_tables(
+    path: Path, records: Sequence[TableRecord], collection: EmbeddingCollection
+) -> None:
+    """Fills the empty tables of `collection` with those of the directory `path`.
+
+    A table that holds less than it did, because its budget is smaller or counts more than it did
+    when the files were written, lets go of the rows that come first in the order of its eviction.
+    """
+    configs = {table.name: table for table in collection.tables}
+    for table in records:
+        config = configs[table.name]
+        limits = limits_of(config, RowLayout.of(config).row_bytes)
+        leaving: Tensor | None = None
+        counted: Candidates | None = None
+        if table.retention is not None:
+            state = RetentionState.from_tensors(read_tensors(path / table.retention))
+            if table.rows > limits.max_rows and config.eviction is not None:
+                marks = _joined(path, table.shards, "keys", "usage")
+                leaving = state.let_go(config, limits, *marks)
+            counts = _joined(path, table.counts, "keys", "counts")
+            counted = Candidates(*counts) if counts else None
+            if counted is not None:
+                stay = ~state.let_counts_go(limits, counted.keys)
+                counted = Candidates(counted.keys[stay], counted.counts[stay])
+            collection.set_retention_state(table.name, state)
+        first = 0
+        for shard in table.shards:
+            # Memory-mapped: no more of a shard is in memory than what is being copied.
+            with safetensors.safe_open(path / shard, framework="pt") as file:
+                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if leaving is not None:
+                stays = ~leaving[first : first + len(parts["keys"])]
+                first += len(stays)
+                parts = {name: part[stays] for name, part in parts.items()}
+            collection.import_rows(table.name, TableRows(**parts))
+        if counted is not None:
+            collection.import_candidates(table.name, counted)
+
+
+def set_row_clock(collection: EmbeddingCollection, state: Mapping[str, Any] | None) -> None:
+    """Sets the clock of tables that were read; None: to the latest time that they know."""
+    if state is not None:
+        collection.row_clock.set_state(state)
+        return
+    times = [
+        collection.retention_state(table.name).numbers["now"]
+        for table in collection.tables
+        if table.eviction is not None and table.eviction.unit == "seconds"
+    ]
+    if any(times):
+        collection.row_clock.now_s = max(times)
+
+
+def _joined(path: Path, files: Sequence[str], *names: str) -> list[Tensor]:
+    """The tensors of some names, each of all files; empty where there is no file."""
+    parts = []
+    for name in files:
+        with safetensors.safe_open(path / name, framework="pt") as file:
+            parts.append([file.get_tensor(column) for column in names])
+    return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+
+
+def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -> None:
+    """See `EmbeddingCollection.save_tables`."""
+    final = Path(path).absolute()
+    if os.path.lexists(final) and not _is_of_tables(final):
+        raise CheckpointError(
+            f"{final} is there already, and save_tables did not write it; give another path"
+        )
+    temporary = final.with_name(f"{final.name}{_UNFINISHED}{os.getpid()}")
+    try:
+        try:
+            os.mkdir(temporary)
+            _write(temporary, collection)
+            _commit(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        needed = sum(8 * table.rows + table.bytes for table in collection.table_stats())
+        # A write that fails, as on a full disk, names no file; a call with a path does.
+        named = f": {error.filename}" if error.filename else ""
+        raise CheckpointError(
+            f"cannot write the tables to {final}: {error.strerror or error}{named}; they need "
+            f"about {needed:,} bytes; what was there before stays"
+        ) from error
+
+
+def _write(directory: Path, collection: EmbeddingCollection) -> None:
+    files: dict[str, FileRecord] = {}
+    records = [asdict(record) for record in write_tables(directory, collection, files)]
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "collection_step": collection.step,
+        "row_clock": collection.row_clock.state(),
+        "seed": collection.seed,
+        "resolved": {"tables": [table.model_dump(mode="json") for table in collection.tables]},
+        "tables": records,
+        "files": {name: asdict(record) for name, record in files.items()},
+    }
+    content = json.dumps(manifest, indent=1).encode() + b"\n"
+    write_durably(directory / MANIFEST, content)
+    write_durably(directory / SEAL, seal(content))
+    sync_directory(directory)
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    """Puts the written directory in its place, whole; the one before stays until it is there."""
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    sync_directory(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _is_of_tables(path: Path) -> bool:
+    try:
+        content = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def load_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -> None:
+    """See `EmbeddingCollection.load_tables`."""
+    path = Path(path)
+    replaced = path.with_name(path.name + _REPLACED)
+    if not path.exists() and replaced.exists():
+        # Its writer died between two renames.
+        path = replaced
+    saved = _read_manifest(path)
+    verify_files(path, saved.files)
+    check_kinds(f"checkpoint {path}", saved.kinds, collection.tables)
+    fresh = collection.like_new(seed=saved.seed)
+    import_tables(path, saved.records, fresh)
+    set_row_clock(fresh, saved.row_clock)
+    fresh.step = saved.step
+    collection.take_over(fresh)
+
+
+class _Saved(NamedTuple):
+    """What a manifest says of its tables."""
+
+    step: int
+    seed: int
+    records: tuple[TableRecord, ...]
+    kinds: dict[str, TableKind]
+    files: dict[str, FileRecord]
+    row_clock: Mapping[str, Any] | None
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> _Saved:
+        """Of a run's checkpoint, or of tables alone."""
+        rules = {fields["name"]: fields["optimizer"] for fields in content["resolved"]["tables"]}
+        records = tuple(TableRecord.from_json(fields) for fields in content["tables"])
+        kinds = {
+            record.name: TableKind(
+                record.dim,
+                record.dtype,
+                rules[record.name]["kind"],
+                record.state_dim,
+                record.usage_dim,
+                record.retention is not None,
+            )
+            for record in records
+        }
+        is_of_run = content["format"] == _OF_A_RUN
+        seed = content["job"]["training"]["seed"] if is_of_run else content["seed"]
+        files = {name: FileRecord(**record) for name, record in content["files"].items()}
+        row_clock = content.get("row_clock")
+        return cls(content["collection_step"], seed, records, kinds, files, row_clock)
+
+
+def _read_manifest(path: Path) -> _Saved:
+    raw = read_sealed(path)
+    try:
+        content = json.loads(raw)
+        found = content["format"], content["version"]
+        if found in _READ:
+            return _Saved.from_json(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: {MANIFEST} is not a manifest: {type(error).__name__}: {error}"
+        ) from error
+    raise CheckpointError(
+        f"checkpoint {path}: {MANIFEST} has format {found[0]!r} version {found[1]}; this Penstock "
+        f"reads tables of {' and '.join(f'{name!r} version {n}' for name, n in sorted(_READ))}"
+    )

@@ -1,0 +1,1 @@
+"""Memory of a GPU that grows without being copied."""

@@ -1,0 +1,1 @@
+"""Checkpoints: one cut of all that a run needs to go on with the same bits."""

@@ -1,0 +1,459 @@
+"""Checkpoints: one consistent cut of all training state, written in two phases.
+
+A checkpoint is a directory `step-000000123`. It is written beside, as `step-000000123.tmp-<pid>`,
+brought to the disk, and only then renamed: a directory without suffix is complete, whatever
+happened to its writer. docs/checkpoint_format.md describes the files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor, nn
+
+import penstock
+from penstock.config import Job
+from penstock.embedding import EmbeddingCollection
+from penstock.embedding.durable_files import (
+    MANIFEST,
+    SEAL,
+    FileRecord,
+    read_tensors,
+    seal,
+    sync_directory,
+    write_durably,
+    write_tensors,
+)
+from penstock.embedding.module.table_files import import_tables, set_row_clock, write_tables
+from penstock.errors import CheckpointError
+from penstock.training.checkpoint.files import (
+    INPUT,
+    Manifest,
+    input_files,
+    is_complete,
+    read_manifest,
+    read_position,
+    verify,
+)
+from penstock.training.checkpoint.job_difference import (
+    describe,
+    differences,
+    resolve,
+    resolved_differences,
+)
+from penstock.training.checkpoint.state import (
+    check_model,
+    check_optimizer,
+    load_optimizer,
+    optimizer_state,
+    random_state,
+    set_random_state,
+)
+from penstock.types import Position
+
+__all__ = [
+    "Checkpoints",
+    "Manifest",
+    "TrainState",
+    "latest_checkpoint",
+    "load_tables_and_model",
+    "position_of",
+    "read_manifest",
+    "verify",
+]
+
+# FORMAT: never change these; see docs/checkpoint_format.md.
+_DENSE = "dense.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_METRICS = "metrics.safetensors"
+_RANDOM = "random.json"
+_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
+_UNFINISHED = re.compile(r"step-\d{9,}\.tmp-(\d+)")
+_REPLACED = ".replaced"
+
+_log = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """Something whose state is tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state by fixed names."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+
+
+@dataclass(slots=True)
+class TrainState:
+    """All state of a training run between two steps. `Checkpoints.restore` changes it in place."""
+
+    step: int
+    """Steps trained."""
+    position: Position
+    """Where the next batch begins."""
+    collection: EmbeddingCollection
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None = None
+    """None where the model has no trainable parameter."""
+    metrics: Stateful | None = None
+    """Of the samples trained on so far, or since the last log line; the caller's choice."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory. One process at a time may write there."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep_last: int,
+        job: Job,
+        *,
+        numeric: Sequence[str] = (),
+    ) -> None:
+        """Touches nothing on disk.
+
+        Args:
+          directory: made by the first `save`.
+          keep_last: complete checkpoints that `save` leaves; at least 1.
+          job: stored in each checkpoint, and compared by `restore`.
+          numeric: names of the columns of `Batch.dense`, in order; likewise.
+        """
+        assert keep_last >= 1
+        self._directory = Path(directory)
+        self._keep_last = keep_last
+        self._job = job
+        self._numeric = tuple(numeric)
+        # Step of the newest checkpoint that is of this run: restored or saved.
+        self._own_step: int | None = None
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; None where there is none.
+
+        See `latest_checkpoint`.
+        """
+        return latest_checkpoint(self._directory)
+
+    def save(self, state: TrainState) -> Path:
+        """Writes a checkpoint, then removes those that are too many.
+
+        Returns:
+          Its directory `step-<state.step>`. An existing one of that step is replaced.
+
+        Raises:
+          CheckpointError: the disk is full or fails (the checkpoints that were there stay), or
+            the directory holds later checkpoints of another run.
+
+        Effects: blocks until the disk has everything. Reads the state, the random generators
+        included, and changes none of it.
+        """
+        final = self._directory / f"step-{state.step:09d}"
+        temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+        given_up = self._given_up(state.step)
+        try:
+            try:
+                self._make_directory()
+                self._tidy()
+                os.mkdir(temporary)
+                self._write(temporary, state)
+                self._commit(temporary, final, given_up)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as error:
+            raise CheckpointError(self._explain_failure(final, state, error)) from error
+        self._own_step = state.step
+        try:
+            self._tidy()
+            for _, old in _list(self._directory)[: -self._keep_last]:
+                _remove(old)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {final} is complete, but an older one could not be removed: "
+                f"{error}; remove it by hand"
+            ) from error
+        return final
+
+    def restore(self, path: str | os.PathLike[str], state: TrainState) -> None:
+        """Puts a checkpoint's content into `state` and into the global random generators.
+
+        Every check, checksums included, comes before the first change.
+
+        Args:
+          path: a directory that `save` or `latest` returned.
+          state: of a newly built run: its tables must be empty.
+
+        Raises:
+          CheckpointError: damaged (names the file, and which older checkpoint is whole), of
+            another job (names the fields), or `state` already holds rows.
+        """
+        path = Path(path)
+        manifest = _verify_or_suggest(path)
+        resolved = resolve(self._numeric, state.collection.features, state.collection.tables)
+        lines = differences(manifest.job, manifest.resolved, self._job, resolved)
+        if lines:
+            raise CheckpointError(
+                f"checkpoint {path} is of another job:\n{describe(lines)}\n"
+                "resume with the job that wrote it, or train this one in a new run folder"
+            )
+        dense = _load_dense(path, state.collection, state.model)
+        try:
+            check_optimizer(manifest.optimizer, state.optimizer, state.model)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {path}: {error}") from None
+        random = (path / _RANDOM).read_bytes()
+        position = read_position(path, manifest)
+        metrics = read_tensors(path / _METRICS) if _METRICS in manifest.files else None
+
+        import_tables(path, manifest.tables, state.collection)
+        set_row_clock(state.collection, manifest.row_clock)
+        state.collection.step = manifest.collection_step
+        state.model.load_state_dict(dense)
+        if state.optimizer is not None and manifest.optimizer is not None:
+            tensors = read_tensors(path / _OPTIMIZER)
+            load_optimizer(state.optimizer, state.model, manifest.optimizer, tensors)
+        if state.metrics is not None and metrics is not None:
+            state.metrics.load_state_dict(metrics)
+        state.step = manifest.step
+        state.position = position
+        set_random_state(random)
+        self._own_step = manifest.step
+
+    def _given_up(self, step: int) -> list[Path]:
+        """Checkpoints that this run has left behind by restoring an earlier one."""
+        existing = _list(self._directory)
+        if existing and self._own_step is None:
+            raise CheckpointError(
+                f"{self._directory} already holds {existing[-1][1].name}, which this run was not "
+                "resumed from; resume it, or train in a new run folder"
+            )
+        since = self._own_step if self._own_step is not None else step
+        # That of the same step is replaced, not removed.
+        return [path for number, path in existing if number > since and number != step]
+
+    def _make_directory(self) -> None:
+        if not self._directory.is_dir():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            sync_directory(self._directory.parent)
+
+    def _tidy(self) -> None:
+        """Removes what writers left that died, and finishes a replacement that one began."""
+        for path in self._directory.iterdir():
+            unfinished = _UNFINISHED.fullmatch(path.name)
+            if unfinished and not _is_other_process(int(unfinished[1])):
+                shutil.rmtree(path)
+            elif _NAME.fullmatch(path.name) and path.name.endswith(_REPLACED):
+                final = path.with_name(path.name.removesuffix(_REPLACED))
+                if final.exists():
+                    _remove(path)
+                else:
+                    os.rename(path, final)
+
+    def _write(self, directory: Path, state: TrainState) -> None:
+        files: dict[str, FileRecord] = {}
+        tables = tuple(write_tables(directory, state.collection, files))
+        files[_DENSE] = write_tensors(directory / _DENSE, state.model.state_dict())
+        optimizer = None
+        if state.optimizer is not None:
+            optimizer, tensors = optimizer_state(state.optimizer, state.model)
+            files[_OPTIMIZER] = write_tensors(directory / _OPTIMIZER, tensors)
+        if state.metrics is not None:
+            files[_METRICS] = write_tensors(directory / _METRICS, state.metrics.state_dict())
+        files[_RANDOM] = write_durably(directory / _RANDOM, random_state())
+        files[INPUT] = write_durably(directory / INPUT, input_files(state.position))
+        manifest = Manifest(
+            step=state.step,
+            collection_step=state.collection.step,
+            position=state.position,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={
+                "penstock": penstock.__version__,
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "numpy": np.__version__,
+                "safetensors": safetensors.__version__,
+            },
+            job=self._job.model_dump(mode="json"),
+            resolved=resolve(self._numeric, state.collection.features, state.collection.tables),
+            tables=tables,
+            optimizer=optimizer,
+            files=files,
+            row_clock=state.collection.row_clock.state(),
+        ).to_json()
+        write_durably(directory / MANIFEST, manifest)
+        write_durably(directory / SEAL, seal(manifest))
+        sync_directory(directory)
+
+    def _commit(self, temporary: Path, final: Path, given_up: Sequence[Path]) -> None:
+        """Makes the written directory a checkpoint; on OSError the one of its step is as it was."""
+        # First, so that the newest one is of this run whenever the process dies.
+        for path in given_up:
+            _remove(path)
+        replaced = final.with_name(final.name + _REPLACED)
+        done: list[tuple[Path, Path]] = []
+        renames = [(temporary, final)]
+        if final.exists():
+            renames.insert(0, (final, replaced))
+        try:
+            for source, target in renames:
+                os.rename(source, target)
+                done.append((source, target))
+            sync_directory(self._directory)
+        except OSError:
+            for source, target in reversed(done):
+                os.rename(target, source)
+            raise
+
+    def _explain_failure(self, final: Path, state: TrainState, error: OSError) -> str:
+        existing = self._directory
+        while not existing.exists():
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free
+        last = self.latest()
+        remedy = (
+            f"free some space and resume; the last complete checkpoint, {last.name}, stays"
+            if last
+            else "free some space and train anew; there is no checkpoint to resume from"
+        )
+        return (
+            f"cannot write checkpoint {final}: {error.strerror or error}; it needs about "
+            f"{_needed_bytes(state):,} bytes, {free:,} bytes are free on its file system; "
+            f"{remedy}"
+        )
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint in a directory of them; None where there is none.
+
+    Whether its files are undamaged is for `restore` to say. A directory of a checkpoint's name
+    without a readable manifest is passed over with a warning in the log.
+    """
+    for _, path in reversed(_list(directory)):
+        if is_complete(path):
+            return path
+        _log.warning("%s is not a complete checkpoint: no readable %s", path, MANIFEST)
+    return None
+
+
+def position_of(path: Path) -> Position:
+    """Where a run that goes on from a checkpoint begins; for `restore` to verify.
+
+    Raises:
+      CheckpointError: damaged; names which older checkpoint is whole.
+    """
+    try:
+        return read_position(path, read_manifest(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_suggest_other(path)}") from None
+
+
+def load_tables_and_model(
+    path: str | os.PathLike[str], collection: EmbeddingCollection, model: nn.Module
+) -> Manifest:
+    """Reads what evaluation and prediction need; no optimizer, no random state.
+
+    Args:
+      path: directory of a checkpoint.
+      collection: empty, with the checkpoint's features and tables.
+      model: built as the checkpoint's.
+
+    Raises:
+      CheckpointError: as `Checkpoints.restore`. Nothing has been changed then.
+    """
+    path = Path(path)
+    manifest = _verify_or_suggest(path)
+    resolved = resolve(manifest.resolved["numeric"], collection.features, collection.tables)
+    lines = resolved_differences(manifest.resolved, resolved)
+    if lines:
+        raise CheckpointError(f"checkpoint {path} has other tables or features:\n{describe(lines)}")
+    dense = _load_dense(path, collection, model)
+    import_tables(path, manifest.tables, collection)
+    set_row_clock(collection, manifest.row_clock)
+    collection.step = manifest.collection_step
+    model.load_state_dict(dense)
+    return manifest
+
+
+def _list(directory: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of each checkpoint, by step; complete ones, unless damaged since."""
+    found: dict[int, Path] = {}
+    # By name, `step-1.replaced` comes after `step-1`, which is the newer of the two.
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.setdefault(int(match[1]), path)
+    return sorted(found.items())
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint so that half of one never bears its name."""
+    name = checkpoint.name.removesuffix(_REPLACED)
+    doomed = checkpoint.with_name(f"{name}.tmp-{os.getpid()}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _is_other_process(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _needed_bytes(state: TrainState) -> int:
+    tensors: Iterable[Tensor] = state.model.state_dict().values()
+    if state.optimizer is not None:
+        tensors = [*tensors, *optimizer_state(state.optimizer, state.model)[1].values()]
+    rows = sum(8 * table.rows + table.bytes for table in state.collection.table_stats())
+    return rows + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _load_dense(path: Path, collection: EmbeddingCollection, model: nn.Module) -> dict[str, Tensor]:
+    """Reads the model's tensors and checks that they, and the rows, have where to go."""
+    held = sum(table.rows for table in collection.table_stats())
+    if held:
+        raise CheckpointError(
+            f"checkpoint {path}: the tables already hold {held} rows; "
+            "restore into an EmbeddingCollection that has not been used"
+        )
+    dense = read_tensors(path / _DENSE)
+    try:
+        check_model(model, dense)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
+    return dense
+
+
+def _verify_or_suggest(path: Path) -> Manifest:
+    try:
+        return verify(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_suggest_other(path)}") from None
+
+
+def _suggest_other(path: Path) -> str:
+    others = [other for _, other in _list(path.parent) if other.name != path.name]
+    for other in reversed(others):
+        try:
+            verify(other)
+        except CheckpointError as error:
+            _log.warning("%s", error)
+            continue
+        return f"{other.name} is whole: move {path.name} away to resume from it"
+    return f"there is no other whole checkpoint in {path.parent}"

@@ -1,0 +1,1 @@
+"""Metrics, in bounded memory, each of which merges and is saved."""

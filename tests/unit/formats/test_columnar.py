@@ -1,0 +1,283 @@
+"""Many files of groups: opened side by side, when their rows are asked for, and each once."""
+
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import ipc, orc
+
+from penstock.config import ArrowSource, OrcSource, ParquetSource, parse_job
+from penstock.data import Dataset
+from penstock.data.formats.arrow import ArrowFormat
+from penstock.data.formats.columnar import GroupedFiles, Layout, check_schema
+from penstock.data.formats.orc import OrcFormat
+from penstock.data.formats.parquet import ParquetFormat
+from penstock.data.plan.lazy_extents import LazySplits
+from penstock.data.source import Split
+from penstock.errors import DataError
+
+KINDS = ("parquet", "orc", "arrow")
+
+
+def write(kind, path, table):
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=10)
+    elif kind == "orc":
+        orc.write_table(table, path)
+    else:
+        with ipc.new_file(path, table.schema) as out:
+            out.write_table(table, max_chunksize=10)
+
+
+def open_files(kind, folder):
+    if kind == "parquet":
+        return GroupedFiles(ParquetSource(format=kind, path=str(folder)), ParquetFormat())
+    if kind == "orc":
+        return GroupedFiles(OrcSource(path=str(folder)), OrcFormat())
+    return GroupedFiles(ArrowSource(path=str(folder)), ArrowFormat())
+
+
+def write_many(kind, folder, count, rows=20):
+    for number in range(count):
+        first = number * rows
+        table = pa.table({"label": np.arange(first, first + rows), "C1": np.arange(rows)})
+        write(kind, folder / f"{number:03}.{kind}", table)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """How often each file's layout was read."""
+    counts = Counter()
+    plain = GroupedFiles._layout
+
+    def layout(self, path):
+        counts[path] += 1
+        return plain(self, path)
+
+    monkeypatch.setattr(GroupedFiles, "_layout", layout)
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_opened_when_their_splits_are_asked_for(tmp_path, opened, kind):
+    write_many(kind, tmp_path, 100)
+    source = open_files(kind, tmp_path)
+    assert len(opened) == 1
+    splits = source.splits()
+    assert splits[0].path == source.paths[0]
+    assert len(opened) == 1
+    taken = iter(splits)
+    for number in range(5):
+        assert next(taken).path == source.paths[number]
+    assert len(opened) == 8
+    assert [split.path for split in splits] == source.paths
+    assert opened == Counter(source.paths)
+    assert len(splits) == 100
+    assert source.num_groups == (100 if kind == "orc" else 200)
+    assert opened == Counter(source.paths)
+    labels = [
+        chunk.table["label"].to_pylist()
+        for split in splits
+        for chunk in source.read(split, ["label"])
+    ]
+    assert sum(labels, []) == list(range(2000))
+    assert opened == Counter(source.paths)
+
+
+def test_many_files_are_opened_at_once(tmp_path, monkeypatch):
+    write_many("parquet", tmp_path, 16)
+    source = open_files("parquet", tmp_path)
+    plain, together = ParquetFormat.layout, threading.Barrier(8)
+
+    def layout(self, opened):
+        if int(opened.path[-11:-8]) >= 8:  # the last eight; nobody goes on alone
+            together.wait(timeout=60)
+        return plain(self, opened)
+
+    monkeypatch.setattr(ParquetFormat, "layout", layout)
+    assert len(source.splits()) == 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"label": [1], "C1": ["x"]}, "column 'C1' is string, but int64 in {first}"),
+        ({"label": [1]}, "column 'C1' of {first} is missing"),
+        ({"label": [1], "C1": [1], "C2": [1]}, "column 'C2' is not in {first}"),
+    ],
+)
+def test_a_file_of_another_schema_is_refused_by_name(tmp_path, kind, other, message):
+    write_many(kind, tmp_path, 12)
+    bad = tmp_path / f"009.{kind}"
+    write(kind, bad, pa.table(other))
+    expected = f"{bad}: {message.format(first=f'{tmp_path}/000.{kind}')}; all files of a source"
+    source = open_files(kind, tmp_path)
+    assert source.splits()[7].path.endswith(f"007.{kind}")
+    for _ in range(2):  # and does not look like the end of the data afterwards
+        with pytest.raises(DataError) as error:
+            len(source.splits())
+        assert str(error.value).startswith(expected)
+        with pytest.raises(DataError):
+            list(source.splits())
+    label = {"column": "label", "task": "regression"}
+    data = {"source": {"format": kind, "path": str(tmp_path)}, "label": label}
+    data["shuffle"] = {"window_rows": 0}
+    job = parse_job({"data": data, "features": [{"columns": ["C1"]}]})
+    dataset = Dataset.open(job)
+    with (
+        pytest.raises(DataError) as error,
+        dataset.batches("train", batch_size=16) as batches,
+    ):
+        list(batches)
+    assert str(error.value).startswith(expected)
+
+
+def test_columns_in_another_order_are_the_same_schema(tmp_path):
+    write_many("parquet", tmp_path, 1)
+    write("parquet", tmp_path / "001.parquet", pa.table({"C1": [7], "label": [20]}))
+    source = open_files("parquet", tmp_path)
+    rows = [chunk.table for one in source.splits() for chunk in source.read(one, ["label", "C1"])]
+    assert pa.concat_tables(rows)["label"].to_pylist() == list(range(21))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(tmp_path, kind):
+    table = pa.table({"label": pa.array([], pa.int64())})
+    for number in range(3):
+        write(kind, tmp_path / f"{number}.{kind}", table)
+    with pytest.raises(DataError, match=r"0\.\w+: no rows; the source has none at all"):
+        open_files(kind, tmp_path)
+    write(kind, tmp_path / f"3.{kind}", pa.table({"label": [1]}))
+    (split,) = open_files(kind, tmp_path).splits()
+    assert split == Split(str(tmp_path / f"3.{kind}"), 0, 1)
+
+
+@pytest.mark.parametrize("rows", [[5, -1], [2**62, 2**62], [-3]])
+def test_counts_that_no_file_has(tmp_path, monkeypatch, rows):
+    write_many("parquet", tmp_path, 1)
+    layout = Layout(pa.schema([("label", pa.int64())]), np.array(rows))
+    monkeypatch.setattr(ParquetFormat, "layout", lambda self, opened: layout)
+    with pytest.raises(DataError, match=r"000.parquet: counts of rows that no file has"):
+        open_files("parquet", tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_rows_than_were_counted(tmp_path, monkeypatch, kind):
+    """Whoever counts wrongly, no row is missed in silence."""
+    write_many(kind, tmp_path, 1)
+    source = open_files(kind, tmp_path)
+    plain = type(source._format).read
+
+    def read(self, opened, groups, columns):
+        yield from (table[:9] for table in plain(self, opened, groups, columns))
+
+    monkeypatch.setattr(type(source._format), "read", read)
+    with pytest.raises(DataError, match=r"cannot be read: it has fewer rows than it says"):
+        list(source.read(source.splits()[0], ["label"]))
+
+
+def test_footers_are_kept_within_bounds(tmp_path, monkeypatch):
+    write_many("parquet", tmp_path, 30)
+    size = pq.read_metadata(tmp_path / "000.parquet").serialized_size
+    monkeypatch.setattr("penstock.data.formats.parquet._MOST_FOOTERS", 5)
+    source = open_files("parquet", tmp_path)
+    splits = list(source.splits())
+    for number in (7, 8, 9, 10, 11, 7, 12):
+        list(source.read(splits[number], ["label"]))
+    assert [path[-11:-8] for path in source._format._footers] == ["009", "010", "011", "007", "012"]
+    for most_files, most_bytes, kept in [(5, 1 << 30, 5), (64, 3 * size + 9, 3), (64, 1, 1)]:
+        monkeypatch.setattr("penstock.data.formats.parquet._MOST_FOOTERS", most_files)
+        monkeypatch.setattr("penstock.data.formats.parquet._MOST_FOOTER_BYTES", most_bytes)
+        source = open_files("parquet", tmp_path)
+        splits = list(source.splits())
+        assert len(source._format._footers) == kept
+        for split in (splits[3], splits[29], splits[3]):
+            assert next(source.read(split, ["label"])).table.num_rows == 20
+        assert len(source._format._footers) == kept
+        assert splits[3].path in source._format._footers
+
+
+def test_splits_found_by_several_threads():
+    batches = [[Split("a", n, n + 1) for n in range(low, low + 7)] for low in range(0, 70, 7)]
+    answers = [batches[0], [], *batches[1:], None]
+    given = 0
+
+    def more():
+        nonlocal given
+        answer = answers[given]
+        time.sleep(0.001)  # another thread that may come in would get the same answer
+        given += 1
+        return answer
+
+    splits = LazySplits([], more)
+    found = [None] * 8
+
+    def read(number):
+        found[number] = list(splits)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(one == sum(batches, []) for one in found)
+    assert splits[-1].start == 69
+    assert splits[60:] == batches[8][4:] + batches[9]
+    with pytest.raises(IndexError):
+        splits[70]
+
+
+def test_splits_after_an_error():
+    answers = iter([[Split("a", 0, 1)], OSError("away"), [Split("a", 1, 2)], None])
+
+    def more():
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    splits = LazySplits([], more)
+    assert bool(splits)
+    with pytest.raises(OSError, match="away"):
+        list(splits)
+    assert [split.start for split in splits] == [0, 1]
+
+
+def test_a_name_that_is_there_twice():
+    twice = pa.schema([("a", pa.int64()), ("a", pa.int64())])
+    with pytest.raises(DataError, match="x: column 'a' is there twice"):
+        check_schema("x", twice, "x", twice)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_times_in_ns_need_no_pandas(tmp_path, monkeypatch, kind):
+    monkeypatch.setitem(sys.modules, "pandas", None)  # an import of it fails
+    first = 1_700_000_000_000_000_000
+    table = pa.table({
+        "label": np.arange(40) % 2,
+        "C1": np.arange(40),
+        "time": pa.array(first + np.arange(40) * 1_000_000_007, pa.timestamp("ns")),
+    })
+    write(kind, tmp_path / f"rows.{kind}", table)
+    data = {
+        "source": {"format": kind, "path": str(tmp_path)},
+        "label": {"column": "label"},
+        "event_time": "time",
+        "split": {"by": "time", "at": 1_700_000_020_000},
+        "shuffle": {"window_rows": 0},
+    }
+    dataset = Dataset.open(parse_job({"data": data, "features": [{"columns": ["C1"]}]}))
+    keys = []
+    for part in dataset.parts:
+        with dataset.batches(part, batch_size=64) as batches:
+            (batch,) = batches
+        keys.append(batch.sparse["C1"].values.tolist())
+        times = np.array(first // 10**6 + np.array(keys[-1]) * 1_000_000_007 // 10**6)
+        assert batch.event_time.tolist() == times.tolist()
+    assert keys == [list(range(20)), list(range(20, 40))]
