@@ -83,6 +83,13 @@ class HostStore:
         step: int,
         is_order_free: bool,
     ) -> tuple[Status, int]: ...
+    def gradient_norm(
+        self,
+        plan: PoolingPlan,
+        gradients: Sequence[tuple[Lookup, NDArray[np.float32]]],
+        order: float,
+        is_order_free: bool,
+    ) -> tuple[Status, float]: ...
     def find(
         self,
         table: int,

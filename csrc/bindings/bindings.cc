@@ -103,12 +103,12 @@ Status py_pooled_lookup(HostStore& self, std::shared_ptr<const SharedPlan> plan,
   return self.pooled_lookup(std::move(plan), batch, insert, out.data(), &lookup);
 }
 
-std::tuple<Status, int64_t> py_apply_gradients(
-    HostStore& self, std::shared_ptr<const SharedPlan> plan,
-    const std::vector<std::tuple<std::shared_ptr<Lookup>, InRows>>& gradients, InRows hypers, uint64_t step,
-    bool is_order_free) {
+using Gradients = std::vector<std::tuple<std::shared_ptr<Lookup>, InRows>>;
+
+// The gradients of look-ups of a store by one plan, none of them applied yet.
+std::vector<LookupGradient> checked_gradients(const HostStore& self, const std::shared_ptr<const SharedPlan>& plan,
+                                              const Gradients& gradients) {
   check(plan != nullptr, "plan: none");
-  check_rows(hypers, self.num_tables(), kHyperFields, "hypers: expected [tables, 10]");
   std::vector<LookupGradient> parts;
   uint64_t keys = 0;
   for (const auto& [lookup, grad] : gradients) {
@@ -122,6 +122,27 @@ std::tuple<Status, int64_t> py_apply_gradients(
     keys += static_cast<uint64_t>(lookup->num_keys);
   }
   check(keys <= kMostUpdateKeys, "an update of more than 2^31 - 1 keys");
+  return parts;
+}
+
+std::tuple<Status, double> py_gradient_norm(HostStore& self, std::shared_ptr<const SharedPlan> plan,
+                                            const Gradients& gradients, double order, bool is_order_free) {
+  check(order > 0, "order: above 0");
+  std::vector<LookupGradient> parts = checked_gradients(self, plan, gradients);
+  double total = 0;
+  Status status;
+  {
+    const nb::gil_scoped_release release;
+    status = self.gradient_norm(parts, order, is_order_free, &total);
+  }
+  return {status, total};
+}
+
+std::tuple<Status, int64_t> py_apply_gradients(HostStore& self, std::shared_ptr<const SharedPlan> plan,
+                                               const Gradients& gradients, InRows hypers, uint64_t step,
+                                               bool is_order_free) {
+  check_rows(hypers, self.num_tables(), kHyperFields, "hypers: expected [tables, 10]");
+  std::vector<LookupGradient> parts = checked_gradients(self, plan, gradients);
   int64_t rows = 0;
   Status status;
   {
@@ -209,6 +230,7 @@ void bind_host_store(nb::module_& m) {
           "most_isa"_a, "scan_from"_a)
       .def("pooled_lookup", &py_pooled_lookup, "plan"_a, "keys"_a.noconvert(), "offsets"_a.noconvert(),
            "weights"_a.noconvert().none(), "batch_size"_a, "insert"_a, "out"_a.noconvert(), "lookup"_a)
+      .def("gradient_norm", &py_gradient_norm, "plan"_a, "gradients"_a.noconvert(), "order"_a, "is_order_free"_a)
       .def("apply_gradients", &py_apply_gradients, "plan"_a, "gradients"_a.noconvert(), "hypers"_a.noconvert(), "step"_a,
            "is_order_free"_a)
       .def(

@@ -321,6 +321,58 @@ int64_t update(const Rows& rows, const Occurrence* occurrences, int64_t count, c
   return unique;
 }
 
+// Adds the gradient of one row to a norm.
+template <typename S>
+inline void add_to_norm(const S& shape, const Lanes* grad, GradientNorm* norm) {
+  if (norm->order == 2.0) return norm->add(sum_of_squares(shape, grad));
+  float power = 0.0f;
+  const bool is_largest = norm->order == __builtin_inf();
+  for (int c = 0; c < num_chunks(shape); ++c) {
+    float lane[kLanes];
+    std::memcpy(lane, &grad[c], sizeof(lane));
+    for (int i = 0; i < width(shape, c); ++i) {
+      const float x = __builtin_fabsf(lane[i]);
+      if (is_largest) {
+        norm->largest = x > norm->largest ? x : norm->largest;
+        power += x - x;  // 0, or NaN
+      } else {
+        power += norm->order == 1.0 ? x : static_cast<float>(__builtin_pow(x, norm->order));
+      }
+    }
+  }
+  norm->add(power);
+}
+
+template <int D>
+void measure(uint32_t dim, const Occurrence* occurrences, int64_t count, int sum_bits, const UpdateScratch& scratch,
+             GradientNorm* norm) {
+  const Shape<D> shape(dim);
+  if constexpr (D <= static_cast<int>(kMostSummedDim)) {
+    if (scratch.sums != nullptr && sum_bits == 0) {
+      const uint32_t unique = sum_by_slot(shape, occurrences, count, scratch);
+      const Lanes* const sums = reinterpret_cast<const Lanes*>(scratch.sums);
+      for (uint32_t u = 0; u < unique; ++u) add_to_norm(shape, sums + int64_t{u} * num_chunks(shape), norm);
+      return;
+    }
+  }
+  const uint32_t unique = group_by_slot(occurrences, count, scratch);
+  Lanes sum[kChunks<D>];
+  for (uint32_t u = 0; u < unique; ++u) {
+    const uint32_t* const first = scratch.order + scratch.begin[u];
+    const uint32_t* const last = scratch.order + scratch.begin[u + 1];
+    if (sum_bits != 0) {
+      sum_order_free(shape, occurrences, first, last, sum_bits, sum);
+    } else {
+      for (int c = 0; c < num_chunks(shape); ++c) sum[c] = Lanes{};
+      for (const uint32_t* k = first; k < last; ++k) {
+        const Occurrence& occurrence = occurrences[*k];
+        for (int c = 0; c < num_chunks(shape); ++c) sum[c] += occurrence.scale * load(shape, occurrence.grad, c);
+      }
+    }
+    add_to_norm(shape, sum, norm);
+  }
+}
+
 void initialize(const Rows& rows, const Initializer& init, uint64_t key, void* value, float* state) {
   const Shape<0> shape(rows.dim);
   switch (rows.type) {
@@ -343,6 +395,7 @@ constexpr RowKernels kKernels = {find,
                                 look_up_run<D, ValueType::kFloat32>,
                                 pool<D, ValueType::kFloat32>,
                                 update<D, Optimizer>,
+                                measure<D>,
                                 initialize};
 
 template <int D>

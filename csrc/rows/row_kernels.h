@@ -10,6 +10,7 @@
 
 #include "index/hashing.h"
 #include "index/index.h"
+#include "rows/gradient_norm.h"
 #include "rows/narrow.h"
 
 namespace penstock {
@@ -185,6 +186,10 @@ struct RowKernels {
   // order (see sum_bits_of); 0: in fp32. The step's seed is that of narrow.h.
   int64_t (*update)(const Rows& rows, const Occurrence* occurrences, int64_t count, const Hyper& hyper,
                     uint32_t step_seed, int sum_bits, const UpdateScratch& scratch);
+
+  // Sums the gradients of equal slots as update() does, and adds the sum of each to the norm.
+  void (*measure)(uint32_t dim, const Occurrence* occurrences, int64_t count, int sum_bits, const UpdateScratch& scratch,
+                  GradientNorm* norm);
 
   // Writes the first value, as rows store it, and state of a row.
   void (*initialize)(const Rows& rows, const Initializer& init, uint64_t key, void* value, float* state);

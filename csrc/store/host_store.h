@@ -111,6 +111,10 @@ class HostStore {
   // applied yet; but for kHalfUpdated an error changes none of their rows.
   Status apply_gradients(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step, bool is_order_free,
                          int64_t* rows);
+  // The norm of what apply_gradients would give to rows: the sum of |x|^order over the columns x of every row's summed
+  // gradient; of the order infinity the largest |x|. Infinite where a gradient is not finite. Changes no row; those that are
+  // missing are made, as for the update.
+  Status gradient_norm(std::vector<LookupGradient>& gradients, double order, bool is_order_free, double* total);
   bool made(const Lookup& lookup) const { return lookup.store == number_; }
 
   // values [n, dim] and state [n, state_dim]; absent keys read as initial or as the default row. found[i]: the row was there
@@ -372,6 +376,8 @@ class HostStore {
   void order_for_export(uint32_t table);
 
   Status update(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step, bool is_order_free, int64_t* rows);
+  // host_store_gradients.cc
+  Status measure(std::vector<LookupGradient>& gradients, double order, bool is_order_free, double* total);
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
   // Returns how many there are; the vector may be longer.
   int64_t collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,

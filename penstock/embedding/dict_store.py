@@ -7,42 +7,31 @@ fused kernels are compared with something better than themselves.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
+from penstock.config import AdmitFrequent, TableConfig
 from penstock.embedding import checks
+from penstock.embedding.dict_table import DictRow, DictTable, FloatArray
 from penstock.embedding.rules import optimizer
 from penstock.embedding.rules.initializer import initial_values
 from penstock.embedding.rules.retention import (
-    EVICTED_BEYOND_NEED,
-    MAX_COUNT,
-    MAX_TIME,
-    MAX_USES,
     NUMBERS,
     Clock,
-    Limits,
     RetentionState,
-    admission_bits,
     admission_seed,
-    admission_threshold,
     check_usage,
     checked_numbers,
     default_of,
     limits_of,
     over_budget,
-    precedence,
     refuses,
     retains,
-    sweep_period,
 )
 from penstock.embedding.rules.rounding import round_update
 from penstock.embedding.store import (
@@ -62,130 +51,9 @@ from penstock.embedding.store import (
 from penstock.errors import CapacityError
 from penstock.types import KeyedJagged
 
-FloatArray = NDArray[np.float64]
 Item = TypeVar("Item")
 SMALLEST_DIVISOR = np.finfo(np.float32).tiny
 """A smaller sum of weights counts as 0: its inverse is beyond float32."""
-
-
-@dataclass
-class _Row:
-    value: FloatArray
-    state: FloatArray
-    last_use: int = 0
-    uses: int = 0
-
-
-@dataclass
-class _Table:
-    """One table: rows, counted keys, default row, counters; and its rules, applied one by one."""
-
-    config: TableConfig
-    limits: Limits
-    seed: int
-    default: _Row
-    rows: dict[int, _Row] = field(default_factory=dict)
-    candidates: dict[int, int] = field(default_factory=dict)
-    numbers: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NUMBERS, 0))
-
-    def aged_uses(self, row: _Row) -> int:
-        half_life = self.config.eviction.half_life if self.config.eviction else None
-        if half_life is None:
-            return row.uses
-        return row.uses >> max(0, self.numbers["now"] // half_life - row.last_use // half_life)
-
-    def use(self, row: _Row) -> None:
-        if self.config.eviction is not None:
-            if self.config.eviction.order == "lfu":
-                row.uses = min(self.aged_uses(row) + 1, MAX_USES)
-            row.last_use = self.numbers["now"]
-
-    def advance(self, clock: Clock) -> bool:
-        """Whether rows left."""
-        eviction, admission, numbers = self.config.eviction, self.config.admission, self.numbers
-        in_seconds = eviction is not None and eviction.unit == "seconds"
-        now = max(numbers["now"], min(clock.seconds if in_seconds else clock.step, MAX_TIME))
-        numbers["now"] = now
-        gone = []
-        if eviction is not None and eviction.ttl is not None:
-            period = sweep_period(eviction.ttl)
-            if now // period != numbers["swept"] // period:
-                numbers["swept"] = now
-                gone = [k for k, row in self.rows.items() if now - row.last_use > eviction.ttl]
-                self._evict(gone)
-        if isinstance(admission, AdmitFrequent) and clock.step > numbers["step"]:
-            half_life = admission.half_life_steps
-            halvings = numbers["candidates_are_full"]
-            if half_life is not None:
-                passed = clock.step // half_life - numbers["step"] // half_life
-                halvings = max(halvings, min(passed, 16))
-            halved = {key: count >> halvings for key, count in self.candidates.items()}
-            self.candidates = {key: count for key, count in halved.items() if count}
-            numbers["candidates_are_full"] = 0
-        numbers["step"] = max(numbers["step"], clock.step)
-        return bool(gone)
-
-    def admit(self, keys: list[int], step: int, *, explicit: bool) -> list[int]:
-        """The absent keys that get rows; counts the others, and makes room. Not order-bound."""
-        absent = Counter(key for key in keys if key not in self.rows)
-        admission = self.config.admission
-        wanted, uncounted = [], []
-        for key, count in absent.items():
-            if explicit or admission is None:
-                wanted.append(key)
-            elif isinstance(admission, AdmitAtRandom):
-                draw = admission_bits(self.seed, np.array([key]), step)[0]
-                if int(draw) < admission_threshold(admission):
-                    wanted.append(key)
-            else:
-                total = min(self.candidates.get(key, 0) + count, MAX_COUNT)
-                if key in self.candidates:
-                    self.candidates[key] = total
-                if total >= admission.min_count:
-                    wanted.append(key)
-                elif key not in self.candidates:
-                    uncounted.append(key)
-        room = self._make_room(len(wanted), set(keys))
-        wanted = sorted(wanted, key=_precedence)[:room]
-        for key in wanted:
-            self.candidates.pop(key, None)
-        # Before those admitted now gave up their places.
-        self._count(uncounted, absent)
-        if not explicit:
-            self.numbers["admitted"] += len(wanted)
-            given = set(wanted)
-            self.numbers["refused"] += sum(n for key, n in absent.items() if key not in given)
-        return wanted
-
-    def _count(self, keys: list[int], counts: Counter[int]) -> None:
-        room = self.limits.max_candidates - len(self.candidates)
-        if len(keys) > room:
-            self.numbers["candidates_are_full"] = 1
-        for key in sorted(keys, key=_precedence)[:room]:
-            self.candidates[key] = min(counts[key], MAX_COUNT)
-
-    def _make_room(self, wanted: int, protected: set[int]) -> int:
-        missing = wanted - (self.limits.max_rows - len(self.rows))
-        if missing > 0 and self.config.eviction is not None:
-            leaving = sorted(
-                (self._rank(key, row), key)
-                for key, row in self.rows.items()
-                if key not in protected
-            )
-            count = missing + self.limits.max_rows // EVICTED_BEYOND_NEED
-            self._evict([key for _, key in leaving[:count]])
-        return self.limits.max_rows - len(self.rows)
-
-    def _rank(self, key: int, row: _Row) -> tuple[int, int, int]:
-        assert self.config.eviction is not None
-        uses = self.aged_uses(row) if self.config.eviction.order == "lfu" else 0
-        return uses, row.last_use, _precedence(key)
-
-    def _evict(self, keys: list[int]) -> None:
-        for key in keys:
-            age = self.numbers["now"] - self.rows.pop(key).last_use
-            self.numbers["evicted_age"] += max(0, age)
-        self.numbers["evicted"] += len(keys)
 
 
 class DictLookup(PooledLookup):
@@ -217,15 +85,15 @@ class DictStore:
         self._tables = []
         for table in tables:
             value = torch.full((self.layout.dim,), default_of(table)).to(self.layout.dtype)
-            default = _Row(
+            default = DictRow(
                 value.double().numpy(),
                 np.full(self.layout.state_dim, optimizer.initial_state(table.optimizer)),
             )
             limits = limits_of(table, self.layout.row_bytes)
             draws = admission_seed(seed, table.name)
-            self._tables.append(_Table(table, limits, draws, default))
+            self._tables.append(DictTable(table, limits, draws, default))
 
-    def _initial(self, table: int, keys: list[int]) -> list[_Row]:
+    def _initial(self, table: int, keys: list[int]) -> list[DictRow]:
         config = self.tables[table]
         first = initial_values(
             config.initializer, self._seed, config.name, np.array(keys, np.int64), config.dim
@@ -233,7 +101,7 @@ class DictStore:
         values = torch.from_numpy(first).to(self.layout.dtype).double().numpy()
         state = optimizer.initial_state(config.optimizer)
         now = self._tables[table].numbers["now"]
-        return [_Row(value, np.full(self.layout.state_dim, state), now) for value in values]
+        return [DictRow(value, np.full(self.layout.state_dim, state), now) for value in values]
 
     def _insert(self, table: int, keys: list[int], *, explicit: bool = False) -> None:
         """Gives rows to the absent keys, where admitted."""
@@ -243,7 +111,7 @@ class DictStore:
             self._version += 1
         held.rows.update(zip(absent, self._initial(table, absent), strict=True))
 
-    def _read(self, table: int, keys: list[int]) -> list[_Row]:
+    def _read(self, table: int, keys: list[int]) -> list[DictRow]:
         held = self._tables[table]
         absent = [key for key in dict.fromkeys(keys) if key not in held.rows]
         if refuses(held.config):
@@ -282,7 +150,7 @@ class DictStore:
         state = rows.state.double().numpy()
         for i, key in enumerate(keys):
             if key in held.rows:
-                row = held.rows[key] = _Row(values[i].copy(), state[i].copy())
+                row = held.rows[key] = DictRow(values[i].copy(), state[i].copy())
                 row.last_use = held.numbers["now"]
                 if rows.usage is not None:
                     last_use, row.uses = [*rows.usage[i].tolist(), 0][:2]
@@ -378,7 +246,7 @@ class DictStore:
         held = self._tables[table]
         value = state.default_value.to(self.layout.dtype).double()
         default_state = state.default_state.double()
-        held.default = _Row(value.numpy().copy(), default_state.numpy().copy())
+        held.default = DictRow(value.numpy().copy(), default_state.numpy().copy())
         held.numbers = checked_numbers(state.numbers)
         self._step = max(self._step, held.numbers["step"])
 
@@ -418,30 +286,50 @@ class DictStore:
         checks.check_gradients(self, torch.device("cpu"), plan, gradients)
 
     def apply_gradients(
-        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+        self,
+        plan: PoolingPlan,
+        gradients: Sequence[PooledGradient],
+        step: int,
+        rate_factor: float = 1.0,
     ) -> int:
         """See `Store.apply_gradients`."""
-        self.check_gradients(plan, gradients)
+        sums = self._sums(plan, gradients)
         self._version += 1
-        # By (table, key), or by (table, None) for the default row.
-        sums: dict[tuple[int, int | None], FloatArray] = {}
         for gradient in gradients:
             cast("DictLookup", gradient.lookup).is_applied = True
-            for feature in plan.features:
-                for key, share in self._shares(feature, gradient):
-                    name = (feature.table, key)
-                    sums[name] = sums.get(name, 0.0) + share
         for (table, key), total in sums.items():
             held = self._tables[table]
             if key is not None and key not in held.rows:
                 self._insert(table, [key])
             row = held.default if key is None else held.rows[key]
-            optimizer.update_row(self.tables[table].optimizer, row.value, row.state, total, step)
+            rule = self.tables[table].optimizer
+            optimizer.update_row(rule, row.value, row.state, total, step, rate_factor)
             if self.layout.value_type != "float32":
                 new = row.value.astype(np.float32)[None, :]
                 row.value = round_update(new, self.layout.value_type, step)[0].double().numpy()
             held.use(row)
         return len(sums)
+
+    def gradient_norm(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], norm_type: float
+    ) -> float:
+        """See `Store.gradient_norm`."""
+        sums = self._sums(plan, gradients)
+        columns = np.concatenate([np.zeros(1), *sums.values()])
+        return float(np.linalg.norm(columns, norm_type))
+
+    def _sums(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient]
+    ) -> dict[tuple[int, int | None], FloatArray]:
+        """Of each row its gradients; by (table, key), or (table, None) for the default row."""
+        self.check_gradients(plan, gradients)
+        sums: dict[tuple[int, int | None], FloatArray] = {}
+        for gradient in gradients:
+            for feature in plan.features:
+                for key, share in self._shares(feature, gradient):
+                    name = (feature.table, key)
+                    sums[name] = sums.get(name, 0.0) + share
+        return sums
 
     def _shares(
         self, feature: PooledFeature, gradient: PooledGradient
@@ -487,10 +375,6 @@ def _bags(batch: KeyedJagged, feature: PooledFeature) -> Iterator[tuple[Tensor, 
             divisor = sum(weights * weights) ** 0.5
         is_zero = abs(divisor) < SMALLEST_DIVISOR
         yield batch.values[first:last], weights * 0.0 if is_zero else weights / divisor
-
-
-def _precedence(key: int) -> int:
-    return int(precedence(np.array([key], np.int64))[0])
 
 
 def _stack(rows: list[FloatArray], width: int) -> Tensor:

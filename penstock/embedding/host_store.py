@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -349,20 +350,33 @@ class HostStore:
         checks.check_gradients(self, _CPU, plan, gradients)
 
     def apply_gradients(
-        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+        self,
+        plan: PoolingPlan,
+        gradients: Sequence[PooledGradient],
+        step: int,
+        rate_factor: float = 1.0,
     ) -> int:
         """See `Store.apply_gradients`."""
+        hypers = self._hypers.at(step, rate_factor)
+        return int(self._of_gradients("apply_gradients", plan, gradients, hypers, step))
+
+    def gradient_norm(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], norm_type: float
+    ) -> float:
+        """See `Store.gradient_norm`."""
+        total: float = self._of_gradients("gradient_norm", plan, gradients, norm_type)
+        return total if norm_type == math.inf else total ** (1 / norm_type)
+
+    def _of_gradients(
+        self, verb: str, plan: PoolingPlan, gradients: Sequence[PooledGradient], *given: Any
+    ) -> Any:
         try:
             for part in gradients:
                 if part.batch is not None:
                     checks.check_same(part.lookup, part.batch)
-            status, rows = self._core.apply_gradients(
-                _core_plan(plan),
-                [(part.lookup.core, part.grad.detach().numpy()) for part in gradients],  # type: ignore[attr-defined]
-                self._hypers.at(step),
-                step,
-                self._deterministic,
-            )
+            parts = [(part.lookup.core, part.grad.detach().numpy()) for part in gradients]  # type: ignore[attr-defined]
+            call = getattr(self._core, verb)
+            status, result = call(_core_plan(plan), parts, *given, self._deterministic)
         except (AttributeError, TypeError, ValueError):
             # As in `pooled_lookup`; a look-up of another kind of store has no core.
             self.check_gradients(plan, gradients)
@@ -370,7 +384,7 @@ class HostStore:
         if status != _core.Status.OK:
             num_keys = sum(part.lookup.num_keys for part in gradients)
             self._raise_for(status, of=f"an update of {num_keys} keys")
-        return int(rows)
+        return result
 
     def memory(self) -> StoreMemory:
         """See `Store.memory`."""

@@ -322,11 +322,18 @@ class Store(Protocol):
         """
 
     def apply_gradients(
-        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+        self,
+        plan: PoolingPlan,
+        gradients: Sequence[PooledGradient],
+        step: int,
+        rate_factor: float = 1.0,
     ) -> int | Tensor:
         """One optimizer step for each row touched, on the sum of its gradients; returns the rows.
 
         A store on a GPU returns their number as a tensor [] on its device, so as not to wait.
+
+        Every table's learning rate is multiplied by `rate_factor`; 0 is allowed but for `ftrl`,
+        whose rows would read NaN.
 
         It is computed in float32; values of another dtype are then rounded by
         `rounding.round_update`, so that `step` must rise from update to update.
@@ -345,6 +352,23 @@ class Store(Protocol):
           CapacityError: there is no memory, for new rows or on the way. No row has taken the step,
             and the gradients may be given again.
           PartialUpdateError: there was none when some rows had taken the step already.
+        """
+
+    def gradient_norm(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], norm_type: float
+    ) -> float | Tensor:
+        """Norm of what `apply_gradients` would give to rows; changes none of them.
+
+        That is the p-norm, `norm_type` above 0 or infinite, of all columns of the sums by row: as
+        of the coalesced gradient of a sparse nn.EmbeddingBag. Keys refused in the look-up count as
+        one row, the default row. Infinite or NaN where a gradient is not finite.
+
+        Returns:
+          A number; of a store on a GPU a tensor [] on its device. No number of threads changes its
+          bits.
+
+        Raises:
+          ConfigError, CapacityError: as `apply_gradients`.
         """
 
     def memory(self) -> StoreMemory:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from penstock.config import EvaluationConfig, MetricsConfig
 from penstock.data.dataset import Dataset
 from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.module.pending import is_finite
 from penstock.errors import NonFiniteError
 from penstock.models import TwoTower
 from penstock.training.feed import on_device
@@ -23,7 +24,7 @@ from penstock.training.metrics.binary import MAX_BINS, BinaryMetrics, logits_of_
 from penstock.training.metrics.grouped import SLICE_BINS, GroupedAUC, SliceMetrics
 from penstock.training.metrics.recall import Recall
 from penstock.training.objective import Objective, check_outputs
-from penstock.training.step import batch_error, is_finite, look_up, model_inputs
+from penstock.training.step import batch_error, look_up, model_inputs
 from penstock.training.tasks import BinaryTask, Task, combined, output_of_task
 from penstock.types import Batch
 

@@ -120,16 +120,18 @@ def train_step(
                 raise NonFiniteError(f"step {step}: the loss is {value}")
             doing = "the backward pass"
             torch.autograd.backward(loss)
-            if leaf.grad is not None and not is_finite(leaf.grad):
-                raise NonFiniteError(
-                    f"step {step}: the gradient of the embeddings is NaN or infinite"
-                )
+        with clock.measure("embedding"):
+            if leaf.grad is not None and pooled.requires_grad:
+                pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
+            try:
+                collection.check_gradients()
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {step}: {error}") from None
+        with clock.measure("dense"):
             doing, is_whole = "the update of the dense weights", False
             trainer.step(step)
         with clock.measure("embedding"):
             doing = "the update of the embeddings"
-            if leaf.grad is not None and pooled.requires_grad:
-                pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
             collection.apply_gradients()
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}; {_place(batch)}") from None
@@ -169,12 +171,6 @@ def _users_place(error: Exception) -> str:
         return ""
     last = theirs[-1]
     return f" ({last.filename}:{last.lineno} in {last.name})"
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
-    # A sum is one pass, and finite unless something is not, or all are huge.
-    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def look_up(collection: EmbeddingCollection, batch: Batch) -> Tensor:

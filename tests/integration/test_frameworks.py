@@ -30,6 +30,7 @@ def test_accelerate_saves_and_loads_the_tables(tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     model = Model()
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    model.embeddings.attach(optimizer)
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
     def train(steps):
@@ -37,7 +38,6 @@ def test_accelerate_saves_and_loads_the_tables(tmp_path):
         for _ in range(steps):
             accelerator.backward(prepared(KEYS).square().sum())
             optimizer.step(), optimizer.zero_grad()
-            model.embeddings.apply_gradients()
 
     train(3)
     accelerator.save_state(str(tmp_path / "state"))
@@ -60,13 +60,13 @@ def test_lightning_saves_and_loads_the_tables(tmp_path):
             self.model = Model()
 
         def configure_optimizers(self):
-            return torch.optim.SGD(self.model.head.parameters(), lr=0.1)
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            self.model.embeddings.detach_optimizer()  # of a fit before
+            self.model.embeddings.attach(optimizer)
+            return optimizer
 
         def training_step(self, batch, _):
             return self.model(batch[0]).square().sum()
-
-        def on_train_batch_end(self, *_):
-            self.model.embeddings.apply_gradients()
 
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(KEYS), batch_size=4)
 

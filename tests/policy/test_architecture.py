@@ -85,6 +85,7 @@ MAY_IMPORT = {
         "embedding/store",
         "embedding/checks",
     },
+    "embedding/dict_table": {"config", "embedding/rules"},
     "embedding/dict_store": {
         "errors",
         "types",
@@ -92,6 +93,7 @@ MAY_IMPORT = {
         "embedding/rules",
         "embedding/store",
         "embedding/checks",
+        "embedding/dict_table",
     },
     "embedding/gpu": {
         "errors",

@@ -225,18 +225,25 @@ class HypersOnDevice:
         if self._hypers.are_constant:
             self._steps_at_once = 1
         self._first = 0
+        self._rate_factor = 1.0
         self._copies: Sequence[Tensor] = ()
 
-    def at(self, step: int) -> Tensor:
+    def at(self, step: int, rate_factor: float = 1.0) -> Tensor:
         """[T, fields of `Hyper`] float32 for the update number `step`; [1, ...]: all alike."""
         ahead = 0 if self._hypers.are_constant else step - self._first
-        if not 0 <= ahead < len(self._copies):
-            steps = range(step, step + self._steps_at_once)
+        is_same = rate_factor == self._rate_factor
+        if not is_same or not 0 <= ahead < len(self._copies):
+            # A factor that has changed may change with every step.
+            steps = range(step, step + (self._steps_at_once if is_same else 1))
             rows = slice(0, 1) if self.are_one else slice(None)
-            hypers = np.stack([self._hypers.at(each)[rows] for each in steps])
-            # A copy from memory that is not pinned waits for the device: not one a step.
-            self._copies = torch.from_numpy(hypers).to(self._device).unbind()
-            self._first, ahead = step, 0
+            hypers = torch.from_numpy(
+                np.stack([self._hypers.at(each, rate_factor)[rows] for each in steps])
+            )
+            # A copy from memory that is not pinned waits for the device.
+            if self._device.type == "cuda":
+                hypers = hypers.pin_memory()
+            self._copies = hypers.to(self._device, non_blocking=True).unbind()
+            self._first, self._rate_factor, ahead = step, rate_factor, 0
         return self._copies[ahead]
 
 

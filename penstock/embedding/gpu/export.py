@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from penstock.embedding.store import Cursor
 from penstock.kernels.index.index import Index
 
+_ENTRIES_AT_ONCE = 1 << 22
 _FEWEST_KEPT = 1 << 21
 """Places that are kept, of 8 bytes each; with a large index a 16th of its entries."""
 
@@ -47,6 +49,26 @@ class ExportOrder:
             self._of = index, version
             number = 0
         return self._places[self._begin[number] : self._begin[number + 1]]
+
+    def read(
+        self, index: Index, table: int, sizes: NDArray[np.int64], cursor: Cursor, most: int
+    ) -> tuple[Tensor, Tensor, Cursor]:
+        """Keys and payloads of a table, up to `most`, from the place of a cursor of now on."""
+        assert cursor.version is not None
+        places = self.places(index, cursor.version, table, sizes)
+        if places is not None:
+            after = min(cursor.position + most, len(places))
+            found = index.at(places[cursor.position : after])
+            return *found, Cursor(after, cursor.version)
+        # A table that is much of the index: by the position in it.
+        parts = [torch.empty(0, dtype=torch.int64, device=index.entries.device)]
+        position, number = cursor.position, 0
+        while position < index.capacity and number < most:
+            last = min(position + min(_ENTRIES_AT_ONCE, most - number), index.capacity)
+            part = (index.tables_at(position, last) == table).nonzero()[:, 0] + position
+            parts.append(part)
+            position, number = last, number + len(part)
+        return *index.at(torch.cat(parts)), Cursor(position, cursor.version)
 
     def drop(self) -> None:
         """Gives the memory back."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.config import TableConfig
@@ -25,6 +25,7 @@ from penstock.embedding.gpu.batches import (
     keys_of,
 )
 from penstock.embedding.gpu.export import ExportOrder
+from penstock.embedding.gpu.gradients import gradient_norm
 from penstock.embedding.gpu.retention import Access, Rules
 from penstock.embedding.gpu.rows import KeyedRows, initial_of
 from penstock.embedding.gpu.slots import SlotPool
@@ -64,7 +65,6 @@ from penstock.kernels.update.update import apply_gradients
 from penstock.types import KeyedJagged
 
 MAX_TABLES = 65_535
-_EXPORT_ENTRIES = 1 << 22
 
 
 class GpuStore:
@@ -227,39 +227,13 @@ class GpuStore:
         """See `Store.export_batch`."""
         self._check_table(table)
         index, sizes = self._keyed.index, self._keyed.of_table.cpu().numpy()
-        keys, slots, after = self._export(index, self._row_order, table, sizes, cursor, max_rows)
+        cursor = self._current(cursor)
+        keys, slots, after = self._row_order.read(index, table, sizes, cursor, max_rows)
         usage = None
         if self.layout.usage_dim:
             usage = self._rows.usage[slots].long() & 0xFFFFFFFF
         rows = TableRows(keys, self._rows.values[slots], self._rows.state[slots], usage)
         return rows, after
-
-    def _export(
-        self,
-        index: Index,
-        order: ExportOrder,
-        table: int,
-        sizes: NDArray[np.int64],
-        cursor: Cursor,
-        most: int,
-    ) -> tuple[Tensor, Tensor, Cursor]:
-        """Keys and payloads of a table, from the place of the cursor on."""
-        version = self._version if cursor.version is None else cursor.version
-        if version != self._version:
-            raise checks.stale_export(self._name)
-        places = order.places(index, version, table, sizes)
-        if places is not None:
-            after = min(cursor.position + most, len(places))
-            return *index.at(places[cursor.position : after]), Cursor(after, version)
-        # A table that is much of the index: by the position in it.
-        found = [torch.empty(0, dtype=torch.int64, device=self.device)]
-        position, number = cursor.position, 0
-        while position < index.capacity and number < most:
-            last = min(position + min(_EXPORT_ENTRIES, most - number), index.capacity)
-            part = (index.tables_at(position, last) == table).nonzero()[:, 0] + position
-            found.append(part)
-            position, number = last, number + len(part)
-        return *index.at(torch.cat(found)), Cursor(position, version)
 
     @alone
     def num_rows(self, table: int) -> int:
@@ -288,8 +262,8 @@ class GpuStore:
         counts, sizes = self._empty, np.zeros(len(self.tables), dtype=np.int64)
         if self._rules is not None:
             counts, (sizes, _) = self._rules.counts, self._rules.all_numbers()
-        order = self._count_order
-        keys, numbers, after = self._export(counts, order, table, sizes, cursor, max_keys)
+        cursor = self._current(cursor)
+        keys, numbers, after = self._count_order.read(counts, table, sizes, cursor, max_keys)
         return Candidates(keys, numbers), after
 
     @alone
@@ -375,21 +349,15 @@ class GpuStore:
 
     @alone
     def apply_gradients(
-        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+        self,
+        plan: PoolingPlan,
+        gradients: Sequence[PooledGradient],
+        step: int,
+        rate_factor: float = 1.0,
     ) -> Tensor:
         """See `Store.apply_gradients`."""
-        self.check_gradients(plan, gradients)
-        parts = []
-        on_gpu = None
-        for found, _, grad in gradients:
-            lookup = cast("GpuLookup", found)
-            on_gpu = self._plans.get(plan, len(lookup.batch.features))
-            self._refresh(on_gpu, lookup)
-            grad = grad.to(self.device)
-            is_grouped = len(gradients) == 1 and lookup.grouping is not None
-            batch = lookup.batch if is_grouped else lookup.batch_again(keys=False)
-            parts.append(GradientPart(batch, lookup.slots, grad, lookup.grouped()))
-        if on_gpu is None or not on_gpu.num_features:
+        on_gpu, parts = self._parts_of(plan, gradients)
+        if on_gpu is None:
             return torch.zeros((), dtype=torch.int32, device=self.device)
         self._content_version += 1
         usage = None if self._rules is None else self._rules.usage_rules
@@ -397,7 +365,7 @@ class GpuStore:
             self._rows,
             on_gpu,
             parts,
-            self._hypers.at(step),
+            self._hypers.at(step, rate_factor),
             rule=self._rule,
             step=step,
             clips=self._clips,
@@ -407,6 +375,33 @@ class GpuStore:
         for gradient in gradients:
             cast("GpuLookup", gradient.lookup).is_applied = True
         return updated
+
+    @alone
+    def gradient_norm(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], norm_type: float
+    ) -> Tensor:
+        """See `Store.gradient_norm`."""
+        on_gpu, parts = self._parts_of(plan, gradients, grouped=False)
+        if on_gpu is None:
+            return torch.zeros((), device=self.device)
+        return gradient_norm(on_gpu, parts, norm_type, deterministic=self._deterministic)
+
+    def _parts_of(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], *, grouped: bool = True
+    ) -> tuple[DevicePlan | None, list[GradientPart]]:
+        """Checked gradients on the device with the rows that they are of; no plan: no rows."""
+        self.check_gradients(plan, gradients)
+        parts = []
+        on_gpu = None
+        for found, _, grad in gradients:
+            lookup = cast("GpuLookup", found)
+            on_gpu = self._plans.get(plan, len(lookup.batch.features))
+            self._refresh(on_gpu, lookup)
+            is_grouped = grouped and len(gradients) == 1 and lookup.grouping is not None
+            batch = lookup.batch if is_grouped else lookup.batch_again(keys=False)
+            grouping = lookup.grouped() if grouped else None
+            parts.append(GradientPart(batch, lookup.slots, grad.to(self.device), grouping))
+        return (on_gpu if plan.features else None), parts
 
     def _refresh(self, plan: DevicePlan, lookup: GpuLookup) -> None:
         """Finds rows again if some were erased since; such a key gets a new row, or none."""
@@ -482,6 +477,11 @@ class GpuStore:
     def _version(self) -> int:
         """Rises whenever rows come or go; waits for the device."""
         return (self._content_version << 40) + int(self._slots.allocated)
+
+    def _current(self, cursor: Cursor) -> Cursor:
+        if cursor.version not in {None, self._version}:
+            raise checks.stale_export(self._name)
+        return replace(cursor, version=self._version)
 
     def _of_table(self, table: int, keys: Tensor) -> KeyBatch:
         self._check_table(table)

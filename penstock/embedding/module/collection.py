@@ -144,6 +144,7 @@ class EmbeddingCollection(TableModule):
         self.num_missing = 0
         """Keys read without a row, in evaluation, since the beginning."""
         self.tables_in_state = True
+        self.is_attached = False
         self.seed = seed
         """Of the initial values."""
         self._names = tuple(feature.name for feature in features)
@@ -156,7 +157,7 @@ class EmbeddingCollection(TableModule):
         self._groups = self._make_groups(seed=seed, **self._options)
         # In Triton's interpreter the device of a store on a GPU is the CPU.
         self._is_on_gpu = torch.device(device).type != "cpu"
-        self._pending = PendingGradients()
+        self.pending, self._attachment = PendingGradients(), None
         self._outputs = _core.buffer_pool()
         self.number = register(self)
         # Autograd calls backward only where an input needs a gradient; the tables are none.
@@ -224,15 +225,12 @@ class EmbeddingCollection(TableModule):
         check_averaged(self)
         if trains:
             check_alone()
+            self.check_attached()
             self._advance()
         out, lookups = self._lookup(sparse, insert=trains)
         if not trains:
             self.num_missing += sum(lookup.num_missing for lookup in lookups)
         return out, lookups
-
-    def keep_gradient(self, lookups: list[Any], grad: Tensor) -> None:
-        """Keeps the gradient of a look-up's output, perhaps uncopied, until it is applied."""
-        self._pending.add(lookups, grad.to(self.device, torch.float32).contiguous())
 
     def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
         """The batch as the tables' device takes it, checked; on the CPU it is the batch itself.
@@ -285,33 +283,6 @@ class EmbeddingCollection(TableModule):
             return torch.zeros(size, 0, dtype=torch.int64, device=self.device)
         lengths = sparse.offsets.to(self.device).diff().view(len(sparse.features), size)
         return lengths[self._sequences].t().contiguous()
-
-    def apply_gradients(self) -> None:
-        """One optimizer step on all gradients of the backward passes since the last call.
-
-        Several backward passes add up, as in torch; a call without any changes nothing but the
-        step.
-
-        Raises:
-          ConfigError: a gradient was changed in place since its backward pass, or is that of an
-            output whose gradient was applied before. Nothing is applied; the gradients stay until
-            `discard_gradients`.
-          CapacityError: no memory. Nothing is applied; the gradients stay, and may be applied
-            again.
-          PartialUpdateError: there was none when some rows had taken the step already; the message
-            says which. The gradients are gone; go on from a checkpoint.
-        """
-        try:
-            self._pending.apply(self._groups, self.step)
-        finally:
-            # Also where some rows have taken it: no number is taken twice.
-            if not self._pending:
-                self.step += 1
-                self.copied_at = None
-
-    def discard_gradients(self) -> None:
-        """Forgets the gradients that are not applied yet, as `optimizer.zero_grad()` does."""
-        self._pending.clear()
 
     def find(self, table: str, keys: Tensor) -> FindResult:
         """Reads the rows of keys, [n] int64 of any value; makes none.
@@ -392,7 +363,7 @@ class EmbeddingCollection(TableModule):
 
     def _open(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
-        self._pending = PendingGradients()
+        self.pending, self._attachment = PendingGradients(), None
         self._outputs = _core.buffer_pool()
         self.number = register(self)
         self._groups = self._make_groups(seed=self.seed, **self._options)

@@ -93,7 +93,8 @@ def _(
 @torch.library.custom_op("penstock::keep_gradient", mutates_args=())
 def _keep_gradient(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
     # A copy: a compiler uses the memory of what an operator was given again.
-    _COLLECTIONS[number].keep_gradient(_LOOKUPS[int(ticket)], grad.clone())
+    lookups = _LOOKUPS[int(ticket)]
+    _COLLECTIONS[number].keep_gradient(lookups, grad.clone(), zeros_to_come=1)
     # That of the anchor: an output, so that no compiler takes the operator for needless.
     return grad.new_zeros(1)
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from penstock.config import FeatureConfig
 from penstock.embedding.store import PooledGradient, PooledLookup, PoolingPlan, Store
 from penstock.errors import CapacityError, ConfigError, PartialUpdateError
+from penstock.types import FeatureShape
+
+_MOST_NAMED = 4
 
 
-class _Pending(NamedTuple):
+@dataclass(slots=True)
+class _Pending:
     """The gradient of one output."""
 
     lookups: Sequence[PooledLookup]
@@ -22,6 +29,10 @@ class _Pending(NamedTuple):
     """
     version: int
     """Of `grad` when it came: torch counts what changes it in place."""
+    factor: Tensor | float | None = None
+    """By which it was scaled since; None: not at all."""
+    is_finite: bool = False
+    """Whether that was looked at."""
 
     def check(self) -> None:
         """Refuses a gradient that was changed since."""
@@ -31,6 +42,13 @@ class _Pending(NamedTuple):
                 "apply_gradients; scale the loss instead, or change the gradient in a hook of the "
                 "output (register_hook), or give backward a copy"
             )
+
+    def scaled(self) -> Tensor:
+        """[B, W] float32, contiguous."""
+        if self.factor is None:
+            return self.grad
+        factor = self.factor
+        return self.grad * (factor.to(self.grad.device) if isinstance(factor, Tensor) else factor)
 
 
 class PendingGradients:
@@ -54,28 +72,64 @@ class PendingGradients:
         for n, part in enumerate(self._parts):
             if part.lookups is lookups:
                 part.check()
-                total = part.grad + grad
+                total = part.scaled() + grad
                 self._parts[n] = _Pending(lookups, total, total._version)
                 return
         self._parts.append(_Pending(lookups, grad, grad._version))
+
+    def scale(self, factor: Tensor | float) -> None:
+        """Multiplies all there are by a number, or a tensor of one element on any device."""
+        if isinstance(factor, Tensor):
+            factor = factor.detach().reshape(()).float()
+        for part in self._parts:
+            part.factor = factor if part.factor is None else part.factor * factor
 
     def clear(self) -> None:
         """Forgets them."""
         self._parts = []
 
-    def apply(self, stores: Sequence[tuple[Store, PoolingPlan]], step: int) -> None:
+    def first_non_finite(self) -> Tensor | None:
+        """The first gradient with an element that is NaN or infinite, [B, W]; None: there is none.
+
+        Each is read once. On a GPU that waits for the backward pass, not for what came after.
+        """
+        for part in self._parts:
+            part.check()
+            if not part.is_finite:
+                if not is_finite(part.grad):
+                    return part.grad
+                part.is_finite = True
+            if part.factor is not None and not math.isfinite(float(part.factor)):
+                return part.scaled()
+        return None
+
+    def norms(
+        self, stores: Sequence[tuple[Store, PoolingPlan]], norm_type: float
+    ) -> list[float | Tensor]:
+        """Norms by store, see `Store.gradient_norm`."""
+        if not self._parts:
+            return []
+        return [
+            store.gradient_norm(plan, of_store, norm_type)
+            for (store, plan), of_store in zip(stores, self._of_stores(stores), strict=True)
+        ]
+
+    def apply(
+        self, stores: Sequence[tuple[Store, PoolingPlan]], step: int, rate_factor: float = 1.0
+    ) -> None:
         """One update of every store. All is checked before the first row changes.
+
+        Args:
+          stores: in the order of the look-ups.
+          step: number of the update.
+          rate_factor: of the learning rates of all tables.
 
         Raises:
           ConfigError, CapacityError: nothing is applied, and the gradients are kept.
           PartialUpdateError: some rows have taken the step. The gradients are gone, as after
             success, so that none has it twice.
         """
-        gradients: list[list[PooledGradient]] = [[] for _ in stores]
-        for part in self._parts:
-            part.check()
-            for of_store, lookup in zip(gradients, part.lookups, strict=True):
-                of_store.append(PooledGradient(lookup, None, part.grad))
+        gradients = self._of_stores(stores)
         if not self._parts:
             return
         if len(stores) > 1:  # one alone checks for itself
@@ -84,7 +138,7 @@ class PendingGradients:
         applied, is_taken = 0, False
         try:
             for (store, plan), of_store in zip(stores, gradients, strict=True):
-                store.apply_gradients(plan, of_store, step)
+                store.apply_gradients(plan, of_store, step, rate_factor)
                 applied += 1
             is_taken = True
         except PartialUpdateError:
@@ -101,3 +155,40 @@ class PendingGradients:
         finally:
             if is_taken or applied:
                 self.clear()
+
+    def _of_stores(self, stores: Sequence[tuple[Store, PoolingPlan]]) -> list[list[PooledGradient]]:
+        gradients: list[list[PooledGradient]] = [[] for _ in stores]
+        for part in self._parts:
+            part.check()
+            grad = part.scaled()
+            for of_store, lookup in zip(gradients, part.lookups, strict=True):
+                of_store.append(PooledGradient(lookup, None, grad))
+        return gradients
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    # A sum is one pass, and finite unless something is not, or all are huge.
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
+
+
+def describe_non_finite(
+    grad: Tensor, features: Sequence[FeatureConfig], shapes: Sequence[FeatureShape]
+) -> str:
+    """Where a gradient of a collection's output, [B, W], is NaN or infinite."""
+    bad = ~grad.isfinite()
+    sample = int(bad.any(1).nonzero()[0])
+    widths = [shape.width for shape in shapes]
+    counts = [int(part.sum()) for part in torch.split(bad, widths, 1)]
+    named = [
+        f"feature {feature.name!r} of table {feature.table!r} ({count:,})"
+        for feature, count in zip(features, counts, strict=True)
+        if count
+    ]
+    more = f" and {len(named) - _MOST_NAMED} others" if len(named) > _MOST_NAMED else ""
+    return (
+        f"the gradient of the embeddings is NaN or infinite in {int(bad.sum()):,} of "
+        f"{bad.numel():,} elements: {', '.join(named[:_MOST_NAMED])}{more}; the first in sample "
+        f"{sample} of its batch. No row was updated; lower the learning rates, clip, or look for "
+        "extreme inputs"
+    )

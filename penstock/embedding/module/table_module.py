@@ -1,25 +1,31 @@
-"""What torch asks of a module that has state, for one whose state is tables."""
+"""What torch asks of a module that has state and gradients, for one that has tables."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from penstock.embedding.module.attachment import Attachment
+from penstock.embedding.module.pending import PendingGradients, describe_non_finite
 from penstock.embedding.module.table_files import load_tables, save_tables
 from penstock.embedding.module.table_state import copy_tables, pack_tables, unpack_tables
+from penstock.embedding.store import PooledLookup
+from penstock.errors import ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
     from penstock.embedding.module.collection import EmbeddingCollection
 
 # Attributes that belong to one process and one collection.
-_OF_PROCESS = frozenset({"_groups", "_outputs", "_pending"})
+_OF_PROCESS = frozenset({"_attachment", "_groups", "_outputs", "pending"})
 
 
 class TableModule(nn.Module):
-    """Saving, loading and copying of an `EmbeddingCollection`, its only subclass."""
+    """An `EmbeddingCollection`, its only subclass: state, copies, gradients, optimizer."""
 
     anchor: nn.Parameter
     """Stands for the tables where torch asks for parameters; its value means nothing."""
@@ -29,6 +35,12 @@ class TableModule(nn.Module):
     """Whether `state_dict` holds the tables. False, for tables too large for that: it holds their
     step alone, and `load_state_dict` wants `load_tables` to have been called before.
     """
+    is_attached = False
+    """Whether an optimizer's step is to update the tables; see `attach`."""
+    pending: PendingGradients
+    """The gradients that are not applied yet; attached, see `Attachment.settle`."""
+    _attachment: Attachment | None
+    """None also in a copy of an attached collection, which its own optimizer must be told."""
 
     def _open(self, state: dict[str, Any]) -> None:
         """Takes attributes from `_state_but_tables` of another module; tables are empty."""
@@ -37,6 +49,164 @@ class TableModule(nn.Module):
     @property
     def _collection(self) -> EmbeddingCollection:
         return cast("EmbeddingCollection", self)
+
+    def apply_gradients(self) -> None:
+        """One optimizer step on all gradients of the backward passes since the last call.
+
+        Several backward passes add up, as in torch; a call without any changes nothing but the
+        step. Of an attached collection `optimizer.step()` does it.
+
+        Raises:
+          ConfigError: a gradient was changed in place since its backward pass, or is that of an
+            output whose gradient was applied before; or the collection is attached. Nothing is
+            applied; the gradients stay until `discard_gradients`.
+          NonFiniteError: a gradient is NaN or infinite; as before.
+          CapacityError: no memory. Nothing is applied; the gradients stay, and may be applied
+            again.
+          PartialUpdateError: there was none when some rows had taken the step already; the message
+            says which. The gradients are gone; go on from a checkpoint.
+        """
+        if self.is_attached:
+            raise ConfigError(
+                "apply_gradients of a collection that is attached to an optimizer, whose step() "
+                "updates the tables: leave it out, or call detach_optimizer()"
+            )
+        self.refuse_non_finite()
+        self.update(1.0)
+
+    def check_gradients(self) -> None:
+        """Refuses gradients that are NaN or infinite; each is looked at once.
+
+        Raises:
+          NonFiniteError: one is; names features, tables and a sample. The gradients stay until
+            `discard_gradients` or `zero_grad`.
+        """
+        self._settle()
+        self.refuse_non_finite()
+
+    def refuse_non_finite(self) -> None:
+        """As `check_gradients`, of those that are known to be there still."""
+        bad = self.pending.first_non_finite()
+        if bad is not None:
+            collection = self._collection
+            raise NonFiniteError(
+                describe_non_finite(bad, collection.features, collection.feature_shapes)
+            )
+
+    def discard_gradients(self) -> None:
+        """Forgets the gradients that are not applied yet, as `zero_grad` does when attached."""
+        self.pending.clear()
+        if self._attachment is not None:
+            self._attachment.hide()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes one `optimizer.step()` update the tables too, in place of `apply_gradients`.
+
+        The optimizer gets a param group for the tables, with `anchor` in it and, as `lr`, the
+        largest of their learning rates. Schedulers act on it as on any group: at each step all
+        tables' rates, with their own schedules, are multiplied by what it is then over what it was.
+        The group's other settings mean nothing to tables, which have their own.
+
+        `zero_grad` of optimizer and modules drops the tables' gradients with the dense ones;
+        GradScaler unscales them, and skips a step for them; torch's clip_grad_norm_ counts their
+        norm and scales them (see `gradient_norm`). A step without a backward pass before it does
+        nothing to tables.
+
+        Raises:
+          ConfigError: attached already; an optimizer that calls its closure several times a step
+            (LBFGS), is wrapped, or has a scheduler already.
+        """
+        if self._attachment is not None and self._attachment.is_alive:
+            raise ConfigError(
+                "this collection is attached to an optimizer already: one optimizer updates its "
+                "tables; call detach_optimizer() first"
+            )
+        self._attachment = Attachment(self._collection, optimizer)
+        self.is_attached = True
+        self.anchor.grad = None
+        if self.pending:
+            self._attachment.show()
+
+    def detach_optimizer(self) -> None:
+        """Ends `attach`: the optimizer loses the tables' group; gradients are dropped."""
+        self.pending.clear()
+        if self._attachment is not None:
+            self._attachment.end()
+        self._attachment, self.is_attached = None, False
+
+    def check_attached(self) -> None:
+        """Refuses to train a copy of an attached collection that no optimizer knows.
+
+        Raises:
+          ConfigError: this is one.
+        """
+        if self.is_attached and (self._attachment is None or not self._attachment.is_alive):
+            raise ConfigError(
+                "this collection was attached to an optimizer, and is a copy of that one, or the "
+                "optimizer is gone: attach it to its own optimizer (a copied one keeps the tables' "
+                "group and its rate), or call detach_optimizer() to use apply_gradients"
+            )
+
+    def keep_gradient(
+        self, lookups: Sequence[PooledLookup], grad: Tensor, *, zeros_to_come: int = 0
+    ) -> None:
+        """Keeps the gradient of a look-up's output, perhaps uncopied, until it is applied.
+
+        Args:
+          lookups: of the output, one a store.
+          grad: [B, W].
+          zeros_to_come: times that autograd will add 0 to the anchor's gradient for it.
+        """
+        self._settle()
+        grad = grad.to(self._collection.device, torch.float32).contiguous()
+        self.pending.add(lookups, grad)
+        if self._attachment is not None:
+            self._attachment.show(zeros_to_come=zeros_to_come)
+
+    def scale_gradients(self, factor: Tensor | float) -> None:
+        """Multiplies the gradients that are not applied yet by one number."""
+        self._settle()
+        self.pending.scale(factor)
+
+    def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
+        """Norm of the gradients that are not applied yet, [] float32 on the tables' device.
+
+        The p-norm of all columns of each row's gradient, summed over the samples and features that
+        read it: as of the coalesced gradients of sparse nn.EmbeddingBags. Keys that were refused a
+        row count as one, their table's default row. It takes about as long as an update.
+
+        Args:
+          norm_type: p, above 0, or infinity.
+
+        Raises:
+          ConfigError: another `norm_type`; or a gradient was changed since its backward pass.
+        """
+        if not norm_type > 0:
+            raise ConfigError(f"norm_type {norm_type}: expected a number above 0, or infinity")
+        self._settle()
+        collection = self._collection
+        norms = [
+            torch.as_tensor(norm, dtype=torch.float64, device=collection.device)
+            for norm in self.pending.norms(collection._groups, norm_type)
+        ]
+        if not norms:
+            return torch.zeros((), device=collection.device)
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        return total.to(torch.float32)
+
+    def _settle(self) -> None:
+        if self._attachment is not None and not self._attachment.settle():
+            self.pending.clear()
+
+    def update(self, rate_factor: float) -> None:
+        """One step of the tables, all their learning rates multiplied by `rate_factor`."""
+        try:
+            self.pending.apply(self._collection._groups, self._collection.step, rate_factor)
+        finally:
+            # Also where some rows have taken it: no number is taken twice.
+            if not self.pending:
+                self._collection.step += 1
+                self.copied_at = None
 
     def get_extra_state(self) -> Tensor:
         """All that the tables hold, for `state_dict`: [n] uint8, a copy; see `table_state`."""

@@ -252,18 +252,26 @@ def initial_state(optimizer: Optimizer) -> float:
     return optimizer.initial_accumulator if isinstance(optimizer, Adagrad | RowWiseAdagrad) else 0.0
 
 
-def hyper_at(optimizer: Optimizer, step: int) -> Hyper:
-    """Settings of an optimizer for the update number `step`, counted from 0."""
-    rate = optimizer.learning_rate * optimizer.schedule.factor(step)
+def hyper_at(optimizer: Optimizer, step: int, rate_factor: float = 1.0) -> Hyper:
+    """Settings of an optimizer for the update number `step`, counted from 0.
+
+    `rate_factor` is of the learning rate, beside the schedule's.
+    """
+    rate = optimizer.learning_rate * optimizer.schedule.factor(step) * rate_factor
     common = Hyper(rate, optimizer.weight_decay, optimizer.clip_norm or 0.0)
     return rule_of(optimizer).hyper(optimizer, common, step)
 
 
 def update_row(
-    optimizer: Optimizer, value: FloatArray, state: FloatArray, grad: FloatArray, step: int
+    optimizer: Optimizer,
+    value: FloatArray,
+    state: FloatArray,
+    grad: FloatArray,
+    step: int,
+    rate_factor: float = 1.0,
 ) -> None:
     """One optimizer step of one row, in place, in float64: the reference of all kernels."""
-    hyper = hyper_at(optimizer, step)
+    hyper = hyper_at(optimizer, step, rate_factor)
     norm = float(np.linalg.norm(grad))
     if hyper.clip_norm and norm > hyper.clip_norm:
         grad = grad * (hyper.clip_norm / norm)
@@ -286,19 +294,21 @@ class Hypers:
             for each in self._distinct
         )
         """Every step has the same settings."""
-        self._constant: NDArray[np.float32] | None = None
+        self._constant: tuple[float, NDArray[np.float32]] | None = None
 
-    def at(self, step: int) -> NDArray[np.float32]:
+    def at(self, step: int, rate_factor: float = 1.0) -> NDArray[np.float32]:
         """[T, fields of `Hyper`] float32 for the update number `step`, counted from 0.
 
         Not to be written to: where all steps have the same settings, it is the same array.
         """
-        if self._constant is not None:
-            return self._constant
-        distinct = np.array([hyper_at(each, step) for each in self._distinct], dtype=np.float32)
+        if self._constant is not None and self._constant[0] == rate_factor:
+            return self._constant[1]
+        distinct = np.array(
+            [hyper_at(each, step, rate_factor) for each in self._distinct], dtype=np.float32
+        )
         hypers = np.ascontiguousarray(distinct[self._of_table])
         if self.are_constant:
-            self._constant = hypers
+            self._constant = rate_factor, hypers
         return hypers
 
 

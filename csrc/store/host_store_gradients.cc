@@ -1,0 +1,38 @@
+// What is asked of gradients and rows between a look-up and its update.
+#include <vector>
+
+#include "store/host_store.h"
+
+namespace penstock {
+
+Status HostStore::gradient_norm(std::vector<LookupGradient>& gradients, double order, bool is_order_free, double* total) {
+  *total = 0;
+  if (gradients.empty()) return Status::kOk;
+  return call([&] { return measure(gradients, order, is_order_free, total); });
+}
+
+Status HostStore::measure(std::vector<LookupGradient>& gradients, double order, bool is_order_free, double* total) {
+  const PoolingPlan plan = gradients.front().lookup->plan->view();
+  uint64_t keys = 0;
+  for (LookupGradient& gradient : gradients) {
+    const Status status = refresh(gradient);
+    if (status != Status::kOk) return status;
+    keys += static_cast<uint64_t>(gradient.batch.num_keys);
+  }
+  const std::vector<Unit> units = update_units(plan, gradients);
+  const int sum_bits = is_order_free ? sum_bits_of(keys) : 0;
+  std::vector<GradientNorm> norms(scratch_.size());
+  for (GradientNorm& norm : norms) norm.order = order;
+  pool_.run(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
+    ThreadScratch& scratch = scratch_[thread];
+    const int64_t count = collect_occurrences(plan, gradients, units[unit], &scratch.occurrences);
+    if (count == 0) return;
+    const UpdateScratch working = update_scratch(static_cast<size_t>(count), scratch);
+    kernels_.measure(dim_, scratch.occurrences.data(), count, sum_bits, working, &norms[thread]);
+  });
+  for (size_t thread = 1; thread < norms.size(); ++thread) norms[0].add(norms[thread]);
+  *total = norms[0].total();
+  return Status::kOk;
+}
+
+}  // namespace penstock

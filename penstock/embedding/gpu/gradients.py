@@ -1,0 +1,47 @@
+"""The norm of gradients summed by row, from the kernels that update rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.plan import DevicePlan
+from penstock.kernels.update.occurrences import HYPER_FIELDS, SGD, GradientPart, RowArrays
+from penstock.kernels.update.update import apply_gradients
+
+
+def gradient_norm(
+    plan: DevicePlan,
+    parts: Sequence[GradientPart],
+    norm_type: float,
+    *,
+    deterministic: bool,
+) -> Tensor:
+    """Norm of all columns of the rows' summed gradients, [] float32; waits for the device.
+
+    Rows of zeros take a step of SGD with rate -1 in place of the store's: what they are then is the
+    sum of their gradients, in the order of an update.
+    """
+    device = parts[0].slots.device
+    slots = torch.cat([part.slots for part in parts])
+    used, number = torch.unique(slots, return_inverse=True)
+    numbers = torch.where(slots < 0, -1, number.to(torch.int32))
+    # One more than are used: there is a norm of no rows, too.
+    count = len(used) + 1
+    nothing = torch.empty(count, 0, device=device)
+    values = torch.zeros(count, plan.dim, device=device)
+    rows = RowArrays(values, nothing, nothing.to(torch.int32))
+    hypers = torch.zeros(1, HYPER_FIELDS, device=device)
+    hypers[0, 0] = -1.0
+    sizes = [part.slots.numel() for part in parts]
+    renumbered = [
+        part._replace(slots=of_part, grouping=None)
+        for part, of_part in zip(parts, torch.split(numbers, sizes), strict=True)
+    ]
+    apply_gradients(
+        rows, plan, renumbered, hypers, rule=SGD, step=0, clips=False, deterministic=deterministic
+    )
+    norm: Tensor = torch.linalg.vector_norm(values, norm_type)
+    return norm

@@ -1,0 +1,245 @@
+"""A collection attached to an optimizer of torch: one `step()` updates dense part and tables."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from penstock.config import FTRL
+from penstock.embedding.module.anchor_gradient import AnchorGradient
+from penstock.errors import ConfigError
+
+if TYPE_CHECKING:
+    from penstock.embedding.module.collection import EmbeddingCollection
+
+Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
+
+
+class Attachment:
+    """The bond of a collection and its optimizer.
+
+    The optimizer has a group of its own for the tables, with the collection's anchor as its only
+    parameter. The anchor's gradient is an `AnchorGradient` while there are gradients to apply, and
+    None otherwise: whoever sets it to None, as `zero_grad` does, drops them.
+    """
+
+    def __init__(self, collection: EmbeddingCollection, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the group, or takes the one there is, of a copy; and registers the hooks.
+
+        Raises:
+          ConfigError: see `TableModule.attach`.
+        """
+        _check_optimizer(optimizer)
+        self._collection = weakref.ref(collection)
+        self._optimizer = weakref.ref(optimizer)
+        self._gradient: AnchorGradient | None = None
+        self._is_stepping = self._is_skipped = False
+        rates = {table.optimizer.learning_rate for table in collection.tables}
+        self._rate = max(rates, default=1.0)
+        if self._find_group(optimizer) is None:
+            _add_group(collection, optimizer, self._rate)
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+
+    @property
+    def collection(self) -> EmbeddingCollection:
+        """That is attached."""
+        collection = self._collection()
+        assert collection is not None
+        return collection
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the optimizer is still there."""
+        return self._optimizer() is not None
+
+    def end(self) -> None:
+        """Takes group and hooks from the optimizer."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            for hook in self._hooks:
+                hook.remove()
+            group = self._find_group(optimizer)
+            optimizer.param_groups = [each for each in optimizer.param_groups if each is not group]
+        self.collection.anchor.grad = self._gradient = None
+
+    def settle(self) -> bool:
+        """Learns what became of the anchor's gradient; False: the tables' gradients are dropped.
+
+        Raises:
+          ConfigError: it is another tensor, or the last step of the optimizer has raised.
+        """
+        if self._is_stepping:
+            raise ConfigError(
+                "the last optimizer.step() raised an error before the tables took their part of "
+                "it: call step() again, or discard_gradients() and go on"
+            )
+        grad = self.collection.anchor.grad
+        if grad is None:
+            self._gradient = None
+            return False
+        if grad is not self._gradient:
+            raise ConfigError(
+                "the gradient of the collection's anchor, which stands for those of the tables, "
+                f"was replaced by a {type(grad).__name__} ({grad.dtype}, {grad.device}): scale it "
+                "in place, and convert a model before the backward pass; zero_grad() drops it"
+            )
+        return True
+
+    def show(self, *, zeros_to_come: int = 0) -> None:
+        """Shows torch that there are gradients of tables."""
+        if self._gradient is None:
+            anchor = self.collection.anchor
+            self._gradient = AnchorGradient.of(self, anchor)
+            anchor.grad = self._gradient
+        self._gradient.zeros_to_come += zeros_to_come
+
+    def stands_for(self, gradient: AnchorGradient) -> bool:
+        """Whether it is that of the gradients there are."""
+        return gradient is self._gradient
+
+    def hide(self) -> None:
+        """Shows torch that there are none."""
+        self._is_stepping = False
+        self.collection.anchor.grad = self._gradient = None
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Hook:
+        if self._collection() is None:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._begin(optimizer)
+            return None
+        wrapped = self._begin_after(closure, optimizer)
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    def _begin_after(
+        self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer
+    ) -> Callable[[], Any]:
+        has_run = False
+
+        def once() -> Any:
+            nonlocal has_run
+            if has_run:
+                raise ConfigError(
+                    f"{type(optimizer).__name__} calls its closure more than once a step: tables "
+                    "cannot be moved back and forth. Train them without attach, by apply_gradients"
+                )
+            has_run = True
+            loss = closure()
+            self._begin(optimizer)
+            return loss
+
+        return once
+
+    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Checks the tables' gradients before anything is updated, and hides them meanwhile."""
+        collection = self.collection
+        if not self._is_stepping and not self.settle():
+            collection.pending.clear()
+        scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        self._is_skipped = found_inf is not None and float(found_inf) > 0
+        if not self._is_skipped:
+            collection.refuse_non_finite()
+            self._rate_factor(optimizer)
+            if isinstance(scale, Tensor):  # a fused optimizer divides by it itself
+                collection.pending.scale(scale.double().reciprocal().float())
+        self._is_stepping = True
+        collection.anchor.grad = None
+
+    def _after_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        collection = self._collection()
+        if collection is None:
+            return
+        if not self._is_stepping:  # it did not call its closure
+            self._begin(optimizer)
+        self._is_stepping = False
+        if self._is_skipped:
+            self._gradient = None
+            collection.pending.clear()
+        elif not collection.pending:
+            self._gradient = None
+        else:
+            try:
+                collection.update(self._rate_factor(optimizer))
+            finally:
+                # They are still there if there was no memory for them.
+                if not collection.pending:
+                    self._gradient = None
+                collection.anchor.grad = self._gradient
+
+    def _rate_factor(self, optimizer: torch.optim.Optimizer) -> float:
+        group = self._find_group(optimizer)
+        if group is None:
+            raise ConfigError(
+                "the tables' group is gone from the optimizer's param_groups: attach them anew"
+            )
+        rate = float(group["lr"])
+        has_ftrl = any(isinstance(each.optimizer, FTRL) for each in self.collection.tables)
+        if not 0 <= rate < math.inf or (rate == 0 and has_ftrl):
+            least = "above 0, as FTRL divides by it," if has_ftrl else "at least 0"
+            raise ConfigError(
+                f"the learning rate of the tables' group is {rate}; expected a number {least} and "
+                "finite"
+            )
+        return rate / self._rate
+
+    def _find_group(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        anchor = self.collection.anchor
+        for group in optimizer.param_groups:
+            parameters: list[Tensor] = group["params"]
+            if "tables" in group and len(parameters) == 1 and parameters[0] is anchor:
+                found: dict[str, Any] = group
+                return found
+        return None
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    if not isinstance(optimizer, torch.optim.Optimizer) or hooks is None:
+        raise ConfigError(
+            f"attach to a {type(optimizer).__name__}: expected a torch.optim.Optimizer that was "
+            "not wrapped; attach before accelerator.prepare, or to its `.optimizer`"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS moves all parameters back and forth in one step, which tables cannot: train "
+            "them without attach, by apply_gradients, or take another optimizer"
+        )
+
+
+def _add_group(
+    collection: EmbeddingCollection, optimizer: torch.optim.Optimizer, rate: float
+) -> None:
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise ConfigError(
+            "the optimizer has a learning-rate scheduler already, which would not know the tables' "
+            "group: attach first, then make the scheduler"
+        )
+    anchor = collection.anchor
+    for group in optimizer.param_groups:
+        kept = [n for n, each in enumerate(group["params"]) if each is not anchor]
+        if len(kept) < len(group["params"]):
+            for name in ("params", "param_names"):
+                if name in group:
+                    group[name] = [group[name][n] for n in kept]
+    optimizer.state.pop(anchor, None)
+    has_names = any("param_names" in group for group in optimizer.param_groups)
+    optimizer.add_param_group({
+        "params": [("anchor", anchor)] if has_names else [anchor],
+        "lr": rate,
+        "tables": [table.name for table in collection.tables],
+    })
