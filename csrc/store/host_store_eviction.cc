@@ -79,15 +79,16 @@ template <typename Visit>
 void HostStore::each_place(uint32_t table, uint64_t first, uint64_t last, uint64_t stride, const Visit& visit) const {
   const uint64_t ahead = 32 * stride;
   const Entry* const entries = index_.view().entries;
-  const bool evicts = policies_[table].evicts;
+  const bool evicts = policies_[table].evicts, has_marks = usage_dim_ != 0;
+  const Rows marked = rows();  // by value: what visits write is nothing of it
   // An empty entry is of no table.
   const auto is_theirs = [&](const Entry& entry) {
     return entry.table() == table && !entry.is_empty() && (evicts || entry.slot() == kNoSlot);
   };
   for (uint64_t place = first; place < last; place += stride) {
-    if (usage_dim_ != 0 && ahead < last - place) {
+    if (has_marks && ahead < last - place) {
       const Entry& later = entries[place + ahead];
-      if (is_theirs(later) && later.slot() != kNoSlot) __builtin_prefetch(rows().usage(later.slot()));
+      if (is_theirs(later) && later.slot() != kNoSlot) __builtin_prefetch(marked.usage(later.slot()));
     }
     if (is_theirs(entries[place])) visit(entries + place, place);
   }
@@ -229,15 +230,28 @@ void HostStore::mark_used(const uint32_t* slots, int64_t count, uint32_t table) 
   }
 }
 
+namespace {
+
 // Rows leave in ascending order of (rank, precedence of the key).
-Leaver HostStore::leaver_of(uint32_t table, const Entry& entry, uint64_t position, int64_t now) const {
-  const uint32_t* const marks = rows().usage(entry.slot());
-  uint64_t rank = marks[0];
-  if (policies_[table].by_uses) {
-    rank |= uint64_t{policies_[table].aged_uses(marks[1], marks[0], static_cast<uint64_t>(now))} << 32;
+struct RankOf {
+  Rows rows;
+  RetentionPolicy policy;
+  uint64_t now;
+
+  uint64_t operator()(uint32_t slot) const {
+    const uint32_t* const marks = rows.usage(slot);
+    if (!policy.by_uses) return marks[0];
+    return marks[0] | uint64_t{policy.aged_uses(marks[1], marks[0], now)} << 32;
   }
-  const int64_t age = std::max<int64_t>(0, now - int64_t{marks[0]});
-  return {rank, entry.key, position, table, entry.slot(), static_cast<uint32_t>(age)};
+};
+
+}  // namespace
+
+Leaver HostStore::leaver_of(uint32_t table, const Entry& entry, uint64_t position, int64_t now) const {
+  const uint32_t slot = entry.slot();
+  const uint64_t rank = RankOf{rows(), policies_[table], static_cast<uint64_t>(now)}(slot);
+  const int64_t age = std::max<int64_t>(0, now - int64_t{rows().usage(slot)[0]});
+  return {rank, entry.key, position, table, slot, static_cast<uint32_t>(age)};
 }
 
 std::vector<Stretch> HostStore::stretches(const std::vector<Due>& dues) const {
@@ -318,9 +332,13 @@ void HostStore::evict_lowest(std::vector<Due>& dues, const std::vector<SlotSpan>
       std::vector<Leaver>& leavers = scratch_[thread].leavers;
       leavers.clear();
       const int64_t now = now_of(part.table);
+      const uint64_t* const in_use_bits = in_use_bits_.data();
+      const uint64_t highest = due.is_bounded ? due.bound.rank : ~uint64_t{0};
+      const RankOf rank_of{rows(), policies_[part.table], static_cast<uint64_t>(now)};
       each_entry(part.table, part.first, part.last, 1, [&](const Entry* entry, uint64_t position) {
         const uint32_t slot = entry->slot();
-        if (slot == kNoSlot || (in_use_bits_[slot / 64] >> (slot % 64) & 1) != 0) return;
+        if (slot == kNoSlot || rank_of(slot) > highest) return;
+        if ((in_use_bits[slot / 64] >> (slot % 64) & 1) != 0) return;
         const Leaver row = leaver_of(part.table, *entry, position, now);
         if (due.is_bounded && !leaves_before(row.rank, row.key, due.bound.rank, due.bound.key)) return;
         leavers.push_back(row);
