@@ -83,6 +83,7 @@ class TableDefaults(Config):
     max_bytes: ByteSize | None = None
     """Of each table."""
     eviction: Eviction | None = None
+    trainable: bool = True
 
 
 class Job(Config):

@@ -264,6 +264,8 @@ class TableConfig(Config):
     key. `2GiB` is 2^31. Without `eviction`, new keys are refused once it is full. null: unbounded.
     """
     eviction: Eviction | None = None
+    trainable: Annotated[bool, MAY_CHANGE] = True
+    """False freezes the table: look-ups read it, and training changes, makes and evicts no row."""
 
     @model_validator(mode="after")
     def _eviction_has_a_reason(self) -> TableConfig:

@@ -39,7 +39,7 @@ class Attachment:
         self._optimizer = weakref.ref(optimizer)
         self._gradient: AnchorGradient | None = None
         self._is_stepping = self._is_skipped = False
-        rates = {table.optimizer.learning_rate for table in collection.tables}
+        rates = {table.optimizer.learning_rate for table in collection.tables if table.trainable}
         self._rate = max(rates, default=1.0)
         if self._find_group(optimizer) is None:
             _add_group(collection, optimizer, self._rate)
@@ -188,7 +188,8 @@ class Attachment:
                 "the tables' group is gone from the optimizer's param_groups: attach them anew"
             )
         rate = float(group["lr"])
-        has_ftrl = any(isinstance(each.optimizer, FTRL) for each in self.collection.tables)
+        tables = [table for table in self.collection.tables if table.trainable]
+        has_ftrl = any(isinstance(table.optimizer, FTRL) for table in tables)
         if not 0 <= rate < math.inf or (rate == 0 and has_ftrl):
             least = "above 0, as FTRL divides by it," if has_ftrl else "at least 0"
             raise ConfigError(

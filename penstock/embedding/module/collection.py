@@ -69,6 +69,7 @@ class _Group(NamedTuple):
 
     store: Store
     plan: PoolingPlan
+    trainable: bool
 
 
 class EmbeddingCollection(TableModule):
@@ -142,7 +143,7 @@ class EmbeddingCollection(TableModule):
         `observe_times`.
         """
         self.num_missing = 0
-        """Keys read without a row, in evaluation, since the beginning."""
+        """Keys read without a row, in evaluation or frozen tables, since the beginning."""
         self.tables_in_state = True
         self.is_attached = False
         self.seed = seed
@@ -175,14 +176,21 @@ class EmbeddingCollection(TableModule):
         groups = []
         for group, tables in tables_of.items():
             plan = PoolingPlan(plans.get(group, ()), self.width)
+            store: Store
             if device.type == "cpu":
-                groups.append(_Group(HostStore(tables, num_threads=num_threads, **options), plan))
+                store = HostStore(tables, num_threads=num_threads, **options)
             else:
                 # Needs Triton, which not everyone has.
                 from penstock.embedding.gpu.store import GpuStore
 
-                groups.append(_Group(GpuStore(tables, device=device, **options), plan))
+                store = GpuStore(tables, device=device, **options)
+            groups.append(_Group(store, plan, tables[0].trainable))
         return tuple(groups)
+
+    @property
+    def trained(self) -> list[tuple[Store, PoolingPlan]]:
+        """What an update changes."""
+        return [(store, plan) for store, plan, trainable in self._groups if trainable]
 
     def forward(self, sparse: KeyedJagged) -> Tensor:
         """Pools the keys of each sample.
@@ -218,8 +226,8 @@ class EmbeddingCollection(TableModule):
         """The look-up of `forward`, without autograd.
 
         Returns:
-          The output, [B, W] float32 on the tables' device; what the stores need to know of it, for
-          `keep_gradient`.
+          The output, [B, W] float32 on the tables' device; what the stores that are trained need to
+          know of it, for `keep_gradient`.
         """
         sparse = self._on_device(sparse, non_blocking=False)
         check_averaged(self)
@@ -228,8 +236,10 @@ class EmbeddingCollection(TableModule):
             self.check_attached()
             self._advance()
         out, lookups = self._lookup(sparse, insert=trains)
-        if not trains:
-            self.num_missing += sum(lookup.num_missing for lookup in lookups)
+        read = [n for n, group in enumerate(self._groups) if not (trains and group.trainable)]
+        if read:
+            self.num_missing += sum(lookups[n].num_missing for n in read)
+            lookups = [lookup for n, lookup in enumerate(lookups) if n not in read]
         return out, lookups
 
     def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
@@ -247,7 +257,7 @@ class EmbeddingCollection(TableModule):
         self._check(sparse)
         if not self._is_on_gpu or (sparse.is_checked and sparse.values.device == self.device):
             return sparse
-        for _, plan in self._groups:
+        for _, plan, _ in self._groups:
             check_batch(plan, sparse)
         is_one_hot = bool((sparse.offsets.diff() == 1).all())
         return replace(
@@ -371,7 +381,7 @@ class EmbeddingCollection(TableModule):
     def table_stats(self) -> list[TableStats]:
         """Rows and bytes of each table, in the order of `tables`."""
         stats = {}
-        for store, _ in self._groups:
+        for store, _, _ in self._groups:
             memory, counters = store.memory(), store.counters()
             for number, table in enumerate(store.tables):
                 rows = int(counters.rows[number])
@@ -388,21 +398,21 @@ class EmbeddingCollection(TableModule):
 
     def check_invariants(self) -> None:
         """Raises AssertionError if a store is inconsistent. Reads everything: for tests."""
-        for store, _ in self._groups:
+        for store, _, _ in self._groups:
             store.check_invariants()
 
     def _advance(self) -> None:
         seconds = self.row_clock.now_s
         if seconds is None:
             seconds = int(time.time())
-        for store, _ in self._groups:
+        for store, _ in self.trained:
             store.advance(Clock(self.step, seconds))
 
     def _lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
         out = self._output(sparse.batch_size)
         lookups = [
-            store.pooled_lookup(plan, sparse, insert=insert, out=out)
-            for store, plan in self._groups
+            store.pooled_lookup(plan, sparse, insert=insert and trainable, out=out)
+            for store, plan, trainable in self._groups
         ]
         return out, lookups
 

@@ -14,12 +14,15 @@ _MOST_SHOWN = 20
 
 
 def places_of(tables: Sequence[TableConfig]) -> dict[str, tuple[int, int]]:
-    """Of each table by name its group, that of its row layout, and its number there."""
-    groups: dict[RowLayout, int] = {}
+    """Of each table by name its group, and its number there.
+
+    A group is of one row layout, and trained or frozen as a whole.
+    """
+    groups: dict[tuple[RowLayout, bool], int] = {}
     sizes: list[int] = []
     places = {}
     for table in tables:
-        group = groups.setdefault(RowLayout.of(table), len(groups))
+        group = groups.setdefault((RowLayout.of(table), table.trainable), len(groups))
         if group == len(sizes):
             sizes.append(0)
         places[table.name] = group, sizes[group]

@@ -187,7 +187,7 @@ class TableModule(nn.Module):
         collection = self._collection
         norms = [
             torch.as_tensor(norm, dtype=torch.float64, device=collection.device)
-            for norm in self.pending.norms(collection._groups, norm_type)
+            for norm in self.pending.norms(collection.trained, norm_type)
         ]
         if not norms:
             return torch.zeros((), device=collection.device)
@@ -201,7 +201,7 @@ class TableModule(nn.Module):
     def update(self, rate_factor: float) -> None:
         """One step of the tables, all their learning rates multiplied by `rate_factor`."""
         try:
-            self.pending.apply(self._collection._groups, self._collection.step, rate_factor)
+            self.pending.apply(self._collection.trained, self._collection.step, rate_factor)
         finally:
             # Also where some rows have taken it: no number is taken twice.
             if not self.pending:
