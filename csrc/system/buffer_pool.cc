@@ -27,7 +27,8 @@ std::unique_ptr<BufferPool::Loan> BufferPool::take(size_t bytes) {
       idle_.erase(it);
     }
   }
-  if (region.data() == nullptr && !(region.reserve(bytes) && region.commit(bytes))) return nullptr;
+  if (region.data() == nullptr && !region.reserve(bytes)) return nullptr;
+  if (!region.commit(bytes)) return nullptr;
   return std::unique_ptr<Loan>(new Loan{shared_from_this(), std::move(region)});
 }
 

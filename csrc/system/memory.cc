@@ -11,6 +11,9 @@
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace penstock {
 namespace {
@@ -22,6 +25,7 @@ size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * 
 }  // namespace
 
 Region::~Region() {
+  bound(committed_);  // these addresses will be others' memory
   if (data_ != nullptr) munmap(data_, reserved_);
 }
 
@@ -59,7 +63,10 @@ bool Region::reserve(size_t bytes) {
 }
 
 bool Region::commit(size_t bytes) {
-  if (bytes <= committed_) return true;
+  if (bytes <= committed_) {
+    bound(bytes);
+    return true;
+  }
   if (bytes > reserved_) return false;
   const size_t target = std::min(reserved_, round_up(std::max(bytes, committed_ + committed_ / 8), unit_));
   if (mprotect(data_ + committed_, target - committed_, PROT_READ | PROT_WRITE) != 0) return false;
@@ -68,7 +75,15 @@ bool Region::commit(size_t bytes) {
   if (unit_ == kHugePage) madvise(data_ + committed_, target - committed_, MADV_HUGEPAGE);
 #endif
   committed_ = target;
+  bound(bytes);
   return true;
+}
+
+void Region::bound([[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(data_, bytes);
+  ASAN_POISON_MEMORY_REGION(data_ + bytes, committed_ - bytes);
+#endif
 }
 
 void Region::release(size_t begin, size_t end) {

@@ -18,7 +18,8 @@ class Region {
   // Reserves addresses, no memory. False: the system refuses (address-space limit).
   bool reserve(size_t bytes);
 
-  // Makes at least the first `bytes` bytes usable; what is there stays. False: out of memory or beyond the reserve.
+  // Makes the first `bytes` bytes usable; what is there stays. False: out of memory or beyond the reserve. What lies behind
+  // them is out of bounds, though memory it may be: the address sanitizer sees to it.
   bool commit(size_t bytes);
 
   // Gives the memory of [begin, end) back to the system; it reads as zero afterwards.
@@ -29,6 +30,9 @@ class Region {
   size_t committed() const { return committed_; }
 
  private:
+  // To the address sanitizer the first `bytes` bytes are all that may be touched; else nothing happens.
+  void bound(size_t bytes);
+
   char* data_ = nullptr;
   size_t reserved_ = 0;
   size_t committed_ = 0;
