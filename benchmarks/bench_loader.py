@@ -5,7 +5,7 @@
 1 M rows of label, I1..I13 (integers with blanks) and C1..C26 (64-bit ids, as many different ones
 as the Criteo log has, Zipf 1.1, some blank), made here unless --file names a log of that shape.
 Ours: logarithm of the numbers, blanks filled, batches of torch tensors, in order and shuffled
-(default window). pyarrow: the same columns decoded to Arrow arrays, nothing else, by as many
+(default block). pyarrow: the same columns decoded to Arrow arrays, nothing else, by as many
 threads as our readers, each reading row groups of its own (it is faster so than with
 `use_threads`). Both take turns; the figure is the median of the turns' ratios.
 """

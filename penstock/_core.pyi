@@ -202,8 +202,8 @@ def parse_hex(
 ) -> tuple[NDArray[np.int64], int]:
     """Keys of 1 to 16 hexadecimal digits, and the index of the first bad string (-1: none)."""
 
-class JaggedWindow:
-    """The jagged columns of a window of rows that lies in several chunks; copies none of them."""
+class JaggedBlock:
+    """The jagged columns of a block of rows that lies in several chunks; copies none of them."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class JaggedWindow:
         Args:
           columns: [parts * features], part by part, of each feature: values, offsets [rows + 1]
             (None: one key a row) and a weight for each value (None, then in every part: 1). They
-            must not change while the window lives.
+            must not change while the block lives.
           starts: [parts]
           stops: [parts]
         """
@@ -227,7 +227,7 @@ class JaggedWindow:
         """Finds the rows of those numbers.
 
         Raises:
-          IndexError: a row lies outside the window.
+          IndexError: a row lies outside the block.
         """
 
     def locate_run(self, first: int, rows: int) -> Places:
@@ -248,7 +248,7 @@ class JaggedWindow:
         """Copies the bags of n rows into batches of `batch` rows (the last may be short).
 
         Args:
-          places: of the n rows, found by this window.
+          places: of the n rows, found by this block.
           batch: rows of a batch.
           others: of n rows from which features are taken instead; None: none are.
           of_others: [features] which ones; with `others` alone.
@@ -265,7 +265,7 @@ class JaggedWindow:
         """Copies n rows of a plain array that lies in the same chunks.
 
         Args:
-          places: of the n rows, found by this window.
+          places: of the n rows, found by this block.
           parts: of each chunk its array, with at least the rows up to `stops[p]`; 4 bytes an
             element, or a multiple of them.
 
@@ -274,7 +274,7 @@ class JaggedWindow:
         """
 
 class Places:
-    """Rows of a window, in the order wanted; of use to that window alone."""
+    """Rows of a block, in the order wanted; of use to that block alone."""
 
     def __len__(self) -> int: ...
 

@@ -268,7 +268,7 @@ class Piece(NamedTuple):
 class Counts(NamedTuple):
     """Rows since the beginning of the run, in all epochs: read = filtered + quarantined + applied.
 
-    Those that a window leaves out are counted with its first batch.
+    Those that a block leaves out are counted with its first batch.
     """
 
     read: int = 0
@@ -284,21 +284,21 @@ class Counts(NamedTuple):
 class Position:
     """Where in the input the next unread sample lies; enough to continue a run bit for bit.
 
-    A window is a run of rows that are shuffled together. One that was begun is finished as it was
-    cut, whatever the size of batches and windows is by then.
+    A block is a run of rows that are shuffled together. One that was begun is finished as it was
+    cut, whatever the size of batches and blocks is by then.
     """
 
     epoch: int = 0
-    window: int = 0
-    """Number within the epoch of the window being delivered, or of the next one."""
-    window_row: int = 0
-    """Samples of the window already delivered."""
-    window_size: int = 0
-    """Samples of the window, if it was begun."""
+    block: int = 0
+    """Number within the epoch of the block being delivered, or of the next one."""
+    block_row: int = 0
+    """Samples of the block already delivered."""
+    block_size: int = 0
+    """Samples of the block, if it was begun."""
     pieces: tuple[Piece, ...] = ()
-    """What the window is made of, if it was begun."""
+    """What the block is made of, if it was begun."""
     cursor: Cursor = Cursor()
-    """Where the window after it begins, or the next one if none was begun."""
+    """Where the block after it begins, or the next one if none was begun."""
     samples: int = 0
     """Samples delivered since the beginning of the run."""
     counts: Counts = Counts()
@@ -307,8 +307,8 @@ class Position:
     divided: int = 0
     """Number of files, the first ones, of which a fraction is held out; 0: no split by fraction."""
     version_1: tuple[int, int, int] | None = None
-    """Of a checkpoint of version 1, which knows no files: number of the split in which the window
-    begins, good rows of it before the window, and rows of the window unless it is the last one.
+    """Of a checkpoint of version 1, which knows no files: number of the extent in which the block
+    begins, good rows of it before the block, and rows of the block unless it is the last one.
     """
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@
 #include "data/columns.h"
 #include "data/numbers.h"
 #include "data/quoted_text.h"
-#include "data/window.h"
+#include "data/block.h"
 
 namespace penstock {
 
@@ -95,31 +95,31 @@ std::tuple<NewArray<int64_t>, NewArray<int64_t>, int> py_find_row_ends(In<uint8_
   return {as_array(found.ends), as_array(found.odd), static_cast<int>(found.state)};
 }
 
-// Keeps the arrays alive that the window points into.
-class PyJaggedWindow {
+// Keeps the arrays alive that the block points into.
+class PyJaggedBlock {
  public:
   using Column = std::tuple<In<int64_t>, std::optional<In<int64_t>>, std::optional<In<float>>>;
   using Cut = std::tuple<NewArray<int64_t>, std::optional<NewArray<int64_t>>, std::optional<NewArray<int64_t>>,
                          std::optional<NewArray<float>>>;
 
-  PyJaggedWindow(std::vector<Column> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
-      : arrays_(std::move(columns)), window_(view(arrays_, starts, stops), starts, stops) {}
+  PyJaggedBlock(std::vector<Column> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
+      : arrays_(std::move(columns)), block_(view(arrays_, starts, stops), starts, stops) {}
 
   Places locate(In<int64_t> rows) const {
     Places places;
     bool inside;
     {
       nb::gil_scoped_release unlocked;
-      inside = window_.locate(rows.data(), rows.size(), &places);
+      inside = block_.locate(rows.data(), rows.size(), &places);
     }
-    if (!inside) throw std::out_of_range("a row lies outside the window");
+    if (!inside) throw std::out_of_range("a row lies outside the block");
     return places;
   }
 
   Places locate_run(int64_t first, int64_t rows) const {
     Places places;
-    if (rows < 0 || !window_.locate_run(first, static_cast<size_t>(rows), &places)) {
-      throw std::out_of_range("a row lies outside the window");
+    if (rows < 0 || !block_.locate_run(first, static_cast<size_t>(rows), &places)) {
+      throw std::out_of_range("a row lies outside the block");
     }
     return places;
   }
@@ -128,40 +128,40 @@ class PyJaggedWindow {
     if (batch <= 0) throw std::invalid_argument("batch: must be positive");
     check_found_here(places);
     if (others) check_found_here(*others);
-    if (others && (others->size() != places.size() || of_others.size() != window_.num_features())) {
+    if (others && (others->size() != places.size() || of_others.size() != block_.num_features())) {
       throw std::invalid_argument("others: as many as places, and of_others as many as features");
     }
-    PlacesOfFeatures of_feature(window_.num_features(), &places);
+    PlacesOfFeatures of_feature(block_.num_features(), &places);
     for (size_t f = 0; others && f < of_feature.size(); ++f) {
       if (of_others[f]) of_feature[f] = others;
     }
     const size_t n = places.size(), size = static_cast<size_t>(batch), batches = (n + size - 1) / size;
-    const bool one_key = window_.one_key_a_bag();
-    size_t total = window_.num_features() * n;
+    const bool one_key = block_.one_key_a_bag();
+    size_t total = block_.num_features() * n;
     std::optional<NewArray<int64_t>> out_offsets, out_starts;
     int64_t *offsets = nullptr, *starts = nullptr;
     if (!one_key) {
       out_offsets = make_array(total + batches, &offsets);
       out_starts = make_array(batches + 1, &starts);
       nb::gil_scoped_release unlocked;
-      window_.cut_offsets(of_feature, n, size, offsets, starts);
+      block_.cut_offsets(of_feature, n, size, offsets, starts);
       total = static_cast<size_t>(starts[batches]);
     }
     int64_t* values;
     auto out_values = make_array(total, &values);
     std::optional<NewArray<float>> out_weights;
     float* weights = nullptr;
-    if (window_.has_weights()) out_weights = make_array(total, &weights);
+    if (block_.has_weights()) out_weights = make_array(total, &weights);
     nb::gil_scoped_release unlocked;
-    window_.cut_values(of_feature, n, size, offsets, starts, values);
-    if (weights) window_.cut_weights(of_feature, n, size, offsets, starts, weights);
+    block_.cut_values(of_feature, n, size, offsets, starts, values);
+    if (weights) block_.cut_weights(of_feature, n, size, offsets, starts, weights);
     return {out_values, out_offsets, out_starts, out_weights};
   }
 
   nb::ndarray<nb::numpy> take(const Places& places, const std::vector<InArray>& parts) const {
     check_found_here(places);
-    if (parts.size() != window_.num_parts() || parts.empty()) {
-      throw std::invalid_argument("parts: one for each part of the window");
+    if (parts.size() != block_.num_parts() || parts.empty()) {
+      throw std::invalid_argument("parts: one for each part of the block");
     }
     std::vector<size_t> shape{places.size()};
     size_t bytes = parts[0].itemsize();
@@ -171,7 +171,7 @@ class PyJaggedWindow {
     }
     std::vector<const char*> begins;
     for (size_t p = 0; p < parts.size(); ++p) {
-      bool fits = parts[p].ndim() == shape.size() && static_cast<int64_t>(parts[p].shape(0)) >= window_.stop(p) &&
+      bool fits = parts[p].ndim() == shape.size() && static_cast<int64_t>(parts[p].shape(0)) >= block_.stop(p) &&
                   parts[p].dtype() == parts[0].dtype();
       for (size_t d = 1; fits && d < shape.size(); ++d) fits = parts[p].shape(d) == shape[d];
       if (!fits || parts[p].itemsize() % 4 != 0) throw std::invalid_argument("parts: too short, or of unlike types or shapes");
@@ -180,24 +180,24 @@ class PyJaggedWindow {
     auto [data, owner] = make_memory<char>(places.size() * bytes);
     if (bytes > 0) {
       nb::gil_scoped_release unlocked;
-      window_.take(places, begins, bytes, data);
+      block_.take(places, begins, bytes, data);
     }
     return nb::ndarray<nb::numpy>(data, shape.size(), shape.data(), owner, nullptr, parts[0].dtype());
   }
 
  private:
   void check_found_here(const Places& places) const {
-    if (places.window() != window_.number()) throw std::invalid_argument("places: found by another window");
+    if (places.block() != block_.number()) throw std::invalid_argument("places: found by another block");
   }
 
   static std::vector<penstock::JaggedColumn> view(const std::vector<Column>& columns,
                                                   const std::vector<int64_t>& starts,
                                                   const std::vector<int64_t>& stops) {
     if (starts.size() != stops.size() || (starts.empty() ? !columns.empty() : columns.size() % starts.size() != 0)) {
-      throw std::invalid_argument("JaggedWindow: columns, starts and stops do not fit");
+      throw std::invalid_argument("JaggedBlock: columns, starts and stops do not fit");
     }
     for (size_t p = 0; p < starts.size(); ++p) {
-      if (starts[p] < 0 || starts[p] > stops[p]) throw std::invalid_argument("JaggedWindow: starts beyond stops");
+      if (starts[p] < 0 || starts[p] > stops[p]) throw std::invalid_argument("JaggedBlock: starts beyond stops");
     }
     // An empty array may have no address, which would read as no weights.
     static const float kNoWeight = 1;
@@ -207,14 +207,14 @@ class PyJaggedWindow {
       const auto& [values, offsets, weights] = columns[c];
       const int64_t stop = stops[c / features];
       const bool fits = static_cast<size_t>(stop) + (offsets ? 1 : 0) <= (offsets ? offsets->size() : values.size());
-      if (!fits) throw std::invalid_argument("JaggedWindow: a column is shorter than its part");
+      if (!fits) throw std::invalid_argument("JaggedBlock: a column is shorter than its part");
       const size_t start = static_cast<size_t>(starts[c / features]);
       if (offsets && !rise_to(offsets->data() + start, static_cast<size_t>(stop) - start, values.size())) {
-        throw std::invalid_argument("JaggedWindow: offsets fall, or go beyond the values");
+        throw std::invalid_argument("JaggedBlock: offsets fall, or go beyond the values");
       }
       const bool first_has = std::get<2>(columns[c % features]).has_value();
       if (weights.has_value() != first_has || (weights && weights->size() != values.size())) {
-        throw std::invalid_argument("JaggedWindow: weights do not fit the values");
+        throw std::invalid_argument("JaggedBlock: weights do not fit the values");
       }
       const float* const of_values = !weights ? nullptr : weights->size() ? weights->data() : &kNoWeight;
       views.push_back({values.data(), offsets ? offsets->data() : nullptr, of_values});
@@ -223,7 +223,7 @@ class PyJaggedWindow {
   }
 
   std::vector<Column> arrays_;
-  penstock::JaggedWindow window_;
+  penstock::JaggedBlock block_;
 };
 
 void check_bits(const In<uint8_t>& valid, size_t first_bit, size_t n) {
@@ -288,14 +288,14 @@ void bind_columns(nb::module_& m) {
   m.def("parse_hex", &py_parse_hex<int32_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
   m.def("parse_hex", &py_parse_hex<int64_t>, "offsets"_a.noconvert(), "bytes"_a.noconvert());
   nb::class_<Places>(m, "Places").def("__len__", &Places::size);
-  nb::class_<PyJaggedWindow>(m, "JaggedWindow")
-      .def(nb::init<std::vector<PyJaggedWindow::Column>, std::vector<int64_t>, std::vector<int64_t>>(),
+  nb::class_<PyJaggedBlock>(m, "JaggedBlock")
+      .def(nb::init<std::vector<PyJaggedBlock::Column>, std::vector<int64_t>, std::vector<int64_t>>(),
            "columns"_a.noconvert(), "starts"_a, "stops"_a)
-      .def("locate", &PyJaggedWindow::locate, "rows"_a.noconvert())
-      .def("locate_run", &PyJaggedWindow::locate_run, "first"_a, "rows"_a)
-      .def("cut", &PyJaggedWindow::cut, "places"_a, "batch"_a, "others"_a.none() = nb::none(),
+      .def("locate", &PyJaggedBlock::locate, "rows"_a.noconvert())
+      .def("locate_run", &PyJaggedBlock::locate_run, "first"_a, "rows"_a)
+      .def("cut", &PyJaggedBlock::cut, "places"_a, "batch"_a, "others"_a.none() = nb::none(),
            "of_others"_a = std::vector<bool>())
-      .def("take", &PyJaggedWindow::take, "places"_a, "parts"_a);
+      .def("take", &PyJaggedBlock::take, "places"_a, "parts"_a);
   m.def(
       "cross_keys",
       [](In<int64_t> keys, std::optional<In<uint8_t>> valid, size_t first_bit, Out<uint64_t> hashes) {

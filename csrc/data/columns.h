@@ -42,7 +42,7 @@ void philox(uint64_t key0, uint64_t key1, size_t n,
             uint64_t* out);  // [n]
 
 // A random order of 0 to n - 1: that in which the bits of `philox` ascend. FORMAT: never change; a resumed run shuffles
-// its window anew.
+// its block anew.
 void shuffle(uint64_t key0, uint64_t key1, size_t n,  // n < 2^32
              int64_t* order);                         // [n]
 

@@ -203,7 +203,7 @@ class Negatives(Config):
     """Negative samples, for a log that holds positives alone.
 
     Each row is one sample of label 1, and gives `per_positive` samples of label 0 in which
-    `columns` are those of other rows of its shuffle window, all else its own.
+    `columns` are those of other rows of its shuffle block, all else its own.
     """
 
     per_positive: PositiveInt
@@ -213,8 +213,8 @@ class Negatives(Config):
     a row: a negative never has the item of its own row.
     """
     candidates: Literal["popularity", "uniform"] = "popularity"
-    """`popularity`: items as often as the window has them; `uniform`: each different item of the
-    window as likely as any other.
+    """`popularity`: items as often as the block has them; `uniform`: each different item of the
+    block as likely as any other.
     """
 
     @model_validator(mode="after")
@@ -226,12 +226,12 @@ class Negatives(Config):
 
 
 class Shuffle(Config):
-    """Rows are shuffled within windows: a pure function of (seed, epoch, window)."""
+    """Rows are shuffled within blocks: a pure function of (seed, epoch, block)."""
 
-    window_rows: Annotated[int, Field(ge=0, le=2**63 - 1)] = 65_536
-    """0: no shuffling. `negatives` are drawn among the rows of a window (0: among 8,192)."""
-    window_bytes: Annotated[int, Field(gt=0, le=2**63 - 1), MAY_CHANGE] = 1 << 30
-    """Memory of a window's decoded rows. One that would be larger (many columns, long lists) has
+    block_rows: Annotated[int, Field(ge=0, le=2**63 - 1)] = 65_536
+    """0: no shuffling. `negatives` are drawn among the rows of a block (0: among 8,192)."""
+    block_bytes: Annotated[int, Field(gt=0, le=2**63 - 1), MAY_CHANGE] = 1 << 30
+    """Memory of a block's decoded rows. One that would be larger (many columns, long lists) has
     fewer rows: as many whole batches as fit, at least one.
     """
 

@@ -18,6 +18,8 @@ MOVED = {
     "training.metrics": "evaluation.metrics",
     "training.checkpoint": "checkpoint",
     "training.log_every_steps": "report.every_steps",
+    "data.shuffle.window_rows": "data.shuffle.block_rows",
+    "data.shuffle.window_bytes": "data.shuffle.block_bytes",
 }
 """New place by old one."""
 
@@ -36,24 +38,40 @@ def bring_up_to_date(fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], list
     """
     notes = []
     for old, new in MOVED.items():
-        section, name = old.split(".")
-        group = fields.get(section)
-        if not isinstance(group, Mapping) or name not in group:
+        parent, name = old.rsplit(".", 1)
+        group = _group(fields, parent)
+        if group is None or name not in group:
             continue
         value = group[name]
-        fields = {**fields, section: {key: group[key] for key in group if key != name}}
+        fields = _with(fields, parent, {key: group[key] for key in group if key != name})
         fields = _put(fields, old, new, value)
         notes.append(f"{old} is now {new}")
     return fields, notes
 
 
+def _group(fields: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
+    """The fields at a place like `data.shuffle`; None: there are none."""
+    group: Any = fields
+    for name in place.split("."):
+        group = group.get(name) if isinstance(group, Mapping) else None
+    return group if isinstance(group, Mapping) else None
+
+
+def _with(fields: Mapping[str, Any], place: str, value: Any) -> Mapping[str, Any]:
+    """Copies of the fields on the way to a place, with a value there."""
+    first, _, rest = place.partition(".")
+    return {**fields, first: _with(fields.get(first) or {}, rest, value) if rest else value}
+
+
 def _put(fields: Mapping[str, Any], old: str, new: str, value: Any) -> Mapping[str, Any]:
-    section, _, name = new.partition(".")
-    there = fields.get(section)
-    if name and (there is None or isinstance(there, Mapping)):
-        is_free, placed = name not in (there or {}), {**(there or {}), name: value}
-    else:
-        is_free, placed = section not in fields, value
-    if not is_free:
+    parent, _, name = new.rpartition(".")
+    there = _group(fields, parent) if parent else fields
+    # What is neither missing nor a group of fields is refused here, as are fields given twice.
+    place = fields
+    for part in parent.split(".") if parent else ():
+        place = place.get(part) or {}
+        if not isinstance(place, Mapping):
+            raise ConfigError(f"{old} is now {new}, and {parent} is no group of fields; mend it")
+    if there is not None and name in there:
         raise ConfigError(f"{old} is now {new}, and both are given; remove {old}")
-    return {**fields, section: placed}
+    return _with(fields, new, value)

@@ -81,7 +81,7 @@ class Dataset:
         order: Sequence[str] = (),
         stages: Stages = no_stages,
     ) -> Dataset:
-        """Lists the files and splits of a job and checks columns and types.
+        """Lists the files and extents of a job and checks columns and types.
 
         Args:
           job: what to read.
@@ -195,22 +195,22 @@ class Dataset:
         if batch_size <= 0 or epochs <= 0:
             raise ConfigError(f"batch_size {batch_size} and epochs {epochs} must be positive")
         rows = self._rows(part)
-        window = self._job.data.shuffle.window_rows
-        if shuffle and (part == "evaluation" or not window):
-            why = "evaluation is read in order" if window else "data.shuffle.window_rows is 0"
+        block = self._job.data.shuffle.block_rows
+        if shuffle and (part == "evaluation" or not block):
+            why = "evaluation is read in order" if block else "data.shuffle.block_rows is 0"
             raise ConfigError(f"shuffle=True: {why}")
         training = part == "train" and shuffle is not False
         plan = LoaderPlan.of(
             batch_size,
-            window if training or self._samples_per_row > 1 else 0,
+            block if training or self._samples_per_row > 1 else 0,
             seed,
             epochs,
             start,
-            shuffled=training and window > 0,
+            shuffled=training and block > 0,
             samples_per_row=self._samples_per_row,
             redraws=training,
         )
-        plan = replace(plan, window_bytes=self._job.data.shuffle.window_bytes)
+        plan = replace(plan, block_bytes=self._job.data.shuffle.block_bytes)
         run = self._job.run
         columns = self._columns if groups else replace(self._columns, groups=())
         return Loader(
@@ -276,8 +276,8 @@ class Dataset:
             # Where a fraction is cut depends on all files; version 1 does not say what was read.
             read = rows.divided
             if start.version_1 is not None:
-                splits = rows.splits if start.epoch else rows.splits[: start.version_1[0]]
-                passed = {one.path for one in splits}
+                extents = rows.extents if start.epoch else rows.extents[: start.version_1[0]]
+                passed = {one.path for one in extents}
                 read = max(read, *(n for n, path in enumerate(rows.files, 1) if path in passed), 0)
             begun = tags.of_all(rows.files[:read])
         return begun + unread[len(begun) :]

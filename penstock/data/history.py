@@ -143,16 +143,16 @@ def _write_history(
 ) -> int:
     source = _open(paths, columns.order)
     _check(columns, source)
-    splits = source.splits()
-    total = sum(source.count_rows(split) for split in splits)
+    extents = source.extents()
+    total = sum(source.count_rows(extent) for extent in extents)
     if not total:
         raise DataError(f"{source.paths[0]}: no rows; the source has none at all")
     done = 0
 
     def read(names: Sequence[str]) -> Iterator[Chunk]:
         nonlocal done
-        for split in splits:
-            for chunk in source.read(split, names):
+        for extent in extents:
+            for chunk in source.read(extent, names):
                 yield chunk
                 done += chunk.table.num_rows
                 if progress is not None:

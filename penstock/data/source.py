@@ -1,6 +1,6 @@
-"""The contract of every source: columns, splits that read alone, chunks of rows.
+"""The contract of every source: columns, extents that read alone, chunks of rows.
 
-A `Split` is the unit of reading and of position in a checkpoint, a `Chunk` is what is decoded at
+An `Extent` is the unit of reading and of position in a checkpoint, a `Chunk` is what is decoded at
 once. Sources know files and rows; they know nothing of features, batches or epochs.
 """
 
@@ -29,7 +29,7 @@ def chunk_rows(num_columns: int, most: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class Extent:
     """A piece of one file that reads alone: [start, stop) in the unit of its source."""
 
     path: str
@@ -106,7 +106,7 @@ class KeptPlace:
 
 
 class Chunk(NamedTuple):
-    """The good rows of a stretch of one split, in order."""
+    """The good rows of a stretch of one extent, in order."""
 
     table: pa.Table
     place: Place
@@ -151,35 +151,35 @@ class Source(Protocol):
         None: the format has none, or they are not counted.
         """
 
-    def splits(self) -> Sequence[Split]:
-        """All splits, in the order of reading; the same on every call."""
+    def extents(self) -> Sequence[Extent]:
+        """All extents, in the order of reading; the same on every call."""
 
-    def count_rows(self, split: Split) -> int:
-        """Rows of the split, malformed ones included. May read it."""
+    def count_rows(self, extent: Extent) -> int:
+        """Rows of the extent, malformed ones included. May read it."""
 
-    def known_rows(self, split: Split) -> int | None:
-        """Rows of the split, as `count_rows`; None: it must be read for that."""
+    def known_rows(self, extent: Extent) -> int | None:
+        """Rows of the extent, as `count_rows`; None: it must be read for that."""
 
-    def row_counts(self, split: Split) -> Iterator[int]:
-        """Rows of successive stretches of the split. May read them, one after the other."""
+    def row_counts(self, extent: Extent) -> Iterator[int]:
+        """Rows of successive stretches of the extent. May read them, one after the other."""
 
-    def expected_rows(self, splits: Sequence[Split]) -> RowCount | None:
-        """Rows of splits, by what is known of them and of others. Reads nothing.
+    def expected_rows(self, extents: Sequence[Extent]) -> RowCount | None:
+        """Rows of extents, by what is known of them and of others. Reads nothing.
 
         None: nothing is known yet.
         """
 
-    def cut(self, split: Split, row: int) -> tuple[Split, Split]:
-        """Cuts a split before its row `row`, where 0 < row < its rows."""
+    def cut(self, extent: Extent, row: int) -> tuple[Extent, Extent]:
+        """Cuts an extent before its row `row`, where 0 < row < its rows."""
 
-    def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
-        """Reads the rows of a split in order, with the `columns` in the order given.
+    def read(self, extent: Extent, columns: Sequence[str]) -> Iterator[Chunk]:
+        """Reads the rows of an extent in order, with the `columns` in the order given.
 
         Raises:
           DataError: the file cannot be read, or holds what it should not.
         """
 
-    def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
+    def may_hold(self, extent: Extent, column: str, low: int | None, high: int | None) -> bool:
         """False only where the source knows that no time of `column` lies in [low, high) ms."""
 
     def identify(self, path: str, until: int = 0) -> FileTag:

@@ -28,7 +28,7 @@ _HEADLINE = {
     "mae": "MAE",
 }
 _TOTAL_EVERY_S = 1.0
-"""Adding up what is known of very many splits takes a while."""
+"""Adding up what is known of very many extents takes a while."""
 _MOST_ON_THE_BAR = 3
 """Metrics: the line must fit into 80 columns."""
 _WORDS = {

@@ -104,7 +104,7 @@ def _overview(manifest: Manifest) -> Table:
     shown.add_row("samples", f"{position.samples:,}")
     shown.add_row(
         "position",
-        f"epoch {position.epoch}, window {position.window}, {position.window_row:,} samples of it",
+        f"epoch {position.epoch}, block {position.block}, {position.block_row:,} samples of it",
     )
     shown.add_row("rows", counts_text(position.counts._asdict()))
     shown.add_row("written", manifest.created)

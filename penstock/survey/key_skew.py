@@ -36,7 +36,7 @@ def key_skew(job: Job, max_rows: int = SAMPLE_ROWS) -> KeySkew:
 
     Args:
       job: what is read, and which feature reads which table.
-      max_rows: samples at most, from the beginnings of splits that are spread evenly over the
+      max_rows: samples at most, from the beginnings of extents that are spread evenly over the
         files of `data.source`; the held-out part is among them.
 
     Raises:

@@ -12,7 +12,7 @@ from penstock.data.columns.transforms import BadValue, read_numbers
 from penstock.data.plan.counting import Progress
 from penstock.data.source import Chunk, Source
 from penstock.errors import DataError
-from penstock.survey.profile import DataProfile, Extent, spread_chunks
+from penstock.survey.profile import DataProfile, Reach, spread_chunks
 from penstock.survey.roles import Roles
 
 BUCKETS = 24
@@ -73,8 +73,8 @@ def label_rate(
     rows, positives = np.zeros(BUCKETS, dtype=np.int64), np.zeros(BUCKETS, dtype=np.int64)
     columns = [name for name in (roles.label, roles.event_time) if name is not None]
     seen = 0
-    extent = Extent(source)
-    for split, chunk in spread_chunks(source, columns, max_rows):
+    reach = Reach(source)
+    for extent, chunk in spread_chunks(source, columns, max_rows):
         at = _places(chunk, roles, seen)
         labels = _labels(chunk, roles.label)
         known = ~np.isnan(labels)
@@ -83,7 +83,7 @@ def label_rate(
         rows += np.bincount(bucket[known], minlength=BUCKETS)
         positives += np.bincount(bucket[known & is_positive], minlength=BUCKETS)
         seen += chunk.table.num_rows
-        progress(seen, extent.share(split, chunk) if max_rows is None else seen / max_rows)
+        progress(seen, reach.share(extent, chunk) if max_rows is None else seen / max_rows)
     return LabelRate(edges, roles.event_time is not None, rows, positives)
 
 

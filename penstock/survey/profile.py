@@ -20,7 +20,7 @@ from penstock.config import Hash
 from penstock.data.columns.checks import is_text
 from penstock.data.columns.transforms import is_list, one_array, read_keys
 from penstock.data.plan.counting import Progress
-from penstock.data.source import Chunk, Source, Split
+from penstock.data.source import Chunk, Extent, Source
 from penstock.survey.sketches import Quantiles, ValueCounts, ValueSummary, affordable_values
 from penstock.survey.text_kinds import TextKinds
 
@@ -29,7 +29,7 @@ ColumnKind: TypeAlias = Literal["integer", "float", "time", "text", "unread"]
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _QUANTILE_SAMPLE = 1 << 15
 _PLACES = 64
-"""A sample is read from the beginnings of about so many splits."""
+"""A sample is read from the beginnings of about so many extents."""
 _NAMES_A_CHUNK = 32
 
 
@@ -113,7 +113,7 @@ def profile_source(
 
     Args:
       source: what to read.
-      max_rows: look at no more rows than this, from the beginnings of splits that are spread
+      max_rows: look at no more rows than this, from the beginnings of extents that are spread
         evenly over the files; None: at all.
       as_text: the source gives text for every column (CSV, TSV): say what it may be read as.
       progress: told after each chunk.
@@ -128,13 +128,13 @@ def profile_source(
     most = affordable_values(len(names))
     columns = [ColumnProfile(name, source.schema.field(name).type, most) for name in names]
     rows = 0
-    extent = Extent(source)
-    for split, chunk in spread_chunks(source, names, max_rows):
+    reach = Reach(source)
+    for extent, chunk in spread_chunks(source, names, max_rows):
         watch(chunk)
         for column in columns:
             column.add(chunk.table.column(column.name))
         rows += chunk.table.num_rows
-        progress(rows, extent.share(split, chunk) if max_rows is None else rows / max_rows)
+        progress(rows, reach.share(extent, chunk) if max_rows is None else rows / max_rows)
     return DataProfile(
         paths=tuple(source.paths),
         rows=rows,
@@ -147,51 +147,51 @@ def profile_source(
 
 def spread_chunks(
     source: Source, columns: Sequence[str], max_rows: int | None
-) -> Iterator[tuple[Split, Chunk]]:
-    """Chunks of a source in order: all, or `max_rows` rows from the beginnings of splits.
+) -> Iterator[tuple[Extent, Chunk]]:
+    """Chunks of a source in order: all, or `max_rows` rows from the beginnings of extents.
 
-    The splits are spread evenly over the files. Where they are too short, the sample has fewer
+    The extents are spread evenly over the files. Where they are too short, the sample has fewer
     rows.
     """
-    splits = source.splits()
+    extents = source.extents()
     if max_rows is None:
-        for split in splits:
-            for chunk in source.read(split, columns):
-                yield split, chunk
+        for extent in extents:
+            for chunk in source.read(extent, columns):
+                yield extent, chunk
         return
-    # Splits of columnar files have at least some 65,536 rows, unless files are small.
-    places = min(len(splits), max(_PLACES, max_rows >> 15))
-    chosen = np.linspace(0, len(splits) - 1, places).astype(int)
+    # Extents of columnar files have at least some 65,536 rows, unless files are small.
+    places = min(len(extents), max(_PLACES, max_rows >> 15))
+    chosen = np.linspace(0, len(extents) - 1, places).astype(int)
     left = max_rows
     for number, place in enumerate(chosen):
         quota = math.ceil(left / (places - number))
-        for chunk in source.read(splits[place], columns):
+        for chunk in source.read(extents[place], columns):
             taken = min(quota, chunk.table.num_rows)
-            yield splits[place], chunk._replace(table=chunk.table.slice(0, taken))
+            yield extents[place], chunk._replace(table=chunk.table.slice(0, taken))
             quota -= taken
             left -= taken
             if not quota:
                 break
 
 
-class Extent:
-    """How far reading has come, in the unit in which the splits of a source are measured."""
+class Reach:
+    """How far reading has come, in the unit in which the extents of a source are measured."""
 
     def __init__(self, source: Source) -> None:
-        self._before: dict[Split, int] = {}
+        self._before: dict[Extent, int] = {}
         total = 0
-        for split in source.splits():
-            self._before[split] = total
-            total += split.stop - split.start
+        for extent in source.extents():
+            self._before[extent] = total
+            total += extent.stop - extent.start
         # A stream or a compressed file ends nobody knows where.
         self._total = total if total < 2**62 else None
 
-    def share(self, split: Split, chunk: Chunk) -> float | None:
+    def share(self, extent: Extent, chunk: Chunk) -> float | None:
         """Share of the source that is read after `chunk`."""
         if self._total is None or not chunk.table.num_rows:
             return None
         span = chunk.place.span(0, chunk.table.num_rows)
-        return min(1.0, (self._before[split] + span.stop - split.start) / self._total)
+        return min(1.0, (self._before[extent] + span.stop - extent.start) / self._total)
 
 
 class ColumnProfile:

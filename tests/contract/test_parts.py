@@ -25,10 +25,10 @@ FIRST_S = 1_700_000_000
 
 @pytest.fixture(autouse=True)
 def small_splits(monkeypatch):
-    """Several splits of a few rows in every file that can have them."""
+    """Several extents of a few rows in every file that can have them."""
     monkeypatch.setattr(lines, "BLOCK_BYTES", 400)
     monkeypatch.setattr(lines, "READ_BYTES", 150)
-    monkeypatch.setattr(columnar, "SPLIT_ROWS", 8)
+    monkeypatch.setattr(columnar, "EXTENT_ROWS", 8)
     monkeypatch.setattr(columnar, "CHUNK_ROWS", 5)
 
 
@@ -68,7 +68,7 @@ def test_by_fraction(tmp_path_factory, kind, rows, fraction):
     assert rows_of(dataset, "train") == list(range(cut))
     assert rows_of(dataset, "evaluation") == list(range(cut, rows))
     assert (dataset.num_rows("train"), dataset.num_rows("evaluation")) == (cut, held_out)
-    assert not set(parts[0].splits) & set(parts[1].splits)
+    assert not set(parts[0].extents) & set(parts[1].extents)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,11 +80,11 @@ def test_by_fraction_at_every_row(kind, tmp_path):
         split = {"by": "fraction", "evaluation": (rows - cut) / rows}
         dataset = Dataset.open(make_job(source, split=split))
         train, held_out = dataset._parts["train"], dataset._parts["evaluation"]
-        counts = [[p.source.count_rows(one) for one in p.splits] for p in (train, held_out)]
+        counts = [[p.source.count_rows(one) for one in p.extents] for p in (train, held_out)]
         assert [sum(one) for one in counts] == [cut, rows - cut]
         # Of text, a block may lie within a row.
         assert all(map(all, counts)) or "csv" in kind, "an empty split"
-        assert not set(train.splits) & set(held_out.splits)
+        assert not set(train.extents) & set(held_out.extents)
         assert rows_of(dataset, "evaluation") == list(range(cut, rows))
 
 

@@ -38,14 +38,14 @@ ROWS = 517
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Splits, blocks and chunks so small that every boundary is met."""
+    """Extents, blocks and chunks so small that every boundary is met."""
     monkeypatch.setattr(lines, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(lines, "READ_BYTES", 1500)
     monkeypatch.setattr(parquet, "CHUNK_ROWS", 37)
-    monkeypatch.setattr(columnar, "SPLIT_ROWS", 100)
+    monkeypatch.setattr(columnar, "EXTENT_ROWS", 100)
     monkeypatch.setattr(columnar, "CHUNK_ROWS", 37)
     monkeypatch.setattr(synthetic, "BLOCK_ROWS", 64)
-    monkeypatch.setattr(synthetic, "SPLIT_ROWS", 128)
+    monkeypatch.setattr(synthetic, "EXTENT_ROWS", 128)
     assert source.CHUNK_ROWS > 0
 
 
@@ -56,9 +56,9 @@ def open_case(kind, path, rows=ROWS, **data):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "synthetic"])
-@pytest.mark.parametrize("window", [0, 100])
-def test_resumes_at_every_batch(kind, window, tmp_path):
-    dataset = open_case(kind, tmp_path, shuffle={"window_rows": window})
+@pytest.mark.parametrize("block", [0, 100])
+def test_resumes_at_every_batch(kind, block, tmp_path):
+    dataset = open_case(kind, tmp_path, shuffle={"block_rows": block})
     assert_resumes_everywhere(dataset, epochs=2, seed=5)
     assert_resumes_everywhere(dataset, "evaluation")
 
@@ -101,7 +101,7 @@ def test_delivers_every_row_of_the_file_in_order(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "synthetic"])
-def test_shuffling_permutes_within_windows(kind, tmp_path):
+def test_shuffling_permutes_within_blocks(kind, tmp_path):
     dataset = open_case(kind, tmp_path)
     plain = rows_of(read_all(dataset, shuffle=False))
     first, second = (rows_of(read_all(dataset, seed=seed)) for seed in (1, 2))
@@ -136,13 +136,13 @@ def test_splits_read_alone_and_cut_anywhere(kind, tmp_path):
     def read(split):
         return pa.concat_tables([c.table for c in rows.source.read(split, names)]).to_pylist()
 
-    splits = list(rows.source.splits())
-    assert len(splits) > 1 or "." in kind
-    in_order = [read(split) for split in splits]
-    backwards = [read(split) for split in splits[::-1]][::-1]
+    extents = list(rows.source.extents())
+    assert len(extents) > 1 or "." in kind
+    in_order = [read(split) for split in extents]
+    backwards = [read(split) for split in extents[::-1]][::-1]
     assert in_order == backwards
-    assert [len(part) for part in in_order] == [rows.source.count_rows(s) for s in splits]
-    for split, part in zip(splits, in_order, strict=True):
+    assert [len(part) for part in in_order] == [rows.source.count_rows(s) for s in extents]
+    for split, part in zip(extents, in_order, strict=True):
         for cut in {1, len(part) // 2, len(part) - 1} - {0, len(part)}:
             before, after = rows.source.cut(split, cut)
             assert read(before) == part[:cut]
@@ -172,7 +172,7 @@ def test_iteration_ends_and_stays_ended(tmp_path):
         assert len(list(batches)) == 5
         assert list(batches) == []
     end = end_of_epoch(tmp_path)
-    assert (end.epoch, end.window) == (0, 4)
+    assert (end.epoch, end.block) == (0, 4)
     assert read_all(open_case("parquet", tmp_path), start=end) == []
 
 

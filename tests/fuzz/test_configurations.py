@@ -42,7 +42,7 @@ FULL = {
                 ],
             },
         ],
-        "shuffle": {"window_rows": 40},
+        "shuffle": {"block_rows": 40},
     },
     "features": [
         {"columns": ["C1", "C2"], "table": "shared", "pooling": "mean", "missing": -1},

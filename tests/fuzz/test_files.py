@@ -60,7 +60,7 @@ def rows_of(source):
 
 
 def chunks_of(source):
-    for split in source.splits():
+    for split in source.extents():
         yield from source.read(split, source.schema.names)
 
 
@@ -149,7 +149,7 @@ def test_no_line_is_lost(cases, kind, harm, sizes):
             left_out = sum(len(chunk.malformed) for chunk in chunks_of(opened))
             assert len(read) + left_out == len(given_lines)
             assert sum(chunk.num_read for chunk in chunks_of(opened)) == len(given_lines)
-            assert sum(map(opened.count_rows, opened.splits())) == len(given_lines)
+            assert sum(map(opened.count_rows, opened.extents())) == len(given_lines)
         if same_schema:
             untouched = Counter(repr(original[line]) for line in given_lines if line in original)
             assert not untouched - Counter(map(repr, read)), "a good row was not read as it is"

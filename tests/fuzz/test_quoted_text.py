@@ -103,10 +103,10 @@ def written(table, line_end="\n", delimiter=",", quote='"', *, quote_all=False):
     return "".join(delimiter.join(map(value, row)) + line_end for row in table)
 
 
-def rows_of(source, splits=None, malformed=None):
+def rows_of(source, extents=None, malformed=None):
     """Rows, and the line with which each begins; what is malformed is added to the list."""
     found = []
-    for split in source.splits() if splits is None else splits:
+    for split in source.extents() if extents is None else extents:
         for chunk in source.read(split, NAMES):
             if malformed is not None:
                 malformed += zip(chunk.malformed, chunk.malformed_lines, strict=True)
@@ -154,13 +154,13 @@ def test_whole_values_are_those_of_pythons_csv(
     assert [row for row, _ in expected] == table
     assert rows_of(source) == expected
     # Any split alone, as a resumed run or another thread reads it, its state not known yet.
-    splits = source.splits()
+    extents = source.extents()
     fresh = files.open(data, sizes, ending, quoted_line_breaks=True)
-    parts = [rows_of(fresh, [split]) for split in reversed(splits)]
+    parts = [rows_of(fresh, [split]) for split in reversed(extents)]
     assert list(itertools.chain(*reversed(parts))) == expected
-    assert [fresh.count_rows(split) for split in splits] == [len(part) for part in parts[::-1]]
+    assert [fresh.count_rows(split) for split in extents] == [len(part) for part in parts[::-1]]
     again = files.open(data, sizes, ending, quoted_line_breaks=True)
-    for split, part in zip(splits, parts[::-1], strict=True):
+    for split, part in zip(extents, parts[::-1], strict=True):
         for row in {1, len(part) - 1} - {0, -1, len(part)}:
             before, after = again.cut(split, row)
             assert rows_of(again, [before]) == part[:row]
@@ -211,7 +211,7 @@ def test_line_breaks_in_quotes_are_never_read_as_rows(files, table, sizes, endin
     assert f":{line}: a quoted value does not close on its line" in str(caught.value)
     assert "quoted_line_breaks: true" in str(caught.value)
     with pytest.raises(OpenQuote):
-        sum(map(source.count_rows, source.splits()))
+        sum(map(source.count_rows, source.extents()))
 
 
 @effort(30)

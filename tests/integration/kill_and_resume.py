@@ -40,7 +40,7 @@ def small_job(steps: int, threads: int) -> Job:
             "source": {"format": "synthetic", "rows": 64 * steps, "keys_per_feature": 2000},
             "label": {"column": "click"},
             "numeric": [{"columns": ["n[0-9]*"]}],
-            "shuffle": {"window_rows": 1000},
+            "shuffle": {"block_rows": 1000},
         },
         "features": [{"columns": ["c[0-9]*"]}],
         "table_defaults": {"dim": 8, "optimizer": {"kind": "adam"}},

@@ -12,7 +12,7 @@ SMALL = {
         "split": {"by": "fraction", "evaluation": 0.25},
         "label": {"column": "click"},
         "numeric": [{"columns": ["n[0-9]*"]}],
-        "shuffle": {"window_rows": 1000},
+        "shuffle": {"block_rows": 1000},
     },
     "features": [{"columns": ["c[0-9]*"]}],
     "table_defaults": {"dim": 8, "optimizer": {"kind": "adam", "learning_rate": 0.01}},

@@ -41,7 +41,7 @@ def job_of(folder, **changes):
             "source": {"format": "parquet", "path": str(folder / "day_*.parquet")},
             "label": {"column": "click"},
             "weight": "weight",
-            "shuffle": {"window_rows": 100},
+            "shuffle": {"block_rows": 100},
         },
         "features": [{"columns": ["user", "item"]}],
         "table_defaults": {"dim": 4, "optimizer": {"kind": "adam"}},
@@ -229,7 +229,7 @@ def malformed(tmp_path):
         "data": {
             "source": {"format": "csv", "path": str(path), "on_malformed_row": "quarantine"},
             "label": {"column": "click"},
-            "shuffle": {"window_rows": 64},
+            "shuffle": {"block_rows": 64},
         },
         "features": [{"columns": ["user"], "transforms": [{"kind": "hash"}]}],
         "table_defaults": {"dim": 4},
@@ -293,6 +293,8 @@ def to_version_1(out, position):
     path = newest_of_run(out)
     content = json.loads((path / "manifest.json").read_bytes())
     content["version"] = 1
+    shuffle = content["job"]["data"]["shuffle"]
+    shuffle["window_rows"] = shuffle.pop("block_rows")
     content["position"] = position
     del content["files"]["input.json"]
     (path / "input.json").unlink()
@@ -307,11 +309,11 @@ def test_a_checkpoint_of_version_1_resumes_with_a_warning(
     out = tmp_path / "run"
     story.train(small_job, tmp_path / "whole", console=quiet)
     crash(small_job, out, 20, monkeypatch, quiet)
-    # As version 1 wrote it after 18 steps of 128: windows are 1,024 rows, of which two are done.
+    # As version 1 wrote it after 18 steps of 128: blocks are 1,024 rows, of which two are done.
     place = {"split": 0, "split_row": 2048}
     to_version_1(out, {"epoch": 0, "window": 2, "window_row": 256, **place, "samples": 18 * 128})
     code, shown, _ = penstock("inspect", out, "--no-plots")
-    assert code == 0 and "epoch 0, window 2, 256 samples of it" in shown
+    assert code == 0 and "epoch 0, block 2, 256 samples of it" in shown
     assert story.evaluate(out)["samples"] == 1500
     _, shown = train(small_job, out, resume=True)
     assert "warning: the checkpoint is of an older version" in shown

@@ -49,7 +49,7 @@ def whole(small_job, tmp_path, quiet):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "step"),
     [
-        (SyntheticRows, "splits", 1, None),  # opening
+        (SyntheticRows, "extents", 1, None),  # opening
         (story, "build", 1, None),
         (story, "train_step", 9, 9),
         (story.Evaluator, "measure", 1, 10),
@@ -88,7 +88,7 @@ def test_a_signal_while_the_loop_waits(small_job, tmp_path, quiet, whole, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(SyntheticRows, "read", read)
-        # Step 32 is the last one that can be made of four windows of 1,024 rows.
+        # Step 32 is the last one that can be made of four blocks of 1,024 rows.
         at_call(patch, story, "train_step", 32, threading.Timer(0.5, stop).start)
         began = time.monotonic()
         with pytest.raises(Interrupted):
@@ -149,7 +149,7 @@ def test_other_commands_leave_no_half_file(penstock, finished, tmp_path, monkeyp
         (("predict", out, "--data", log, "--out", scores), pq.ParquetWriter, "write_table", 1),
         ((*history, "--out", scores), pq.ParquetWriter, "write_table", 1),
         (("data", "synth", "--out", scores), SyntheticRows, "block", 3),
-        (("evaluate", out), SyntheticRows, "splits", 1),
+        (("evaluate", out), SyntheticRows, "extents", 1),
     ):
         with monkeypatch.context() as patch:
             at_call(patch, owner, name, call, act)

@@ -40,7 +40,7 @@ def fields(tmp_path):
             "event_time": "time",
             "split": {"by": "time", "at": 4_500_000},
             "negatives": {"per_positive": 3, "columns": ["item"]},
-            "shuffle": {"window_rows": 1000},
+            "shuffle": {"block_rows": 1000},
         },
         "features": [{"columns": ["user", "item"]}],
         "table_defaults": {"dim": 8, "optimizer": {"kind": "adam", "learning_rate": 0.03}},

@@ -26,7 +26,7 @@ def poisoned(small_fields, tmp_path):
     pq.write_table(pa.table(columns), path)
     small_fields["data"] |= {
         "source": {"format": "parquet", "path": str(path)},
-        "shuffle": {"window_rows": 0},
+        "shuffle": {"block_rows": 0},
         "split": None,
     }
     return parse_job(small_fields)

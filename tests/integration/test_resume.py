@@ -67,7 +67,7 @@ IN_A_STEP = SIGNALLED.format(
     at_the_step="at == 8 and os.kill(os.getpid(), signal.SIGINT)", after_reading=""
 )
 IN_A_READ_THAT_DOES_NOT_END = SIGNALLED.format(
-    # The last one that can be made of four windows of 1,024 rows.
+    # The last one that can be made of four blocks of 1,024 rows.
     at_the_step="at == 31 and threading.Timer(.5, os.kill, (os.getpid(), signal.SIGTERM)).start()",
     after_reading="split.stop <= 4500 and time.sleep(3600)",
 )

@@ -34,7 +34,7 @@ def job(small_fields, tmp_path, monkeypatch):
     pq.write_table(pa.table(columns), log)
     small_fields["data"] |= {
         "source": {"format": "parquet", "path": str(log)},
-        "shuffle": {"window_rows": 0},
+        "shuffle": {"block_rows": 0},
         "split": None,
         "event_time": "time",
         "evaluation_source": {"format": "parquet", "path": str(copy_of(log))},

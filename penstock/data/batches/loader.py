@@ -1,11 +1,11 @@
 """Reads, shuffles and cuts batches in the background.
 
-Reader threads decode the next splits ahead; one assembler thread joins their chunks to windows,
-shuffles each window and cuts it into batches; the consumer takes batches from a bounded channel.
+Reader threads decode the next extents ahead; one assembler thread joins their chunks to blocks,
+shuffles each block and cuts it into batches; the consumer takes batches from a bounded channel.
 What comes out is a pure function of (rows, seed, batch size), whatever the threads do.
 
-A window that a former run began is read again from the pieces it was made of and finished as it was
-cut; sizes of batches and windows count from the next one on.
+A block that a former run began is read again from the pieces it was made of and finished as it was
+cut; sizes of batches and blocks count from the next one on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from penstock.data.batches.stretches import (
     rows_within,
     take,
 )
-from penstock.data.columns.block import Samples, Window
+from penstock.data.columns.block import Block, Samples
 from penstock.data.columns.negatives import draw_rows
 from penstock.data.columns.schema import Columns
 from penstock.data.identity import WholeTags
@@ -45,7 +45,7 @@ from penstock.data.quarantine import LeftOut, Quarantine
 from penstock.errors import DataError, Interrupted
 from penstock.types import Batch, Counts, Cursor, FileTag, KeyedJagged, Position
 
-_PLAIN_WINDOW_ROWS = 8_192
+_PLAIN_BLOCK_ROWS = 8_192
 
 _PATIENCE_S, _HASTY_S = 30.0, 0.3
 """How long `close` waits for threads: as a rule, and where a signal asks to stop."""
@@ -56,7 +56,7 @@ class LoaderPlan:
     """What a loader delivers. Equal plans over equal files deliver equal batches."""
 
     batch_size: int
-    window_rows: int
+    block_rows: int
     """Rows that are joined, and shuffled if `shuffled`; their samples are whole batches."""
     shuffled: bool
     seed: int
@@ -65,9 +65,9 @@ class LoaderPlan:
     samples_per_row: int = 1
     """More than 1 where negatives are drawn."""
     redraws: bool = False
-    """Whether negatives depend on seed and epoch as well as on the window."""
-    window_bytes: int = 2**63 - 1
-    """Of decoded rows: a window that would be larger has fewer rows, as many whole batches as fit
+    """Whether negatives depend on seed and epoch as well as on the block."""
+    block_bytes: int = 2**63 - 1
+    """Of decoded rows: a block that would be larger has fewer rows, as many whole batches as fit
     (at least one)."""
     trains: bool = True
     """Positions then identify the files, and an epoch without a good row is an error."""
@@ -76,7 +76,7 @@ class LoaderPlan:
     def of(
         cls,
         batch_size: int,
-        window_rows: int,
+        block_rows: int,
         seed: int,
         epochs: int,
         start: Position,
@@ -85,13 +85,13 @@ class LoaderPlan:
         samples_per_row: int = 1,
         redraws: bool = False,
     ) -> LoaderPlan:
-        """Rounds the window up to whole batches, so that only an epoch's last batch is short.
+        """Rounds the block up to whole batches, so that only an epoch's last batch is short.
 
-        `window_rows` 0: as many as make no difference.
+        `block_rows` 0: as many as make no difference.
         """
         plan = cls(
             batch_size,
-            window_rows or _PLAIN_WINDOW_ROWS,
+            block_rows or _PLAIN_BLOCK_ROWS,
             shuffled,
             seed,
             epochs,
@@ -100,44 +100,44 @@ class LoaderPlan:
             redraws,
         )
         unit = plan.rows_of_whole_batches
-        return replace(plan, window_rows=-(-plan.window_rows // unit) * unit)
+        return replace(plan, block_rows=-(-plan.block_rows // unit) * unit)
 
     @property
     def rows_of_whole_batches(self) -> int:
-        """A window's rows are a multiple of these."""
+        """A block's rows are a multiple of these."""
         return self.batch_size // math.gcd(self.batch_size, self.samples_per_row)
 
-    def rows_to_begin_a_window(self, rows: int) -> int:
-        """Rows that must be left after a window of `rows` for another to begin.
+    def rows_to_begin_a_block(self, rows: int) -> int:
+        """Rows that must be left after a block of `rows` for another to begin.
 
-        Fewer belong to the last one. Negatives are drawn among the rows of a window, so that none
+        Fewer belong to the last one. Negatives are drawn among the rows of a block, so that none
         may be short.
         """
         return 1 if self.samples_per_row == 1 else rows
 
-    def rows_of_next_window(self, waiting: Sequence[Stretch], rows: int, memory: int) -> int:
-        """Good rows to take for a window; 0: more must come first.
+    def rows_of_next_block(self, waiting: Sequence[Stretch], rows: int, memory: int) -> int:
+        """Good rows to take for a block; 0: more must come first.
 
-        A function of the rows from where the window begins, however they come to be stretches.
+        A function of the rows from where the block begins, however they come to be stretches.
 
         Args:
-          waiting: what follows the window before.
+          waiting: what follows the block before.
           rows: good rows of it.
           memory: bytes of it.
         """
-        size = self.window_rows
-        if memory > self.window_bytes:
+        size = self.block_rows
+        if memory > self.block_bytes:
             unit = self.rows_of_whole_batches
-            fit = rows_within(waiting, self.window_bytes)
+            fit = rows_within(waiting, self.block_bytes)
             size = min(size, max(fit // unit, 1) * unit)
-        # A row that is left says where the next window begins.
-        return size if rows >= size + self.rows_to_begin_a_window(size) else 0
+        # A row that is left says where the next block begins.
+        return size if rows >= size + self.rows_to_begin_a_block(size) else 0
 
 
 class _Cut(NamedTuple):
-    """A window and where it lies; without a window, rows that were all left out."""
+    """A block and where it lies; without a block, rows that were all left out."""
 
-    window: Window | None
+    block: Block | None
     placed: Sequence[PlacedRows]
     malformed: Sequence[LeftOut]
     """Of its rows, if nobody has been given them."""
@@ -278,7 +278,7 @@ class Loader:
 
     def _assemble(self) -> None:
         try:
-            for cut in self._windows():
+            for cut in self._blocks():
                 deliveries = self._deliver(cut)
                 while some := list(islice(deliveries, self._at_once)):
                     self._out.put(*some)
@@ -289,29 +289,29 @@ class Loader:
         except BaseException as error:
             self._out.fail(error)
 
-    def _windows(self) -> Iterator[_Cut]:
+    def _blocks(self) -> Iterator[_Cut]:
         at, plan = self._plan.start, self._plan
         if at.pieces and at.epoch < plan.epochs:
-            cut = self._resumed_window()
+            cut = self._resumed_block()
             yield cut
             at = cut.after
-        elif at.version_1 is not None and at.window_row:
+        elif at.version_1 is not None and at.block_row:
             # As it was cut.
-            plan = replace(plan, window_rows=at.version_1[2], window_bytes=2**63 - 1)
+            plan = replace(plan, block_rows=at.version_1[2], block_bytes=2**63 - 1)
         for epoch in range(plan.start.epoch, plan.epochs):
-            number = at.window if epoch == plan.start.epoch else 0
+            number = at.block if epoch == plan.start.epoch else 0
             waiting: deque[Stretch] = deque()
             rows = memory = 0
             for stretch in self._reader.stretches():
                 waiting.append(stretch)
                 rows += stretch.size
                 memory += stretch.memory
-                while size := plan.rows_of_next_window(waiting, rows, memory):
+                while size := plan.rows_of_next_block(waiting, rows, memory):
                     taken = take(waiting, size)
                     rows -= size
                     memory = sum(one.memory for one in waiting)
                     (file, start, _, _), first = waiting[0].passage, waiting[0].first
-                    cut = self._window(taken, at, (epoch, number), Cursor(file, start, first))
+                    cut = self._block(taken, at, (epoch, number), Cursor(file, start, first))
                     yield cut
                     at, number, plan = cut.after, number + 1, self._plan
             if not rows and not number and self._plan.trains:
@@ -320,46 +320,46 @@ class Loader:
                     "is malformed (see quarantine.jsonl in the run) or held out by its time"
                 )
             if waiting:
-                cut = self._window(list(waiting), at, (epoch, number), self._end(waiting[-1]))
+                cut = self._block(list(waiting), at, (epoch, number), self._end(waiting[-1]))
                 yield cut
                 at = cut.after
 
-    def _resumed_window(self) -> _Cut:
-        """The window that a former run began, from what it was made of."""
+    def _resumed_block(self) -> _Cut:
+        """The block that a former run began, from what it was made of."""
         start = self._plan.start
         stretches = list(self._reader.stretches())
         found = counts_of(stretches).applied * self._plan.samples_per_row
-        if found != start.window_size:
+        if found != start.block_size:
             first = self._files[start.pieces[0].file].path
             raise DataError(
-                f"{first}: the window that was begun in it had {start.window_size:,} samples and "
+                f"{first}: the block that was begun in it had {start.block_size:,} samples and "
                 f"has {found:,} now, so it cannot be finished in its order; put the files and the "
                 "job's data back as they were, or train in a new run folder"
             )
-        # What the window leaves out was counted with its first batch.
-        done = start.window_row // self._plan.samples_per_row
+        # What the block leaves out was counted with its first batch.
+        done = start.block_row // self._plan.samples_per_row
         read, filtered, quarantined, applied = start.counts
         inside = replace(
             start,
-            window_row=0,
-            samples=start.samples - start.window_row,
+            block_row=0,
+            samples=start.samples - start.block_row,
             counts=Counts(read - done, filtered, quarantined, applied - done),
             files=self._file_tags(stretches),
         )
         return self._cut(stretches, start, inside, [])
 
-    def _window(
+    def _block(
         self, stretches: list[Stretch], at: Position, number: tuple[int, int], cursor: Cursor
     ) -> _Cut:
-        """A window of new rows, which begins at `at`; the next one begins at `cursor`."""
+        """A block of new rows, which begins at `at`; the next one begins at `cursor`."""
         read, filtered, quarantined, applied = at.counts
-        done = at.window_row // self._plan.samples_per_row  # of version 1, which has no pieces
+        done = at.block_row // self._plan.samples_per_row  # of version 1, which has no pieces
         found = counts_of(stretches)
         inside = Position(
             *number,
             pieces=pieces_of(stretches),
             cursor=cursor,
-            samples=at.samples - at.window_row,
+            samples=at.samples - at.block_row,
             counts=Counts(
                 read - done + found.filtered + found.quarantined,
                 filtered + found.filtered,
@@ -381,22 +381,22 @@ class Loader:
         good = [one for one in stretches if one.size]
         placed = [PlacedRows(one.place, one.low, one.high) for one in good]
         parts = [(one.rows, one.low, one.high) for one in good if one.rows is not None]
-        window = Window(parts, self._negatives) if parts else None
-        samples = 0 if window is None else window.num_rows * self._plan.samples_per_row
-        inside = replace(inside, window_size=samples)
+        block = Block(parts, self._negatives) if parts else None
+        samples = 0 if block is None else block.num_rows * self._plan.samples_per_row
+        inside = replace(inside, block_size=samples)
         after = replace(
             _within(inside, samples, self._plan.samples_per_row),
-            window=inside.window + (window is not None),
-            window_row=0,
-            window_size=0,
+            block=inside.block + (block is not None),
+            block_row=0,
+            block_size=0,
             pieces=(),
         )
-        return _Cut(window, placed, malformed, start, inside, after)
+        return _Cut(block, placed, malformed, start, inside, after)
 
     def _end(self, last: Stretch) -> Cursor:
         """The place behind all rows that there are."""
         cursor = end_of(last)
-        # There rows may be added to the file; elsewhere no split need be read to see that it ends.
+        # There rows may be added to the file; elsewhere no extent need be read to see that it ends.
         may_grow = self._part.source.may_grow(self._files[cursor.file].path)
         return cursor if may_grow else Cursor(cursor.file + 1)
 
@@ -419,19 +419,19 @@ class Loader:
     def _deliver(self, cut: _Cut) -> Iterator[_Delivery]:
         per_row = self._plan.samples_per_row
         first_malformed = cut.inside.counts.quarantined - len(cut.malformed) + 1
-        if cut.window is None:
+        if cut.block is None:
             yield _Delivery(None, cut.after, cut.malformed, first_malformed)
             return
-        n = cut.window.num_rows * per_row
-        begin = cut.start.window_row
+        n = cut.block.num_rows * per_row
+        begin = cut.start.block_row
         order = self._order(cut, n) if self._plan.shuffled else range(n)
         drawn = self._draw(cut)
-        # With negatives a window has many more samples than rows; only some are copied at a time.
-        at_once = -(-self._plan.window_rows // self._plan.batch_size) * self._plan.batch_size
+        # With negatives a block has many more samples than rows; only some are copied at a time.
+        at_once = -(-self._plan.block_rows // self._plan.batch_size) * self._plan.batch_size
         start, at, malformed = begin, cut.start, cut.malformed
         for low in range(begin, n, at_once):
             samples = order[low : low + at_once]
-            for rows in cut.window.batches(samples, self._plan.batch_size, drawn):
+            for rows in cut.block.batches(samples, self._plan.batch_size, drawn):
                 stop = start + rows.labels.shape[0]
                 end = _within(cut.inside, stop, per_row) if stop < n else cut.after
                 batch = self._batch(rows, at, end, self._origin(cut, start, stop))
@@ -443,15 +443,15 @@ class Loader:
         return _core.shuffle(int(key[0]), int(key[1]), n)
 
     def _draw(self, cut: _Cut) -> NDArray[np.int64] | None:
-        """Rows from which the window's samples take their items; None: no negatives are drawn."""
-        if self._negatives is None or cut.window is None or cut.window.items is None:
+        """Rows from which the block's samples take their items; None: no negatives are drawn."""
+        if self._negatives is None or cut.block is None or cut.block.items is None:
             return None
-        seed = self._seed_of(cut) if self._plan.redraws else [cut.inside.window]
-        where = self._origin(cut, 0, cut.window.num_rows * self._plan.samples_per_row)
-        return draw_rows(cut.window.items, self._negatives, seed, str(where))
+        seed = self._seed_of(cut) if self._plan.redraws else [cut.inside.block]
+        where = self._origin(cut, 0, cut.block.num_rows * self._plan.samples_per_row)
+        return draw_rows(cut.block.items, self._negatives, seed, str(where))
 
     def _seed_of(self, cut: _Cut) -> list[int]:
-        return [self._plan.seed & (2**64 - 1), cut.inside.epoch, cut.inside.window]
+        return [self._plan.seed & (2**64 - 1), cut.inside.epoch, cut.inside.block]
 
     def _batch(self, rows: Samples, start: Position, end: Position, origin: Origin) -> Batch:
         sparse = KeyedJagged(self._features, rows.values, rows.offsets, rows.key_weights)
@@ -469,24 +469,24 @@ class Loader:
         )
 
     def _origin(self, cut: _Cut, start: int, stop: int) -> Origin:
-        """Where the samples [start, stop) of a window come from."""
+        """Where the samples [start, stop) of a block come from."""
         per_row = self._plan.samples_per_row
         return Origin(cut.placed, start // per_row, -(-stop // per_row), self._plan.shuffled)
 
 
-def _within(window: Position, samples: int, per_row: int) -> Position:
-    """The place behind some samples of the window whose first sample is at `window`."""
-    read, filtered, quarantined, applied = window.counts
+def _within(block: Position, samples: int, per_row: int) -> Position:
+    """The place behind some samples of the block whose first sample is at `block`."""
+    read, filtered, quarantined, applied = block.counts
     rows = samples // per_row
     return Position(
-        window.epoch,
-        window.window,
+        block.epoch,
+        block.block,
         samples,
-        window.window_size,
-        window.pieces,
-        window.cursor,
-        window.samples + samples,
+        block.block_size,
+        block.pieces,
+        block.cursor,
+        block.samples + samples,
         Counts(read + rows, filtered, quarantined, applied + rows),
-        window.files,
-        window.divided,
+        block.files,
+        block.divided,
     )

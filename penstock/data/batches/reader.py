@@ -1,6 +1,6 @@
-"""Reads splits ahead in threads, and gives what they read in order.
+"""Reads extents ahead in threads, and gives what they read in order.
 
-A position begins a reader anywhere: in the pieces of a window that a former run began, and behind
+A position begins a reader anywhere: in the pieces of a block that a former run began, and behind
 them.
 """
 
@@ -23,19 +23,19 @@ from penstock.data.columns.schema import Columns
 from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import LeftOut
-from penstock.data.source import Chunk, Split
+from penstock.data.source import Chunk, Extent
 from penstock.errors import DataError
 from penstock.types import Cursor, FileTag, Piece, Position
 
 _CHUNKS_AHEAD = 2
-"""Chunks that a reader may decode ahead of the consumer, for each split it has open."""
+"""Chunks that a reader may decode ahead of the consumer, for each extent it has open."""
 
 
 class _Task(NamedTuple):
-    """Rows [first, stop) of a split to read in an epoch; stop None: to its end."""
+    """Rows [first, stop) of an extent to read in an epoch; stop None: to its end."""
 
     epoch: int
-    split: int
+    extent: int
     first: int = 0
     stop: int | None = None
     good_before: int = 0
@@ -66,7 +66,7 @@ class Reader:
           columns: what to decode.
           start: where to begin.
           epochs: passes, counted from epoch 0.
-          threads: how many splits are read side by side.
+          threads: how many extents are read side by side.
           tags: of the part's files.
           trains: stretches say what identifies their file, and rows whose event time cannot be are
             left out.
@@ -92,7 +92,7 @@ class Reader:
         self._draw = threading.Lock()
         self._has_drawn_all = False
         self._open_splits: deque[Channel[Stretch] | None] = deque()
-        """None ends an epoch, or the window that was begun."""
+        """None ends an epoch, or the block that was begun."""
         self._split_opened = threading.Condition()
         self._max_open = threads + 1
         self._closed = False
@@ -106,7 +106,7 @@ class Reader:
             thread.start()
 
     def stretches(self) -> Iterator[Stretch]:
-        """The next part in order: the window that was begun, if one was, then epoch by epoch."""
+        """The next part in order: the block that was begun, if one was, then epoch by epoch."""
         while (channel := self._next_channel()) is not None:
             while True:
                 try:
@@ -150,38 +150,40 @@ class Reader:
     def _first_tasks(self) -> Iterator[_Task]:
         """What is left of the epoch in which to begin.
 
-        Splits before it are found here; where files are opened to find theirs, others are not yet.
+        Extents before it are found here; where files are opened to find theirs, others are not yet.
         """
-        start, splits = self._start, self._part.splits
+        start, extents = self._start, self._part.extents
         file, at, row = start.cursor
         if start.version_1 is not None:
             first, good_before, _ = start.version_1
-            if first > len(splits):
+            if first > len(extents):
                 raise DataError(
-                    f"position in split {first}, but the data has {len(splits)} splits; it is not "
-                    "the data that the checkpoint was taken on"
+                    f"position in extent {first}, but the data has {len(extents)} extents; it "
+                    "is not the data that the checkpoint was taken on"
                 )
             return self._tasks_from(_Task(start.epoch, first, good_before=good_before))
         if row:
             return self._tasks_from(self._task_of(Piece(file, at, row, -1))._replace(stop=None))
         first = 0
         if start.cursor > Cursor():
-            first = sum(1 for _ in takewhile(lambda one: self._place(one) < (file, at), splits))
+            first = sum(1 for _ in takewhile(lambda one: self._place(one) < (file, at), extents))
         return self._tasks_from(_Task(start.epoch, first))
 
     def _tasks_from(self, first: _Task) -> Iterator[_Task]:
-        for number, _ in enumerate(islice(self._part.splits, first.split, None), start=first.split):
-            yield first if number == first.split else _Task(first.epoch, number)
+        for number, _ in enumerate(
+            islice(self._part.extents, first.extent, None), start=first.extent
+        ):
+            yield first if number == first.extent else _Task(first.epoch, number)
 
-    def _place(self, split: Split) -> tuple[int, int]:
-        return self._file_numbers[split.path], split.start
+    def _place(self, extent: Extent) -> tuple[int, int]:
+        return self._file_numbers[extent.path], extent.start
 
     def _task_of(self, piece: Piece) -> _Task:
         place = (piece.file, piece.start)
-        for number, split in enumerate(self._part.splits):
-            if self._place(split) == place:
+        for number, extent in enumerate(self._part.extents):
+            if self._place(extent) == place:
                 return _Task(self._start.epoch, number, piece.first, piece.stop)
-            if self._place(split) > place:
+            if self._place(extent) > place:
                 break
         files = self._part.files
         path = files[piece.file] if piece.file < len(files) else f"file {piece.file}"
@@ -225,8 +227,8 @@ class Reader:
             return not self._closed
 
     def _next_task(self) -> tuple[_Task, Channel[Stretch]] | None:
-        # One at a time, and not while the consumer waits for the rows of splits that are known: to
-        # find the next split, files may have to be opened.
+        # One at a time, and not while the consumer waits for the rows of extents that are known: to
+        # find the next extent, files may have to be opened.
         with self._draw:
             while not self._has_drawn_all:
                 with self._split_opened:
@@ -254,10 +256,10 @@ class Reader:
             return None
 
     def _read(self, task: _Task, channel: Channel[Stretch]) -> None:
-        split = self._part.splits[task.split]
-        file, start = self._place(split)
+        extent = self._part.extents[task.extent]
+        file, start = self._place(extent)
         row, good_before = 0, task.good_before
-        with closing(self._part.read(split, self._columns)) as chunks:
+        with closing(self._part.read(extent, self._columns)) as chunks:
             for chunk in chunks:
                 begin, end = max(task.first - row, 0), chunk.num_read
                 if task.stop is not None:
@@ -269,8 +271,8 @@ class Reader:
                 if begin < end:
                     if self._far_times is not None:
                         chunk = self._far_times.leave_out(chunk)  # noqa: PLW2901
-                    passage = Passage(file, start, row, self._tag_of(chunk, split.path))
-                    channel.put(self._stretch(chunk, split.path, passage, begin, end))
+                    passage = Passage(file, start, row, self._tag_of(chunk, extent.path))
+                    channel.put(self._stretch(chunk, extent.path, passage, begin, end))
                 row += chunk.num_read
                 if task.stop is not None and row >= task.stop:
                     return

@@ -1,6 +1,6 @@
-"""Stretches of decoded rows on their way into windows, and the rows that were left out of them.
+"""Stretches of decoded rows on their way into blocks, and the rows that were left out of them.
 
-Rows are counted as they stand in their split, those left out (malformed, of another part) among
+Rows are counted as they stand in their extent, those left out (malformed, of another part) among
 them, so that a position says to the row what was read.
 """
 
@@ -27,16 +27,16 @@ class Passage(NamedTuple):
     file: int
     """Number among the files of its part."""
     start: int
-    """Of its split."""
+    """Of its extent."""
     row: int
-    """Rows of the split before the chunk."""
+    """Rows of the extent before the chunk."""
     tag: FileTag | None
     """What identifies the file as far as it was read; None: nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Rows [first, stop) of a split, of which the good ones are rows [low, high) of `rows`."""
+    """Rows [first, stop) of an extent, of which the good ones are rows [low, high) of `rows`."""
 
     rows: Rows | None
     """Of the whole chunk; None: no row of the stretch is good."""
@@ -49,7 +49,7 @@ class Stretch:
     first: int
     stop: int
     left_out_at: Sequence[int] = ()
-    """Rows of the split at which those of `left_out` stand, ascending."""
+    """Rows of the extent at which those of `left_out` stand, ascending."""
     left_out: Sequence[LeftOut] = ()
     """Malformed rows of the whole chunk."""
 
@@ -73,7 +73,7 @@ class Stretch:
 
     @property
     def first_good(self) -> int:
-        """Row of the split at which the first good row stands; there must be one."""
+        """Row of the extent at which the first good row stands; there must be one."""
         return self.passage.row + (self.low if self.kept is None else int(self.kept[self.low]))
 
     def cut(self, good: int) -> tuple[Stretch, Stretch]:

@@ -1,6 +1,6 @@
 """Decoded rows, and how batches are cut from them.
 
-`Rows` is a decoded chunk, a `Window` joins chunks, `Samples` is a batch cut from it.
+`Rows` is a decoded chunk, a `Block` joins chunks, `Samples` is a batch cut from it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Samples(NamedTuple):
     groups: Sequence[pa.Array]
 
 
-class Window:
+class Block:
     """Stretches of several chunks as one run of rows, from which batches are cut."""
 
     num_rows: int
@@ -134,7 +134,7 @@ class Window:
         self._rows, starts, stops = zip(*parts, strict=True)
         self.num_rows = sum(stops) - sum(starts)
         self._num_features = len(self._rows[0].bags)
-        self._bags = _core.JaggedWindow(
+        self._bags = _core.JaggedBlock(
             [bags for part in self._rows for bags in part.bags], starts, stops
         )
 
@@ -170,7 +170,7 @@ class Window:
           samples: [S] numbers of rows; with `drawn` of samples, see `negatives.py`. A range (of
             step 1) is copied faster.
           batch_size: samples of each batch but the last.
-          drawn: row from which each sample of the window takes its item; None: rows are samples.
+          drawn: row from which each sample of the block takes its item; None: rows are samples.
         """
         if drawn is not None:
             return self._batches_with_negatives(np.asarray(samples), batch_size, drawn)
@@ -257,7 +257,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """Bags of all batches, as `JaggedWindow.cut` gives them."""
+    """Bags of all batches, as `JaggedBlock.cut` gives them."""
 
     values: NDArray[np.int64]
     offsets: NDArray[np.int64] | None

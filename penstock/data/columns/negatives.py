@@ -1,6 +1,6 @@
 """Negative samples for logs that hold positives alone: from which row each takes its item.
 
-Of a window of n rows, sample `r * (1 + per_positive)` is row r itself, the samples after it are its
+Of a block of n rows, sample `r * (1 + per_positive)` is row r itself, the samples after it are its
 negatives. A negative is two rows: its own, and one from which the item's columns are taken.
 """
 
@@ -144,10 +144,10 @@ def _with_presence(part: CrossPart) -> tuple[NDArray[np.int64], NDArray[np.bool_
 def draw_rows(
     items: NDArray[np.int64], columns: NegativeColumns, seed: Sequence[int], where: str
 ) -> NDArray[np.int64]:
-    """Draws the rows from which the samples of a window take their item.
+    """Draws the rows from which the samples of a block take their item.
 
     The negatives of a row are independent of each other and may repeat. `popularity`: every row of
-    the window that has another item is as likely as any other; `uniform`: every other item is, and
+    the block that has another item is as likely as any other; `uniform`: every other item is, and
     is taken from the first row that has it. No draw is repeated, so none can go on for ever: a
     number is drawn among the rows (or items) that remain without the row's own item.
 
@@ -155,7 +155,7 @@ def draw_rows(
       items: [n] equal where the items are.
       columns: how many are drawn, and how.
       seed: the result is a pure function of it and `items`.
-      where: the window in words, for the error.
+      where: the block in words, for the error.
 
     Returns:
       [n * samples_per_row] row numbers; of sample `r * samples_per_row` it is r.
@@ -170,7 +170,7 @@ def draw_rows(
     if len(distinct) < 2:
         raise DataError(
             f"{where}: all {n} rows have one value of {columns.item!r}, so no negative can be "
-            "drawn among them; raise data.shuffle.window_rows, or shuffle the file"
+            "drawn among them; raise data.shuffle.block_rows, or shuffle the file"
         )
     philox = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(1,)))
     bits = philox.random_raw(n * drawn_per_row).reshape(n, drawn_per_row)

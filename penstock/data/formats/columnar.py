@@ -1,7 +1,7 @@
 """Files of one schema that hold their rows in groups: Parquet, ORC stripes, Arrow record batches.
 
-A split is a run of groups of one file; an Arrow stream, whose batches cannot be found without
-reading those before, is one split.
+An extent is a run of groups of one file; an Arrow stream, whose batches cannot be found without
+reading those before, is one extent.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from penstock.config import FileSource
 from penstock.data.files import list_files
 from penstock.data.formats.view_types import plain_table, without_views
 from penstock.data.identity import tag_of
-from penstock.data.plan.lazy_extents import LazySplits
-from penstock.data.source import CHUNK_ROWS, Chunk, RowCount, RowPlace, Split, chunk_rows
+from penstock.data.plan.lazy_extents import LazyExtents
+from penstock.data.source import CHUNK_ROWS, Chunk, Extent, RowCount, RowPlace, chunk_rows
 from penstock.errors import DataError
 from penstock.types import FileTag
 
-SPLIT_ROWS = 131_072
+EXTENT_ROWS = 131_072
 """Small groups are read together up to this many rows.
 
-FORMAT: positions in checkpoints count splits; never change.
+FORMAT: positions in checkpoints count extents; never change.
 """
 END = 2**63 - 1
-"""`Split.stop` of a file whose rows were not counted."""
+"""`Extent.stop` of a file whose rows were not counted."""
 _THREADS = 16
 """That read what files say of themselves: a remote store takes as long for many as for one."""
 _MOST_FILES_AT_ONCE = 128
-"""Of which that is read before the splits of the first can be had."""
+"""Of which that is read before the extents of the first can be had."""
 
 
 class OpenFile(NamedTuple):
@@ -93,10 +93,10 @@ class _Groups(NamedTuple):
     file_bytes: int
     """Another size by the time of reading shows that it is another file."""
 
-    def of(self, split: Split) -> range:
-        """Those that hold rows of the split."""
-        first = int(np.searchsorted(self.ends, split.start, side="right"))
-        return range(first, int(np.searchsorted(self.ends, split.stop, side="left")) + 1)
+    def of(self, extent: Extent) -> range:
+        """Those that hold rows of the extent."""
+        first = int(np.searchsorted(self.ends, extent.start, side="right"))
+        return range(first, int(np.searchsorted(self.ends, extent.stop, side="left")) + 1)
 
     def start(self, group: int) -> int:
         """The file's row at which a group begins."""
@@ -104,9 +104,9 @@ class _Groups(NamedTuple):
 
 
 class GroupedFiles:
-    """Source over files of groups. A `Split` is [start, stop) in rows of its file.
+    """Source over files of groups. An `Extent` is [start, stop) in rows of its file.
 
-    What a file says of itself is read when its splits are asked for, of many files at once.
+    What a file says of itself is read when its extents are asked for, of many files at once.
     """
 
     def __init__(self, config: FileSource, group_format: GroupFormat) -> None:
@@ -120,7 +120,7 @@ class GroupedFiles:
         self.schema: pa.Schema = layout.schema.remove_metadata()
         # Of files in the order of reading, as far as they are known.
         self._groups = {path: self._checked(path, layout)}
-        self._splits = LazySplits(_splits_of(path, self._groups[path]), self._more_splits)
+        self._splits = LazyExtents(_splits_of(path, self._groups[path]), self._more_splits)
         if not self._splits:
             raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
 
@@ -131,67 +131,67 @@ class GroupedFiles:
         groups = [one for one in self._groups.values() if one is not None]
         return None if len(groups) < len(self._groups) else sum(len(one.ends) for one in groups)
 
-    def splits(self) -> Sequence[Split]:
-        """All splits, in the order of reading; found when they are asked for."""
+    def extents(self) -> Sequence[Extent]:
+        """All extents, in the order of reading; found when they are asked for."""
         return self._splits
 
-    def count_rows(self, split: Split) -> int:
-        """Rows of the split; reads a stream once."""
-        known = self.known_rows(split)
-        return sum(self.row_counts(split)) if known is None else known
+    def count_rows(self, extent: Extent) -> int:
+        """Rows of the extent; reads a stream once."""
+        known = self.known_rows(extent)
+        return sum(self.row_counts(extent)) if known is None else known
 
-    def known_rows(self, split: Split) -> int | None:
-        """Rows of the split; None: of a stream that was not counted."""
-        if split.stop != END:
-            return split.stop - split.start
-        counted = self._counted.get(split.path)
-        return None if counted is None else counted - split.start
+    def known_rows(self, extent: Extent) -> int | None:
+        """Rows of the extent; None: of a stream that was not counted."""
+        if extent.stop != END:
+            return extent.stop - extent.start
+        counted = self._counted.get(extent.path)
+        return None if counted is None else counted - extent.start
 
-    def row_counts(self, split: Split) -> Iterator[int]:
-        """Rows of the split, of a stream of each table."""
-        if split.stop != END:
-            yield split.stop - split.start
+    def row_counts(self, extent: Extent) -> Iterator[int]:
+        """Rows of the extent, of a stream of each table."""
+        if extent.stop != END:
+            yield extent.stop - extent.start
             return
         # One column, to read little.
         first = end = 0
-        for first, table in self._tables(split, self.schema.names[:1]):
+        for first, table in self._tables(extent, self.schema.names[:1]):
             end = first + table.num_rows
-            yield max(end - max(first, split.start), 0)
-        self._counted[split.path] = end
+            yield max(end - max(first, extent.start), 0)
+        self._counted[extent.path] = end
 
-    def expected_rows(self, splits: Sequence[Split]) -> RowCount | None:
-        """Rows of the splits; of files whose groups were not asked for, as many as of others."""
+    def expected_rows(self, extents: Sequence[Extent]) -> RowCount | None:
+        """Rows of the extents; of files whose groups were not asked for, as many as of others."""
         groups = list(self._groups.values())
         if any(one is None for one in groups):
-            known = [self.known_rows(split) for split in splits]
+            known = [self.known_rows(extent) for extent in extents]
             rows = [one for one in known if one is not None]
             return RowCount(sum(rows), is_exact=True) if len(rows) == len(known) else None
-        if splits is not self._splits or len(groups) == len(self.paths):
-            return RowCount(sum(split.stop - split.start for split in splits), is_exact=True)
+        if extents is not self._splits or len(groups) == len(self.paths):
+            return RowCount(sum(extent.stop - extent.start for extent in extents), is_exact=True)
         found = sum(int(one.ends[-1]) for one in groups if one is not None and len(one.ends))
         return RowCount(found * len(self.paths) // len(groups), is_exact=False)
 
-    def cut(self, split: Split, row: int) -> tuple[Split, Split]:
-        """Cuts a split before its row `row`."""
-        middle = split.start + row
-        return Split(split.path, split.start, middle), Split(split.path, middle, split.stop)
+    def cut(self, extent: Extent, row: int) -> tuple[Extent, Extent]:
+        """Cuts an extent before its row `row`."""
+        middle = extent.start + row
+        return Extent(extent.path, extent.start, middle), Extent(extent.path, middle, extent.stop)
 
-    def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
-        """Reads the rows of a split in order."""
+    def read(self, extent: Extent, columns: Sequence[str]) -> Iterator[Chunk]:
+        """Reads the rows of an extent in order."""
         at_once = chunk_rows(len(columns), CHUNK_ROWS)
-        for first, table in self._tables(split, columns):
-            start = max(split.start - first, 0)
-            stop = min(split.stop - first, table.num_rows)
+        for first, table in self._tables(extent, columns):
+            start = max(extent.start - first, 0)
+            stop = min(extent.stop - first, table.num_rows)
             for low in range(start, stop, at_once):
                 size = min(at_once, stop - low)
-                yield Chunk(table.slice(low, size), RowPlace(split.path, first + low))
+                yield Chunk(table.slice(low, size), RowPlace(extent.path, first + low))
 
-    def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
+    def may_hold(self, extent: Extent, column: str, low: int | None, high: int | None) -> bool:
         """Looks at the bounds that the file keeps of its groups."""
-        groups = self._groups[split.path]
+        groups = self._groups[extent.path]
         if groups is None or groups.times is None:
             return True
-        for group in groups.of(split):
+        for group in groups.of(extent):
             bounds = groups.times[group]
             if bounds is None:
                 return True
@@ -199,8 +199,8 @@ class GroupedFiles:
                 return True
         return False
 
-    def _more_splits(self) -> list[Split] | None:
-        """Splits of further files: at first of few, so that reading can begin."""
+    def _more_splits(self) -> list[Extent] | None:
+        """Extents of further files: at first of few, so that reading can begin."""
         known = len(self._groups)
         paths = self.paths[known : known + min(known, _MOST_FILES_AT_ONCE)]
         if not paths:
@@ -209,9 +209,9 @@ class GroupedFiles:
             found = list(threads.map(self._read_groups, paths))
         self._groups.update(zip(paths, found, strict=True))
         return [
-            split
+            extent
             for path, groups in zip(paths, found, strict=True)
-            for split in _splits_of(path, groups)
+            for extent in _splits_of(path, groups)
         ]
 
     def _read_groups(self, path: str) -> _Groups | None:
@@ -239,13 +239,13 @@ class GroupedFiles:
         """It may not."""
         return False
 
-    def _tables(self, split: Split, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-        """Tables that hold the rows of the split, with the file's row at which each begins."""
-        groups = self._groups[split.path]
-        wanted = None if groups is None else groups.of(split)
+    def _tables(self, extent: Extent, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Tables that hold the rows of the extent, with the file's row at which each begins."""
+        groups = self._groups[extent.path]
+        wanted = None if groups is None else groups.of(extent)
         first = 0 if groups is None or not wanted else groups.start(wanted[0])
         try:
-            with self._open(split.path) as opened:
+            with self._open(extent.path) as opened:
                 if groups is not None and opened.file.size() != groups.file_bytes:
                     raise pa.ArrowInvalid(
                         f"it has {opened.file.size():,} bytes, and had {groups.file_bytes:,} when "
@@ -254,12 +254,12 @@ class GroupedFiles:
                 for table in self._format.read(opened, wanted, columns):
                     yield first, plain_table(table)
                     first += table.num_rows
-                    if first >= split.stop:
+                    if first >= extent.stop:
                         return
             if groups is not None:
                 raise pa.ArrowInvalid("it has fewer rows than it says")
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{split.path}: cannot be read: {error}") from None
+            raise DataError(f"{extent.path}: cannot be read: {error}") from None
 
     def _layout(self, path: str) -> Layout:
         try:
@@ -308,16 +308,16 @@ def check_schema(path: str, schema: pa.Schema, first_path: str, first: pa.Schema
             raise DataError(f"{path}: column {name!r} is not in {first_path}; {remedy}")
 
 
-def _splits_of(path: str, groups: _Groups | None) -> Iterator[Split]:
-    """Splits of runs of groups that have up to `SPLIT_ROWS` rows together."""
+def _splits_of(path: str, groups: _Groups | None) -> Iterator[Extent]:
+    """Extents of runs of groups that have up to `EXTENT_ROWS` rows together."""
     if groups is None:
-        yield Split(path, 0, END)
+        yield Extent(path, 0, END)
         return
     start = before = 0
     for stop in groups.ends.tolist():
-        if before > start and stop - start > SPLIT_ROWS:
-            yield Split(path, start, before)
+        if before > start and stop - start > EXTENT_ROWS:
+            yield Extent(path, start, before)
             start = before
         before = stop
     if before > start:
-        yield Split(path, start, before)
+        yield Extent(path, start, before)

@@ -1,4 +1,4 @@
-"""Files of rows that end with lines; a split is a block of bytes, or of rows where compressed.
+"""Files of rows that end with lines; an extent is a block of bytes, or of rows where compressed.
 
 A block covers the rows that begin in it, so that any block reads alone and blocks parse in
 parallel. A compressed file has one block, which streams. What a row holds is the parser's business,
@@ -33,7 +33,7 @@ from penstock.data.formats.row_ends import (
 )
 from penstock.data.identity import tag_of
 from penstock.data.quarantine import MalformedRow
-from penstock.data.source import Chunk, RowCount, Span, Split
+from penstock.data.source import Chunk, Extent, RowCount, Span
 from penstock.errors import DataError
 from penstock.types import FileTag
 
@@ -43,7 +43,7 @@ READ_BYTES = 2 << 20
 """Bytes parsed at once; bounds the memory of a reader."""
 MAX_ROW_BYTES = 64 << 20
 END = 2**63 - 1
-"""`Split.stop` of a compressed file whose rows were not counted."""
+"""`Extent.stop` of a compressed file whose rows were not counted."""
 
 
 class OpenQuote(DataError):
@@ -69,7 +69,7 @@ class LineParser(Protocol):
 class LineFiles:
     """Source over files of lines.
 
-    A `Split` is [start, stop) in bytes of a plain file, in data rows of a compressed file.
+    An `Extent` is [start, stop) in bytes of a plain file, in data rows of a compressed file.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LineFiles:
         has_header: bool,
         keeps_malformed: bool,
     ) -> None:
-        """Lists the splits.
+        """Lists the extents.
 
         Args:
           filesystem: of the paths.
@@ -107,7 +107,7 @@ class LineFiles:
         self._keeps_malformed = keeps_malformed
         infos = filesystem.get_file_info(list(paths))
         self._sizes = {path: info.size or 0 for path, info in zip(paths, infos, strict=True)}
-        self._splits = [split for path in self.paths for split in self._blocks(path)]
+        self._splits = [extent for path in self.paths for extent in self._blocks(path)]
         if not self._splits:
             raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
         self._rows = _RowsSeen()
@@ -118,59 +118,59 @@ class LineFiles:
             else None
         )
 
-    def splits(self) -> Sequence[Split]:
-        """All splits, in the order of reading."""
+    def extents(self) -> Sequence[Extent]:
+        """All extents, in the order of reading."""
         return self._splits
 
-    def count_rows(self, split: Split) -> int:
-        """Rows of the split; reads it once."""
-        known = self.known_rows(split)
-        return sum(self.row_counts(split)) if known is None else known
+    def count_rows(self, extent: Extent) -> int:
+        """Rows of the extent; reads it once."""
+        known = self.known_rows(extent)
+        return sum(self.row_counts(extent)) if known is None else known
 
-    def known_rows(self, split: Split) -> int | None:
-        """Rows of a split that was read to its end, or is a range of rows."""
-        if split.stop != END and is_compressed(split.path):
-            return split.stop - split.start
-        return self._rows.of_split(split)
+    def known_rows(self, extent: Extent) -> int | None:
+        """Rows of an extent that was read to its end, or is a range of rows."""
+        if extent.stop != END and is_compressed(extent.path):
+            return extent.stop - extent.start
+        return self._rows.of_split(extent)
 
-    def row_counts(self, split: Split) -> Iterator[int]:
+    def row_counts(self, extent: Extent) -> Iterator[int]:
         """Rows of successive pieces."""
-        for piece in self._pieces(split):
+        for piece in self._pieces(extent):
             yield piece.rows.count
 
-    def expected_rows(self, splits: Sequence[Split]) -> RowCount | None:
-        """Rows of the splits as far as they are known, else by the rows a byte read so far."""
-        return self._rows.expected({split: self._stored_bytes(split) for split in splits})
+    def expected_rows(self, extents: Sequence[Extent]) -> RowCount | None:
+        """Rows of the extents as far as they are known, else by the rows a byte read so far."""
+        return self._rows.expected({extent: self._stored_bytes(extent) for extent in extents})
 
-    def cut(self, split: Split, row: int) -> tuple[Split, Split]:
-        """Cuts a split before its row `row`, at the row's first byte."""
-        middle = split.start + row
-        if not is_compressed(split.path):
+    def cut(self, extent: Extent, row: int) -> tuple[Extent, Extent]:
+        """Cuts an extent before its row `row`, at the row's first byte."""
+        middle = extent.start + row
+        if not is_compressed(extent.path):
             before = row
-            for piece in self._pieces(split):
+            for piece in self._pieces(extent):
                 if before < piece.rows.count:
                     middle = piece.start + (int(piece.rows.ends[before - 1]) if before else 0)
                     break
                 before -= piece.rows.count
-        parts = Split(split.path, split.start, middle), Split(split.path, middle, split.stop)
-        self._rows.cut(split, parts, row)
+        parts = Extent(extent.path, extent.start, middle), Extent(extent.path, middle, extent.stop)
+        self._rows.cut(extent, parts, row)
         return parts
 
-    def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
-        """Parses the rows of a split in order."""
+    def read(self, extent: Extent, columns: Sequence[str]) -> Iterator[Chunk]:
+        """Parses the rows of an extent in order."""
         parser = self._make_parser(columns)
         unit = "bytes"
-        if is_compressed(split.path):
+        if is_compressed(extent.path):
             unit = "lines" if self._states is None else "rows"
-        for start, line, rows in self._pieces(split):
+        for start, line, rows in self._pieces(extent):
             table, malformed = parser.parse(rows, fail_fast=not self._keeps_malformed)
-            first_line = _FirstLine(self, split.path, start, line)
+            first_line = _FirstLine(self, extent.path, start, line)
             lines = rows.first_lines()
             skipped = np.array([row.line for row in malformed], dtype=np.int64)
             size = len(rows.text) if unit == "bytes" else rows.count
-            extent = Span(split.path, unit, start, start + size)
-            until = extent.stop if self.may_grow(split.path) else 0
-            chunk = Chunk(table, LinePlace(first_line, skipped, lines, extent), until=until)
+            span = Span(extent.path, unit, start, start + size)
+            until = span.stop if self.may_grow(extent.path) else 0
+            chunk = Chunk(table, LinePlace(first_line, skipped, lines, span), until=until)
             if malformed:
                 at = skipped if lines is None else lines[skipped]
                 chunk = chunk._replace(
@@ -182,12 +182,12 @@ class LineFiles:
                 if not self._keeps_malformed:
                     row = malformed[0]
                     raise DataError(
-                        f"{split.path}:{chunk.malformed_lines[0]}: {row.reason}: {row.shown()}; "
+                        f"{extent.path}:{chunk.malformed_lines[0]}: {row.reason}: {row.shown()}; "
                         "mend the file or set data.source.on_malformed_row: quarantine"
                     )
             yield chunk
 
-    def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
+    def may_hold(self, extent: Extent, column: str, low: int | None, high: int | None) -> bool:
         """Text keeps no statistics."""
         return True
 
@@ -210,9 +210,9 @@ class LineFiles:
         """Number (from 1) of the line that begins at byte `start` of a plain file."""
         return self._line_index.number(path, start)
 
-    def _blocks(self, path: str) -> Iterator[Split]:
+    def _blocks(self, path: str) -> Iterator[Extent]:
         if is_compressed(path):
-            yield Split(path, 0, END)
+            yield Extent(path, 0, END)
             return
         size = self._sizes[path]
         start = 0
@@ -221,48 +221,48 @@ class LineFiles:
         # Where rows begin is found when a block is read, so nothing is read here.
         for stop in range(BLOCK_BYTES, size + BLOCK_BYTES, BLOCK_BYTES):
             if min(stop, size) > start:
-                yield Split(path, start, min(stop, size))
+                yield Extent(path, start, min(stop, size))
                 start = stop
 
-    def _stored_bytes(self, split: Split) -> int:
-        if is_compressed(split.path):
-            return self._sizes[split.path]
-        return split.stop - split.start
+    def _stored_bytes(self, extent: Extent) -> int:
+        if is_compressed(extent.path):
+            return self._sizes[extent.path]
+        return extent.stop - extent.start
 
-    def _pieces(self, split: Split) -> Iterator[_Piece]:
-        """The rows of a split, a few MB at a time."""
+    def _pieces(self, extent: Extent) -> Iterator[_Piece]:
+        """The rows of an extent, a few MB at a time."""
         count = 0
-        find = self._compressed_pieces if is_compressed(split.path) else self._plain_pieces
+        find = self._compressed_pieces if is_compressed(extent.path) else self._plain_pieces
         try:
-            for piece, stored in find(split):
+            for piece, stored in find(extent):
                 line = self._row_ends.open_quote(piece.rows.text)
                 if line is not None:
-                    first = _FirstLine(self, split.path, piece.start, piece.line).number
-                    raise open_quote(split.path, first + line, piece.rows.split()[line])
+                    first = _FirstLine(self, extent.path, piece.start, piece.line).number
+                    raise open_quote(extent.path, first + line, piece.rows.split()[line])
                 count += piece.rows.count
                 self._rows.add(piece.rows.count, stored)
                 yield piece
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{split.path}: cannot be read: {error}") from None
-        self._rows.set_split(split, count)
+            raise DataError(f"{extent.path}: cannot be read: {error}") from None
+        self._rows.set_split(extent, count)
 
-    def _plain_pieces(self, split: Split) -> Iterator[tuple[_Piece, int]]:
+    def _plain_pieces(self, extent: Extent) -> Iterator[tuple[_Piece, int]]:
         """Pieces of a plain file, and how many bytes of it each took."""
-        with self._filesystem.open_input_file(split.path) as file:
+        with self._filesystem.open_input_file(extent.path) as file:
             size = file.size()
-            if size < split.stop:
-                raise self._became_shorter(split.path)
-            start = self._row_start(file, split.path, split.start, size)
+            if size < extent.stop:
+                raise self._became_shorter(extent.path)
+            start = self._row_start(file, extent.path, extent.start, size)
             if start == 0 and file.read(len(BOM)) == BOM:
                 start = len(BOM)
             # The block's rows end where the first row of the next block begins.
-            end = self._row_start(file, split.path, split.stop, size)
+            end = self._row_start(file, extent.path, extent.stop, size)
             file.seek(start)
             carried = b""
             while start + len(carried) < end:
                 read = file.read(min(READ_BYTES, end - start - len(carried)))
                 if not read:
-                    raise self._became_shorter(split.path)
+                    raise self._became_shorter(extent.path)
                 text = carried + read
                 is_last = start + len(text) >= end
                 taken = len(text)
@@ -270,10 +270,10 @@ class LineFiles:
                     text += b"\n"
                 rows = self._row_ends.take(text)
                 carried = text[len(rows.text) :] if len(rows.text) < len(text) else b""
-                self._check_row_size(split.path, len(carried))
+                self._check_row_size(extent.path, len(carried))
                 if is_last and carried:
                     unclosed = start + len(rows.text)
-                    raise _unclosed(split.path, self.line_number(split.path, unclosed))
+                    raise _unclosed(extent.path, self.line_number(extent.path, unclosed))
                 if rows.count:
                     taken -= len(carried)
                     yield _Piece(start, None, rows), taken
@@ -299,12 +299,12 @@ class LineFiles:
             place += len(text)
         return size
 
-    def _compressed_pieces(self, split: Split) -> Iterator[tuple[_Piece, int]]:
+    def _compressed_pieces(self, extent: Extent) -> Iterator[tuple[_Piece, int]]:
         """The rows [start, stop) of the data of a file, and how many stored bytes each took."""
         row, line, stored = -int(self._has_header), 1, 0
-        with ByteStream(self._filesystem, split.path) as stream:
+        with ByteStream(self._filesystem, extent.path) as stream:
             carried = stream.read_whole(max(READ_BYTES, len(BOM))).removeprefix(BOM)
-            while row < split.stop:
+            while row < extent.stop:
                 read = stream.read(READ_BYTES)
                 text = carried + read
                 if not read and text and not text.endswith(b"\n"):
@@ -313,11 +313,11 @@ class LineFiles:
                     return
                 rows = self._row_ends.take(text)
                 carried = text[len(rows.text) :]
-                self._check_row_size(split.path, len(carried))
+                self._check_row_size(extent.path, len(carried))
                 lines = _core.count_newlines(view(rows.text))
                 if not read and carried:
-                    raise _unclosed(split.path, line + lines)
-                low, high = max(split.start - row, 0), min(split.stop - row, rows.count)
+                    raise _unclosed(extent.path, line + lines)
+                low, high = max(extent.start - row, 0), min(extent.stop - row, rows.count)
                 if low < high:
                     some = rows.range(low, high)
                     before = rows.range(0, low).text if low else b""
@@ -351,11 +351,11 @@ class _Piece(NamedTuple):
 
 
 class _RowsSeen:
-    """How many rows splits have, as far as they were read. Thread-safe."""
+    """How many rows extents have, as far as they were read. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._of_splits: dict[Split, int] = {}
+        self._of_splits: dict[Extent, int] = {}
         self._rows = 0
         self._bytes = 0
 
@@ -365,40 +365,40 @@ class _RowsSeen:
             self._rows += rows
             self._bytes += stored
 
-    def set_split(self, split: Split, rows: int) -> None:
-        """Takes note of a split that was read to its end."""
+    def set_split(self, extent: Extent, rows: int) -> None:
+        """Takes note of an extent that was read to its end."""
         with self._lock:
-            self._of_splits[split] = rows
+            self._of_splits[extent] = rows
 
-    def of_split(self, split: Split) -> int | None:
-        """Rows of a split; None: it was not read to its end."""
+    def of_split(self, extent: Extent) -> int | None:
+        """Rows of an extent; None: it was not read to its end."""
         with self._lock:
-            return self._of_splits.get(split)
+            return self._of_splits.get(extent)
 
-    def cut(self, split: Split, parts: tuple[Split, Split], row: int) -> None:
-        """Takes note of a split's two parts, if the rows of the split are known."""
+    def cut(self, extent: Extent, parts: tuple[Extent, Extent], row: int) -> None:
+        """Takes note of an extent's two parts, if the rows of the extent are known."""
         with self._lock:
-            if split in self._of_splits:
+            if extent in self._of_splits:
                 self._of_splits[parts[0]] = row
-                self._of_splits[parts[1]] = self._of_splits[split] - row
+                self._of_splits[parts[1]] = self._of_splits[extent] - row
 
-    def expected(self, stored: dict[Split, int]) -> RowCount | None:
-        """Rows of splits of so many stored bytes."""
+    def expected(self, stored: dict[Extent, int]) -> RowCount | None:
+        """Rows of extents of so many stored bytes."""
         with self._lock:
-            known = {split: self._of_splits.get(split) for split in stored}
+            known = {extent: self._of_splits.get(extent) for extent in stored}
             rate = self._rows / self._bytes if self._bytes else None
-        unknown = [split for split, rows in known.items() if rows is None]
+        unknown = [extent for extent, rows in known.items() if rows is None]
         rows = sum(rows for rows in known.values() if rows is not None)
         if not unknown:
             return RowCount(rows, is_exact=True)
         if rate is None:
             return None
-        for split in unknown:
-            if is_compressed(split.path):
-                in_file = round(stored[split] * rate)
-                rows += max(min(in_file, split.stop) - split.start, 0)
+        for extent in unknown:
+            if is_compressed(extent.path):
+                in_file = round(stored[extent] * rate)
+                rows += max(min(in_file, extent.stop) - extent.start, 0)
             else:
-                rows += round(stored[split] * rate)
+                rows += round(stored[extent] * rate)
         return RowCount(rows, is_exact=False)
 
 
@@ -426,11 +426,11 @@ class LinePlace:
     """Rows of the piece that are left out, ascending, from 0."""
     lines: NDArray[np.int64] | None
     """The line, from 0, with which each row of the piece begins; None: rows are lines."""
-    extent: Span
+    whole: Span
 
     def locate(self, row: int) -> str:
         """Gives file:line of one row; counts the lines before it."""
-        return f"{self.extent.path}:{self.line(row)}"
+        return f"{self.whole.path}:{self.line(row)}"
 
     def line(self, row: int) -> int:
         """Line of one row; counts the lines before it."""
@@ -441,7 +441,7 @@ class LinePlace:
 
     def span(self, start: int, stop: int) -> Span:
         """Names the bytes that hold the rows, roughly: those of the whole piece."""
-        return self.extent
+        return self.whole
 
 
 def first_bytes(

@@ -19,12 +19,12 @@ from pyarrow import csv
 
 from penstock.config import SyntheticSource
 from penstock.data.output import whole_file
-from penstock.data.source import Chunk, RowCount, RowPlace, Split
+from penstock.data.source import Chunk, Extent, RowCount, RowPlace
 from penstock.types import FileTag
 
 # FORMAT: all constants below decide what row r of a seed is; never change.
 BLOCK_ROWS = 16_384
-SPLIT_ROWS = 4 * BLOCK_ROWS
+EXTENT_ROWS = 4 * BLOCK_ROWS
 FIRST_TIME_MS = 1_767_225_600_000
 """2026-01-01T00:00:00Z."""
 MS_PER_ROW = 1_000
@@ -40,7 +40,7 @@ _KEY_SALT, _EFFECT_SALT, _TASTE_SALT = 1, 2, 3
 
 
 class SyntheticRows:
-    """Source of rows made from numbers. A `Split` is [start, stop) in rows."""
+    """Source of rows made from numbers. An `Extent` is [start, stop) in rows."""
 
     def __init__(self, config: SyntheticSource) -> None:
         self._config = config
@@ -55,49 +55,49 @@ class SyntheticRows:
             + [("teacher", pa.float32())]
         )
 
-    def splits(self) -> Sequence[Split]:
-        """All splits, in the order of reading."""
+    def extents(self) -> Sequence[Extent]:
+        """All extents, in the order of reading."""
         rows = self._config.rows
         return [
-            Split(self.paths[0], start, min(start + SPLIT_ROWS, rows))
-            for start in range(0, rows, SPLIT_ROWS)
+            Extent(self.paths[0], start, min(start + EXTENT_ROWS, rows))
+            for start in range(0, rows, EXTENT_ROWS)
         ]
 
-    def count_rows(self, split: Split) -> int:
-        """Rows of the split."""
-        return split.stop - split.start
+    def count_rows(self, extent: Extent) -> int:
+        """Rows of the extent."""
+        return extent.stop - extent.start
 
-    def known_rows(self, split: Split) -> int:
-        """Rows of the split."""
-        return self.count_rows(split)
+    def known_rows(self, extent: Extent) -> int:
+        """Rows of the extent."""
+        return self.count_rows(extent)
 
-    def row_counts(self, split: Split) -> Iterator[int]:
-        """Rows of the split, at once."""
-        yield self.count_rows(split)
+    def row_counts(self, extent: Extent) -> Iterator[int]:
+        """Rows of the extent, at once."""
+        yield self.count_rows(extent)
 
-    def expected_rows(self, splits: Sequence[Split]) -> RowCount:
-        """Rows of the splits."""
-        return RowCount(sum(map(self.count_rows, splits)), is_exact=True)
+    def expected_rows(self, extents: Sequence[Extent]) -> RowCount:
+        """Rows of the extents."""
+        return RowCount(sum(map(self.count_rows, extents)), is_exact=True)
 
-    def cut(self, split: Split, row: int) -> tuple[Split, Split]:
-        """Cuts a split before its row `row`."""
-        middle = split.start + row
-        return Split(split.path, split.start, middle), Split(split.path, middle, split.stop)
+    def cut(self, extent: Extent, row: int) -> tuple[Extent, Extent]:
+        """Cuts an extent before its row `row`."""
+        middle = extent.start + row
+        return Extent(extent.path, extent.start, middle), Extent(extent.path, middle, extent.stop)
 
-    def read(self, split: Split, columns: Sequence[str]) -> Iterator[Chunk]:
-        """Makes the rows of a split in order."""
-        for block in range(split.start // BLOCK_ROWS, -(-split.stop // BLOCK_ROWS)):
+    def read(self, extent: Extent, columns: Sequence[str]) -> Iterator[Chunk]:
+        """Makes the rows of an extent in order."""
+        for block in range(extent.start // BLOCK_ROWS, -(-extent.stop // BLOCK_ROWS)):
             first = block * BLOCK_ROWS
-            start, stop = max(split.start, first), min(split.stop, first + BLOCK_ROWS)
+            start, stop = max(extent.start, first), min(extent.stop, first + BLOCK_ROWS)
             rows = self.block(block).slice(start - first, stop - start)
-            yield Chunk(rows.select(list(columns)), RowPlace(split.path, start))
+            yield Chunk(rows.select(list(columns)), RowPlace(extent.path, start))
 
-    def may_hold(self, split: Split, column: str, low: int | None, high: int | None) -> bool:
+    def may_hold(self, extent: Extent, column: str, low: int | None, high: int | None) -> bool:
         """Event times increase with the row."""
         if column != "event_time":
             return True
-        first = FIRST_TIME_MS + split.start * MS_PER_ROW
-        last = FIRST_TIME_MS + split.stop * MS_PER_ROW
+        first = FIRST_TIME_MS + extent.start * MS_PER_ROW
+        last = FIRST_TIME_MS + extent.stop * MS_PER_ROW
         return (high is None or first < high) and (low is None or last > low)
 
     def identify(self, path: str, until: int = 0) -> FileTag:
@@ -179,7 +179,7 @@ def write_synthetic(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes the rows to one file, a split at a time.
+    """Writes the rows to one file, an extent at a time.
 
     Args:
       config: what to make.
@@ -196,11 +196,11 @@ def write_synthetic(
         whole_file(path, overwrite=overwrite) as part,
         _open_writer(part, source.schema, format) as writer,
     ):
-        for split in source.splits():
-            chunks = source.read(split, source.schema.names)
+        for extent in source.extents():
+            chunks = source.read(extent, source.schema.names)
             writer.write_table(pa.concat_tables(chunk.table for chunk in chunks))
             if progress is not None:
-                progress(split.stop)
+                progress(extent.stop)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Work on many splits at once, on all cores: counting rows, where a source has to read for it."""
+"""Work on many extents at once, on all cores: counting rows, where a source has to read for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeAlias, TypeVar
 
-from penstock.data.source import Source, Split
+from penstock.data.source import Extent, Source
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,28 +68,28 @@ def in_parallel(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def count_rows(source: Source, splits: Sequence[Split], stages: Stages) -> list[int]:
-    """Rows of each split; those that the source does not know are read, all splits at once.
+def count_rows(source: Source, extents: Sequence[Extent], stages: Stages) -> list[int]:
+    """Rows of each extent; those that the source does not know are read, all extents at once.
 
     Args:
-      source: of the splits.
-      splits: each once.
+      source: of the extents.
+      extents: each once.
       stages: told of the reading.
 
     Raises:
       DataError: a file cannot be read.
     """
-    known = {split: source.known_rows(split) for split in splits}
-    unknown = [split for split, rows in known.items() if rows is None]
+    known = {extent: source.known_rows(extent) for extent in extents}
+    unknown = [extent for extent, rows in known.items() if rows is None]
     if unknown:
         advance = stages("rows, to divide them")
         seen = sum(rows for rows in known.values() if rows is not None)
         lock = threading.Lock()
 
-        def count(split: Split, is_unwanted: Callable[[], bool]) -> int:
+        def count(extent: Extent, is_unwanted: Callable[[], bool]) -> int:
             nonlocal seen
             total = 0
-            for rows in source.row_counts(split):
+            for rows in source.row_counts(extent):
                 total += rows
                 with lock:
                     seen += rows
@@ -98,9 +98,9 @@ def count_rows(source: Source, splits: Sequence[Split], stages: Stages) -> list[
             return total
 
         def tick() -> None:
-            expected = source.expected_rows(splits)
+            expected = source.expected_rows(extents)
             advance(seen, min(seen / expected.rows, 1.0) if expected and expected.rows else None)
 
-        for split, rows in zip(unknown, in_parallel(count, unknown, tick), strict=True):
-            known[split] = rows
+        for extent, rows in zip(unknown, in_parallel(count, unknown, tick), strict=True):
+            known[extent] = rows
     return [rows for rows in known.values() if rows is not None]

@@ -1,4 +1,4 @@
-"""Splits that are found only when somebody asks for them."""
+"""Extents that are found only when somebody asks for them."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
-from penstock.data.source import Split
+from penstock.data.source import Extent
 
 
-class LazySplits(Sequence[Split]):
-    """The splits of a source, in order: those up to the one asked for have been found, no others.
+class LazyExtents(Sequence[Extent]):
+    """The extents of a source, in order: those up to the one asked for have been found, no others.
 
     The length, a slice and an index from the end need them all. Safe to share by threads.
     """
 
-    def __init__(self, first: Iterable[Split], more: Callable[[], list[Split] | None]) -> None:
+    def __init__(self, first: Iterable[Extent], more: Callable[[], list[Extent] | None]) -> None:
         """`more` finds those after `first` and each other; None: there are none.
 
-        It is called by one thread at a time. Whoever asks for a split gets what it raises; then it
-        is called again, and must answer as if it had not been called before.
+        It is called by one thread at a time. Whoever asks for an extent gets what it raises; then
+        it is called again, and must answer as if it had not been called before.
         """
         self._more = more
         self._found = list(first)
         self._is_whole = False
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[Split]:
+    def __iter__(self) -> Iterator[Extent]:
         number = 0
         while self._find(number + 1):
             yield self._found[number]
             number += 1
 
     @overload
-    def __getitem__(self, index: int) -> Split: ...
+    def __getitem__(self, index: int) -> Extent: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Split]: ...
-    def __getitem__(self, index: int | slice) -> Split | list[Split]:
+    def __getitem__(self, index: slice) -> list[Extent]: ...
+    def __getitem__(self, index: int | slice) -> Extent | list[Extent]:
         self._find(index + 1 if isinstance(index, int) and index >= 0 else None)
         return self._found[index]
 

@@ -19,15 +19,15 @@ class PlacedRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Some rows of a window."""
+    """Some rows of a block."""
 
     rows: Sequence[PlacedRows]
-    """All rows of the window, in order."""
+    """All rows of the block, in order."""
     start: int
-    """Rows of the window that come before."""
+    """Rows of the block that come before."""
     stop: int
     shuffled: bool
-    """Then any row of the window may be among them."""
+    """Then any row of the block may be among them."""
 
     def __str__(self) -> str:
         low, high = self.start, self.stop

@@ -17,7 +17,7 @@ from penstock.config import FileSplit, FractionSplit, TimeSplit, TimeUnit
 from penstock.data.columns.decode import TICKS_PER_S, read_times
 from penstock.data.files import glob_pattern
 from penstock.data.plan.counting import Stages, count_rows, in_parallel, no_stages
-from penstock.data.source import Chunk, KeptPlace, RowCount, Source, Split
+from penstock.data.source import Chunk, Extent, KeptPlace, RowCount, Source
 from penstock.errors import ConfigError, DataError
 
 Part: TypeAlias = Literal["train", "evaluation"]
@@ -75,10 +75,10 @@ class _Kept:
 
 @dataclass(frozen=True)
 class PartRows:
-    """The rows of one part: splits of one source, perhaps filtered by time."""
+    """The rows of one part: extents of one source, perhaps filtered by time."""
 
     source: Source
-    splits: Sequence[Split]
+    extents: Sequence[Extent]
     """May be found as they are asked for; their number, as late as can be."""
     files: Sequence[str]
     """On which the part depends, in the order of reading."""
@@ -87,12 +87,12 @@ class PartRows:
     """Files, the first of the source, of which a fraction is held out; 0: no split by fraction."""
     _kept: _Kept = field(default_factory=_Kept, compare=False)
 
-    def read(self, split: Split, columns: Sequence[str]) -> Generator[Chunk]:
-        """The part's rows of a split, in order, in chunks that may be empty."""
+    def read(self, extent: Extent, columns: Sequence[str]) -> Generator[Chunk]:
+        """The part's rows of an extent, in order, in chunks that may be empty."""
         if self.time_range is None:
-            yield from self.source.read(split, columns)
+            yield from self.source.read(extent, columns)
             return
-        for chunk in self.source.read(split, columns):
+        for chunk in self.source.read(extent, columns):
             kept = self.time_range.keep(chunk)
             self._kept.add(chunk.table.num_rows, kept.table.num_rows)
             yield kept
@@ -100,12 +100,12 @@ class PartRows:
     def count_rows(self) -> int:
         """Rows of the part, malformed ones included; with a time range it reads the times."""
         if self.time_range is None:
-            return sum(count_rows(self.source, self.splits, no_stages))
-        return sum(in_parallel(self._count_split, self.splits))
+            return sum(count_rows(self.source, self.extents, no_stages))
+        return sum(in_parallel(self._count_extent, self.extents))
 
-    def _count_split(self, split: Split, is_unwanted: Callable[[], bool]) -> int:
+    def _count_extent(self, extent: Extent, is_unwanted: Callable[[], bool]) -> int:
         total = 0
-        for rows in self._row_counts(split):
+        for rows in self._row_counts(extent):
             total += rows
             if is_unwanted():
                 break
@@ -116,7 +116,7 @@ class PartRows:
 
         With a time range, by the share of the rows that lay in it so far.
         """
-        expected = self.source.expected_rows(self.splits)
+        expected = self.source.expected_rows(self.extents)
         if expected is None or self.time_range is None:
             return expected
         return RowCount(round(expected.rows * self._kept.share()), is_exact=False)
@@ -124,25 +124,25 @@ class PartRows:
     def has_rows(self) -> bool:
         """Whether there is any row; stops at the first."""
 
-        def has_some(split: Split, is_unwanted: Callable[[], bool] = lambda: False) -> bool:
-            for rows in self._row_counts(split):
+        def has_some(extent: Extent, is_unwanted: Callable[[], bool] = lambda: False) -> bool:
+            for rows in self._row_counts(extent):
                 if rows or is_unwanted():
                     return rows > 0
             return False
 
-        splits = iter(self.splits)
+        extents = iter(self.extents)
         # Nearly always there is one at once.
-        first = next(splits, None)
+        first = next(extents, None)
         if first is None or has_some(first):
             return first is not None
-        with closing(in_parallel(has_some, splits)) as found:
+        with closing(in_parallel(has_some, extents)) as found:
             return any(found)
 
-    def _row_counts(self, split: Split) -> Iterator[int]:
+    def _row_counts(self, extent: Extent) -> Iterator[int]:
         if self.time_range is None:
-            yield from self.source.row_counts(split)
+            yield from self.source.row_counts(extent)
             return
-        for chunk in self.read(split, [self.time_range.column]):
+        for chunk in self.read(extent, [self.time_range.column]):
             yield chunk.table.num_rows
 
 
@@ -173,7 +173,7 @@ def divide(
       ConfigError: the time of the split cannot be read.
     """
     if split is None:
-        train = PartRows(source, source.splits(), source.paths)
+        train = PartRows(source, source.extents(), source.paths)
         if not train.has_rows():
             raise DataError(f"{source.paths[0]}: no rows; the source has none at all")
         return train, None
@@ -189,9 +189,9 @@ def _by_fraction(
     source: Source, split: FractionSplit, first_files: int, stages: Stages
 ) -> tuple[PartRows, PartRows]:
     first = set(source.paths[:first_files])
-    splits = [one for one in source.splits() if one.path in first]
-    added = source.splits()[len(splits) :]
-    rows = count_rows(source, splits, stages)
+    extents = [one for one in source.extents() if one.path in first]
+    added = source.extents()[len(extents) :]
+    rows = count_rows(source, extents, stages)
     total = sum(rows)
     held_out = round(total * split.evaluation)
     if not 0 < held_out < total:
@@ -203,9 +203,9 @@ def _by_fraction(
     ends = np.cumsum(rows)
     index = int(np.searchsorted(ends, total - held_out, side="right"))
     left = total - held_out - int(ends[index] - rows[index])
-    train, evaluation = splits[:index], splits[index:]
+    train, evaluation = extents[:index], extents[index:]
     if left:
-        before, after = source.cut(splits[index], left)
+        before, after = source.cut(extents[index], left)
         train, evaluation = [*train, before], [after, *evaluation[1:]]
     return (
         # Where it is cut depends on all of them.
@@ -222,7 +222,7 @@ def _by_file(source: Source, split: FileSplit) -> tuple[PartRows, PartRows]:
     parts = [
         PartRows(
             source,
-            [one for one in source.splits() if matches[one.path] is held_out],
+            [one for one in source.extents() if matches[one.path] is held_out],
             [path for path in source.paths if matches[path] is held_out],
         )
         for held_out in (False, True)
@@ -248,15 +248,15 @@ def _by_time(
     )
 
     def part(
-        low: int | None, high: int | None, order: Callable[[Sequence[Split]], Sequence[Split]]
+        low: int | None, high: int | None, order: Callable[[Sequence[Extent]], Sequence[Extent]]
     ) -> PartRows:
         first = None if low is None else low * ticks // 1000
         end = None if high is None else -(-high * ticks // 1000)
-        possible = [one for one in source.splits() if source.may_hold(one, column, first, end)]
+        possible = [one for one in source.extents() if source.may_hold(one, column, first, end)]
         files = list(dict.fromkeys(one.path for one in possible))
         rows = PartRows(source, possible, files, TimeRange(column, low, high, unit))
         # Rows are usually in order of time, so one side finds its first row at the end.
-        if not replace(rows, splits=order(possible)).has_rows():
+        if not replace(rows, extents=order(possible)).has_rows():
             name = "evaluation" if high is None else "train"
             side = "at or after" if high is None else "before"
             raise DataError(
@@ -265,7 +265,7 @@ def _by_time(
             )
         return rows
 
-    return part(None, at, lambda splits: splits), part(at, None, lambda splits: splits[::-1])
+    return part(None, at, lambda extents: extents), part(at, None, lambda extents: extents[::-1])
 
 
 def _parse_time(at: int | str) -> int:

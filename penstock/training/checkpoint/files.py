@@ -30,8 +30,8 @@ FORMAT = "penstock checkpoint"
 VERSION = 2
 READABLE = (1, 2)
 INPUT = "input.json"
-_PLAIN_WINDOW_ROWS = 8_192
-"""Of a window that is not shuffled, in version 1."""
+_PLAIN_BLOCK_ROWS = 8_192
+"""Of a block that is not shuffled, in version 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,22 +135,22 @@ def read_position(path: Path, manifest: Manifest) -> Position:
 
 
 def _position_of_version_1(fields: Mapping[str, Any], job: Mapping[str, Any]) -> Position:
-    """What version 1 says: the split and good row where the window begins, and no files.
+    """What version 1 says: the extent and good row where the block begins, and no files.
 
-    The rows of a window followed from the job.
+    A block was called a window, an extent a split. The rows of a block followed from the job.
     """
     data, negatives = job["data"], job["data"].get("negatives")
     per_row = 1 if negatives is None else 1 + int(negatives["per_positive"])
     batch_size = int(job["training"]["batch_size"])
     unit = batch_size // math.gcd(batch_size, per_row)
-    rows = int(data["shuffle"]["window_rows"]) or _PLAIN_WINDOW_ROWS
+    rows = int(data["shuffle"]["window_rows"]) or _PLAIN_BLOCK_ROWS
     samples = int(fields["samples"])
     # What was left out before is not known.
     applied = samples // per_row
     return Position(
         epoch=int(fields["epoch"]),
-        window=int(fields["window"]),
-        window_row=int(fields["window_row"]),
+        block=int(fields["window"]),
+        block_row=int(fields["window_row"]),
         samples=samples,
         counts=Counts(read=applied, applied=applied),
         version_1=(int(fields["split"]), int(fields["split_row"]), -(-rows // unit) * unit),

@@ -28,7 +28,7 @@ def job_over(path, columns=None, **fields):
             "source": {"format": "parquet", "path": str(path / "x.parquet")},
             "label": {"column": "label"},
             "numeric": [{"columns": ["I*"]}],
-            "shuffle": {"window_rows": 0},
+            "shuffle": {"block_rows": 0},
         },
         "features": [{"columns": ["C1"]}],
         **fields,
@@ -191,7 +191,7 @@ class TestBucketize:
             "data": {
                 "source": {"format": "csv", "path": str(tmp_path / "x.csv")},
                 "label": {"column": "label"},
-                "shuffle": {"window_rows": 0},
+                "shuffle": {"block_rows": 0},
             },
             "features": [
                 {"columns": ["age"], "transforms": [{"kind": "bucketize", "boundaries": [18, 65]}]}

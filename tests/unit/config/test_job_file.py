@@ -268,6 +268,7 @@ BEFORE = {
         "label": {"column": "click"},
         "reader_threads": 5,
         "prefetch_batches": 23,
+        "shuffle": {"window_rows": 29, "window_bytes": 31},
     },
 }
 
@@ -280,6 +281,7 @@ def test_a_job_of_before_is_read_and_each_moved_field_is_named():
     assert job.evaluation.metrics.exact_auc
     assert (job.checkpoint.every_steps, job.report.every_steps) == (17, 19)
     assert job.training.batch_size == 7
+    assert (job.data.shuffle.block_rows, job.data.shuffle.block_bytes) == (29, 31)
     assert sorted(str(note.message) for note in notes) == sorted(
         f"old.yaml: {old} is now {new}" for old, new in MOVED.items()
     )
@@ -303,6 +305,12 @@ def test_a_field_given_in_its_old_and_its_new_place_is_refused(old):
     assert message == f"old.yaml: {old} is now {new}, and both are given; remove {old}"
 
 
+def test_what_is_no_group_of_fields_is_refused_where_a_moved_field_goes():
+    fields = {"training": {"device": "cpu"}, "run": 3}
+    message = "old.yaml: training.device is now run.device, and run is no group of fields; mend it"
+    assert refusal(parse_job, fields, "old.yaml") == message
+
+
 def test_an_error_in_a_moved_field_names_its_new_place():
     with pytest.warns(JobNote):
         message = refusal(parse_job, {**BEFORE, "training": {"threads": 0}}, "old.yaml")
@@ -319,7 +327,7 @@ def test_a_job_is_laid_over_the_one_it_extends(job_file, tmp_path):
     middle.write_text("extends: ../small.yaml\ntraining: {epochs: 4}\n", encoding="utf-8")
     last.write_text(
         "extends: middle.yaml\nname: last\nfeatures: [{columns: [c1]}]\n"
-        "model: {kind: dcn_v2, deep: [5]}\ndata: {shuffle: {window_rows: 0}}\n",
+        "model: {kind: dcn_v2, deep: [5]}\ndata: {shuffle: {block_rows: 0}}\n",
         encoding="utf-8",
     )
     with pytest.warns(JobNote) as notes:
@@ -330,7 +338,7 @@ def test_a_job_is_laid_over_the_one_it_extends(job_file, tmp_path):
     assert (job.name, job.training.epochs, job.training.batch_size) == ("last", 4, 8)
     assert (job.model.kind, job.model.deep) == ("dcn_v2", (5,))
     assert [one.columns for one in job.features] == [("c1",)]  # a list is replaced whole
-    assert (job.data.source.rows, job.data.shuffle.window_rows) == (100, 0)
+    assert (job.data.source.rows, job.data.shuffle.block_rows) == (100, 0)
 
 
 def test_what_cannot_be_extended_is_refused(tmp_path):

@@ -24,7 +24,7 @@ def job_with(tmp_path):
     def make(label, rows=ROWS):
         pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
         source = {"format": "parquet", "path": str(tmp_path / "rows.parquet")}
-        data = {"source": source, "label": label, "shuffle": {"window_rows": 0}}
+        data = {"source": source, "label": label, "shuffle": {"block_rows": 0}}
         return parse_job({"data": data, "features": [{"columns": ["user"]}]})
 
     return make

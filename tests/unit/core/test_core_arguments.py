@@ -187,7 +187,7 @@ def test_stores_that_cannot_be_are_refused():
             _core.HostStore(**right | wrong)
 
 
-# --- columns and windows -------------------------------------------------------------------------
+# --- columns and blocks -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -199,34 +199,34 @@ def test_strings_beyond_their_bytes_are_refused(offsets, dtype):
             read(np.array(offsets, dtype), data)
 
 
-def window(offsets, keys=8, start=0, stop=2):
-    return _core.JaggedWindow([(np.arange(keys), np.array(offsets), None)], [start], [stop])
+def block(offsets, keys=8, start=0, stop=2):
+    return _core.JaggedBlock([(np.arange(keys), np.array(offsets), None)], [start], [stop])
 
 
 @pytest.mark.parametrize("offsets", [[0, 9, 8], [0, 5, 3], [-1, 2, 8], [0, 2, 9]])
-def test_windows_of_wrong_offsets_are_refused(offsets):
-    with pytest.raises(ValueError, match="JaggedWindow"):
-        window(offsets)
+def test_blocks_of_wrong_offsets_are_refused(offsets):
+    with pytest.raises(ValueError, match="JaggedBlock"):
+        block(offsets)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (0, 3)])
-def test_windows_beyond_their_chunks_are_refused(start, stop):
-    with pytest.raises(ValueError, match="JaggedWindow"):
-        window([0, 4, 8], start=start, stop=stop)
+def test_blocks_beyond_their_chunks_are_refused(start, stop):
+    with pytest.raises(ValueError, match="JaggedBlock"):
+        block([0, 4, 8], start=start, stop=stop)
     if stop < 3:
         with pytest.raises(ValueError, match="starts beyond stops"):
-            _core.JaggedWindow([], [start], [stop])
+            _core.JaggedBlock([], [start], [stop])
 
 
-def test_places_of_another_window_are_refused():
-    large, small = window([0, 1, 2, 3, 4, 5, 6, 7, 8], stop=8), window([0, 4, 8])
+def test_places_of_another_block_are_refused():
+    large, small = block([0, 1, 2, 3, 4, 5, 6, 7, 8], stop=8), block([0, 4, 8])
     for places in (large.locate(np.array([7])), large.locate_run(5, 2)):
         for call in (
             lambda: small.cut(places, 1),  # noqa: B023
             lambda: small.cut(small.locate_run(0, len(places)), 1, places, [True]),  # noqa: B023
             lambda: small.take(places, [np.zeros(2, np.float32)]),  # noqa: B023
         ):
-            with pytest.raises(ValueError, match="found by another window"):
+            with pytest.raises(ValueError, match="found by another block"):
                 call()
 
 

@@ -64,9 +64,9 @@ def test_core_refuses_other_dtypes():
     with pytest.raises(TypeError):
         _core.hash_strings(np.zeros(1, np.int16), np.zeros(0, np.uint8))
     with pytest.raises(TypeError):
-        _core.JaggedWindow([(np.zeros(1, np.int32), None, None)], [0], [1])
+        _core.JaggedBlock([(np.zeros(1, np.int32), None, None)], [0], [1])
     with pytest.raises(TypeError):
-        _core.JaggedWindow([(np.zeros(1, np.int64), None, np.zeros(1))], [0], [1])
+        _core.JaggedBlock([(np.zeros(1, np.int64), None, np.zeros(1))], [0], [1])
 
 
 @given(st.lists(INT64, max_size=20), st.integers(0, 5))
@@ -180,7 +180,7 @@ BAG = st.lists(INT64, max_size=3)
 
 
 @given(st.data())
-def test_jagged_window_equals_a_plain_loop(data):
+def test_jagged_block_equals_a_plain_loop(data):
     features = data.draw(st.integers(0, 3))
     weighted = data.draw(st.lists(st.booleans(), min_size=features, max_size=features))
     columns, starts, stops, bags = [], [], [], [[] for _ in range(features)]
@@ -217,16 +217,16 @@ def test_jagged_window_equals_a_plain_loop(data):
         of_others = data.draw(st.lists(st.booleans(), min_size=features, max_size=features))
         others = [data.draw(st.integers(0, total - 1)) for _ in rows]
     batch = data.draw(st.integers(1, 4))
-    window = _core.JaggedWindow(columns, starts, stops)
+    block = _core.JaggedBlock(columns, starts, stops)
     # A run of rows has places of its own kind.
     rows_at, others_at = (
-        None if found is None else window.locate(np.array(found, dtype=np.int64))
+        None if found is None else block.locate(np.array(found, dtype=np.int64))
         for found in (rows, others)
     )
     if in_order:
-        rows_at = window.locate_run(first, len(rows))
+        rows_at = block.locate_run(first, len(rows))
     assert len(rows_at) == len(rows)
-    values, offsets, begins, weights = window.cut(rows_at, batch, others_at, of_others)
+    values, offsets, begins, weights = block.cut(rows_at, batch, others_at, of_others)
     if offsets is None:
         assert begins is None
         assert all(len(pairs) == 1 for feature in bags for pairs in feature) or not columns
@@ -245,29 +245,29 @@ def test_jagged_window_equals_a_plain_loop(data):
         assert begins.tolist() == np.cumsum([0, *(ends[-1] for ends in want)]).tolist()
 
 
-def test_jagged_window_refuses_what_does_not_fit():
+def test_jagged_block_refuses_what_does_not_fit():
     keys = np.arange(3)
-    window = _core.JaggedWindow([(keys, None, None)], [1], [3])
+    block = _core.JaggedBlock([(keys, None, None)], [1], [3])
     for row in (-1, 2):
-        with pytest.raises(IndexError, match="a row lies outside the window"):
-            window.locate(np.array([row]))
+        with pytest.raises(IndexError, match="a row lies outside the block"):
+            block.locate(np.array([row]))
     for run in ((-1, 1), (0, -1), (0, 3), (1, 2), (3, 0)):
-        with pytest.raises(IndexError, match="a row lies outside the window"):
-            window.locate_run(*run)
-    one = window.locate(np.array([0]))
+        with pytest.raises(IndexError, match="a row lies outside the block"):
+            block.locate_run(*run)
+    one = block.locate(np.array([0]))
     with pytest.raises(ValueError, match="batch: must be positive"):
-        window.cut(one, 0)
-    for others, of_others in ((window.locate(np.array([0, 0])), [True]), (one, [])):
+        block.cut(one, 0)
+    for others, of_others in ((block.locate(np.array([0, 0])), [True]), (one, [])):
         with pytest.raises(ValueError, match="others: as many as places, and of_others as many as"):
-            window.cut(one, 1, others, of_others)
+            block.cut(one, 1, others, of_others)
     for parts, message in (
-        ([], "parts: one for each part of the window"),
+        ([], "parts: one for each part of the block"),
         ([np.zeros(2, np.float32)], "parts: too short, or of unlike types or shapes"),
         ([np.zeros(3, np.int8)], "parts: too short, or of unlike types or shapes"),
     ):
         with pytest.raises(ValueError, match=message):
-            window.take(one, parts)
-    several = _core.JaggedWindow([], [0, 0], [1, 1])
+            block.take(one, parts)
+    several = _core.JaggedBlock([], [0, 0], [1, 1])
     for other in (np.zeros(1), np.zeros((1, 3), np.float32), np.zeros(0, np.float32)):
         with pytest.raises(ValueError, match="parts: too short, or of unlike types or shapes"):
             several.take(several.locate_run(0, 2), [np.zeros(1, np.float32), other])
@@ -280,9 +280,9 @@ def test_jagged_window_refuses_what_does_not_fit():
         with pytest.raises(
             ValueError, match="shorter than its part|go beyond the values|starts beyond stops"
         ):
-            _core.JaggedWindow(columns, starts, stops)
+            _core.JaggedBlock(columns, starts, stops)
     with pytest.raises(ValueError, match="do not fit"):
-        _core.JaggedWindow([(keys, None, None)], [], [])
+        _core.JaggedBlock([(keys, None, None)], [], [])
     weights = np.ones(3, np.float32)
     for columns in (
         [(keys, None, weights[:2])],
@@ -290,7 +290,7 @@ def test_jagged_window_refuses_what_does_not_fit():
         [(keys, None, None), (keys, None, weights)],
     ):
         with pytest.raises(ValueError, match="weights do not fit the values"):
-            _core.JaggedWindow(columns, [0] * len(columns), [3] * len(columns))
+            _core.JaggedBlock(columns, [0] * len(columns), [3] * len(columns))
 
 
 def test_count_newlines():
@@ -381,14 +381,14 @@ def test_the_logarithm_is_within_two_units_of_the_last_place_of_a_float32():
     assert (np.signbit(out) == np.signbit(values)).all()
 
 
-def test_a_window_of_many_parts_has_places_of_64_bits():
+def test_a_block_of_many_parts_has_places_of_64_bits():
     parts = 1 << 12
     columns = [(np.arange(1 << 21), None, None)] + [(np.array([-1]), None, None)] * (parts - 1)
-    window = _core.JaggedWindow(
+    block = _core.JaggedBlock(
         columns, [(1 << 21) - 2] + [0] * (parts - 1), [1 << 21] + [1] * (parts - 1)
     )
     rows = np.array([1, parts, 0, 2])
-    values, offsets, starts, weights = window.cut(window.locate(rows), 3)
+    values, offsets, starts, weights = block.cut(block.locate(rows), 3)
     assert values.tolist() == [(1 << 21) - 1, -1, (1 << 21) - 2, -1]
     assert offsets is starts is weights is None
 
@@ -462,17 +462,17 @@ def test_rows_of_plain_arrays_are_taken_from_several_chunks(data, width, dtype):
         parts.append(rows)
         expected.append(rows[start:stop])
     joined = np.concatenate(expected)
-    window = _core.JaggedWindow([], starts, stops)
+    block = _core.JaggedBlock([], starts, stops)
     first = data.draw(st.integers(0, len(joined)))
     run = data.draw(st.integers(0, len(joined) - first))
-    out = window.take(window.locate_run(first, run), parts)
+    out = block.take(block.locate_run(first, run), parts)
     assert out.dtype == dtype
     np.testing.assert_array_equal(out, joined[first : first + run])
     if len(joined):
         order = np.array(
             data.draw(st.lists(st.integers(0, len(joined) - 1), max_size=50)), np.int64
         )
-        out = window.take(window.locate(order), parts)
+        out = block.take(block.locate(order), parts)
         np.testing.assert_array_equal(out, joined[order])
 
 

@@ -110,12 +110,12 @@ def test_one_file_under_two_names_is_read_once_or_not_at_all(tmp_path):
 
 
 def test_time_split_skips_row_groups_by_their_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr(columnar, "SPLIT_ROWS", 50)
+    monkeypatch.setattr(columnar, "EXTENT_ROWS", 50)
     pq.write_table(make_table(200), tmp_path / "x.parquet", row_group_size=50)
     source = {"format": "parquet", "path": str(tmp_path)}
     job = make_job(source, split={"by": "time", "at": 1_700_000_120_000})
     dataset = Dataset.open(job)
-    assert [len(dataset._parts[part].splits) for part in ("train", "evaluation")] == [3, 2]
+    assert [len(dataset._parts[part].extents) for part in ("train", "evaluation")] == [3, 2]
     assert (dataset.num_rows("train"), dataset.num_rows("evaluation")) == (120, 80)
 
 
@@ -163,7 +163,7 @@ def test_list_columns_become_bags(tmp_path):
         "data": {
             "source": {"format": "parquet", "path": str(tmp_path)},
             "label": {"column": "label"},
-            "shuffle": {"window_rows": 50},
+            "shuffle": {"block_rows": 50},
         },
         "features": [
             {"columns": ["items", "one"], "table": "item", "pooling": "mean"},
@@ -211,7 +211,7 @@ def test_position_of_other_data_is_refused(tmp_path):
     with pytest.raises(DataError) as error:
         dataset.batches("train", batch_size=8, start=Position(version_1=(9, 0, 8)))
     assert str(error.value) == (
-        "position in split 9, but the data has 4 splits; it is not the data that the checkpoint "
+        "position in extent 9, but the data has 4 extents; it is not the data that the checkpoint "
         "was "
         "taken on"
     )
@@ -233,7 +233,7 @@ def test_origin_names_files_and_rows(tmp_path):
 
 def test_memory_is_bounded_whatever_the_rows(monkeypatch):
     def peak(rows):
-        dataset = Dataset.open(synthetic_job(rows, shuffle={"window_rows": 4096}))
+        dataset = Dataset.open(synthetic_job(rows, shuffle={"block_rows": 4096}))
         tracemalloc.start()
         with dataset.batches("train", batch_size=512) as batches:
             for _ in batches:

@@ -95,7 +95,7 @@ def test_a_job_quarantines_them_in_training_alone(tmp_path, kind):
             "event_time": "time",
             "evaluation_source": None,
             "numeric": [{"columns": ["n"]}],
-            "shuffle": {"window_rows": 0},
+            "shuffle": {"block_rows": 0},
         },
     })
     quarantine = tmp_path / "quarantine.jsonl"

@@ -71,7 +71,7 @@ class TestDrawing:
             draw_rows(np.array([4, 4, 4]), columns_of(), [0], "x.parquet rows 0-2")
         assert str(raised.value) == (
             "x.parquet rows 0-2: all 3 rows have one value of 'item', so no negative can be drawn "
-            "among them; raise data.shuffle.window_rows, or shuffle the file"
+            "among them; raise data.shuffle.block_rows, or shuffle the file"
         )
 
 
@@ -107,7 +107,7 @@ def log_job(path, table=None, negatives=None, features=None, **data):
             "weight": "value",
             "event_time": "time",
             "numeric": [{"columns": ["hour", "price"]}],
-            "shuffle": {"window_rows": 50},
+            "shuffle": {"block_rows": 50},
             **data,
         },
         "features": features
@@ -190,11 +190,11 @@ class TestSamples:
         assert sorted(taken for row, taken in pairs if row == taken) == list(rows)
         in_order = [row for row, _ in pairs] == [row for row in rows for _ in range(4)]
         assert in_order == (part == "evaluation")
-        # Windows of 56 rows, so that their samples are batches of 32; the last one is 56 to 111.
+        # Blocks of 56 rows, so that their samples are batches of 32; the last one is 56 to 111.
         last = 56 * (len(rows) // 56 - 1)
         for row, taken in pairs:
-            window = [min((one - rows[0]) // 56 * 56, last) for one in (row, taken)]
-            assert window[0] == window[1]
+            block = [min((one - rows[0]) // 56 * 56, last) for one in (row, taken)]
+            assert block[0] == block[1]
 
     def test_one_key_a_bag(self, tmp_path):
         features = [{"columns": ["user", "item", "item_row"], "missing": -1}]
@@ -224,17 +224,17 @@ class TestSamples:
             assert [batch.end.samples for batch in batches] == ends
             assert [batch.start.samples for batch in batches] == [0, *ends[:-1]]
 
-    @pytest.mark.parametrize("window_rows", [0, 50])
+    @pytest.mark.parametrize("block_rows", [0, 50])
     @pytest.mark.parametrize("batch_size", [7, 32, 64])
-    def test_resume_anywhere(self, window_rows, batch_size, tmp_path):
-        dataset = Dataset.open(log_job(tmp_path, shuffle={"window_rows": window_rows}))
+    def test_resume_anywhere(self, block_rows, batch_size, tmp_path):
+        dataset = Dataset.open(log_job(tmp_path, shuffle={"block_rows": block_rows}))
         assert_resumes_everywhere(dataset, batch_size=batch_size, epochs=2, seed=5)
 
     def test_depend_on_seed_and_epoch_in_training_alone(self, tmp_path):
-        for window_rows in (0, 50):
+        for block_rows in (0, 50):
             job = log_job(
                 tmp_path,
-                shuffle={"window_rows": window_rows},
+                shuffle={"block_rows": block_rows},
                 split={"by": "fraction", "evaluation": 0.5},
             )
             dataset, table = Dataset.open(job), log_table()
@@ -273,8 +273,8 @@ class TestSamples:
         ]
         assert str(read_all(dataset, batch_size=30)[-1].origin) == f"{file} rows 0-114 (shuffled)"
 
-    def test_last_window_is_never_short(self, tmp_path):
-        # 101 rows in windows of 50: a window of one row would have nothing to draw from.
+    def test_last_block_is_never_short(self, tmp_path):
+        # 101 rows in blocks of 50: a block of one row would have nothing to draw from.
         for rows, last in ((101, 51), (99, 99), (100, 50), (1, None)):
             job = log_job(tmp_path, log_table(rows))
             dataset = Dataset.open(job)
@@ -283,8 +283,8 @@ class TestSamples:
                     read_all(dataset, batch_size=20)
                 continue
             batches = read_all(dataset, batch_size=20)
-            assert max(batch.start.window for batch in batches) == (0 if last == 99 else 1)
-            of_last = [b for b in batches if b.start.window == batches[-1].start.window]
+            assert max(batch.start.block for batch in batches) == (0 if last == 99 else 1)
+            of_last = [b for b in batches if b.start.block == batches[-1].start.block]
             assert sum(batch.batch_size for batch in of_last) == 4 * last
             assert_resumes_everywhere(dataset, batch_size=20, epochs=2)
 
@@ -305,12 +305,12 @@ class TestSamples:
     def test_any_log(self, data, tmp_path_factory):
         rows = data.draw(st.integers(2, 60))
         table = log_table(rows, seed=data.draw(st.integers(0, 999)))
-        window_rows = data.draw(st.integers(0, 30))
+        block_rows = data.draw(st.integers(0, 30))
         items = table["item"].to_pylist()
         job = log_job(
             tmp_path_factory.mktemp("log"),
             table,
-            shuffle={"window_rows": window_rows},
+            shuffle={"block_rows": block_rows},
             negatives={
                 "per_positive": data.draw(st.integers(1, 5)),
                 "candidates": data.draw(st.sampled_from(["popularity", "uniform"])),
@@ -321,9 +321,9 @@ class TestSamples:
         try:
             batches = read_all(dataset, batch_size=batch_size, epochs=2)
         except DataError as error:
-            # Some window has one item alone.
+            # Some block has one item alone.
             assert "rows have one value of 'item'" in str(error)
-            assert len(set(items)) == 1 or max(Counter(items).values()) >= window_rows
+            assert len(set(items)) == 1 or max(Counter(items).values()) >= block_rows
             return
         pairs = [check_sample(sample, table) for sample in samples_of(batches)]
         per_row = 1 + job.data.negatives.per_positive
@@ -406,11 +406,11 @@ class TestMessages:
         path = str(tmp_path / "log.parquet")
         assert message(error, lambda: Dataset.open(job)) == text.replace("{path}", path)
 
-    def test_a_window_of_one_item(self, tmp_path):
+    def test_a_block_of_one_item(self, tmp_path):
         table = log_table(120).set_column(3, "item", pa.array([7] * 60 + [8] * 60))
-        job = log_job(tmp_path, table, shuffle={"window_rows": 40})
+        job = log_job(tmp_path, table, shuffle={"block_rows": 40})
         assert message(DataError, lambda: read_all(Dataset.open(job), batch_size=40)) == (
             f"{tmp_path}/log.parquet rows 0-39 (shuffled): all 40 rows have one value of 'item', "
-            "so no negative can be drawn among them; raise data.shuffle.window_rows, or shuffle "
+            "so no negative can be drawn among them; raise data.shuffle.block_rows, or shuffle "
             "the file"
         )

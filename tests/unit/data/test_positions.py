@@ -22,7 +22,7 @@ DAY = 100
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(columnar, "SPLIT_ROWS", 40)
+    monkeypatch.setattr(columnar, "EXTENT_ROWS", 40)
     monkeypatch.setattr(lines, "BLOCK_BYTES", 400)
     monkeypatch.setattr(lines, "READ_BYTES", 90)
 
@@ -42,7 +42,7 @@ def write(path, day, ids=None):
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-def open_days(path, window=30, *, after=None, quarantine=None, **data):
+def open_days(path, block=30, *, after=None, quarantine=None, **data):
     source = {"format": "parquet", "path": path}
     if ".csv" in path:
         source = {"format": "csv", "path": path, "types": {"id": "int64"}}
@@ -52,7 +52,7 @@ def open_days(path, window=30, *, after=None, quarantine=None, **data):
             "source": source,
             "label": {"column": "label"},
             "event_time": "time",
-            "shuffle": {"window_rows": window},
+            "shuffle": {"block_rows": block},
             **data,
         },
         "features": [{"columns": ["id"]}],
@@ -183,7 +183,7 @@ def test_files_listed_in_another_order_are_refused(tmp_path):
 
     def open_list(order):
         source = {"format": "parquet", "path": [str(paths[number]) for number in order]}
-        data = {"source": source, "label": {"column": "label"}, "shuffle": {"window_rows": 30}}
+        data = {"source": source, "label": {"column": "label"}, "shuffle": {"block_rows": 30}}
         job = {"data": data}
         return Dataset.open(parse_job({**job, "features": [{"columns": ["id"]}]}))
 
@@ -215,18 +215,18 @@ def test_files_still_to_be_read_may_change_but_not_go(days):
     )
 
 
-@pytest.mark.parametrize("window", [0, 30, 1000])
+@pytest.mark.parametrize("block", [0, 30, 1000])
 @pytest.mark.parametrize("batches", [1, 4, 29, None])
-def test_files_added_behind_are_trained_on(days, window, batches):
-    """In the middle, in the last window, and after the end."""
-    first, end = read(open_days(days.glob, window=window), batches=batches)
+def test_files_added_behind_are_trained_on(days, block, batches):
+    """In the middle, in the last block, and after the end."""
+    first, end = read(open_days(days.glob, block=block), batches=batches)
     write(days(4), 4)
-    rest, done = read(open_days(days.glob, window=window), end)
+    rest, done = read(open_days(days.glob, block=block), end)
     assert sorted(first + rest) == sorted([*ids_of(1), *ids_of(2), *ids_of(3), *ids_of(4)])
     if batches is None:
         assert sorted(rest) == list(ids_of(4))
     assert done.counts == (400, 0, 0, 400)
-    assert read(open_days(days.glob, window=window), done) == ([], done)
+    assert read(open_days(days.glob, block=block), done) == ([], done)
 
 
 @pytest.mark.parametrize("batches", [7, 37, 43, None])
@@ -345,26 +345,26 @@ def test_by_time_no_row_changes_sides(days):
     assert read_rows == filtered + applied
 
 
-@pytest.mark.parametrize("window", [0, 30, 64])
+@pytest.mark.parametrize("block", [0, 30, 64])
 @pytest.mark.parametrize("change", [(10, 7), (7, 10), (10, 64), (64, 10), (1, 100), (30, 11)])
-def test_another_batch_size_repeats_and_loses_no_row(days, window, change):
+def test_another_batch_size_repeats_and_loses_no_row(days, block, change):
     before, after = change
     for batches in (1, 2, 5):
-        first, end = read(open_days(days.glob, window=window), batches=batches, size=before)
-        rest, done = read(open_days(days.glob, window=window), end, size=after)
+        first, end = read(open_days(days.glob, block=block), batches=batches, size=before)
+        rest, done = read(open_days(days.glob, block=block), end, size=after)
         assert sorted(first + rest) == sorted([*ids_of(1), *ids_of(2), *ids_of(3)])
         assert done.samples == done.counts.applied == 300
         # Twice.
-        second, end = read(open_days(days.glob, window=window), end, batches=1, size=after)
-        rest, _ = read(open_days(days.glob, window=window), end, size=3)
+        second, end = read(open_days(days.glob, block=block), end, batches=1, size=after)
+        rest, _ = read(open_days(days.glob, block=block), end, size=3)
         assert sorted(first + second + rest) == sorted([*ids_of(1), *ids_of(2), *ids_of(3)])
 
 
-def test_another_window_takes_effect_with_the_next_one(days):
-    first, end = read(open_days(days.glob, window=30), batches=4)
-    rest, _ = read(open_days(days.glob, window=100), end)
-    whole, _ = read(open_days(days.glob, window=30))
-    # The window that was begun is finished in its order.
+def test_another_block_takes_effect_with_the_next_one(days):
+    first, end = read(open_days(days.glob, block=30), batches=4)
+    rest, _ = read(open_days(days.glob, block=100), end)
+    whole, _ = read(open_days(days.glob, block=30))
+    # The block that was begun is finished in its order.
     assert rest[:20] == whole[40:60]
     assert sorted(rest[20:120]) == sorted([*ids_of(1)][60:] + [*ids_of(2)][:60])
 
@@ -383,13 +383,13 @@ def malformed_days(tmp_path, days=2):
     return str(tmp_path / "*.csv"), sum(lines_of) + 2, 8 * days + 2
 
 
-@pytest.mark.parametrize("window", [5, 30])
+@pytest.mark.parametrize("block", [5, 30])
 @pytest.mark.parametrize("split", [None, {"by": "time", "at": 2020}])
-def test_rows_are_counted_once_at_every_position(tmp_path, split, window):
+def test_rows_are_counted_once_at_every_position(tmp_path, split, block):
     """read = filtered + quarantined + applied, whatever was read ahead; the end says all."""
     path, read_rows, bad = malformed_days(tmp_path)
     kept = tmp_path / "quarantine.jsonl"
-    dataset = open_days(path, window, split=split, quarantine=kept)
+    dataset = open_days(path, block, split=split, quarantine=kept)
     with dataset.batches("train", batch_size=5, seed=3, epochs=2) as batches:
         ends = [batch.end for batch in batches]
         last = batches.position
@@ -405,7 +405,7 @@ def test_rows_are_counted_once_at_every_position(tmp_path, split, window):
         assert count.applied == end.samples
     for end in (ends[0], ends[5], ends[len(ends) // 2], ends[-2], ends[-1]):
         # What was written behind the position goes, and comes again.
-        again = open_days(path, window, split=split, quarantine=kept, after=end)
+        again = open_days(path, block, split=split, quarantine=kept, after=end)
         again.take_up_quarantine(end)
         assert again.quarantined_rows == min(end.counts.quarantined, bad)
         found, done = read(again, end, size=5, epochs=2)
@@ -414,7 +414,7 @@ def test_rows_are_counted_once_at_every_position(tmp_path, split, window):
         assert kept.read_text() == entries
 
 
-def test_a_window_that_was_begun_and_holds_other_rows_is_refused(tmp_path):
+def test_a_block_that_was_begun_and_holds_other_rows_is_refused(tmp_path):
     """As the job leaves out others than it did; the files are the same."""
     path, _, _ = malformed_days(tmp_path)
     dataset = open_days(path, split={"by": "time", "at": 1030})
@@ -422,7 +422,7 @@ def test_a_window_that_was_begun_and_holds_other_rows_is_refused(tmp_path):
     with pytest.raises(DataError) as error:
         read(open_days(path, split={"by": "time", "at": 1029}), end)
     assert str(error.value) == (
-        f"{tmp_path}/day_1.csv: the window that was begun in it had 30 samples and has 29 now, so "
+        f"{tmp_path}/day_1.csv: the block that was begun in it had 30 samples and has 29 now, so "
         "it cannot be finished in its order; put the files and the job's data back as they were, "
         "or train in a new run folder"
     )
@@ -479,30 +479,30 @@ def test_a_file_without_rows_is_one_of_the_files(tmp_path):
 
 
 def test_positions_of_version_1(tmp_path):
-    """They count splits and good rows of them, and know no files."""
+    """They count extents and good rows of them, and know no files."""
     path, _, _ = malformed_days(tmp_path)
     dataset = open_days(path)
     part = dataset._parts["train"]
-    splits = list(part.splits)
+    extents = list(part.extents)
     with dataset.batches("train", batch_size=10, seed=3, epochs=2) as loader:
         batches = list(loader)
-    window = batches[0].start
+    block = batches[0].start
     for number, batch in enumerate(batches):
-        if batch.start.window_row == 0:
-            window = batch.start
-        if window.epoch != batch.start.epoch or window.cursor.file == 3:
+        if batch.start.block_row == 0:
+            block = batch.start
+        if block.epoch != batch.start.epoch or block.cursor.file == 3:
             continue
-        places = [(part.files.index(one.path), one.start) for one in splits]
-        split = places.index(window.cursor[:2]) if window.cursor > (0, 0, 0) else 0
+        places = [(part.files.index(one.path), one.start) for one in extents]
+        split = places.index(block.cursor[:2]) if block.cursor > (0, 0, 0) else 0
         row = good = 0
-        for chunk in part.source.read(splits[split], ["id"]):
+        for chunk in part.source.read(extents[split], ["id"]):
             kept = np.arange(chunk.num_read) if chunk.kept is None else chunk.kept
-            good += int((kept + row < window.cursor.row).sum())
+            good += int((kept + row < block.cursor.row).sum())
             row += chunk.num_read
         old = Position(
             epoch=batch.start.epoch,
-            window=batch.start.window,
-            window_row=batch.start.window_row,
+            block=batch.start.block,
+            block_row=batch.start.block_row,
             samples=batch.start.samples,
             version_1=(split, good, 30),
         )
@@ -510,7 +510,7 @@ def test_positions_of_version_1(tmp_path):
         expected = [one for other in batches[number:] for one in other.sparse.values.tolist()]
         assert rest == expected
         assert done.samples == 400 and done.version_1 is None
-        if batch.start.window_row:
-            # Its window is finished as it was cut.
+        if batch.start.block_row:
+            # Its block is finished as it was cut.
             rest, _ = read(open_days(path, after=old), old, epochs=2, size=7)
             assert sorted(rest) == sorted(expected)

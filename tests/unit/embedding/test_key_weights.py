@@ -133,7 +133,7 @@ def job_over(path, table, **data):
         "data": {
             "source": {"format": "parquet", "path": str(path / "log.parquet")},
             **({} if "negatives" in data else {"label": {"column": "label"}}),
-            "shuffle": {"window_rows": 20},
+            "shuffle": {"block_rows": 20},
             **data,
         },
         "features": [
@@ -251,7 +251,7 @@ class TestBatches:
                         "types": types,
                     },
                     "label": {"column": "label"},
-                    "shuffle": {"window_rows": 0},
+                    "shuffle": {"block_rows": 0},
                 },
                 "features": [{"columns": ["*"], "weights": "trust"}],
             })

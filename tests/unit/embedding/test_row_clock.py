@@ -215,7 +215,7 @@ def job_of(path):
             "event_time": "time",
             "event_time_unit": "s",
             "event_time_jump_s": 3600,
-            "shuffle": {"window_rows": 0},
+            "shuffle": {"block_rows": 0},
         },
         "features": [{"columns": ["key"]}],
         "table_defaults": table,

@@ -17,8 +17,8 @@ from penstock.data.formats.arrow import ArrowFormat
 from penstock.data.formats.columnar import GroupedFiles, Layout, check_schema
 from penstock.data.formats.orc import OrcFormat
 from penstock.data.formats.parquet import ParquetFormat
-from penstock.data.plan.lazy_extents import LazySplits
-from penstock.data.source import Split
+from penstock.data.plan.lazy_extents import LazyExtents
+from penstock.data.source import Extent
 from penstock.errors import DataError
 
 KINDS = ("parquet", "orc", "arrow")
@@ -68,21 +68,21 @@ def test_files_are_opened_when_their_splits_are_asked_for(tmp_path, opened, kind
     write_many(kind, tmp_path, 100)
     source = open_files(kind, tmp_path)
     assert len(opened) == 1
-    splits = source.splits()
-    assert splits[0].path == source.paths[0]
+    extents = source.extents()
+    assert extents[0].path == source.paths[0]
     assert len(opened) == 1
-    taken = iter(splits)
+    taken = iter(extents)
     for number in range(5):
         assert next(taken).path == source.paths[number]
     assert len(opened) == 8
-    assert [split.path for split in splits] == source.paths
+    assert [split.path for split in extents] == source.paths
     assert opened == Counter(source.paths)
-    assert len(splits) == 100
+    assert len(extents) == 100
     assert source.num_groups == (100 if kind == "orc" else 200)
     assert opened == Counter(source.paths)
     labels = [
         chunk.table["label"].to_pylist()
-        for split in splits
+        for split in extents
         for chunk in source.read(split, ["label"])
     ]
     assert sum(labels, []) == list(range(2000))
@@ -100,7 +100,7 @@ def test_many_files_are_opened_at_once(tmp_path, monkeypatch):
         return plain(self, opened)
 
     monkeypatch.setattr(ParquetFormat, "layout", layout)
-    assert len(source.splits()) == 16
+    assert len(source.extents()) == 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,16 +118,16 @@ def test_a_file_of_another_schema_is_refused_by_name(tmp_path, kind, other, mess
     write(kind, bad, pa.table(other))
     expected = f"{bad}: {message.format(first=f'{tmp_path}/000.{kind}')}; all files of a source"
     source = open_files(kind, tmp_path)
-    assert source.splits()[7].path.endswith(f"007.{kind}")
+    assert source.extents()[7].path.endswith(f"007.{kind}")
     for _ in range(2):  # and does not look like the end of the data afterwards
         with pytest.raises(DataError) as error:
-            len(source.splits())
+            len(source.extents())
         assert str(error.value).startswith(expected)
         with pytest.raises(DataError):
-            list(source.splits())
+            list(source.extents())
     label = {"column": "label", "task": "regression"}
     data = {"source": {"format": kind, "path": str(tmp_path)}, "label": label}
-    data["shuffle"] = {"window_rows": 0}
+    data["shuffle"] = {"block_rows": 0}
     job = parse_job({"data": data, "features": [{"columns": ["C1"]}]})
     dataset = Dataset.open(job)
     with (
@@ -142,7 +142,7 @@ def test_columns_in_another_order_are_the_same_schema(tmp_path):
     write_many("parquet", tmp_path, 1)
     write("parquet", tmp_path / "001.parquet", pa.table({"C1": [7], "label": [20]}))
     source = open_files("parquet", tmp_path)
-    rows = [chunk.table for one in source.splits() for chunk in source.read(one, ["label", "C1"])]
+    rows = [chunk.table for one in source.extents() for chunk in source.read(one, ["label", "C1"])]
     assert pa.concat_tables(rows)["label"].to_pylist() == list(range(21))
 
 
@@ -154,8 +154,8 @@ def test_no_rows(tmp_path, kind):
     with pytest.raises(DataError, match=r"0\.\w+: no rows; the source has none at all"):
         open_files(kind, tmp_path)
     write(kind, tmp_path / f"3.{kind}", pa.table({"label": [1]}))
-    (split,) = open_files(kind, tmp_path).splits()
-    assert split == Split(str(tmp_path / f"3.{kind}"), 0, 1)
+    (split,) = open_files(kind, tmp_path).extents()
+    assert split == Extent(str(tmp_path / f"3.{kind}"), 0, 1)
 
 
 @pytest.mark.parametrize("rows", [[5, -1], [2**62, 2**62], [-3]])
@@ -179,7 +179,7 @@ def test_fewer_rows_than_were_counted(tmp_path, monkeypatch, kind):
 
     monkeypatch.setattr(type(source._format), "read", read)
     with pytest.raises(DataError, match=r"cannot be read: it has fewer rows than it says"):
-        list(source.read(source.splits()[0], ["label"]))
+        list(source.read(source.extents()[0], ["label"]))
 
 
 def test_footers_are_kept_within_bounds(tmp_path, monkeypatch):
@@ -187,24 +187,24 @@ def test_footers_are_kept_within_bounds(tmp_path, monkeypatch):
     size = pq.read_metadata(tmp_path / "000.parquet").serialized_size
     monkeypatch.setattr("penstock.data.formats.parquet._MOST_FOOTERS", 5)
     source = open_files("parquet", tmp_path)
-    splits = list(source.splits())
+    extents = list(source.extents())
     for number in (7, 8, 9, 10, 11, 7, 12):
-        list(source.read(splits[number], ["label"]))
+        list(source.read(extents[number], ["label"]))
     assert [path[-11:-8] for path in source._format._footers] == ["009", "010", "011", "007", "012"]
     for most_files, most_bytes, kept in [(5, 1 << 30, 5), (64, 3 * size + 9, 3), (64, 1, 1)]:
         monkeypatch.setattr("penstock.data.formats.parquet._MOST_FOOTERS", most_files)
         monkeypatch.setattr("penstock.data.formats.parquet._MOST_FOOTER_BYTES", most_bytes)
         source = open_files("parquet", tmp_path)
-        splits = list(source.splits())
+        extents = list(source.extents())
         assert len(source._format._footers) == kept
-        for split in (splits[3], splits[29], splits[3]):
+        for split in (extents[3], extents[29], extents[3]):
             assert next(source.read(split, ["label"])).table.num_rows == 20
         assert len(source._format._footers) == kept
-        assert splits[3].path in source._format._footers
+        assert extents[3].path in source._format._footers
 
 
 def test_splits_found_by_several_threads():
-    batches = [[Split("a", n, n + 1) for n in range(low, low + 7)] for low in range(0, 70, 7)]
+    batches = [[Extent("a", n, n + 1) for n in range(low, low + 7)] for low in range(0, 70, 7)]
     answers = [batches[0], [], *batches[1:], None]
     given = 0
 
@@ -215,11 +215,11 @@ def test_splits_found_by_several_threads():
         given += 1
         return answer
 
-    splits = LazySplits([], more)
+    extents = LazyExtents([], more)
     found = [None] * 8
 
     def read(number):
-        found[number] = list(splits)
+        found[number] = list(extents)
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -227,14 +227,14 @@ def test_splits_found_by_several_threads():
     for thread in threads:
         thread.join()
     assert all(one == sum(batches, []) for one in found)
-    assert splits[-1].start == 69
-    assert splits[60:] == batches[8][4:] + batches[9]
+    assert extents[-1].start == 69
+    assert extents[60:] == batches[8][4:] + batches[9]
     with pytest.raises(IndexError):
-        splits[70]
+        extents[70]
 
 
 def test_splits_after_an_error():
-    answers = iter([[Split("a", 0, 1)], OSError("away"), [Split("a", 1, 2)], None])
+    answers = iter([[Extent("a", 0, 1)], OSError("away"), [Extent("a", 1, 2)], None])
 
     def more():
         answer = next(answers)
@@ -242,11 +242,11 @@ def test_splits_after_an_error():
             raise answer
         return answer
 
-    splits = LazySplits([], more)
-    assert bool(splits)
+    extents = LazyExtents([], more)
+    assert bool(extents)
     with pytest.raises(OSError, match="away"):
-        list(splits)
-    assert [split.start for split in splits] == [0, 1]
+        list(extents)
+    assert [split.start for split in extents] == [0, 1]
 
 
 def test_a_name_that_is_there_twice():
@@ -270,7 +270,7 @@ def test_times_in_ns_need_no_pandas(tmp_path, monkeypatch, kind):
         "label": {"column": "label"},
         "event_time": "time",
         "split": {"by": "time", "at": 1_700_000_020_000},
-        "shuffle": {"window_rows": 0},
+        "shuffle": {"block_rows": 0},
     }
     dataset = Dataset.open(parse_job({"data": data, "features": [{"columns": ["C1"]}]}))
     keys = []

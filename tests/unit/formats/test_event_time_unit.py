@@ -23,7 +23,7 @@ def job_of(path, unit, at):
             "event_time_unit": unit,
             "split": {"by": "time", "at": at},
             "numeric": [{"columns": ["n"]}],
-            "shuffle": {"window_rows": 0},
+            "shuffle": {"block_rows": 0},
         },
     })
 
@@ -59,7 +59,7 @@ def test_order_puts_the_columns_as_those_of_another_data_set(tmp_path):
             "source": {"format": "parquet", "path": str(path)},
             "label": {"column": "click"},
             "numeric": [{"columns": ["n", "m"]}],
-            "shuffle": {"window_rows": 0},
+            "shuffle": {"block_rows": 0},
         },
         "features": [{"columns": ["b", "c"]}],
     })

@@ -26,7 +26,7 @@ def job_over(source, features=None, **data):
             "source": source,
             "label": {"column": "label"},
             "numeric": [{"columns": ["I*"]}],
-            "shuffle": {"window_rows": 0},
+            "shuffle": {"block_rows": 0},
             **data,
         },
         "features": features or [{"columns": ["C*"]}],
@@ -123,10 +123,10 @@ class TestColumnarFiles:
         assert counted.tolist() == [parsed.read_stripe(stripe).num_rows for stripe in stripes]
         assert len(counted) > 100
         source = GroupedFiles(OrcSource(path=str(path)), OrcFormat())
-        splits = source.splits()
-        assert len(splits) >= 3
-        assert splits[0].stop <= 131_072
-        back = [chunk.table for split in splits for chunk in source.read(split, ["a"])]
+        extents = source.extents()
+        assert len(extents) >= 3
+        assert extents[0].stop <= 131_072
+        back = [chunk.table for split in extents for chunk in source.read(split, ["a"])]
         assert pa.concat_tables(back)["a"].to_pylist() == table["a"].to_pylist()
 
     def test_feather_compressed_with_dictionaries_and_other_order_of_columns(self, tmp_path):
@@ -138,9 +138,9 @@ class TestColumnarFiles:
         })
         feather.write_feather(table, path, compression="lz4")
         source = GroupedFiles(ArrowSource(path=str(path)), ArrowFormat())
-        (chunk,) = source.read(source.splits()[0], ["l", "t"])
+        (chunk,) = source.read(source.extents()[0], ["l", "t"])
         assert chunk.table.to_pydict() == {"l": [[1], [], [2]], "t": ["a", "b", "a"]}
-        (nothing,) = source.read(source.splits()[0], [])
+        (nothing,) = source.read(source.extents()[0], [])
         assert nothing.table.num_columns == 0
 
     @pytest.mark.parametrize("kind", ["orc", "arrow"])

@@ -65,7 +65,7 @@ def test_what_is_expected_of_other_formats(kind, tmp_path):
         assert expected is None
     else:
         assert expected == (ROWS, len(dataset._parts["train"].source._groups) == 2)
-        list(dataset._parts["train"].splits)
+        list(dataset._parts["train"].extents)
         assert dataset.expected_samples("train") == (ROWS, True)
     read_all(dataset)
     assert dataset.num_rows("train") == ROWS

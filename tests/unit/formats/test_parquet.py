@@ -10,7 +10,7 @@ from penstock.data import Dataset
 from penstock.data.formats import columnar, parquet
 from penstock.data.formats.columnar import Bounds, GroupedFiles
 from penstock.data.formats.parquet import ParquetFormat
-from penstock.data.source import Split
+from penstock.data.source import Extent
 from penstock.errors import DataError
 from tests.contract.data_cases import make_job, make_table, rows_of, write_case
 
@@ -21,10 +21,10 @@ def open_files(path, time_column=None):
     return GroupedFiles(ParquetSource(format="parquet", path=str(path)), ParquetFormat(time_column))
 
 
-def read(source, columns, splits=None):
-    splits = source.splits() if splits is None else splits
+def read(source, columns, extents=None):
+    extents = source.extents() if extents is None else extents
     return pa.concat_tables(
-        chunk.table for split in splits for chunk in source.read(split, columns)
+        chunk.table for split in extents for chunk in source.read(split, columns)
     )
 
 
@@ -80,7 +80,7 @@ def every_kind(n):
 @pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "zstd", "brotli", "lz4"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_all_kinds_of_pages(tmp_path, monkeypatch, codec, version):
-    monkeypatch.setattr(columnar, "SPLIT_ROWS", 1700)
+    monkeypatch.setattr(columnar, "EXTENT_ROWS", 1700)
     monkeypatch.setattr(parquet, "CHUNK_ROWS", 333)
     table = every_kind(2000)
     written = {
@@ -150,8 +150,8 @@ def test_names_with_dots(tmp_path, columns):
 
 
 def test_groups_of_any_size(tmp_path, monkeypatch):
-    """Empty ones, single rows and large ones; splits cut anywhere read the rows between."""
-    monkeypatch.setattr(columnar, "SPLIT_ROWS", 100)
+    """Empty ones, single rows and large ones; extents cut anywhere read the rows between."""
+    monkeypatch.setattr(columnar, "EXTENT_ROWS", 100)
     sizes = [0, 1, 1, 0, 98, 1, 250, 0, 0, 3, 99, 1, 1, 0]
     table = pa.table({"a": numbers("int64", sum(sizes), 300, 0.2)})
     path, start = tmp_path / "rows.parquet", 0
@@ -160,8 +160,8 @@ def test_groups_of_any_size(tmp_path, monkeypatch):
             writer.write_table(table.slice(start, size), row_group_size=max(size, 1))
             start += size
     source = open_files(path)
-    splits = list(source.splits())
-    assert [(one.start, one.stop) for one in splits] == [
+    extents = list(source.extents())
+    assert [(one.start, one.stop) for one in extents] == [
         (0, 100),
         (100, 101),
         (101, 351),
@@ -173,7 +173,7 @@ def test_groups_of_any_size(tmp_path, monkeypatch):
     rng = np.random.default_rng(5)
     for start, stop in np.sort(rng.integers(0, table.num_rows + 1, (60, 2))):
         if start < stop:
-            found = read(source, ["a"], [Split(str(path), int(start), int(stop))])
+            found = read(source, ["a"], [Extent(str(path), int(start), int(stop))])
             assert_equal(found, table.slice(start, stop - start))
 
 
@@ -182,10 +182,10 @@ def test_cut_rows_decode_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "CHUNK_ROWS", 53)
     table = make_table(400)
     source = write_case("parquet", table, tmp_path)
-    expected = rows_of(read_batches(make_job(source, split=None, shuffle={"window_rows": 0})))
+    expected = rows_of(read_batches(make_job(source, split=None, shuffle={"block_rows": 0})))
     for held_out in (0.1, 0.35, 0.77):
         job = make_job(
-            source, split={"by": "fraction", "evaluation": held_out}, shuffle={"window_rows": 0}
+            source, split={"by": "fraction", "evaluation": held_out}, shuffle={"block_rows": 0}
         )
         assert rows_of(read_batches(job) + read_batches(job, "evaluation")) == expected
     keys = [
@@ -223,7 +223,7 @@ class TestDamage:
     def test_of_pages(self, path, codec, version):
         table, good, footer = self.write(path, compression=codec, data_page_version=version)
         source = open_files(path)
-        splits = list(source.splits())
+        extents = list(source.extents())
         rng = np.random.default_rng(7)
         errors = 0
         for _ in range(150):
@@ -232,13 +232,13 @@ class TestDamage:
                 bad[place] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, int(rng.integers(256))])
             path.write_bytes(bad)
             try:
-                assert read(source, table.column_names, splits).num_rows == 3000
+                assert read(source, table.column_names, extents).num_rows == 3000
             except DataError as error:
                 assert str(error).startswith(f"{path}: cannot be read: ")
                 errors += 1
         assert errors > 20
         path.write_bytes(good)
-        assert_equal(read(source, table.column_names, splits), table)
+        assert_equal(read(source, table.column_names, extents), table)
 
     def test_is_found_where_pages_have_checksums(self, path):
         table, good, _ = self.write(path, write_page_checksum=True, compression="none")
@@ -265,9 +265,9 @@ class TestDamage:
             try:
                 source = open_files(path, "b")
                 names = [name for name in table.column_names if name in source.schema.names]
-                for split in source.splits():
+                for split in source.extents():
                     source.may_hold(split, "b", 0, 1)
-                assert read(source, names).num_rows == sum(map(source.count_rows, source.splits()))
+                assert read(source, names).num_rows == sum(map(source.count_rows, source.extents()))
             except DataError as error:
                 assert str(error).startswith(str(path))
                 errors += 1
@@ -286,7 +286,7 @@ class TestDamage:
         file.write_bytes(bad)
         dataset = Dataset.open(job)
         source = dataset._parts["train"].source
-        (split,) = [split for split in source.splits() if split.path == str(file)]
+        (split,) = [split for split in source.extents() if split.path == str(file)]
         chunks = source.read(split, ["label", "I3"])
         for _ in range(2):
             with pytest.raises(DataError, match="part-1.parquet: cannot be read: "):
@@ -314,7 +314,7 @@ class TestDamage:
         else:
             pytest.fail("the footer does not say how many rows there are")
         source = open_files(path)
-        assert source.count_rows(source.splits()[0]) == 302
+        assert source.count_rows(source.extents()[0]) == 302
         with pytest.raises(DataError, match=r"rows.parquet: cannot be read: .*fewer rows than"):
             read(source, ["a"])
 
@@ -383,15 +383,15 @@ def test_bounds_that_are_not_known(tmp_path):
     ]:
         source, bounds = bounds_of(tmp_path, array, **options)
         assert bounds == [None], options
-        assert source.may_hold(source.splits()[0], "u", 10**15, None)
+        assert source.may_hold(source.extents()[0], "u", 10**15, None)
     source = open_files(tmp_path / "bounds.parquet", "not there")
-    assert source.may_hold(source.splits()[0], "not there", 10**15, None)
+    assert source.may_hold(source.extents()[0], "not there", 10**15, None)
 
 
 def test_a_split_may_hold_what_its_groups_may(tmp_path):
     source, bounds = bounds_of(tmp_path, pa.array(np.arange(40)))
     assert bounds == [Bounds(low, low + 9) for low in (0, 10, 20, 30)]
-    (split,) = source.splits()
+    (split,) = source.extents()
     before, after = source.cut(split, 15)
     cases = [(None, 0), (None, 1), (10, 20), (20, None), (39, None), (40, None), (15, 15)]
     found = [[source.may_hold(one, "u", *case) for one in (split, before, after)] for case in cases]

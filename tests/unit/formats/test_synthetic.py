@@ -15,7 +15,7 @@ def table_of(config):
     source = SyntheticRows(config)
     return pa.concat_tables(
         chunk.table
-        for split in source.splits()
+        for split in source.extents()
         for chunk in source.read(split, source.schema.names)
     )
 

@@ -26,7 +26,7 @@ def text_job(path, format="tsv", columns=("label", "I1", "C1"), shuffle=0, featu
             },
             "label": {"column": "label"},
             "numeric": [{"columns": ["I*"]}],
-            "shuffle": {"window_rows": shuffle},
+            "shuffle": {"block_rows": shuffle},
         },
         "features": features or [{"columns": ["C*"], "transforms": [{"kind": "hash"}]}],
     })
@@ -273,7 +273,7 @@ def test_criteo_log(suffix, tmp_path, monkeypatch):
                 {"columns": ["I*"], "transforms": [{"kind": "clip", "low": -1}, {"kind": "log"}]}
             ],
             "split": {"by": "fraction", "evaluation": 0.2},
-            "shuffle": {"window_rows": 64},
+            "shuffle": {"block_rows": 64},
         },
         "features": [{"columns": ["C*"], "transforms": [{"kind": "hex"}], "missing": -1}],
     })

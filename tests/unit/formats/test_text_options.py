@@ -20,7 +20,7 @@ def job_of(path, features=("C1",), **source):
             "source": {"format": "csv", "path": str(path), **source},
             "label": {"column": "label"},
             "numeric": [{"columns": ["I*"]}],
-            "shuffle": {"window_rows": 0},
+            "shuffle": {"block_rows": 0},
         },
         "features": [{"columns": list(features), "transforms": [{"kind": "hash"}]}],
     })
@@ -204,7 +204,7 @@ class TestFilesThatChange:
         path = tmp_path / "x.csv"
         path.write_bytes(rows())
         source = Dataset.open(job_of(path))._parts["train"].source
-        pieces = source.read(source.splits()[0], ["I1"])
+        pieces = source.read(source.extents()[0], ["I1"])
         next(pieces)
         os.truncate(path, 1000)
         error = message(DataError, list, pieces)
@@ -215,7 +215,7 @@ class TestFilesThatChange:
         path = tmp_path / "x.csv"
         path.write_bytes(rows())
         source = Dataset.open(job_of(path))._parts["train"].source
-        *_, last = source.read(source.splits()[0], ["I1"])
+        *_, last = source.read(source.extents()[0], ["I1"])
         os.truncate(path, 1000)
         error = message(DataError, last.place.locate, 0)
         assert error == f"{path}: became shorter while it was read"

@@ -62,7 +62,7 @@ def job(path):
         "data": {
             "source": {"format": kind, "path": str(path)},
             "label": {"column": "label"},
-            "shuffle": {"window_rows": 0},
+            "shuffle": {"block_rows": 0},
         },
         "features": [
             {"columns": ["x"], "transforms": [{"kind": "hash"}], "pooling": "mean", "missing": -1}

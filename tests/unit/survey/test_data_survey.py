@@ -124,7 +124,7 @@ def test_label_rate_by_row_where_there_is_no_time(survey_of):
 
 
 def test_a_sample_is_spread_over_the_file(survey_of, monkeypatch):
-    monkeypatch.setattr("penstock.data.formats.columnar.SPLIT_ROWS", 1000)
+    monkeypatch.setattr("penstock.data.formats.columnar.EXTENT_ROWS", 1000)
     survey = survey_of(clicks(), max_rows=500)
     assert survey.profile.rows == 500 and not survey.profile.is_whole
     times = survey.profile["when"].numbers

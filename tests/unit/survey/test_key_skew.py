@@ -50,7 +50,7 @@ def test_keys_are_counted_by_table(path):
 
 
 def test_a_large_source_is_sampled(path, monkeypatch):
-    monkeypatch.setattr("penstock.data.formats.columnar.SPLIT_ROWS", 100)
+    monkeypatch.setattr("penstock.data.formats.columnar.EXTENT_ROWS", 100)
     skew = key_skew(job_over(path), max_rows=50)
     assert (skew.rows, skew.is_whole) == (50, False)
     # The first five rows of each of the ten row groups.

@@ -109,7 +109,7 @@ class Run:
             self.trainer.step(state.step)
             state.collection.apply_gradients()
             state.step += 1
-            state.position = Position(samples=16 * state.step, window_row=16 * state.step)
+            state.position = Position(samples=16 * state.step, block_row=16 * state.step)
         return self
 
     def save(self):
@@ -201,7 +201,7 @@ def test_many_shards_of_bounded_size_hold_every_row_once(tmp_path, monkeypatch):
 def test_the_manifest_says_what_there_is(run):
     manifest = read_manifest(run.save())
     assert (manifest.step, manifest.collection_step) == (3, 3)
-    assert manifest.position == Position(samples=48, window_row=48)
+    assert manifest.position == Position(samples=48, block_row=48)
     assert manifest.versions["torch"] == torch.__version__
     assert Job.model_validate(manifest.job) == make_job()
     assert manifest.resolved["numeric"] == ["I1", "I2"]
@@ -454,7 +454,7 @@ def test_a_checkpoint_of_another_job_is_refused_with_the_fields(run, tmp_path):
         training__seed=5,
         training__optimizer__kind="sgd",
         data__source__path="elsewhere",
-        data__shuffle={"window_rows": 0},
+        data__shuffle={"block_rows": 0},
     )
     tables = (
         TABLES[0].model_copy(update={"dim": 8}),
@@ -475,7 +475,7 @@ def test_a_checkpoint_of_another_job_is_refused_with_the_fields(run, tmp_path):
         other.checkpoints.restore(path, other.state)
     assert str(caught.value) == (
         f"checkpoint {path} is of another job:\n"
-        "  data.shuffle.window_rows: 65536 in the checkpoint, 0 in the job\n"
+        "  data.shuffle.block_rows: 65536 in the checkpoint, 0 in the job\n"
         "  model.deep: [8] in the checkpoint, [16] in the job\n"
         '  training.optimizer.kind: "adam" in the checkpoint, "sgd" in the job\n'
         "  training.seed: 0 in the checkpoint, 5 in the job\n"

@@ -1,4 +1,4 @@
-"""Windows are bounded in bytes as well as in rows: by the rows alone, whatever reads them."""
+"""Blocks are bounded in bytes as well as in rows: by the rows alone, whatever reads them."""
 
 import numpy as np
 import pyarrow as pa
@@ -34,13 +34,13 @@ def path(tmp_path):
     return tmp_path / "rows.arrow"
 
 
-def open_job(path, window_bytes, threads=2, window_rows=256, **data):
+def open_job(path, block_bytes, threads=2, block_rows=256, **data):
     return Dataset.open(
         parse_job({
             "data": {
                 "source": {"format": "arrow", "path": str(path)},
                 "numeric": [{"columns": ["row"]}],
-                "shuffle": {"window_rows": window_rows, "window_bytes": window_bytes},
+                "shuffle": {"block_rows": block_rows, "block_bytes": block_bytes},
                 "label": {"column": "label"},
                 **data,
             },
@@ -50,11 +50,11 @@ def open_job(path, window_bytes, threads=2, window_rows=256, **data):
     )
 
 
-def windows(batches):
-    """The rows of each window, ascending."""
+def blocks(batches):
+    """The rows of each block, ascending."""
     found = {}
     for batch in batches:
-        found.setdefault(batch.start.window, []).extend(batch.dense[:, 0].long().tolist())
+        found.setdefault(batch.start.block, []).extend(batch.dense[:, 0].long().tolist())
     return [sorted(rows) for rows in found.values()]
 
 
@@ -68,7 +68,7 @@ def row_bytes(path):
 
 
 @pytest.mark.parametrize("bound", [1, 900, 2_000, 6_000, 20_000])
-def test_a_window_takes_the_whole_batches_that_fit(path, bound):
+def test_a_block_takes_the_whole_batches_that_fit(path, bound):
     sizes = row_bytes(path)
     expected, start = [], 0
     while start < ROWS:
@@ -77,13 +77,13 @@ def test_a_window_takes_the_whole_batches_that_fit(path, bound):
         expected.append(list(range(start, min(start + fit, ROWS))))
         start += fit
     batches = read_all(open_job(path, bound), batch_size=16, seed=2)
-    assert windows(batches) == expected
+    assert blocks(batches) == expected
     assert [batch.batch_size for batch in batches[:-1]] == [16] * (len(batches) - 1)
     shuffled = [row for batch in batches for row in batch.dense[:, 0].long().tolist()]
     assert shuffled != sorted(shuffled)
 
 
-def test_the_default_bound_cuts_no_window_of_narrow_rows(path):
+def test_the_default_bound_cuts_no_block_of_narrow_rows(path):
     expected = read_all(open_job(path, 2**62), seed=1)
     assert_same_batches(read_all(open_job(path, 1 << 30), seed=1), expected)
     assert parse_default() == 1 << 30
@@ -94,31 +94,31 @@ def parse_default():
         "data": {"source": {"format": "synthetic"}, "label": {"column": "click"}},
         "features": [{"columns": ["c0"]}],
     })
-    return job.data.shuffle.window_bytes
+    return job.data.shuffle.block_bytes
 
 
-def test_chunks_and_threads_do_not_change_the_windows(path, monkeypatch):
+def test_chunks_and_threads_do_not_change_the_blocks(path, monkeypatch):
     runs = []
     for chunk, threads in [(37, 1), (256, 2), (1, 4)]:
         monkeypatch.setattr(columnar, "CHUNK_ROWS", chunk)
-        monkeypatch.setattr(columnar, "SPLIT_ROWS", 90 if threads == 1 else 180)
+        monkeypatch.setattr(columnar, "EXTENT_ROWS", 90 if threads == 1 else 180)
         found = read_all(open_job(path, 3_000, threads), batch_size=16, epochs=2, seed=4)
-        runs.append((windows(found), rows_of(found)))
+        runs.append((blocks(found), rows_of(found)))
     assert runs[0] == runs[1] == runs[2]
     assert len(runs[0][0]) > 5
 
 
-@pytest.mark.parametrize("window_rows", [0, 256])
-def test_resumes_at_every_batch(path, window_rows):
-    dataset = open_job(path, 2_500, window_rows=window_rows)
+@pytest.mark.parametrize("block_rows", [0, 256])
+def test_resumes_at_every_batch(path, block_rows):
+    dataset = open_job(path, 2_500, block_rows=block_rows)
     assert_resumes_everywhere(dataset, batch_size=16, epochs=2, seed=3)
 
 
-def test_no_window_that_draws_negatives_is_short(path):
+def test_no_block_that_draws_negatives_is_short(path):
     negatives = {"per_positive": 3, "columns": ["item"]}
     dataset = open_job(path, 2_500, negatives=negatives, label=None)
     batches = read_all(dataset, batch_size=32, seed=5)
-    sizes = [len(rows) // 4 for rows in windows(batches)]
+    sizes = [len(rows) // 4 for rows in blocks(batches)]
     assert sum(sizes) == ROWS
     assert len(sizes) > 5
     # One of another item is always there.
@@ -133,5 +133,5 @@ def test_another_bound_at_resume_neither_loses_nor_repeats(path, bounds):
     whole = read_all(before, batch_size=16)
     for taken in (1, 10, 25):
         rest = read_all(after, batch_size=16, start=whole[taken - 1].end)
-        rows = sum(windows([*whole[:taken]]) + windows(rest), [])
+        rows = sum(blocks([*whole[:taken]]) + blocks(rest), [])
         assert sorted(rows) == list(range(ROWS))

@@ -1,4 +1,4 @@
-// Windows of decoded rows that lie in several chunks, and how batches are copied out of them.
+// Blocks of decoded rows that lie in several chunks, and how batches are copied out of them.
 #pragma once
 
 #include <cstddef>
@@ -15,18 +15,18 @@ struct JaggedColumn {
   const float* weights;    // by value; null, then in every part: each is 1
 };
 
-// Rows of a window in the order in which they are wanted, found once for all columns.
+// Rows of a block in the order in which they are wanted, found once for all columns.
 class Places {
  public:
   size_t size() const { return n_; }
-  uint64_t window() const { return window_; }
+  uint64_t block() const { return block_; }
 
  private:
-  friend class JaggedWindow;
+  friend class JaggedBlock;
 
-  // A run of rows has no list. Otherwise a place is its part, shifted by the window's `row_bits_`, and the row within
+  // A run of rows has no list. Otherwise a place is its part, shifted by the block's `row_bits_`, and the row within
   // the chunk: in few bits where they suffice, because each feature passes over all of them.
-  uint64_t window_ = 0;  // number of the one that found them
+  uint64_t block_ = 0;  // number of the one that found them
   bool is_run_ = false;
   int64_t first_ = 0;
   size_t n_ = 0;
@@ -36,15 +36,15 @@ class Places {
 // Which rows each feature of a cut is taken of.
 using PlacesOfFeatures = std::vector<const Places*>;
 
-// The jagged columns of a window, none of them copied. Row r of the window is row
+// The jagged columns of a block, none of them copied. Row r of the block is row
 // starts[p] + r - (rows of the parts before p) of the chunk p that holds it. Chunks have under 2^32 rows.
-class JaggedWindow {
+class JaggedBlock {
  public:
-  JaggedWindow(std::vector<JaggedColumn> columns,  // [parts * features], part by part
+  JaggedBlock(std::vector<JaggedColumn> columns,  // [parts * features], part by part
                std::vector<int64_t> starts,        // [parts] first row taken of each chunk
                std::vector<int64_t> stops);        // [parts]
 
-  uint64_t number() const { return number_; }  // of all windows of the process
+  uint64_t number() const { return number_; }  // of all blocks of the process
   size_t num_features() const { return num_features_; }
   size_t num_parts() const { return starts_.size(); }
   int64_t stop(size_t part) const { return stops_[part]; }
@@ -55,7 +55,7 @@ class JaggedWindow {
   // Whether some column has weights, so that all get them.
   bool has_weights() const;
 
-  // False if one of the rows lies outside the window.
+  // False if one of the rows lies outside the block.
   bool locate(const int64_t* rows, size_t n, Places* places) const;
   bool locate_run(int64_t first, size_t n, Places* places) const;
 
@@ -95,7 +95,7 @@ class JaggedWindow {
   uint64_t number_;
   std::vector<JaggedColumn> columns_;
   std::vector<int64_t> starts_, stops_;
-  std::vector<int64_t> ends_;  // rows of the window up to the end of each part
+  std::vector<int64_t> ends_;  // rows of the block up to the end of each part
   int row_bits_ = 0, place_bits_ = 0;
   size_t num_features_ = 0;
   int64_t num_rows_ = 0;

@@ -1,5 +1,5 @@
 // Finding rows in chunks, cutting bags into batches, taking rows of plain arrays.
-#include "data/window.h"
+#include "data/block.h"
 
 #include <algorithm>
 #include <atomic>
@@ -11,7 +11,7 @@
 namespace penstock {
 namespace {
 
-std::atomic<uint64_t> windows_made{0};
+std::atomic<uint64_t> blocks_made{0};
 
 constexpr size_t kCacheLine = 64;
 // Columns up to this size are brought into the second-level cache at once before rows are picked from them: in order
@@ -25,8 +25,8 @@ inline __attribute__((always_inline)) void fetch(const Element* begin, const Ele
 
 }  // namespace
 
-JaggedWindow::JaggedWindow(std::vector<JaggedColumn> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
-    : number_(windows_made.fetch_add(1) + 1), columns_(std::move(columns)), starts_(std::move(starts)), stops_(std::move(stops)) {
+JaggedBlock::JaggedBlock(std::vector<JaggedColumn> columns, std::vector<int64_t> starts, std::vector<int64_t> stops)
+    : number_(blocks_made.fetch_add(1) + 1), columns_(std::move(columns)), starts_(std::move(starts)), stops_(std::move(stops)) {
   num_features_ = starts_.empty() ? 0 : columns_.size() / starts_.size();
   ends_.reserve(stops_.size());
   for (size_t p = 0; p < stops_.size(); ++p) {
@@ -39,25 +39,25 @@ JaggedWindow::JaggedWindow(std::vector<JaggedColumn> columns, std::vector<int64_
   place_bits_ = row_bits_ + static_cast<int>(std::bit_width(last_part));
 }
 
-bool JaggedWindow::one_key_a_bag() const {
+bool JaggedBlock::one_key_a_bag() const {
   return std::all_of(columns_.begin(), columns_.end(), [](const JaggedColumn& column) { return !column.offsets; });
 }
 
-bool JaggedWindow::has_weights() const {
+bool JaggedBlock::has_weights() const {
   return std::any_of(columns_.begin(), columns_.end(), [](const JaggedColumn& column) { return column.weights; });
 }
 
-bool JaggedWindow::locate_run(int64_t first, size_t n, Places* places) const {
+bool JaggedBlock::locate_run(int64_t first, size_t n, Places* places) const {
   if (first < 0 || first > num_rows_ || n > static_cast<uint64_t>(num_rows_ - first)) return false;
-  places->window_ = number_;
+  places->block_ = number_;
   places->is_run_ = true;
   places->first_ = first;
   places->n_ = n;
   return true;
 }
 
-bool JaggedWindow::locate(const int64_t* rows, size_t n, Places* places) const {
-  places->window_ = number_;
+bool JaggedBlock::locate(const int64_t* rows, size_t n, Places* places) const {
+  places->block_ = number_;
   places->n_ = n;
   if (place_bits_ > 32) {
     places->list_.emplace<std::vector<uint64_t>>(n);
@@ -85,7 +85,7 @@ bool JaggedWindow::locate(const int64_t* rows, size_t n, Places* places) const {
 
 // Calls visit(part, row in its chunk, rows, how many rows came before) for the stretches of a run.
 template <typename Visit>
-void JaggedWindow::each_run(int64_t first, size_t n, Visit visit) const {
+void JaggedBlock::each_run(int64_t first, size_t n, Visit visit) const {
   const int64_t stop = first + static_cast<int64_t>(n);
   size_t part = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), first) - ends_.begin());
   for (int64_t row = first; row < stop; ++part) {
@@ -96,11 +96,11 @@ void JaggedWindow::each_run(int64_t first, size_t n, Visit visit) const {
 }
 
 template <typename Visit>
-void JaggedWindow::with_list(const Places& places, Visit visit) const {
+void JaggedBlock::with_list(const Places& places, Visit visit) const {
   std::visit([&](const auto& list) { visit(list.data()); }, places.list_);
 }
 
-void JaggedWindow::cut_offsets(const PlacesOfFeatures& places, size_t n, size_t batch, int64_t* out,
+void JaggedBlock::cut_offsets(const PlacesOfFeatures& places, size_t n, size_t batch, int64_t* out,
                                int64_t* starts) const {
   // Lengths first, feature by feature; then each batch's sums.
   for (size_t f = 0; f < num_features_; ++f) {
@@ -139,14 +139,14 @@ void JaggedWindow::cut_offsets(const PlacesOfFeatures& places, size_t n, size_t 
 
 // A feature in every part.
 template <typename Element>
-struct JaggedWindow::Column {
+struct JaggedBlock::Column {
   const Element* elements;
   const int64_t* offsets;
 };
 
 // The copy of one feature of one batch.
 template <typename Element>
-struct JaggedWindow::Cut {
+struct JaggedBlock::Cut {
   const Column<Element>* columns;
   size_t size;
   const int64_t* bags;  // [size + 1] where each bag begins in `out`; null: one key a bag
@@ -179,7 +179,7 @@ struct JaggedWindow::Cut {
     }
   }
 
-  // All rows lie in one chunk, as most do if windows are as large as chunks.
+  // All rows lie in one chunk, as most do if blocks are as large as chunks.
   template <typename Place>
   void copy_list_of_one_part(const Place* list) const {
     const Element* const elements = columns[0].elements;
@@ -188,7 +188,7 @@ struct JaggedWindow::Cut {
 };
 
 template <typename Element>
-void JaggedWindow::cut_elements(const Element* JaggedColumn::*elements, const PlacesOfFeatures& places, size_t n,
+void JaggedBlock::cut_elements(const Element* JaggedColumn::*elements, const PlacesOfFeatures& places, size_t n,
                                 size_t batch, const int64_t* offsets, const int64_t* starts, Element* out) const {
   std::vector<Column<Element>> columns(starts_.size());
   for (size_t f = 0; f < num_features_; ++f) {
@@ -221,12 +221,12 @@ void JaggedWindow::cut_elements(const Element* JaggedColumn::*elements, const Pl
   }
 }
 
-void JaggedWindow::cut_values(const PlacesOfFeatures& places, size_t n, size_t batch, const int64_t* offsets,
+void JaggedBlock::cut_values(const PlacesOfFeatures& places, size_t n, size_t batch, const int64_t* offsets,
                               const int64_t* starts, int64_t* out) const {
   cut_elements(&JaggedColumn::values, places, n, batch, offsets, starts, out);
 }
 
-void JaggedWindow::cut_weights(const PlacesOfFeatures& places, size_t n, size_t batch, const int64_t* offsets,
+void JaggedBlock::cut_weights(const PlacesOfFeatures& places, size_t n, size_t batch, const int64_t* offsets,
                                const int64_t* starts, float* out) const {
   cut_elements(&JaggedColumn::weights, places, n, batch, offsets, starts, out);
 }
@@ -247,7 +247,7 @@ inline void copy_row(const char* from, size_t bytes, char* to) {
 
 }  // namespace
 
-void JaggedWindow::take(const Places& places, const std::vector<const char*>& parts, size_t row_bytes,
+void JaggedBlock::take(const Places& places, const std::vector<const char*>& parts, size_t row_bytes,
                         char* out) const {
   if (places.is_run_) {
     each_run(places.first_, places.n_, [&](size_t part, int64_t row, int64_t rows, int64_t done) {
