@@ -83,6 +83,7 @@ class HostStore:
         step: int,
         is_order_free: bool,
     ) -> tuple[Status, int]: ...
+    def read_looked_up(self, lookup: Lookup, vectors: NDArray[np.float32]) -> Status: ...
     def gradient_norm(
         self,
         plan: PoolingPlan,

@@ -230,6 +230,15 @@ void bind_host_store(nb::module_& m) {
           "most_isa"_a, "scan_from"_a)
       .def("pooled_lookup", &py_pooled_lookup, "plan"_a, "keys"_a.noconvert(), "offsets"_a.noconvert(),
            "weights"_a.noconvert().none(), "batch_size"_a, "insert"_a, "out"_a.noconvert(), "lookup"_a)
+      .def(
+          "read_looked_up",
+          [](HostStore& self, const Lookup& lookup, OutRows vectors) {
+            check(self.made(lookup), "lookup: of another store");
+            check_rows(vectors, static_cast<size_t>(lookup.num_keys), self.dim(), "vectors: expected [keys, dim]");
+            const nb::gil_scoped_release release;
+            return self.read_looked_up(lookup, vectors.data());
+          },
+          "lookup"_a, "vectors"_a.noconvert())
       .def("gradient_norm", &py_gradient_norm, "plan"_a, "gradients"_a.noconvert(), "order"_a, "is_order_free"_a)
       .def("apply_gradients", &py_apply_gradients, "plan"_a, "gradients"_a.noconvert(), "hypers"_a.noconvert(), "step"_a,
            "is_order_free"_a)

@@ -115,6 +115,9 @@ class HostStore {
   // gradient; of the order infinity the largest |x|. Infinite where a gradient is not finite. Changes no row; those that are
   // missing are made, as for the update.
   Status gradient_norm(std::vector<LookupGradient>& gradients, double order, bool is_order_free, double* total);
+  // The vector that each key of the plan's features read, into vectors [keys of the look-up, dim]; others are left alone. For
+  // a look-up that was just made: rows are read as they are.
+  Status read_looked_up(const Lookup& lookup, float* vectors);
   bool made(const Lookup& lookup) const { return lookup.store == number_; }
 
   // values [n, dim] and state [n, state_dim]; absent keys read as initial or as the default row. found[i]: the row was there

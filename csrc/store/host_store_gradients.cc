@@ -1,4 +1,5 @@
 // What is asked of gradients and rows between a look-up and its update.
+#include <algorithm>
 #include <vector>
 
 #include "store/host_store.h"
@@ -33,6 +34,37 @@ Status HostStore::measure(std::vector<LookupGradient>& gradients, double order, 
   for (size_t thread = 1; thread < norms.size(); ++thread) norms[0].add(norms[thread]);
   *total = norms[0].total();
   return Status::kOk;
+}
+
+Status HostStore::read_looked_up(const Lookup& lookup, float* vectors) {
+  return call([&] {
+    const PoolingPlan plan = lookup.plan->view();
+    const PackedKeys batch = lookup.batch();
+    struct Run {
+      int64_t feature;
+      int64_t first;
+      int64_t count;
+    };
+    constexpr int64_t kMostKeys = 2048;
+    std::vector<Run> runs;
+    for (int64_t f = 0; f < plan.num_features; ++f) {
+      const int64_t bag = plan.packed_feature[f] * batch.batch_size, last = batch.begin(bag + batch.batch_size);
+      for (int64_t first = batch.begin(bag); first < last; first += kMostKeys) {
+        runs.push_back({f, first, std::min(kMostKeys, last - first)});
+      }
+    }
+    pool_.run(static_cast<int64_t>(runs.size()), [&](int64_t number, int) {
+      // Each key as a bag of its own.
+      const Run& run = runs[number];
+      const int64_t zero = 0;
+      const Pooling pooling = Pooling::kSum;
+      const PoolingPlan each{1, &zero, plan.table + run.feature, &pooling, &zero, &zero, int64_t{dim_}, &zero};
+      const PackedKeys keys{lookup.keys + run.first, nullptr, run.count, 1, run.count, nullptr, true};
+      kernels_.pool(rows(), each, keys, lookup.slots + run.first, initializers_.data(), {0, 1, 0, run.count}, false,
+                    vectors + run.first * int64_t{dim_});
+    });
+    return Status::kOk;
+  });
 }
 
 }  // namespace penstock

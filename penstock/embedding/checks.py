@@ -8,14 +8,32 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from penstock.config import TableConfig
 from penstock.embedding.store import (
     MOST_UPDATE_KEYS,
     PooledGradient,
     PooledLookup,
     PoolingPlan,
+    RowLayout,
 )
 from penstock.errors import ConfigError, StaleExportError
 from penstock.types import KeyedJagged
+
+MAX_TABLES = 65_535
+
+
+def layout_of(tables: Sequence[TableConfig]) -> RowLayout:
+    """The row layout of the tables of a store.
+
+    Raises:
+      ConfigError: there are several, or more tables than a store takes.
+    """
+    layouts = {RowLayout.of(table) for table in tables}
+    if len(layouts) != 1:
+        raise ConfigError(f"the tables of one store need one row layout, got {len(layouts)}")
+    if len(tables) > MAX_TABLES:
+        raise ConfigError(f"{len(tables)} tables of one row layout; at most {MAX_TABLES}")
+    return layouts.pop()
 
 
 def check_lookup(

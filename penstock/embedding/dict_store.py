@@ -310,6 +310,17 @@ class DictStore:
             held.use(row)
         return len(sums)
 
+    def read_looked_up(self, lookup: PooledLookup) -> Tensor:
+        """See `Store.read_looked_up`."""
+        batch = cast("DictLookup", lookup).batch
+        vectors = torch.full((batch.values.numel(), self.layout.dim), torch.nan)
+        for feature in lookup.plan.features:
+            first = feature.packed_feature * batch.batch_size
+            first, last = batch.offsets[[first, first + batch.batch_size]].tolist()
+            rows = self._read(feature.table, batch.values[first:last].tolist())
+            vectors[first:last] = _stack([row.value for row in rows], self.layout.dim)
+        return vectors
+
     def gradient_norm(
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], norm_type: float
     ) -> float:

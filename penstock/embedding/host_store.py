@@ -36,7 +36,6 @@ from penstock.embedding.store import (
     PooledGradient,
     PooledLookup,
     PoolingPlan,
-    RowLayout,
     StoreMemory,
     TableCounters,
     TableRows,
@@ -44,7 +43,6 @@ from penstock.embedding.store import (
 from penstock.errors import CapacityError, ConfigError, PartialUpdateError
 from penstock.types import KeyedJagged
 
-MAX_TABLES = 65_535
 _CPU = torch.device("cpu")
 # As in csrc/rows/row_kernels.h.
 POOLING_CODES = {"sum": 0, "mean": 1, "sqrt_n": 2, "sequence": 3}
@@ -105,14 +103,9 @@ class HostStore:
           scan_from: entries of the index from which on a table that is much of it is looked
             through there, and has no list of its keys; fewer to test it.
         """
-        layouts = {RowLayout.of(table) for table in tables}
-        if len(layouts) != 1:
-            raise ConfigError(f"the tables of one store need one row layout, got {len(layouts)}")
-        if len(tables) > MAX_TABLES:
-            raise ConfigError(f"{len(tables)} tables of one row layout; at most {MAX_TABLES}")
         if most_isa not in (None, *ISAS):
             raise ConfigError(f"most_isa: {most_isa!r}; one of {', '.join(ISAS)}")
-        self.layout = layouts.pop()
+        self.layout = checks.layout_of(tables)
         self.tables = tuple(tables)
         self._hypers = optimizer.Hypers(tables)
         self._deterministic = deterministic
@@ -344,6 +337,13 @@ class HostStore:
             raise ConfigError("the batch changed while it was looked up")
         self._raise_for(status, of=f"looking up {batch.values.numel()} keys")
         return lookup
+
+    def read_looked_up(self, lookup: PooledLookup) -> Tensor:
+        """See `Store.read_looked_up`."""
+        assert isinstance(lookup, HostLookup)
+        vectors = np.empty((lookup.num_keys, self.layout.dim), dtype=np.float32)
+        self._raise_for(self._core.read_looked_up(lookup.core, vectors), of="reading vectors")
+        return torch.from_numpy(vectors)
 
     def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
         """See `Store.check_gradients`."""

@@ -311,6 +311,13 @@ class Store(Protocol):
           CapacityError: as `find_or_insert`; `out` is then undefined.
         """
 
+    def read_looked_up(self, lookup: PooledLookup) -> Tensor:
+        """The vector that each key read, [N, D] float32 by place in the packed batch; copies.
+
+        Keys of features that are not the plan's have undefined ones. To be called right after the
+        look-up: rows are read as they are.
+        """
+
     def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
         """Refuses what `apply_gradients` would refuse as wrong; changes nothing.
 
@@ -340,9 +347,9 @@ class Store(Protocol):
 
         Sums run in the order of (look-up, feature, sample, key), so the bits of the result do not
         depend on the number of threads. A key's gradient is that of its vector times the factor
-        that the look-up gave it: a key of weight 0 is touched like any other. The weights
-        themselves get no gradient. Keys refused in the look-up update the default row. A row erased
-        since the look-up begins anew; in a table with rules, its gradient is dropped and counted.
+        that the look-up gave it: a key of weight 0 is touched like any other. Keys refused in the
+        look-up update the default row. A row erased since the look-up begins anew; in a table with
+        rules, its gradient is dropped and counted.
 
         A row whose new value, or the state that divides its step, is beyond float32 reads NaN from
         then on (docs/optimizers.md): the next look-up shows it.

@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "embedding/durable_files": {"errors"},
     "embedding/rules": {"errors", "config"},
     "embedding/store": {"errors", "types", "config", "embedding/rules"},
-    "embedding/checks": {"errors", "types", "embedding/store"},
+    "embedding/checks": {"errors", "types", "config", "embedding/store"},
     "embedding/host_store": {
         "errors",
         "types",

@@ -74,6 +74,17 @@ class GpuLookup(PooledLookup):
         count = self.batch.values.numel()
         return replace(self.batch, offsets=torch.arange(count + 1, device=self.slots.device))
 
+    def slots_of_plan(self, plan: DevicePlan) -> Tensor:
+        """[N] int64 slots; 0 of keys without one and of keys that are another store's."""
+        slots = self.slots
+        if not plan.serves_all and self.batch_size:
+            ends = self.batch_again(keys=False).offsets[:: self.batch_size]
+            is_ours = torch.repeat_interleave(
+                plan.table_of_packed >= 0, ends.diff(), output_size=slots.numel()
+            )
+            slots = torch.where(is_ours, slots, 0)
+        return slots.clamp(min=0).long()
+
     @property
     def grouping(self) -> Grouping | None:
         """What `group_ahead` made; it may not be done."""

@@ -47,8 +47,8 @@ from penstock.embedding.store import (
     Cursor,
     FindResult,
     PooledGradient,
+    PooledLookup,
     PoolingPlan,
-    RowLayout,
     StoreMemory,
     TableCounters,
     TableRows,
@@ -63,8 +63,6 @@ from penstock.kernels.pool import pooled_forward
 from penstock.kernels.update.occurrences import GradientPart
 from penstock.kernels.update.update import apply_gradients
 from penstock.types import KeyedJagged
-
-MAX_TABLES = 65_535
 
 
 class GpuStore:
@@ -99,14 +97,9 @@ class GpuStore:
           ConfigError: no such GPU, no Triton, or tables of several layouts.
           CapacityError: the GPU has no memory left.
         """
-        layouts = {RowLayout.of(table) for table in tables}
-        if len(layouts) != 1:
-            raise ConfigError(f"the tables of one store need one row layout, got {len(layouts)}")
-        if len(tables) > MAX_TABLES:
-            raise ConfigError(f"{len(tables)} tables of one row layout; at most {MAX_TABLES}")
         self.device = kernel_device(device)
         self._lock = threading.RLock()
-        self.layout = layouts.pop()
+        self.layout = checks.layout_of(tables)
         self.tables: Sequence[TableConfig] = tuple(tables)
         self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
         self._hypers = HypersOnDevice(tables, self.device)
@@ -342,6 +335,13 @@ class GpuStore:
             self._keyed.lend(keys_of(on_gpu, batch), slots, misses, lookup.num_missing)
         pooled_forward(self._rows.values, on_gpu, batch, slots, out, one_hot=batch.is_one_hot)
         return lookup
+
+    @alone
+    def read_looked_up(self, lookup: PooledLookup) -> Tensor:
+        """See `Store.read_looked_up`."""
+        found = cast("GpuLookup", lookup)
+        on_gpu = self._plans.get(lookup.plan, len(found.batch.features))
+        return self._rows.values[found.slots_of_plan(on_gpu)].float()
 
     def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
         """See `Store.check_gradients`."""

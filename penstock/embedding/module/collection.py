@@ -49,6 +49,7 @@ from penstock.embedding.module.places import (
 from penstock.embedding.module.table_module import TableModule
 from penstock.embedding.module.table_stats import TableStats, retention_stats
 from penstock.embedding.module.torch_idioms import check_alone, check_averaged
+from penstock.embedding.module.weight_gradient import ReadVectors, WeightedLookup
 from penstock.embedding.rules.retention import Clock, RetentionState, retains
 from penstock.embedding.rules.row_clock import RowClock
 from penstock.embedding.store import (
@@ -70,6 +71,17 @@ class _Group(NamedTuple):
     store: Store
     plan: PoolingPlan
     trainable: bool
+
+
+class LookUp(NamedTuple):
+    """What a collection finds of a batch."""
+
+    out: Tensor
+    """[B, W] float32 on the tables' device."""
+    lookups: list[Any]
+    """What the stores that are trained need to know of it, for `keep_gradient`."""
+    vectors: ReadVectors | None
+    """What the gradient of the weights needs, if it was asked for."""
 
 
 class EmbeddingCollection(TableModule):
@@ -216,19 +228,27 @@ class EmbeddingCollection(TableModule):
         if self.anchor.is_meta:
             self._check(sparse)
             return self.anchor.new_empty(sparse.batch_size, self.width)
-        if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
-            pooled: Tensor = _PooledLookup.apply(self.anchor, self, sparse)  # type: ignore[no-untyped-call]
-            return pooled.to(self.anchor)
-        out, _ = self.look_up(sparse, trains=False)
-        return out.to(self.anchor)
+        trains = self.training and torch.is_grad_enabled() and self.anchor.requires_grad
+        weights = sparse.weights
+        pooled: Tensor
+        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+            pooled = WeightedLookup.apply(self.anchor, weights, self, sparse, trains)  # type: ignore[no-untyped-call]
+        elif trains:
+            pooled = _PooledLookup.apply(self.anchor, self, sparse)  # type: ignore[no-untyped-call]
+        else:
+            pooled = self.look_up(sparse, trains=False).out
+        return pooled.to(self.anchor)
 
-    def look_up(self, sparse: KeyedJagged, *, trains: bool) -> tuple[Tensor, list[Any]]:
+    def look_up(self, sparse: KeyedJagged, *, trains: bool, reads_vectors: bool = False) -> LookUp:
         """The look-up of `forward`, without autograd.
 
-        Returns:
-          The output, [B, W] float32 on the tables' device; what the stores that are trained need to
-          know of it, for `keep_gradient`.
+        Args:
+          sparse: as of `forward`.
+          trains: whether new keys get rows.
+          reads_vectors: whether the gradient of the weights will be asked for.
         """
+        if sparse.weights is not None and sparse.weights.requires_grad:
+            sparse = replace(sparse, weights=sparse.weights.detach())
         sparse = self._on_device(sparse, non_blocking=False)
         check_averaged(self)
         if trains:
@@ -236,11 +256,17 @@ class EmbeddingCollection(TableModule):
             self.check_attached()
             self._advance()
         out, lookups = self._lookup(sparse, insert=trains)
+        vectors = self._read_vectors(sparse, lookups) if reads_vectors else None
         read = [n for n, group in enumerate(self._groups) if not (trains and group.trainable)]
         if read:
             self.num_missing += sum(lookups[n].num_missing for n in read)
             lookups = [lookup for n, lookup in enumerate(lookups) if n not in read]
-        return out, lookups
+        return LookUp(out, lookups, vectors)
+
+    def _read_vectors(self, sparse: KeyedJagged, lookups: list[Any]) -> ReadVectors:
+        pairs = zip(self._groups, lookups, strict=True)
+        vectors = [group.store.read_looked_up(lookup) for group, lookup in pairs]
+        return ReadVectors.of(sparse, [group.plan for group in self._groups], vectors)
 
     def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
         """The batch as the tables' device takes it, checked; on the CPU it is the batch itself.
@@ -451,8 +477,8 @@ class _PooledLookup(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: Tensor, collection: EmbeddingCollection, sparse: KeyedJagged
     ) -> Tensor:
-        out, lookups = collection.look_up(sparse, trains=True)
-        ctx.collection, ctx.lookups = collection, lookups
+        out, ctx.lookups, _ = collection.look_up(sparse, trains=True)
+        ctx.collection = collection
         return out
 
     @staticmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,13 +19,13 @@ from torch import Tensor
 from penstock.types import KeyedJagged
 
 if TYPE_CHECKING:
-    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.module.collection import EmbeddingCollection, LookUp
 
 # Of this process. Numbers are never used again, so that a graph cannot reach another collection.
 _NUMBERS = itertools.count()
 _COLLECTIONS: weakref.WeakValueDictionary[int, EmbeddingCollection] = weakref.WeakValueDictionary()
 # Look-ups of collections whose ticket is alive: a graph saves it for its backward pass.
-_LOOKUPS: dict[int, list[Any]] = {}
+_LOOKUPS: dict[int, LookUp] = {}
 
 
 def register(collection: EmbeddingCollection) -> int:
@@ -38,16 +39,16 @@ def look_up_in_graph(collection: EmbeddingCollection, sparse: KeyedJagged) -> Te
     """As `EmbeddingCollection.forward`; to be traced."""
     collection.check_features(sparse)
     trains = collection.training and torch.is_grad_enabled() and collection.anchor.requires_grad
+    weights = sparse.weights
+    learns_weights = weights is not None and weights.requires_grad and torch.is_grad_enabled()
     out: Tensor
     out, _ = _pooled_lookup(
         collection.anchor,
         sparse.values,
         sparse.offsets,
-        sparse.weights,
+        weights,
         collection.number,
-        trains,
-        sparse.is_checked,
-        sparse.is_one_hot,
+        [trains, learns_weights, sparse.is_checked, sparse.is_one_hot],
     )
     return out
 
@@ -59,19 +60,18 @@ def _pooled_lookup(
     offsets: Tensor,
     weights: Tensor | None,
     number: int,
-    trains: bool,
-    is_checked: bool,
-    is_one_hot: bool,
+    flags: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
+    trains, learns_weights, is_checked, is_one_hot = flags
     collection = _COLLECTIONS[number]
     names = tuple(feature.name for feature in collection.features)
     sparse = KeyedJagged(names, values, offsets, weights, is_checked, is_one_hot)
-    out, lookups = collection.look_up(sparse, trains=trains)
+    found = collection.look_up(sparse, trains=trains, reads_vectors=learns_weights)
     ticket = np.array([next(_NUMBERS)], dtype=np.int64)
-    if trains:
-        _LOOKUPS[int(ticket[0])] = lookups
+    if trains or learns_weights:
+        _LOOKUPS[int(ticket[0])] = found
         weakref.finalize(ticket, _LOOKUPS.pop, int(ticket[0]), None)
-    return out.to(anchor), torch.from_numpy(ticket)
+    return found.out.to(anchor), torch.from_numpy(ticket)
 
 
 @_pooled_lookup.register_fake
@@ -81,9 +81,7 @@ def _(
     offsets: Tensor,
     weights: Tensor | None,
     number: int,
-    trains: bool,
-    is_checked: bool,
-    is_one_hot: bool,
+    flags: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     collection = _COLLECTIONS[number]
     size = (offsets.numel() - 1) // max(1, len(collection.features))
@@ -93,7 +91,7 @@ def _(
 @torch.library.custom_op("penstock::keep_gradient", mutates_args=())
 def _keep_gradient(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
     # A copy: a compiler uses the memory of what an operator was given again.
-    lookups = _LOOKUPS[int(ticket)]
+    lookups = _LOOKUPS[int(ticket)].lookups
     _COLLECTIONS[number].keep_gradient(lookups, grad.clone(), zeros_to_come=1)
     # That of the anchor: an output, so that no compiler takes the operator for needless.
     return grad.new_zeros(1)
@@ -104,15 +102,32 @@ def _(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
     return grad.new_empty(1)
 
 
+@torch.library.custom_op("penstock::weight_gradient", mutates_args=())
+def _weight_gradient(grad: Tensor, ticket: Tensor, weights: Tensor, number: int) -> Tensor:
+    vectors = _LOOKUPS[int(ticket)].vectors
+    assert vectors is not None
+    return vectors.gradient(grad.to(_COLLECTIONS[number].device)).to(weights)
+
+
+@_weight_gradient.register_fake
+def _(grad: Tensor, ticket: Tensor, weights: Tensor, number: int) -> Tensor:
+    return torch.empty_like(weights)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
+    ctx.number, (ctx.trains, ctx.learns_weights, *_) = inputs[4:]
+    weights = [inputs[3]] if ctx.learns_weights else []
+    ctx.save_for_backward(output[1], *weights)
     ctx.mark_non_differentiable(output[1])
-    ctx.number = inputs[4]
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    (ticket,) = ctx.saved_tensors
-    return _keep_gradient(grad, ticket, ctx.number), *[None] * 7
+    ticket, *weights = ctx.saved_tensors
+    of_anchor = _keep_gradient(grad, ticket, ctx.number) if ctx.trains else None
+    of_weights = None
+    if ctx.learns_weights:
+        of_weights = _weight_gradient(grad, ticket, *weights, ctx.number)
+    return of_anchor, None, None, of_weights, None, None
 
 
 _pooled_lookup.register_autograd(_backward, setup_context=_setup_context)
