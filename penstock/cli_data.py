@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,20 +14,10 @@ from penstock.errors import ConfigError
 from penstock.report.terminal import ignored, say
 
 if TYPE_CHECKING:
-    from penstock.survey.survey import Survey, SurveyedSource
+    from penstock.config import AnyFileSource
+    from penstock.survey.survey import Survey
 
 _RATE, _SKEW = "label_rate.png", "skew.png"
-
-
-class SourceFormat(enum.StrEnum):
-    """Formats of files that `data inspect` reads."""
-
-    parquet = "parquet"
-    orc = "orc"
-    arrow = "arrow"
-    csv = "csv"
-    tsv = "tsv"
-    jsonl = "jsonl"
 
 
 FilesArgument = Annotated[
@@ -36,8 +25,13 @@ FilesArgument = Annotated[
     typer.Argument(metavar="FILE...", help="Files, directories or globs of one format."),
 ]
 FormatOption = Annotated[
-    SourceFormat | None,
-    typer.Option("--format", help="Default: by the files' names.", show_default=False),
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="parquet, csv, ... as in a job. Default: by the files' names.",
+        show_default=False,
+    ),
 ]
 ColumnsOption = Annotated[
     str | None,
@@ -144,44 +138,33 @@ def inspect_data(  # noqa: PLR0913 (each is an option)
         show(shown)
 
 
-def _source(
-    files: Sequence[str], file_format: SourceFormat | None, columns: str | None
-) -> SurveyedSource:
+def _source(files: Sequence[str], file_format: str | None, columns: str | None) -> AnyFileSource:
     """The configuration of the source that the arguments describe."""
-    from penstock.config import (
-        ArrowSource,
-        JsonLinesSource,
-        OrcSource,
-        ParquetSource,
-        TextSource,
-        format_of_path,
-    )
+    from penstock.config import FILE_FORMATS, FILE_SOURCES, format_of_path
 
+    known = ", ".join(FILE_FORMATS)
+    if file_format is not None and file_format not in FILE_FORMATS:
+        raise ConfigError(f"--format {file_format!r}: no format of files; give one of {known}")
     found = {path: format_of_path(path) for path in files}
     if file_format is None:
         unknown = next((path for path, one in found.items() if one is None), None)
         if unknown is not None:
-            raise ConfigError(
-                f"{unknown}: no format is known by this name; give --format "
-                f"{', '.join(SourceFormat)}"
-            )
+            raise ConfigError(f"{unknown}: no format is known by this name; give --format {known}")
         if len(set(found.values())) > 1:
             raise ConfigError(
                 f"files of several formats ({', '.join(sorted(map(str, set(found.values()))))}): "
                 "inspect those of one format at a time"
             )
-    chosen = file_format.value if file_format is not None else found[files[0]]
-    path = files[0] if len(files) == 1 else tuple(files)
-    if chosen in {"csv", "tsv"}:
-        kind: Literal["csv", "tsv"] = "tsv" if chosen == "tsv" else "csv"
-        return TextSource(format=kind, path=path, columns=_names(columns))
+    chosen = file_format or found[files[0]]
+    kind = next(kind for kind in FILE_SOURCES if chosen in kind.endings.values())
+    fields = {"format": chosen, "path": files[0] if len(files) == 1 else tuple(files)}
     if columns is not None:
-        raise ConfigError(f"--columns: {chosen} files name their columns themselves; leave it out")
-    if chosen == "jsonl":
-        return JsonLinesSource(path=path)
-    if chosen == "orc":
-        return OrcSource(path=path)
-    return ArrowSource(path=path) if chosen == "arrow" else ParquetSource(path=path)
+        if "columns" not in kind.model_fields:
+            message = f"--columns: {chosen} files name their columns themselves; leave it out"
+            raise ConfigError(message)
+        fields["columns"] = _names(columns)
+    source: AnyFileSource = kind.model_validate(fields)
+    return source
 
 
 def _names(given: str | None) -> tuple[str, ...] | None:

@@ -50,6 +50,10 @@ from penstock.config.running import (
     SliceConfig,
 )
 from penstock.config.sources import (
+    FILE_FORMATS,
+    FILE_SOURCES,
+    SOURCES,
+    AnyFileSource,
     ArrowSource,
     FileSource,
     JsonLinesSource,
@@ -87,6 +91,10 @@ from penstock.config.tables import (
 )
 
 __all__ = [
+    "FILE_FORMATS",
+    "FILE_SOURCES",
+    "SOURCES",
+    "AnyFileSource",
     "RunConfig",
     "ReportConfig",
     "EvaluationConfig",

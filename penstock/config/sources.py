@@ -1,9 +1,12 @@
-"""Sources: which files are read, in which format."""
+"""Sources: which files are read, in which format.
+
+A new one is a class here, in `Source`, and its line in `penstock/data/formats/opening.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -12,6 +15,11 @@ from penstock.config.base import MAY_CHANGE, Config, Int64, PositiveInt
 
 class FileSource(Config):
     """Fields common to all sources that are files."""
+
+    endings: ClassVar[Mapping[str, str]]
+    """`format` by ending of the files' names."""
+    extents: ClassVar[str]
+    """What its extents are called in files of the format."""
 
     path: Annotated[str | tuple[str, ...], MAY_CHANGE]
     """Files, directories or globs (`day_*.parquet`), local or of any pyarrow file system
@@ -24,12 +32,16 @@ class FileSource(Config):
 class ParquetSource(FileSource):
     """Parquet files of one schema."""
 
+    endings: ClassVar[Mapping[str, str]] = {"parquet": "parquet"}
+    extents: ClassVar[str] = "row groups"
     format: Literal["parquet"] = "parquet"
 
 
 class TextSource(FileSource):
     """CSV or TSV files, plain or compressed (`.gz`, `.bz2`, `.zst`)."""
 
+    endings: ClassVar[Mapping[str, str]] = {"csv": "csv", "tsv": "tsv"}
+    extents: ClassVar[str] = "pieces of text"
     format: Literal["csv", "tsv"] = "csv"
     delimiter: str | None = None
     """The character between values; null: a comma in `csv`, a tab in `tsv`."""
@@ -101,12 +113,20 @@ class TextSource(FileSource):
 class OrcSource(FileSource):
     """ORC files of one schema."""
 
+    endings: ClassVar[Mapping[str, str]] = {"orc": "orc"}
+    extents: ClassVar[str] = "stripes"
     format: Literal["orc"] = "orc"
 
 
 class ArrowSource(FileSource):
     """Arrow IPC files (`.arrow`, Feather version 2) or streams, of one schema."""
 
+    endings: ClassVar[Mapping[str, str]] = {
+        "arrow": "arrow",
+        "arrows": "arrow",
+        "feather": "arrow",
+    }
+    extents: ClassVar[str] = "record batches"
     format: Literal["arrow"] = "arrow"
 
 
@@ -133,6 +153,8 @@ class JsonLinesSource(FileSource):
     Objects and lists of lists within a row are not read.
     """
 
+    endings: ClassVar[Mapping[str, str]] = {"jsonl": "jsonl", "ndjson": "jsonl"}
+    extents: ClassVar[str] = "pieces of text"
     format: Literal["jsonl"] = "jsonl"
     types: Mapping[str, JsonType] = {}
     """Type by column name or glob; a column without one has that of its first values (label,
@@ -162,23 +184,15 @@ class SyntheticSource(Config):
     seed: Int64 = 0
 
 
-Source = Annotated[
-    ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource | SyntheticSource,
-    Field(discriminator="format"),
-]
+AnyFileSource: TypeAlias = ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource
+Source = Annotated[AnyFileSource | SyntheticSource, Field(discriminator="format")]
 
+FILE_SOURCES: tuple[type[FileSource], ...] = get_args(AnyFileSource)
+SOURCES: tuple[type[Config], ...] = (*FILE_SOURCES, SyntheticSource)
 
-_ENDINGS = {
-    "parquet": "parquet",
-    "orc": "orc",
-    "arrow": "arrow",
-    "arrows": "arrow",
-    "feather": "arrow",
-    "csv": "csv",
-    "tsv": "tsv",
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-}
+_FORMATS = {end: name for source in FILE_SOURCES for end, name in source.endings.items()}
+FILE_FORMATS = tuple(dict.fromkeys(_FORMATS.values()))
+"""All values of `format` that are files."""
 
 
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
@@ -193,4 +207,4 @@ def format_of_path(path: str) -> str | None:
     """The `format` that a path's ending stands for (`.gz` and the like aside); None: none."""
     if compression_of_path(path) is not None:
         path = path.rpartition(".")[0]
-    return _ENDINGS.get(path.rpartition(".")[2].lower())
+    return _FORMATS.get(path.rpartition(".")[2].lower())

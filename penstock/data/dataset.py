@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from penstock.config import (
-    ArrowSource,
-    FeatureConfig,
-    Job,
-    JsonLinesSource,
-    OrcSource,
-    ParquetSource,
-    SyntheticSource,
-    TableConfig,
-    TextSource,
-    TimeSplit,
-)
+from penstock.config import FeatureConfig, Job, SyntheticSource, TableConfig, TimeSplit
 from penstock.config import Source as SourceConfig
 from penstock.data.batches.loader import Loader, LoaderPlan
 from penstock.data.columns.schema import (
@@ -28,13 +17,7 @@ from penstock.data.columns.schema import (
     resolve_features,
 )
 from penstock.data.files import common_file
-from penstock.data.formats.arrow import ArrowFormat
-from penstock.data.formats.columnar import GroupedFiles
-from penstock.data.formats.json_lines import open_json_lines
-from penstock.data.formats.orc import OrcFormat
-from penstock.data.formats.parquet import ParquetFormat
-from penstock.data.formats.synthetic import SyntheticRows
-from penstock.data.formats.text import open_text
+from penstock.data.formats.opening import open_source
 from penstock.data.identity import WholeTags, check_files
 from penstock.data.plan.counting import Stages, no_stages
 from penstock.data.plan.parts import Part, PartRows, divide
@@ -297,37 +280,6 @@ def paths_of(job: Job) -> list[str]:
         one.path for one in sources if one is not None and not isinstance(one, SyntheticSource)
     ]
     return [path for one in given for path in ([one] if isinstance(one, str) else one)]
-
-
-def open_source(
-    config: SourceConfig,
-    text_types: Mapping[str, Literal["int64", "float64"]],
-    time_column: str | None = None,
-) -> Source:
-    """Opens the files that a job, or nobody yet, reads.
-
-    Args:
-      config: which files.
-      text_types: types of columns of text and JSON lines by name or glob, where `config` declares
-        none.
-      time_column: by which the rows will be divided.
-
-    Raises:
-      ConfigError: columns or types of `config` do not fit together.
-      DataError: files are missing or not what `config` says.
-    """
-    if isinstance(config, ParquetSource):
-        return GroupedFiles(config, ParquetFormat(time_column))
-    if isinstance(config, TextSource):
-        return open_text(config, text_types)
-    if isinstance(config, JsonLinesSource):
-        return open_json_lines(config, text_types)
-    if isinstance(config, OrcSource):
-        return GroupedFiles(config, OrcFormat())
-    if isinstance(config, ArrowSource):
-        return GroupedFiles(config, ArrowFormat())
-    assert isinstance(config, SyntheticSource)
-    return SyntheticRows(config)
 
 
 def _refuse_common_rows(

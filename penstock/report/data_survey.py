@@ -55,8 +55,7 @@ def _overview(survey: Survey) -> Table:
     sample = "" if profile.is_whole else ": a sample; all figures below are of it alone"
     shown.add_row("rows looked at", f"{profile.rows:,}{sample}")
     if survey.num_groups is not None:
-        words = {"parquet": "row groups", "orc": "stripes", "arrow": "record batches"}
-        shown.add_row(words[survey.source.format], f"{survey.num_groups:,}")
+        shown.add_row(survey.source.extents, f"{survey.num_groups:,}")
     shown.add_row("columns", f"{len(profile.columns):,}")
     if survey.malformed:
         text = f"{survey.malformed:,}, in no figure below; the first: {survey.malformed_example}"

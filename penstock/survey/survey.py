@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from penstock.config import (
-    ArrowSource,
     JsonLinesSource,
-    OrcSource,
-    ParquetSource,
     TextSource,
 )
-from penstock.data.dataset import open_source
 from penstock.data.files import list_files
 from penstock.data.formats.lines import OpenQuote
+from penstock.data.formats.opening import open_source
 from penstock.data.formats.text import guess_delimiter
 from penstock.data.plan.counting import Progress
 from penstock.data.source import Chunk, Source
@@ -24,7 +21,6 @@ from penstock.survey.label_rate import LabelRate, label_rate
 from penstock.survey.profile import DataProfile, profile_source
 from penstock.survey.roles import Roles, assign_roles
 
-SurveyedSource: TypeAlias = ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource
 _MOST_MALFORMED = 1000
 
 
@@ -32,7 +28,7 @@ _MOST_MALFORMED = 1000
 class Survey:
     """What there is to say about data, and to write a job from."""
 
-    source: SurveyedSource
+    source: AnyFileSource
     bytes: int
     """Of all files."""
     num_groups: int | None
@@ -60,7 +56,7 @@ class Survey:
 
 
 def survey_data(
-    source: SurveyedSource,
+    source: AnyFileSource,
     *,
     max_rows: int | None = None,
     label: str | None = None,
@@ -118,7 +114,7 @@ def survey_data(
 
 
 def _profile(
-    source: SurveyedSource, max_rows: int | None, progress: Callable[[str], Progress]
+    source: AnyFileSource, max_rows: int | None, progress: Callable[[str], Progress]
 ) -> tuple[Source, DataProfile, _MalformedRows]:
     malformed = _MalformedRows()
     opened = open_source(source, {})
@@ -160,8 +156,8 @@ class _MalformedRows:
 
 
 def _as_read(
-    source: SurveyedSource, profile: DataProfile, roles: Roles
-) -> tuple[SurveyedSource, dict[str, Literal["int64", "float64"]]]:
+    source: AnyFileSource, profile: DataProfile, roles: Roles
+) -> tuple[AnyFileSource, dict[str, Literal["int64", "float64"]]]:
     """The source as a job would read it, and the types that its label and time have there."""
     types: dict[str, Literal["int64", "float64"]] = {}
     if roles.label is not None:
@@ -176,7 +172,7 @@ def _as_read(
 
 
 def _text_types(
-    source: SurveyedSource, profile: DataProfile, roles: Roles
+    source: AnyFileSource, profile: DataProfile, roles: Roles
 ) -> dict[str, Literal["int64", "string"]]:
     types: dict[str, Literal["int64", "string"]] = {}
     if isinstance(source, TextSource):

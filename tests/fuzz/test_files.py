@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from penstock import run
 from penstock.config import parse_job
 from penstock.data import Dataset
-from penstock.data.dataset import open_source
 from penstock.data.formats import lines
 from penstock.data.formats.json_lines import JsonParser
 from penstock.data.formats.lines import OpenQuote
+from penstock.data.formats.opening import open_source
 from penstock.data.formats.row_ends import TextRows
 from penstock.errors import CheckpointError, ConfigError, DataError
 from penstock.training.trained import open_trained

@@ -1,0 +1,54 @@
+"""Which source opens which configuration: one line for each format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from penstock.config import (
+    ArrowSource,
+    JsonLinesSource,
+    OrcSource,
+    ParquetSource,
+    SyntheticSource,
+    TextSource,
+)
+from penstock.config import Source as SourceConfig
+from penstock.data.formats.arrow import ArrowFormat
+from penstock.data.formats.columnar import GroupedFiles
+from penstock.data.formats.json_lines import open_json_lines
+from penstock.data.formats.orc import OrcFormat
+from penstock.data.formats.parquet import ParquetFormat
+from penstock.data.formats.synthetic import SyntheticRows
+from penstock.data.formats.text import open_text
+from penstock.data.source import Source
+
+TextTypes = Mapping[str, Literal["int64", "float64"]]
+
+OPENERS: Mapping[type, Callable[[Any, TextTypes, str | None], Source]] = {
+    ParquetSource: lambda config, types, time: GroupedFiles(config, ParquetFormat(time)),
+    OrcSource: lambda config, types, time: GroupedFiles(config, OrcFormat()),
+    ArrowSource: lambda config, types, time: GroupedFiles(config, ArrowFormat()),
+    TextSource: lambda config, types, time: open_text(config, types),
+    JsonLinesSource: lambda config, types, time: open_json_lines(config, types),
+    SyntheticSource: lambda config, types, time: SyntheticRows(config),
+}
+"""What opens a configuration, given as `open_source` is."""
+
+
+def open_source(
+    config: SourceConfig, text_types: TextTypes, time_column: str | None = None
+) -> Source:
+    """Opens the files that a job, or nobody yet, reads.
+
+    Args:
+      config: which files.
+      text_types: types of columns of text and JSON lines by name or glob, where `config` declares
+        none.
+      time_column: by which the rows will be divided.
+
+    Raises:
+      ConfigError: columns or types of `config` do not fit together.
+      DataError: files are missing or not what `config` says.
+    """
+    return OPENERS[type(config)](config, text_types, time_column)
