@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -163,8 +163,7 @@ def _source(files: Sequence[str], file_format: str | None, columns: str | None) 
             message = f"--columns: {chosen} files name their columns themselves; leave it out"
             raise ConfigError(message)
         fields["columns"] = _names(columns)
-    source: AnyFileSource = kind.model_validate(fields)
-    return source
+    return cast("AnyFileSource", kind.model_validate(fields))
 
 
 def _names(given: str | None) -> tuple[str, ...] | None:

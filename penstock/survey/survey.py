@@ -6,10 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.config import (
-    JsonLinesSource,
-    TextSource,
-)
+from penstock.config import AnyFileSource, JsonLinesSource, TextSource
 from penstock.data.files import list_files
 from penstock.data.formats.lines import OpenQuote
 from penstock.data.formats.opening import open_source
