@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         TableConfig,
         Uniform,
     )
+    from penstock.embedding.module.clipping import clip_grad_norm_
     from penstock.embedding.module.collection import EmbeddingCollection
     from penstock.embedding.module.torch_idioms import average_tables
     from penstock.embedding.store import TableRows
@@ -47,6 +48,7 @@ _HOMES = {
         "FTRL LAMB SGD Adagrad Adam AdmitAtRandom AdmitFrequent Constant Eviction FeatureConfig "
         "MomentumSGD Normal RowWiseAdagrad RowWiseAdam Schedule TableConfig Uniform"
     ),
+    "penstock.embedding.module.clipping": "clip_grad_norm_",
     "penstock.embedding.module.collection": "EmbeddingCollection",
     "penstock.embedding.store": "TableRows",
     "penstock.embedding.module.torch_idioms": "average_tables",
@@ -87,6 +89,7 @@ __all__ = [
     "TableRows",
     "Uniform",
     "average_tables",
+    "clip_grad_norm_",
 ]
 
 

@@ -65,11 +65,22 @@ class TrainingConfig(Config):
     optimizer: DenseOptimizer = DenseOptimizer()
     clip_gradient_norm: Annotated[PositiveFloat | None, MAY_CHANGE] = None
     """Largest L2 norm of the dense gradients; null: no clipping."""
+    clip_with_tables: Annotated[bool, MAY_CHANGE] = False
+    """Whether it is the norm of dense and embedding gradients together, which then are scaled
+    alike; of a row that is the sum of its gradients. Takes about as long as an update of the tables
+    more.
+    """
     seed: Int64 = 0
     deterministic: bool = False
     """Embedding updates have the same bits for any order of the samples of a batch, and on any
     device given equal gradients; slower. The number of threads never changes a bit of them. On a
     GPU torch's deterministic algorithms are used as well."""
+
+    @model_validator(mode="after")
+    def _tables_are_clipped_by_a_norm(self) -> TrainingConfig:
+        if self.clip_with_tables and self.clip_gradient_norm is None:
+            raise ValueError("clip_with_tables has no effect without clip_gradient_norm: set it")
+        return self
 
 
 class TableDefaults(Config):

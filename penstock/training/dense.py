@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config import DenseOptimizer
+from penstock.embedding.module.collection import EmbeddingCollection
 from penstock.errors import NonFiniteError
 
 
@@ -46,7 +47,11 @@ class DenseTrainer:
     """
 
     def __init__(
-        self, model: nn.Module, config: DenseOptimizer, clip_gradient_norm: float | None = None
+        self,
+        model: nn.Module,
+        config: DenseOptimizer,
+        clip_gradient_norm: float | None = None,
+        clip_with: EmbeddingCollection | None = None,
     ) -> None:
         """Takes the parameters of `model` that require gradients.
 
@@ -54,6 +59,8 @@ class DenseTrainer:
           model: its parameters must already be on their device.
           config: optimizer and schedule.
           clip_gradient_norm: largest L2 norm of all gradients together; None: no clipping.
+          clip_with: tables whose gradients count and are clipped, too; None: those of the model
+            alone.
         """
         self._parameters = {
             name: parameter
@@ -62,6 +69,7 @@ class DenseTrainer:
         }
         self._config = config
         self._clip_gradient_norm = clip_gradient_norm
+        self._clip_with = clip_with
         self.optimizer: torch.optim.Optimizer | None = None
         """None where the model has no trainable parameter."""
         if self._parameters:
@@ -72,7 +80,7 @@ class DenseTrainer:
         return self._config.learning_rate * self._config.schedule.factor(step)
 
     def step(self, step: int) -> float:
-        """Applies the gradients of one step and clears them.
+        """Applies the gradients of one step and clears them; those of tables are clipped alone.
 
         Args:
           step: number of the step, from 0; sets the learning rate.
@@ -86,15 +94,19 @@ class DenseTrainer:
         gradients = [
             parameter.grad for parameter in self._parameters.values() if parameter.grad is not None
         ]
-        if self.optimizer is None or not gradients:
-            return 0.0
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        if self._clip_with is not None:
+            norm = torch.hypot(norm, self._clip_with.gradient_norm().to(norm.device))
         if not math.isfinite(float(norm)):
             raise NonFiniteError(self._describe_non_finite(step))
         if self._clip_gradient_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 self._parameters.values(), self._clip_gradient_norm, norm
             )
+            if self._clip_with is not None and float(norm) > self._clip_gradient_norm:
+                self._clip_with.scale_gradients(self._clip_gradient_norm / (float(norm) + 1e-6))
+        if self.optimizer is None or not gradients:
+            return float(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()

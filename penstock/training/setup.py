@@ -73,7 +73,12 @@ def build(job: Job, dataset: Dataset) -> Untrained:
         raise CapacityError(
             "no memory for the parameters of the model; give it narrower layers (model)"
         ) from None
-    trainer = DenseTrainer(model, job.training.optimizer, job.training.clip_gradient_norm)
+    trainer = DenseTrainer(
+        model,
+        job.training.optimizer,
+        job.training.clip_gradient_norm,
+        clip_with=collection if job.training.clip_with_tables else None,
+    )
     state = TrainState(0, Position(), collection, model, trainer.optimizer)
     return Untrained(state, trainer, _objective(job.model, labels))
 

@@ -35,6 +35,11 @@ def register(collection: EmbeddingCollection) -> int:
     return number
 
 
+def collections_by_anchor() -> dict[int, EmbeddingCollection]:
+    """All collections there are, by the `id` of their anchors."""
+    return {id(collection.anchor): collection for collection in _COLLECTIONS.values()}
+
+
 def look_up_in_graph(collection: EmbeddingCollection, sparse: KeyedJagged) -> Tensor:
     """As `EmbeddingCollection.forward`; to be traced."""
     collection.check_features(sparse)

@@ -1,9 +1,19 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from penstock.config import DenseOptimizer, Schedule
-from penstock.errors import NonFiniteError
+from penstock import (
+    EmbeddingCollection,
+    FeatureConfig,
+    Jagged,
+    KeyedJagged,
+    TableConfig,
+    clip_grad_norm_,
+)
+from penstock.config import SGD, DenseOptimizer, Schedule, TrainingConfig
+from penstock.errors import ConfigError, NonFiniteError
 from penstock.training.dense import DenseTrainer
 
 
@@ -145,3 +155,41 @@ def test_a_norm_that_overflows_is_told_apart():
         "step 3: the gradients are finite, but their L2 norm overflows float32; lower "
         "training.optimizer.learning_rate or scale the numeric inputs"
     )
+
+
+@pytest.mark.parametrize("clip", [None, 0.01, 1e6])
+def test_tables_are_clipped_with_the_model(clip):
+    tables = [TableConfig(name="t", dim=20, optimizer=SGD(learning_rate=1.0))]
+    features = [FeatureConfig(name="x", table="t")]
+    collection, twin = (EmbeddingCollection(tables, features) for _ in range(2))
+    model = make_model()
+    of_twin = copy.deepcopy(model)
+    for embeddings, dense in ((collection, model), (twin, of_twin)):
+        keys = torch.tensor([[1, 2], [2, 3]])
+        out = embeddings(KeyedJagged.pack({"x": Jagged.from_dense(keys)}))
+        (out.sum(0) * torch.linspace(-1, 1, 20)).sum().backward()
+        set_gradients(dense, 0)
+    norm = clip_grad_norm_([of_twin, twin], 1e9 if clip is None else clip)
+    trainer = DenseTrainer(model, DenseOptimizer(kind="sgd"), clip, clip_with=collection)
+    assert trainer.step(0) == pytest.approx(float(norm), rel=1e-6)
+    DenseTrainer(of_twin, DenseOptimizer(kind="sgd")).step(0)
+    torch.testing.assert_close(weights(model), weights(of_twin), rtol=1e-6, atol=1e-7)
+    for each in (collection, twin):
+        each.apply_gradients()
+    rows = [each.find("t", torch.arange(4)).values for each in (collection, twin)]
+    torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-7)
+
+
+def test_tables_are_clipped_where_the_model_has_no_gradient():
+    tables = [TableConfig(name="t", dim=4, optimizer=SGD(learning_rate=1.0))]
+    collection = EmbeddingCollection(tables, [FeatureConfig(name="x", table="t")])
+    collection(KeyedJagged.pack({"x": Jagged.from_dense(torch.arange(3))})).sum().backward()
+    trainer = DenseTrainer(nn.Identity(), DenseOptimizer(), 0.5, clip_with=collection)
+    assert trainer.step(0) == pytest.approx(12**0.5)
+    assert float(collection.gradient_norm()) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_job_says_whether_tables_are_clipped():
+    with pytest.raises(ConfigError, match="clip_with_tables has no effect without clip_gradient"):
+        TrainingConfig(clip_with_tables=True)
+    assert not TrainingConfig(clip_gradient_norm=1.0).clip_with_tables
