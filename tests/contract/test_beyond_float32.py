@@ -7,7 +7,7 @@ import torch
 from penstock.config import SGD, Constant, TableConfig
 from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan
+from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan, TableRows
 from penstock.types import Jagged, KeyedJagged
 from tests.contract.stores import WITHOUT_TRITON, OnCpu, open_store, skip_in_interpreter
 from tests.contract.test_store_contract import RULES
@@ -116,20 +116,30 @@ def test_a_gradient_that_is_not_finite_is_seen_in_the_value(rule, bad):
 
 # --- weighted means ------------------------------------------------------------------------------
 
+DIVIDED = {
+    # Weights of both signs that nearly cancel out: in fp32 nothing of the small one is left.
+    "mean": ([1e8, 1.0, -1e8], 1.0),
+    # Squares of which each is lost in an fp32 sum that begins with the first.
+    "sqrt_n": ([4096.0] + [1.0] * 64, (2**24 + 64) ** 0.5),
+}
 
-def test_divisors_of_weighted_means_are_summed_in_double():
-    """Weights of both signs that nearly cancel out: in fp32 nothing of the small one is left."""
-    weights = torch.tensor([1e8, 1.0, -1e8])
-    plan = PoolingPlan((PooledFeature(0, 0, "mean", 0),), 1)
-    table = TableConfig(
-        name="a", dim=1, optimizer=SGD(learning_rate=1.0), initializer=Constant(value=2.0)
-    )
-    for most_isa in ("generic", None):
-        store = HostStore([table], most_isa=most_isa)
-        batch = KeyedJagged(("f",), torch.arange(3), torch.tensor([0, 3]), weights)
-        lookup = store.pooled_lookup(plan, batch, insert=True, out=torch.empty(1, 1))
-        grad = torch.ones(1, 1)
-        store.apply_gradients(plan, [PooledGradient(lookup, batch, grad)], 0)
-        moved = 2.0 - store.find(0, torch.arange(3)).values[:, 0]
-        # Weight over the divisor, which is 1.
-        assert moved.tolist() == [1e8, 1.0, -1e8]
+
+@pytest.mark.parametrize("pooling", DIVIDED)
+def test_divisors_of_weighted_bags_are_summed_in_double(open_store, pooling):
+    """In look-ups and in updates. All rows hold 2, but the first and the last 0."""
+    weights, divisor = DIVIDED[pooling]
+    count = len(weights)
+    plan = PoolingPlan((PooledFeature(0, 0, pooling, 0),), 1)
+    store = open_store([TableConfig(name="a", dim=1, optimizer=SGD(learning_rate=1.0))])
+    values = torch.full((count, 1), 2.0)
+    values[[0, -1]] = 0.0
+    keys = torch.arange(count)
+    store.insert_or_assign(0, TableRows(keys, values, torch.zeros(count, 0)))
+    batch = KeyedJagged(("f",), keys, torch.tensor([0, count]), torch.tensor(weights))
+    out = torch.empty(1, 1)
+    lookup = store.pooled_lookup(plan, batch, insert=True, out=out)
+    # fp32 has 6e-8 of a number; a divisor in fp32 is off by 2e-6 at least.
+    assert float(out) == pytest.approx(2 * sum(weights[1:-1]) / divisor, rel=3e-7)
+    store.apply_gradients(plan, [PooledGradient(lookup, batch, torch.ones(1, 1))], 0)
+    moved = -store.find(0, keys[:1]).values
+    assert float(moved) == pytest.approx(weights[0] / divisor, rel=3e-7)

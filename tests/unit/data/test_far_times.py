@@ -11,6 +11,7 @@ import pytest
 from penstock.config import parse_job
 from penstock.data.columns.far_times import FarTimes
 from penstock.data.dataset import Dataset
+from penstock.data.quarantine import MalformedRow
 from penstock.data.source import Chunk, RowPlace
 
 DAY_MS = 86_400_000
@@ -42,6 +43,7 @@ def test_times_years_ahead_are_left_out():
     assert left_out(times) == []
     times[[0, 500, 999]] = [BEGIN_MS + 74 * YEAR_MS, 2**62, BEGIN_MS + 11 * YEAR_MS]
     assert left_out(times) == [0, 500, 999]
+    assert left_out(times[499:501]) == [1]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,18 @@ def test_rows_left_out_before_keep_their_numbers():
     assert [row.line for row in chunk.malformed] == [9]
     assert chunk.num_read == 400
     assert chunk.kept.tolist() == [n * 2 + 1 for n in range(200) if n != 4]
+
+
+def test_they_stand_among_the_malformed_rows_in_the_order_of_the_file():
+    times = np.full(200, BEGIN_MS)
+    times[[4, 150]] = 2**62
+    kept = np.delete(np.arange(202), [2, 100])
+    malformed = [MalformedRow(2, "no number", "x"), MalformedRow(100, "no number", "y")]
+    before = chunk_of(times, stretch=202, kept=kept, malformed=malformed, malformed_lines=[3, 101])
+    chunk = FarTimes("time", "ms", 86_400).leave_out(before)
+    assert [row.line for row in chunk.malformed] == [2, 5, 100, 152]
+    assert chunk.malformed_lines == [3, 105, 101, 251]  # RowPlace counts good rows, from 101
+    assert chunk.kept.tolist() == np.delete(np.arange(202), [2, 5, 100, 152]).tolist()
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])

@@ -85,6 +85,15 @@ def test_what_is_not_read_may_be_written(data, tmp_path, monkeypatch, reads, out
     assert Path(out).read_text(encoding="utf-8") == "new"
 
 
+def test_a_name_that_looks_like_a_glob_is_that_of_its_file(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (data / "part[1].csv").write_text("kept", encoding="utf-8")
+    with pytest.raises(ConfigError, match=READ):
+        write("same/part[1].csv", ["data/part[1].csv"])
+    assert (data / "part[1].csv").read_text(encoding="utf-8") == "kept"
+    write("data/part1.csv", ["data/part[1].csv"])
+
+
 def test_a_link_is_replaced_and_not_what_it_leads_to(data, tmp_path):
     write(tmp_path / "to_a.csv")
     write(tmp_path / "hard_a.csv")

@@ -1,5 +1,7 @@
 import json
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 
@@ -72,6 +74,29 @@ def test_entries_of_version_1_are_known_by_their_path(tmp_path):
     quarantine.add(left_out(B, 7), 3)
     assert lines_in(path) == [("a.csv", 7), ("a.csv", 8), ("b.csv", 7)]
     assert quarantine.rows == 3
+
+
+def test_two_threads_that_find_the_same_row_count_it_once(tmp_path, monkeypatch):
+    both, has = threading.Barrier(2), Quarantine._has
+
+    def has_and_wait(self, name, line):
+        found = has(self, name, line)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # the other one, if it may come here
+        return found
+
+    monkeypatch.setattr(Quarantine, "_has", has_and_wait)
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path)
+    threads = [
+        threading.Thread(target=quarantine.add, args=(left_out(A, 7),)) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert quarantine.rows == 1
+    assert lines_in(path) == [("a.csv", 7)]
 
 
 def test_a_file_without_one_good_line_takes_a_bit_a_line():

@@ -97,6 +97,23 @@ def test_what_one_store_refuses_no_store_takes(monkeypatch):
     assert embeddings.step == 0
 
 
+def test_what_the_second_of_two_stores_refuses_the_first_does_not_take(monkeypatch):
+    embeddings = EmbeddingCollection(TABLES[:2], FEATURES[:2], num_threads=1)
+    batch = KeyedJagged.pack({name: Jagged.from_dense(KEYS) for name in "fg"})
+    embeddings(batch).sum().backward()
+    before = embeddings.find("a", KEYS).values
+
+    def refuse(*_):
+        raise ConfigError("does not belong")
+
+    for verb in ("check_gradients", "apply_gradients"):
+        monkeypatch.setattr(embeddings._groups[1].store, verb, refuse)
+    with pytest.raises(ConfigError, match="does not belong"):
+        embeddings.apply_gradients()
+    assert torch.equal(embeddings.find("a", KEYS).values, before)
+    assert embeddings.step == 0
+
+
 def test_the_step_moves_with_and_without_gradients():
     embeddings = opened()
     for step in range(3):
@@ -144,6 +161,16 @@ def test_a_gradient_changed_in_place_is_refused(change):
     embeddings(BATCH).backward(grad)
     embeddings.apply_gradients()
     grad.zero_()
+
+
+def test_a_gradient_changed_in_place_is_not_added_to():
+    embeddings = opened()
+    out = embeddings(BATCH)
+    grad = torch.ones(4, 7)
+    out.backward(grad, retain_graph=True)
+    grad.mul_(2)
+    with pytest.raises(ConfigError, match="changed in place between backward and apply_gradients"):
+        out.backward(torch.ones(4, 7))
 
 
 def test_gradients_of_a_graph_that_was_kept_add_up():

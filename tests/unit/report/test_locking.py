@@ -69,8 +69,21 @@ def test_a_file_that_its_holder_removed_is_no_lock(tmp_path, monkeypatch):
     lock.release()
     assert len(removed) == 3
     monkeypatch.setattr(locking, "_is_at", lambda *_: False)
+    open_before = os.listdir("/proc/self/fd")
     with pytest.raises(Held):
         FileLock.take(path, signed=True)
+    assert os.listdir("/proc/self/fd") == open_before
+
+
+def test_a_holder_is_named_alone(tmp_path):
+    """What a process that was killed wrote may be longer than what its follower writes."""
+    path = tmp_path / "lock"
+    path.write_text(f"process {2**31} on a machine of a very long name indeed\n")
+    lock = FileLock.take(path, signed=True)
+    with pytest.raises(Held) as held:
+        FileLock.take(path, signed=True)
+    assert str(held.value) == f"process {os.getpid()} on {socket.gethostname()}"
+    lock.release()
 
 
 def test_what_replaced_the_file_is_not_removed(tmp_path):

@@ -8,11 +8,16 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from penstock.config import MetricsConfig
+from penstock.config import Label, MetricsConfig
+from penstock.embedding import EmbeddingCollection
 from penstock.errors import ConfigError
+from penstock.training.evaluation import evaluate_batches
 from penstock.training.metrics import grouped as grouped_metrics
 from penstock.training.metrics.binary import BinaryMetrics
 from penstock.training.metrics.grouped import GroupedAUC, SliceMetrics
+from penstock.training.objective import SumOfTasks
+from penstock.training.tasks import BinaryTask
+from penstock.types import Batch, KeyedJagged, Position
 
 
 def samples(n=3000, groups=200, seed=0, ties=False):
@@ -192,6 +197,47 @@ def test_fewer_values_than_slices_leave_an_empty_rest():
     found = metric.compute()
     assert {name: one["samples"] for name, one in found["values"].items()} == {"3": 2, "4": 1}
     assert found["rest"]["samples"] == 0 and math.isnan(found["rest"]["log_loss"])
+
+
+class FirstNumber(torch.nn.Module):
+    """Its output is the first numeric column."""
+
+    def forward(self, dense, embeddings):
+        return dense[:, 0]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_evaluation_weighs_its_samples_in_every_metric(weighted):
+    keys, logits, labels, weights = samples(600, 20)
+    weights = weights if weighted else None
+    groups = pa.array(keys)
+    batches = [
+        Batch(
+            dense=logits[part, None],
+            sparse=KeyedJagged((), torch.empty(0, dtype=torch.int64), torch.zeros(1).long()),
+            labels=labels[part],
+            weights=None if weights is None else weights[part],
+            event_time=None,
+            teacher=None,
+            start=Position(),
+            end=Position(),
+            origin="rows",
+            groups={"user": groups.take(pa.array(part.numpy()))},
+        )
+        for part in torch.arange(600).split(97)
+    ]
+    wanted = MetricsConfig(exact_auc=True, grouped_auc=("user",), slices=({"by": "user", "top": 3},))
+    objective = SumOfTasks([BinaryTask(Label(column="click"))])
+    collection = EmbeddingCollection([], [])
+    found = evaluate_batches(batches, FirstNumber(), objective, collection, wanted)
+    whole = BinaryMetrics(None)
+    whole.update(logits, labels, weights)
+    assert found["auc"] == pytest.approx(whole.compute()["auc"], rel=1e-12)
+    grouped = add(GroupedAUC(), groups, logits, labels, weights).compute()
+    assert found["grouped_auc"]["user"] == pytest.approx(grouped, rel=1e-12)
+    slices = add(SliceMetrics(3, lambda: BinaryMetrics(None)), groups, logits, labels, weights)
+    for name, one in slices.compute()["values"].items():
+        assert found["slices"]["user"]["values"][name] == pytest.approx(one, rel=1e-12)
 
 
 def test_a_column_given_twice_is_refused():
