@@ -88,9 +88,7 @@ def test_two_threads_that_find_the_same_row_count_it_once(tmp_path, monkeypatch)
     monkeypatch.setattr(Quarantine, "_has", has_and_wait)
     path = tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(path)
-    threads = [
-        threading.Thread(target=quarantine.add, args=(left_out(A, 7),)) for _ in range(2)
-    ]
+    threads = [threading.Thread(target=quarantine.add, args=(left_out(A, 7),)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -50,6 +50,13 @@ def test_the_time_of_a_batch_is_its_median():
     assert clock.rows_ahead == 0
 
 
+def test_rows_ahead_are_those_beyond_a_jump_from_where_the_clock_is_then():
+    clock = RowClock()
+    clock.observe(ms(BEGIN, BEGIN + 5, BEGIN + 5 + DAY, BEGIN + 6 + DAY, BEGIN - DAY))
+    assert clock.now_s == BEGIN + 5
+    assert clock.rows_ahead == 1
+
+
 @pytest.mark.parametrize("wrong", [YEAR_2100, 2**40, 2**53, -(2**53), 0])
 @pytest.mark.parametrize("at", [0, 1, 20])
 def test_a_wrong_time_stamp_moves_nothing(wrong, at):

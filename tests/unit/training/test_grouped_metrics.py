@@ -226,7 +226,9 @@ def test_an_evaluation_weighs_its_samples_in_every_metric(weighted):
         )
         for part in torch.arange(600).split(97)
     ]
-    wanted = MetricsConfig(exact_auc=True, grouped_auc=("user",), slices=({"by": "user", "top": 3},))
+    wanted = MetricsConfig(
+        exact_auc=True, grouped_auc=("user",), slices=({"by": "user", "top": 3},)
+    )
     objective = SumOfTasks([BinaryTask(Label(column="click"))])
     collection = EmbeddingCollection([], [])
     found = evaluate_batches(batches, FirstNumber(), objective, collection, wanted)
