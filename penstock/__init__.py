@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from penstock.config.schedule import Schedule
     from penstock.config.tables import (
         FTRL,
         LAMB,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
         Normal,
         RowWiseAdagrad,
         RowWiseAdam,
-        Schedule,
         TableConfig,
         Uniform,
     )
@@ -44,9 +44,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "penstock.config.schedule": "Schedule",
     "penstock.config.tables": (
         "FTRL LAMB SGD Adagrad Adam AdmitAtRandom AdmitFrequent Constant Eviction FeatureConfig "
-        "MomentumSGD Normal RowWiseAdagrad RowWiseAdam Schedule TableConfig Uniform"
+        "MomentumSGD Normal RowWiseAdagrad RowWiseAdam TableConfig Uniform"
     ),
     "penstock.embedding.module.clipping": "clip_grad_norm_",
     "penstock.embedding.module.collection": "EmbeddingCollection",

@@ -17,9 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
-from penstock.config import Job
+from penstock.config import Job, lasts_to_the_end
 from penstock.data.dataset import Dataset
 from penstock.data.output import whole_file
+from penstock.data.plan.counting import Stages
 from penstock.data.source import RowCount
 from penstock.errors import (
     BatchError,
@@ -180,9 +181,10 @@ def open_run(
             dataset = Dataset.open(
                 job, quarantine=folder.quarantine_file, after=after, stages=begin
             )
+            steps = planned_steps(job, dataset, begin) if lasts_to_the_end(job) else None
         planned = partial(planned_samples, job, dataset)
         with closing(RunReport(folder, job, planned, console)) as report:
-            yield Run(job, dataset, folder, report, stop or Interruption())
+            yield Run(job, dataset, folder, report, stop or Interruption(), steps)
 
 
 def _check_folder(folder: RunFolder, resume: bool) -> None:
@@ -190,6 +192,14 @@ def _check_folder(folder: RunFolder, resume: bool) -> None:
         newest_of_run(folder.path)
     else:
         folder.refuse_unless_new()
+
+
+def planned_steps(job: Job, dataset: Dataset, stages: Stages) -> int:
+    """Steps of the whole run, if no row is quarantined. Reads text once to count its rows."""
+    training = job.training
+    samples = dataset.num_samples("train", stages)
+    steps = training.epochs * -(-samples // training.batch_size)
+    return steps if training.max_steps is None else min(steps, training.max_steps)
 
 
 def planned_samples(job: Job, dataset: Dataset) -> RowCount | None:
@@ -212,12 +222,13 @@ class Run:
         folder: RunFolder,
         report: RunReport,
         stop: Interruption,
+        steps: int | None = None,
     ) -> None:
         self.job = job
         self.dataset = dataset
         self.folder = folder
         self.report = report
-        self.state, self.trainer, self.objective = build(job, dataset)
+        self.state, self.trainer, self.objective = build(job, dataset, steps)
         self.evaluator = Evaluator(
             dataset, self.state.model, self.objective, self.state.collection, job.evaluation
         )

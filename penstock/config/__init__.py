@@ -49,6 +49,7 @@ from penstock.config.running import (
     RunConfig,
     SliceConfig,
 )
+from penstock.config.schedule import Schedule, lasts_to_the_end, with_end
 from penstock.config.sources import (
     FILE_FORMATS,
     FILE_SOURCES,
@@ -84,7 +85,6 @@ from penstock.config.tables import (
     Pooling,
     RowWiseAdagrad,
     RowWiseAdam,
-    Schedule,
     TableConfig,
     Uniform,
     ValueType,
@@ -169,5 +169,7 @@ __all__ = [
     "WideDeepConfig",
     "compression_of_path",
     "format_of_path",
+    "lasts_to_the_end",
+    "with_end",
     "parse_job",
 ]

@@ -22,6 +22,7 @@ from penstock.config.explain import explain
 from penstock.config.models import CustomModel, DLRMConfig, Model, MultiTask, TwoTowerConfig
 from penstock.config.moved import bring_up_to_date
 from penstock.config.running import CheckpointConfig, EvaluationConfig, ReportConfig, RunConfig
+from penstock.config.schedule import Schedule
 from penstock.config.tables import (
     Admission,
     EmbeddingDim,
@@ -29,7 +30,6 @@ from penstock.config.tables import (
     Initializer,
     Optimizer,
     RowWiseAdagrad,
-    Schedule,
     TableConfig,
     Uniform,
     ValueType,

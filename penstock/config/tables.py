@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, model_validator
@@ -16,46 +15,9 @@ from penstock.config.base import (
     PositiveInt,
     Probability,
 )
+from penstock.config.schedule import Schedule
 
 LearningRate = Annotated[PositiveFloat, MAY_CHANGE]
-
-
-class Schedule(Config):
-    """Learning-rate factor as a function of the step.
-
-    Linear warm-up from 0, then decay to `end_factor`.
-    """
-
-    warmup_steps: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """Step s of the warm-up uses (s + 1) / warmup_steps of the rate."""
-    decay: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    decay_steps: PositiveInt | None = None
-    """Steps of the decay, counted from the end of the warm-up; required unless `decay` is
-    constant.
-    """
-    end_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Factor reached after `decay_steps`, and kept."""
-
-    def factor(self, step: int) -> float:
-        """Factor of the learning rate at `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.decay == "constant" or self.decay_steps is None:
-            return 1.0
-        done = min(1.0, (step - self.warmup_steps) / self.decay_steps)
-        if self.decay == "linear":
-            return 1.0 - (1.0 - self.end_factor) * done
-        if self.decay == "cosine":
-            return self.end_factor + (1.0 - self.end_factor) * 0.5 * (
-                1.0 + math.cos(math.pi * done)
-            )
-        return float(self.end_factor**done)
-
-    @model_validator(mode="after")
-    def _decay_needs_steps(self) -> Schedule:
-        if self.decay != "constant" and self.decay_steps is None:
-            raise ValueError(f"decay {self.decay!r} needs decay_steps")
-        return self
 
 
 class Rule(Config):

@@ -125,9 +125,13 @@ class Dataset:
         """Malformed rows left out so far, each counted once."""
         return self._quarantine.rows
 
-    def num_rows(self, part: Part) -> int:
+    def num_rows(self, part: Part, stages: Stages = no_stages) -> int:
         """Rows of a part, malformed ones included. May read the part's files once to count."""
-        return self._rows(part).count_rows()
+        return self._rows(part).count_rows(stages)
+
+    def num_samples(self, part: Part, stages: Stages = no_stages) -> int:
+        """Samples of one epoch: rows, and the negatives drawn for each. Counts as `num_rows`."""
+        return self.num_rows(part, stages) * self._samples_per_row
 
     def expected_samples(self, part: Part) -> RowCount | None:
         """Samples of one epoch of a part: its rows, and the negatives drawn for each.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from penstock.config import CustomModel, Job, Label, Model, MultiTask, TwoTowerConfig
+from penstock.config import CustomModel, Job, Label, Model, MultiTask, TwoTowerConfig, with_end
 from penstock.data.dataset import Dataset
 from penstock.embedding.module.collection import EmbeddingCollection, available_cores
 from penstock.errors import CapacityError
@@ -31,24 +31,32 @@ class Untrained(NamedTuple):
     objective: Objective
 
 
-def build(job: Job, dataset: Dataset) -> Untrained:
+def build(job: Job, dataset: Dataset, steps: int | None = None) -> Untrained:
     """Makes tables, model and optimizer: a pure function of the job and the columns of its data.
 
     Effects: seeds the global generators of torch, numpy and Python, which a custom model may use,
     and sets the number of torch's threads and its default dtype, float32, as numbers and embeddings
     have it; for a deterministic job on a GPU, also torch's deterministic algorithms.
 
+    Args:
+      job: what is trained.
+      dataset: its data.
+      steps: of the whole run, for schedules that last to its end; None: they are not asked.
+
     Raises:
       ConfigError: the model does not fit the columns, a table is declared wrongly, or the device
         is not there.
       CapacityError: the model's parameters do not fit into memory.
     """
+    tables = dataset.tables
+    if steps is not None:
+        job, tables = with_end(job, steps), with_end(tables, steps)
     threads = job.run.threads or available_cores()
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
     _seed_generators(job.training.seed)
     collection = EmbeddingCollection(
-        dataset.tables,
+        tables,
         dataset.features,
         seed=job.training.seed,
         num_threads=threads,

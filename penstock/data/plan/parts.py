@@ -97,10 +97,10 @@ class PartRows:
             self._kept.add(chunk.table.num_rows, kept.table.num_rows)
             yield kept
 
-    def count_rows(self) -> int:
+    def count_rows(self, stages: Stages = no_stages) -> int:
         """Rows of the part, malformed ones included; with a time range it reads the times."""
         if self.time_range is None:
-            return sum(count_rows(self.source, self.extents, no_stages))
+            return sum(count_rows(self.source, self.extents, stages))
         return sum(in_parallel(self._count_extent, self.extents))
 
     def _count_extent(self, extent: Extent, is_unwanted: Callable[[], bool]) -> int:
