@@ -97,18 +97,22 @@ def check_there_is(sanitizer: str) -> None:
         except FileNotFoundError:
             raise Missing(f"there is no compiler {COMPILER}") from None
         lacks = ("cannot find", "libsanitizer.spec", "not supported for this target")
-        if any(words in done.stderr for words in lacks):
-            raise Missing(f"{COMPILER} has no {library}: {done.stderr.strip().splitlines()[0]}")
+        if line := line_with(done.stderr, *lacks):
+            raise Missing(f"{COMPILER} has no {library}: {line}")
         done.check_returncode()
         path = loaded_by(probe, library)
     if path is None:
-        raise Missing(f"{COMPILER} uses no {library} that could be loaded first: take CXX=g++")
-    starts = subprocess.run(
-        [sys.executable, "-c", ""], env={**os.environ, "LD_PRELOAD": str(path)}, **CAPTURED
-    )
-    if "unexpected memory mapping" in starts.stderr:
-        raise Missing(f"{library} does not start here: {starts.stderr.strip().splitlines()[0]}")
+        raise Missing(f"{COMPILER} links no {library} of this machine (if it is clang: CXX=g++)")
+    environment = {**os.environ, **OPTIONS[sanitizer], "LD_PRELOAD": str(path)}
+    starts = subprocess.run([sys.executable, "-c", ""], env=environment, **CAPTURED)
+    if line := line_with(starts.stderr, "unexpected memory mapping"):
+        raise Missing(f"{library} does not start here: {line}")
     starts.check_returncode()
+
+
+def line_with(text: str, *words: str) -> str | None:
+    """The first line that has any of these words."""
+    return next((line for line in text.splitlines() if any(word in line for word in words)), None)
 
 
 def loaded_by(module: Path, library: str) -> Path | None:

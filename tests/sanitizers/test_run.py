@@ -46,7 +46,23 @@ def test_a_library_that_was_not_linked_is_named(compiler, capsys):
     """A compiler with a library of another name, or one in each module."""
     compiler('while [ "$1" != -o ]; do shift; done; : > "$2"')
     assert run.main(["--short", "address"]) == 0
-    assert "uses no libasan.so" in capsys.readouterr().out
+    assert "links no libasan.so" in capsys.readouterr().out
+
+
+def test_a_library_that_does_not_start_is_named(compiler, tmp_path, monkeypatch):
+    """Of gcc before 14, where the kernel places programs at random within more than 28 bits."""
+    compiler("exit 0")
+    monkeypatch.setattr(run, "loaded_by", lambda module, library: module)
+    python = tmp_path / "python"
+    monkeypatch.setattr(run.sys, "executable", str(python))
+    said = "FATAL: ThreadSanitizer: unexpected memory mapping 0x5f6b1a3b4000-0x5f6b1a3b5000"
+    python.write_text(f'#!/bin/sh\necho "{said}" >&2; exit 66\n')
+    python.chmod(0o755)
+    with pytest.raises(run.Missing, match="does not start here: FATAL"):
+        run.check_there_is("thread")
+    python.write_text("#!/bin/sh\nexit 66\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        run.check_there_is("thread")
 
 
 def test_another_error_of_the_compiler_fails(compiler):
