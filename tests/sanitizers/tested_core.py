@@ -11,7 +11,8 @@ _spec = importlib.util.spec_from_file_location("penstock._core", FILE)
 sys.modules["penstock._core"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["penstock._core"])
 
-ON_GPU = pytest.mark.skip(reason="stores on a GPU are no part of the core")
+IN_PYTHON = pytest.mark.skip(reason="a store in Python: nothing of the core")
+ON_GPU = pytest.mark.skip(reason="a store on a GPU: nothing of the core")
 # "starting new threads after multi-threaded fork is not supported", it says, and ends the child;
 # told to go on all the same, it takes the child's threads for those of the parent.
 IN_CHILDREN = pytest.mark.skip(reason="the thread sanitizer takes no threads of a forked child")
@@ -24,6 +25,8 @@ WITH_CHILDREN = {
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("open_store") == "dict":
+            item.add_marker(IN_PYTHON)
         if "gpu" in item.nodeid:
             item.add_marker(ON_GPU)
         if "TSAN_OPTIONS" in os.environ and item.originalname in WITH_CHILDREN:
