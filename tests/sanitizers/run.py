@@ -30,9 +30,7 @@ CAPTURED = {"check": False, "capture_output": True, "text": True}
 # Allocations that must fail fail as they do without a sanitizer.
 OPTIONS = {
     "address": {
-        "ASAN_OPTIONS": (
-            "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1"
-        ),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     },
     "thread": {
@@ -161,6 +159,9 @@ def run(sanitizer: str, is_short: bool, arguments: list[str]) -> dict:
         name: f"{value}:log_path={reports / name.lower()}"
         for name, value in OPTIONS[sanitizer].items()
     }
+    if sanitizer == "address":
+        # gcc 12 aligns the frames kept for it to 32 bytes; AVX-512, of the long form, asks for 64.
+        options["ASAN_OPTIONS"] += f":detect_stack_use_after_return={int(is_short)}"
     results = reports / "tests.xml"
     tests = arguments or (SHORT[sanitizer] if is_short else TESTS)
     command = [sys.executable, "-m", "pytest", "-p", "tests.sanitizers.tested_core", *tests]
