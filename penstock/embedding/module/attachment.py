@@ -39,8 +39,10 @@ class Attachment:
         self._optimizer = weakref.ref(optimizer)
         self._gradient: AnchorGradient | None = None
         self._is_stepping = self._is_skipped = False
-        rates = {table.optimizer.learning_rate for table in collection.tables if table.trainable}
-        self._rate = max(rates, default=1.0)
+        rules = [table.optimizer for table in collection.tables if table.trainable]
+        self._rate = max((rule.learning_rate for rule in rules), default=1.0)
+        self._has_ftrl = any(isinstance(rule, FTRL) for rule in rules)
+        self._factor = 1.0
         if self._find_group(optimizer) is None:
             _add_group(collection, optimizer, self._rate)
         self._hooks = (
@@ -152,7 +154,7 @@ class Attachment:
         self._is_skipped = found_inf is not None and float(found_inf) > 0
         if not self._is_skipped:
             collection.refuse_non_finite()
-            self._rate_factor(optimizer)
+            self._factor = self._rate_factor(optimizer)
             if isinstance(scale, Tensor):  # a fused optimizer divides by it itself
                 collection.pending.scale(scale.double().reciprocal().float())
         self._is_stepping = True
@@ -174,7 +176,7 @@ class Attachment:
             self._gradient = None
         else:
             try:
-                collection.update(self._rate_factor(optimizer))
+                collection.update(self._factor)
             finally:
                 # They are still there if there was no memory for them.
                 if not collection.pending:
@@ -188,10 +190,8 @@ class Attachment:
                 "the tables' group is gone from the optimizer's param_groups: attach them anew"
             )
         rate = float(group["lr"])
-        tables = [table for table in self.collection.tables if table.trainable]
-        has_ftrl = any(isinstance(table.optimizer, FTRL) for table in tables)
-        if not 0 <= rate < math.inf or (rate == 0 and has_ftrl):
-            least = "above 0, as FTRL divides by it," if has_ftrl else "at least 0"
+        if not 0 <= rate < math.inf or (rate == 0 and self._has_ftrl):
+            least = "above 0, as FTRL divides by it," if self._has_ftrl else "at least 0"
             raise ConfigError(
                 f"the learning rate of the tables' group is {rate}; expected a number {least} and "
                 "finite"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,26 +16,41 @@ from penstock.types import FeatureShape
 _MOST_NAMED = 4
 
 
-@dataclass(slots=True)
 class _Pending:
     """The gradient of one output."""
 
-    lookups: Sequence[PooledLookup]
-    """Of each store."""
-    grad: Tensor
-    """Perhaps the caller's own: it is as large as the output, and a copy would cost a fifth of a
-    step.
-    """
-    version: int
-    """Of `grad` when it came: torch counts what changes it in place."""
-    factor: Tensor | float | None = None
-    """By which it was scaled since; None: not at all."""
-    is_finite: bool = False
-    """Whether that was looked at."""
+    def __init__(self, lookups: Sequence[PooledLookup], grad: Tensor) -> None:
+        """Begins to find out whether it is finite: now it is in the caches still."""
+        self.lookups = lookups
+        """Of each store."""
+        self.grad = grad
+        """Perhaps the caller's own: it is as large as the output, and a copy would cost a fifth of
+        a step.
+        """
+        self.factor: Tensor | float | None = None
+        """By which it was scaled since; None: not at all."""
+        self._version = grad._version
+        """When it came: torch counts what changes it in place."""
+        self._total = grad.sum()
+        """Finite unless an element is not, or all are huge."""
+        self._is_copied: torch.cuda.Event | None = None
+        if grad.is_cuda:
+            total = torch.empty((), dtype=torch.float32, pin_memory=True)
+            self._total = total.copy_(self._total, non_blocking=True)
+            self._is_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._is_copied.record(torch.cuda.current_stream(grad.device))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no element is NaN or infinite, but for the factor."""
+        if self._is_copied is not None:
+            # Not for the stream: an optimizer may have begun to work on it.
+            self._is_copied.synchronize()
+        return math.isfinite(float(self._total)) or bool(self.grad.isfinite().all())
 
     def check(self) -> None:
         """Refuses a gradient that was changed since."""
-        if self.grad._version != self.version:
+        if self.grad._version != self._version:
             raise ConfigError(
                 "a gradient of the embeddings was changed in place between backward and "
                 "apply_gradients; scale the loss instead, or change the gradient in a hook of the "
@@ -73,9 +87,9 @@ class PendingGradients:
             if part.lookups is lookups:
                 part.check()
                 total = part.scaled() + grad
-                self._parts[n] = _Pending(lookups, total, total._version)
+                self._parts[n] = _Pending(lookups, total)
                 return
-        self._parts.append(_Pending(lookups, grad, grad._version))
+        self._parts.append(_Pending(lookups, grad))
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiplies all there are by a number, or a tensor of one element on any device."""
@@ -91,14 +105,12 @@ class PendingGradients:
     def first_non_finite(self) -> Tensor | None:
         """The first gradient with an element that is NaN or infinite, [B, W]; None: there is none.
 
-        Each is read once. On a GPU that waits for the backward pass, not for what came after.
+        On a GPU that waits for the backward pass, not for what came after.
         """
         for part in self._parts:
             part.check()
             if not part.is_finite:
-                if not is_finite(part.grad):
-                    return part.grad
-                part.is_finite = True
+                return part.grad
             if part.factor is not None and not math.isfinite(float(part.factor)):
                 return part.scaled()
         return None
