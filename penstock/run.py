@@ -2,7 +2,7 @@
 
 `train` is the main path; `evaluate` and `predict` use what it left behind. How one step works is in
 `training/step.py`, what a checkpoint holds in `training/checkpoint/checkpoint.py`, how batches come
-about in `data/dataset.py`, where embeddings live in `embedding/module/collection.py`.
+about in `data/dataset.py`, where embeddings live in `embedding/collection/collection.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Which keys have rows: rules of admission, eviction and budget, and what a table counts. penstock/embedding/rules/retention.py
+// Which keys have rows: rules of admission, eviction and budget, and what a table counts. penstock/embedding/retention.py
 // is the same in Python and says what the names mean.
 #pragma once
 

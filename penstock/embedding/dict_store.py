@@ -18,9 +18,7 @@ from torch import Tensor
 from penstock.config import AdmitFrequent, TableConfig
 from penstock.embedding import checks
 from penstock.embedding.dict_table import DictRow, DictTable, FloatArray
-from penstock.embedding.rules import optimizer
-from penstock.embedding.rules.initializer import initial_values
-from penstock.embedding.rules.retention import (
+from penstock.embedding.retention import (
     NUMBERS,
     Clock,
     RetentionState,
@@ -33,6 +31,8 @@ from penstock.embedding.rules.retention import (
     refuses,
     retains,
 )
+from penstock.embedding.rules import optimizer
+from penstock.embedding.rules.initializer import initial_values
 from penstock.embedding.rules.rounding import round_update
 from penstock.embedding.store import (
     Candidates,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
-from penstock.embedding.rules.retention import (
+from penstock.embedding.retention import (
     EVICTED_BEYOND_NEED,
     MAX_COUNT,
     MAX_TIME,

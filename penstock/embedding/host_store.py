@@ -15,8 +15,7 @@ from torch import Tensor
 from penstock import _core
 from penstock.config import TableConfig
 from penstock.embedding import checks
-from penstock.embedding.rules import initializer, optimizer
-from penstock.embedding.rules.retention import (
+from penstock.embedding.retention import (
     MAX_COUNT,
     NUMBERS,
     Clock,
@@ -28,6 +27,7 @@ from penstock.embedding.rules.retention import (
     over_budget,
     policy_of,
 )
+from penstock.embedding.rules import initializer, optimizer
 from penstock.embedding.rules.rounding import CODES
 from penstock.embedding.store import (
     Candidates,

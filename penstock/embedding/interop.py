@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.embedding.rules.optimizer import initial_state
 from penstock.embedding.store import RowLayout, TableRows
 from penstock.errors import ConfigError

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.config import Optimizer, Pooling, TableConfig, ValueType
+from penstock.embedding.retention import Clock, RetentionState, usage_dim
 from penstock.embedding.rules.optimizer import rule_of
-from penstock.embedding.rules.retention import Clock, RetentionState, usage_dim
 from penstock.embedding.rules.rounding import DTYPES
 from penstock.errors import ConfigError
 from penstock.types import KeyedJagged

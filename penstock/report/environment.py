@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import penstock
-from penstock.embedding.module.collection import available_cores
+from penstock.embedding.collection.collection import available_cores
 
 
 def versions() -> dict[str, str]:

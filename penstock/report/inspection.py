@@ -14,7 +14,7 @@ from rich.table import Table
 
 from penstock.config import parse_job
 from penstock.embedding.durable_files import read_tensors
-from penstock.embedding.rules.retention import RetentionState
+from penstock.embedding.retention import RetentionState
 from penstock.errors import ConfigError, DataError
 from penstock.report.display import counts_text, size_text, tables_table
 from penstock.report.folder import RunFolder

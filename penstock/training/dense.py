@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config import DenseOptimizer
-from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.errors import NonFiniteError
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from penstock.config import EvaluationConfig, MetricsConfig
 from penstock.data.dataset import Dataset
-from penstock.embedding.module.collection import EmbeddingCollection
-from penstock.embedding.module.pending import is_finite
+from penstock.embedding.collection.collection import EmbeddingCollection
+from penstock.embedding.collection.pending import is_finite
 from penstock.errors import NonFiniteError
 from penstock.models import TwoTower
 from penstock.training.feed import on_device

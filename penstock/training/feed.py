@@ -13,7 +13,7 @@ from torch import Tensor
 
 from penstock.data.batches.channel import Channel, Closed, Ended
 from penstock.data.batches.loader import Loader
-from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.types import Batch, Position
 
 _AHEAD = 2

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.collection.collection import EmbeddingCollection
 
 _MOST_BYTES = 1 << 20
 """Of buffers: copying more would take a share of the step that one notices."""

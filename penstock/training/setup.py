@@ -12,7 +12,7 @@ import torch
 
 from penstock.config import CustomModel, Job, Label, Model, MultiTask, TwoTowerConfig, with_end
 from penstock.data.dataset import Dataset
-from penstock.embedding.module.collection import EmbeddingCollection, available_cores
+from penstock.embedding.collection.collection import EmbeddingCollection, available_cores
 from penstock.errors import CapacityError
 from penstock.models import build_model
 from penstock.training.checkpoint.checkpoint import TrainState

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import penstock
-from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.errors import BatchError, NonFiniteError
 from penstock.interruption import Interruption
 from penstock.training.dense import DenseTrainer

@@ -23,8 +23,8 @@ from penstock.config import (
 from penstock.data.batches.loader import Loader
 from penstock.data.dataset import Dataset
 from penstock.data.plan.parts import Part
+from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.embedding.durable_files import MANIFEST
-from penstock.embedding.module.collection import EmbeddingCollection
 from penstock.errors import CheckpointError, ConfigError
 from penstock.training.checkpoint.checkpoint import (
     latest_checkpoint,

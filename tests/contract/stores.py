@@ -16,7 +16,7 @@ class OnCpu:
     """A GPU store whose answers come to the CPU."""
 
     def __init__(self, tables, **options):
-        from penstock.embedding.gpu.store import GpuStore
+        from penstock.embedding.gpu_store import GpuStore
 
         if not ON_GPU:
             # The interpreter copies the arenas at every launch.

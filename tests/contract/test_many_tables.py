@@ -7,7 +7,7 @@ import torch
 from penstock.config import SGD, AdmitFrequent, Constant, Eviction, TableConfig
 from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.rules.retention import Clock, overhead_bytes, usage_dim
+from penstock.embedding.retention import Clock, overhead_bytes, usage_dim
 from penstock.embedding.store import (
     CURSOR_START,
     PooledFeature,

@@ -13,10 +13,10 @@ from penstock.config import (
     Eviction,
     TableConfig,
 )
+from penstock.embedding import retention
 from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.rules import retention
-from penstock.embedding.rules.retention import Clock
+from penstock.embedding.retention import Clock
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,

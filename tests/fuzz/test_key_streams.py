@@ -9,7 +9,7 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-import penstock.embedding.module.collection as collection_module
+import penstock.embedding.collection.collection as collection_module
 from penstock.config import (
     FTRL,
     LAMB,

@@ -14,7 +14,7 @@ from run_contents import contents, differences
 
 from penstock import run as story
 from penstock.config import parse_job
-from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.errors import BatchError, CapacityError, Interrupted
 from penstock.training.dense import DenseTrainer
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.gpu
 def test_rows_beyond_2_to_the_31_elements():
-    from penstock.embedding.gpu.store import GpuStore
+    from penstock.embedding.gpu_store import GpuStore
 
     table = TableConfig(name="a", dim=128, optimizer=SGD(learning_rate=1.0))
     plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 128)

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from penstock.config import Eviction, RowWiseAdagrad, TableConfig
+from penstock.embedding import retention
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.rules import retention
-from penstock.embedding.rules.retention import Clock
+from penstock.embedding.retention import Clock
 from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan, RowLayout
 from penstock.types import Jagged, KeyedJagged
 

@@ -27,7 +27,7 @@ from penstock.config import (
 )
 from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.rules.retention import Clock, retains
+from penstock.embedding.retention import Clock, retains
 from penstock.embedding.store import (
     CURSOR_START,
     PooledFeature,

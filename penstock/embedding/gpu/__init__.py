@@ -1,1 +1,1 @@
-"""Rows in the memory of a GPU: its store, cut into index, slots, retention and batches."""
+"""Parts of the store in the memory of a GPU: rows, slots, retention and batches."""

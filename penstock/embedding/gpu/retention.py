@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
-from penstock.embedding.rules.retention import (
+from penstock.embedding.retention import (
     EVICTED_BEYOND_NEED,
     MAX_COUNT,
     MAX_TIME,

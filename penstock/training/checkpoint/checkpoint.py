@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import penstock
 from penstock.config import Job
 from penstock.embedding import EmbeddingCollection
+from penstock.embedding.collection.table_files import import_tables, set_row_clock, write_tables
 from penstock.embedding.durable_files import (
     MANIFEST,
     SEAL,
@@ -36,7 +37,6 @@ from penstock.embedding.durable_files import (
     write_durably,
     write_tensors,
 )
-from penstock.embedding.module.table_files import import_tables, set_row_clock, write_tables
 from penstock.errors import CheckpointError
 from penstock.training.checkpoint.files import (
     INPUT,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from penstock.embedding.collection.table_files import TableRecord
 from penstock.embedding.durable_files import (
     MANIFEST,
     SEAL,
@@ -21,7 +22,6 @@ from penstock.embedding.durable_files import (
     read_sealed,
     verify_files,
 )
-from penstock.embedding.module.table_files import TableRecord
 from penstock.errors import CheckpointError
 from penstock.types import Counts, Position
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from penstock.embedding.module.collection import EmbeddingCollection
+from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.models import TwoTower
 from penstock.training.items import Catalogue, item_ids
 from penstock.types import Batch

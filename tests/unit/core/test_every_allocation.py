@@ -51,9 +51,9 @@ SCRIPT = """
 import ctypes, sys
 import torch
 from penstock.config import SGD, AdmitFrequent, Eviction, TableConfig
-from penstock.embedding.rules import retention
+from penstock.embedding import retention
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.rules.retention import Clock
+from penstock.embedding.retention import Clock
 from penstock.embedding.store import (
     CURSOR_START, PooledFeature, PooledGradient, PoolingPlan, RowLayout, TableRows
 )

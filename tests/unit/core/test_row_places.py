@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from penstock.config import SGD, Eviction, TableConfig
+from penstock.embedding import retention
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.rules import retention
-from penstock.embedding.rules.retention import Clock
+from penstock.embedding.retention import Clock
 from penstock.embedding.store import CURSOR_START, PooledFeature, PoolingPlan, RowLayout, TableRows
 from penstock.types import Jagged, KeyedJagged
 

@@ -10,7 +10,7 @@ import torch
 from penstock.config import AdmitFrequent, Eviction, FeatureConfig, RowWiseAdagrad, TableConfig
 from penstock.embedding import EmbeddingCollection
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.rules.retention import Clock
+from penstock.embedding.retention import Clock
 from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan
 from penstock.types import Jagged, KeyedJagged
 

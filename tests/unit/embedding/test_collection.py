@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import penstock.embedding.module.collection as collection_module
+import penstock.embedding.collection.collection as collection_module
 from penstock.config import SGD, Adagrad, Adam, FeatureConfig, RowWiseAdagrad, TableConfig
 from penstock.embedding import EmbeddingCollection
 from penstock.embedding.store import TableRows

@@ -126,7 +126,7 @@ def test_without_triton_the_remedy_is_named(monkeypatch):
 
 @needs_triton
 def test_a_full_gpu_is_an_error_that_leaves_the_store_whole():
-    from penstock.embedding.gpu.store import GpuStore
+    from penstock.embedding.gpu_store import GpuStore
 
     store = GpuStore(TABLES[:1], device="cuda", max_bytes=10 * 2 * 4 * 4)
     store.find_or_insert(0, torch.arange(8))

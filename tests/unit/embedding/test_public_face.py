@@ -27,7 +27,7 @@ def test_every_public_name_is_where_it_says():
     for name in penstock.__all__:
         assert getattr(penstock, name) is not None
         assert name in dir(penstock)
-    assert penstock.EmbeddingCollection.__module__ == "penstock.embedding.module.collection"
+    assert penstock.EmbeddingCollection.__module__ == "penstock.embedding.collection.collection"
     with pytest.raises(AttributeError, match="module 'penstock' has no attribute 'Embedings'"):
         penstock.Embedings  # noqa: B018
 

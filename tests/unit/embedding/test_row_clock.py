@@ -17,8 +17,8 @@ from safetensors import safe_open
 from penstock import run
 from penstock.config import SGD, Eviction, FeatureConfig, TableConfig, parse_job
 from penstock.embedding import EmbeddingCollection
-from penstock.embedding.rules.retention import NUMBERS
-from penstock.embedding.rules.row_clock import CONFIRMATIONS, MAX_JUMP_S, RowClock
+from penstock.embedding.collection.row_clock import CONFIRMATIONS, MAX_JUMP_S, RowClock
+from penstock.embedding.retention import NUMBERS
 from penstock.types import Jagged, KeyedJagged
 
 DAY = 86_400

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from penstock.config import SGD, AdmitFrequent, Eviction, FeatureConfig, TableConfig
-from penstock.embedding import EmbeddingCollection
-from penstock.embedding.rules import retention
-from penstock.embedding.rules.retention import RetentionState
+from penstock.embedding import EmbeddingCollection, retention
+from penstock.embedding.retention import RetentionState
 from penstock.embedding.store import Candidates, RowLayout, TableRows
 
 
@@ -37,7 +36,7 @@ def collection(rows, eviction, counts=0):
     "eviction", [Eviction(), Eviction(order="lfu"), Eviction(order="lfu", half_life=10)]
 )
 def test_rows_beyond_the_budget_leave_in_the_order_of_eviction(tmp_path, eviction, monkeypatch):
-    monkeypatch.setattr("penstock.embedding.module.table_files.SHARD_BYTES", 2048)
+    monkeypatch.setattr("penstock.embedding.collection.table_files.SHARD_BYTES", 2048)
     before = collection(300, eviction)
     rng = np.random.default_rng(0)
     state = before.retention_state("t")

@@ -297,7 +297,7 @@ def test_tables_of_another_order_are_found_by_name():
 
 
 def test_files_are_replaced_whole_and_nothing_else_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("penstock.embedding.module.table_files.SHARD_BYTES", 300)
+    monkeypatch.setattr("penstock.embedding.collection.table_files.SHARD_BYTES", 300)
     path = tmp_path / "tables"
     trained(steps=2).save_tables(path)
     embeddings = trained(steps=5)
@@ -325,7 +325,7 @@ def test_a_failed_save_leaves_the_tables_before(tmp_path, monkeypatch):
 
     for where in ("write_durably", "sync_directory"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"penstock.embedding.module.table_files.{where}", fail)
+            patch.setattr(f"penstock.embedding.collection.table_files.{where}", fail)
             with pytest.raises(CheckpointError, match="No space left on device"):
                 trained(steps=4).save_tables(path)
         assert [entry.name for entry in tmp_path.iterdir()] == ["tables"]
@@ -400,7 +400,7 @@ def test_a_failed_write_of_tables_names_what_is_known(tmp_path, monkeypatch, err
         raise error
 
     embeddings = trained(steps=1)
-    monkeypatch.setattr("penstock.embedding.module.table_files._commit", fail)
+    monkeypatch.setattr("penstock.embedding.collection.table_files._commit", fail)
     with pytest.raises(CheckpointError) as caught:
         embeddings.save_tables(tmp_path / "tables")
     assert said in str(caught.value)

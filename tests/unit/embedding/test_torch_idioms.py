@@ -19,7 +19,7 @@ from penstock import (
     TableConfig,
     average_tables,
 )
-from penstock.embedding.module import graph_operator
+from penstock.embedding.collection import graph_operator
 
 FEATURES = [FeatureConfig(name="x", table="t"), FeatureConfig(name="y", table="u", pooling="mean")]
 

@@ -27,7 +27,7 @@ from penstock.config import (
     TableConfig,
 )
 from penstock.embedding import EmbeddingCollection
-from penstock.embedding.module import table_files
+from penstock.embedding.collection import table_files
 from penstock.errors import CheckpointError
 from penstock.models import build_model
 from penstock.training.checkpoint import checkpoint as checkpoint_module

@@ -19,7 +19,7 @@ from torch import Tensor
 from penstock.types import KeyedJagged
 
 if TYPE_CHECKING:
-    from penstock.embedding.module.collection import EmbeddingCollection, LookUp
+    from penstock.embedding.collection.collection import EmbeddingCollection, LookUp
 
 # Of this process. Numbers are never used again, so that a graph cannot reach another collection.
 _NUMBERS = itertools.count()

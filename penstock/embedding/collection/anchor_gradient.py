@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
-    from penstock.embedding.module.attachment import Attachment
-    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.collection.attachment import Attachment
+    from penstock.embedding.collection.collection import EmbeddingCollection
 
 _aten = torch.ops.aten
 

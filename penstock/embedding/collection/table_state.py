@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from penstock.config import TableConfig
-from penstock.embedding.rules.retention import RetentionState, retains
+from penstock.embedding.retention import RetentionState, retains
 from penstock.embedding.store import Candidates, RowLayout, TableRows
 from penstock.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.collection.collection import EmbeddingCollection
 
 # FORMAT: never change these; see docs/torch.md.
 FORMAT = "penstock tables"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.embedding.rules.retention import MAX_TIME
+from penstock.embedding.retention import MAX_TIME
 
 MAX_JUMP_S = 86_400
 CONFIRMATIONS = 8

@@ -29,8 +29,7 @@ from penstock.embedding.gpu.gradients import gradient_norm
 from penstock.embedding.gpu.retention import Access, Rules
 from penstock.embedding.gpu.rows import KeyedRows, initial_of
 from penstock.embedding.gpu.slots import SlotPool
-from penstock.embedding.rules import optimizer
-from penstock.embedding.rules.retention import (
+from penstock.embedding.retention import (
     NUMBERS,
     Clock,
     RetentionState,
@@ -42,6 +41,7 @@ from penstock.embedding.rules.retention import (
     refuses,
     retains,
 )
+from penstock.embedding.rules import optimizer
 from penstock.embedding.store import (
     Candidates,
     Cursor,

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from penstock.embedding.module.attachment import Attachment
-from penstock.embedding.module.pending import PendingGradients, describe_non_finite
-from penstock.embedding.module.table_files import load_tables, save_tables
-from penstock.embedding.module.table_state import copy_tables, pack_tables, unpack_tables
+from penstock.embedding.collection.attachment import Attachment
+from penstock.embedding.collection.pending import PendingGradients, describe_non_finite
+from penstock.embedding.collection.table_files import load_tables, save_tables
+from penstock.embedding.collection.table_state import copy_tables, pack_tables, unpack_tables
 from penstock.embedding.store import PooledLookup
 from penstock.errors import ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
-    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.collection.collection import EmbeddingCollection
 
 # Attributes that belong to one process and one collection.
 _OF_PROCESS = frozenset({"_attachment", "_groups", "_outputs", "pending"})

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed, nn
 
-from penstock.embedding.rules.retention import retains
+from penstock.embedding.retention import retains
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
-    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.collection.collection import EmbeddingCollection
 
 
 def check_alone() -> None:
@@ -82,6 +82,6 @@ def average_tables(averaged: nn.Module, model: nn.Module, weight: float) -> None
 
 
 def _collections(model: nn.Module) -> list[EmbeddingCollection]:
-    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.collection.collection import EmbeddingCollection
 
     return [module for module in model.modules() if isinstance(module, EmbeddingCollection)]

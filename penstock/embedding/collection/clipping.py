@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penstock.embedding.module.collection import EmbeddingCollection
-from penstock.embedding.module.graph_operator import collections_by_anchor
+from penstock.embedding.collection.collection import EmbeddingCollection
+from penstock.embedding.collection.graph_operator import collections_by_anchor
 from penstock.errors import ConfigError, NonFiniteError
 
 Clipped = nn.Module | Tensor | Iterable[nn.Module | Tensor]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from penstock.config import ValueType
+from penstock.embedding.collection.table_state import FORMAT, VERSION, TableKind, check_kinds
 from penstock.embedding.durable_files import (
     MANIFEST,
     SEAL,
@@ -31,13 +32,12 @@ from penstock.embedding.durable_files import (
     write_durably,
     write_tensors,
 )
-from penstock.embedding.module.table_state import FORMAT, VERSION, TableKind, check_kinds
-from penstock.embedding.rules.retention import RetentionState, limits_of, retains
+from penstock.embedding.retention import RetentionState, limits_of, retains
 from penstock.embedding.store import Candidates, RowLayout, TableRows
 from penstock.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.collection.collection import EmbeddingCollection
 
 # FORMAT: never change these; see docs/checkpoint_format.md.
 _OF_A_RUN = "penstock checkpoint"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from penstock.embedding.rules.retention import COUNT_BYTES, NUMBERS, overhead_bytes
+from penstock.embedding.retention import COUNT_BYTES, NUMBERS, overhead_bytes
 from penstock.embedding.store import Store, TableCounters
 
 

@@ -14,7 +14,7 @@ from penstock.embedding.store import PoolingPlan
 from penstock.types import KeyedJagged
 
 if TYPE_CHECKING:
-    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.collection.collection import EmbeddingCollection
 
 _SUM, _MEAN, _SQRT_N = range(3)
 _SMALLEST_DIVISOR = 2.0**-126

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from penstock.config import FTRL
-from penstock.embedding.module.anchor_gradient import AnchorGradient
+from penstock.embedding.collection.anchor_gradient import AnchorGradient
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
-    from penstock.embedding.module.collection import EmbeddingCollection
+    from penstock.embedding.collection.collection import EmbeddingCollection
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 

@@ -36,22 +36,22 @@ from torch import Tensor, nn
 from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.checks import check_batch, check_keys
-from penstock.embedding.host_store import HostStore
-from penstock.embedding.module.graph_operator import look_up_in_graph, register
-from penstock.embedding.module.pending import PendingGradients
-from penstock.embedding.module.places import (
+from penstock.embedding.collection.graph_operator import look_up_in_graph, register
+from penstock.embedding.collection.pending import PendingGradients
+from penstock.embedding.collection.places import (
     nearest,
     places_of,
     plans_of,
     refuse_duplicates,
     unknown_table,
 )
-from penstock.embedding.module.table_module import TableModule
-from penstock.embedding.module.table_stats import TableStats, retention_stats
-from penstock.embedding.module.torch_idioms import check_alone, check_averaged
-from penstock.embedding.module.weight_gradient import ReadVectors, WeightedLookup
-from penstock.embedding.rules.retention import Clock, RetentionState, retains
-from penstock.embedding.rules.row_clock import RowClock
+from penstock.embedding.collection.row_clock import RowClock
+from penstock.embedding.collection.table_module import TableModule
+from penstock.embedding.collection.table_stats import TableStats, retention_stats
+from penstock.embedding.collection.torch_idioms import check_alone, check_averaged
+from penstock.embedding.collection.weight_gradient import ReadVectors, WeightedLookup
+from penstock.embedding.host_store import HostStore
+from penstock.embedding.retention import Clock, RetentionState, retains
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
@@ -193,7 +193,7 @@ class EmbeddingCollection(TableModule):
                 store = HostStore(tables, num_threads=num_threads, **options)
             else:
                 # Needs Triton, which not everyone has.
-                from penstock.embedding.gpu.store import GpuStore
+                from penstock.embedding.gpu_store import GpuStore
 
                 store = GpuStore(tables, device=device, **options)
             groups.append(_Group(store, plan, tables[0].trainable))
