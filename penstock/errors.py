@@ -32,6 +32,10 @@ class PartialUpdateError(CapacityError):
     """Memory ran out when a part of the rows had taken the step already; the message says which."""
 
 
+class EventError(PenstockError, ValueError):
+    """An event, or a quantity of one, that the registry of events does not know."""
+
+
 class StaleExportError(PenstockError, RuntimeError):
     """Rows or counts changed while they were exported."""
 

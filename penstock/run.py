@@ -327,22 +327,20 @@ class Run:
         spent = {part: s - self._window_seconds[part] for part, s in self.clock.seconds.items()}
         trained = self._samples - self._window_samples
         self._window_seconds, self._window_samples = dict(self.clock.seconds), self._samples
-        self.report.training(
-            state.step,
-            state.position.samples,
-            {
-                **metrics,
-                "learning_rate": self.trainer.learning_rate(state.step - 1),
-                "samples_per_s": trained / max(steps_s(spent), 1e-9),
-                "seconds": spent,
-                "tables": self._tables(),
-                "counts": state.position.counts._asdict(),
-            },
-        )
+        values = {
+            **metrics,
+            "samples": state.position.samples,
+            "window_samples": metrics["samples"],
+            "learning_rate": self.trainer.learning_rate(state.step - 1),
+            "samples_per_s": trained / max(steps_s(spent), 1e-9),
+            "seconds": spent,
+            **self._state_values(),
+        }
+        self.report.tell("train", state.step, values)
 
     def evaluate(self) -> None:
         """Measures the held-out part, unless there is none or it was measured at this step."""
-        if not self.dataset.has_evaluation or self.report.evaluation_at(self.state.step):
+        if not self.dataset.has_evaluation or self.report.measured_at(self.state.step):
             return
         batch_size = self.job.evaluation.batch_size
         with (
@@ -351,15 +349,16 @@ class Run:
             self.dataset.batches("evaluation", batch_size=batch_size, groups=True) as batches,
         ):
             metrics = self.evaluator.measure(batches)
-        self.report.evaluation(self.state.step, metrics)
+        self.report.tell("evaluation", self.state.step, metrics)
 
     def save(self) -> None:
         """Writes a checkpoint, unless the newest one holds all this."""
         if not self._is_saved:
             with self.clock.measure("checkpoint"):
                 self.dataset.sync_quarantine()
-                self.checkpoints.save(self.state)
+                path = self.checkpoints.save(self.state)
             self._is_saved = True
+            self.report.tell("checkpoint", self.state.step, {"path": str(path)})
 
     def finish(self) -> dict[str, Any]:
         """Ends a run that came to its end; one that finds nothing to do leaves it as it is."""
@@ -375,16 +374,16 @@ class Run:
         """
         try:
             yield
-        except (NonFiniteError, CheckpointError):
-            raise
         except (Interrupted, PenstockError) as error:
-            self.report.failed(error)
+            self.report.failed(self.state.step, error)
+            if isinstance(error, NonFiniteError | CheckpointError):
+                raise
             if isinstance(error, Interrupted) and error.is_repeated:
                 raise
             if self._is_whole:
                 self.save()
             if self.checkpoints.latest() is not None:
-                self.report.stopped(self.state.step, is_kept=self._is_whole)
+                self.report.stopped(self.state.step, is_whole=self._is_whole)
             raise
 
     def summary(self) -> dict[str, Any]:
@@ -396,19 +395,15 @@ class Run:
             "samples_per_s": self._samples / max(steps_s(self.clock.seconds), 1e-9),
             "seconds": self.clock.seconds,
             "wall_s": time.monotonic() - self._began_s,
-            "tables": self._tables(),
-            "counts": self.state.position.counts._asdict(),
+            **self._state_values(),
             "quarantined_rows": self.dataset.quarantined_rows,
-            "rows_ahead_of_time": self.state.collection.row_clock.rows_ahead,
             "checkpoint": str(self.checkpoints.latest()),
         }
 
-    def _tables(self) -> dict[str, dict[str, Any]]:
+    def _state_values(self) -> dict[str, Any]:
+        """Sizes of the tables, and what became of the rows that were read."""
         return {
-            table.name: {
-                "rows": table.rows,
-                "bytes": table.bytes,
-                **(table.retention._asdict() if table.retention else {}),
-            }
-            for table in self.state.collection.table_stats()
+            "tables": {table.name: table.values() for table in self.state.collection.table_stats()},
+            "counts": self.state.position.counts._asdict(),
+            "rows_ahead_of_time": self.state.collection.row_clock.rows_ahead,
         }

@@ -1,1 +1,1 @@
-"""What a run leaves behind and what it shows: the run folder, the live bar, the final table."""
+"""What a run leaves behind and shows: the sinks of its events, and what reads them again."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from penstock.data.source import RowCount
+from penstock.events.event import Event
 from penstock.report.record import by_task, metric_words
 from penstock.report.terminal import Stream, console_of, ignored
 
@@ -55,23 +57,49 @@ _OF_SLICES = {
 
 
 class Display:
-    """Progress of one training run.
+    """The sink of a run's events that people look at.
 
     Args:
       console: where to print.
       total_samples: gives the samples that the whole run will see, as far as they are known by
         then, so that an ETA can be shown. Asked once a second.
+      folder: of the run.
     """
 
-    def __init__(self, console: Console, total_samples: Callable[[], RowCount | None]) -> None:
+    def __init__(
+        self, console: Console, total_samples: Callable[[], RowCount | None], folder: Path
+    ) -> None:
         self._console = console
         self._total_samples = total_samples
+        self._folder = folder
         self._next_total_s = -math.inf
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
-    def start(self, samples: int) -> None:
-        """Shows the bar, with `samples` done already."""
+    def take(self, event: Event) -> None:
+        """Shows an event, if it is for people."""
+        show = {
+            "start": self._start,
+            "train": self._training,
+            "evaluation": self._evaluation,
+            "warning": self._warning,
+            "stopped": self._stopped,
+            "nothing_new": self._nothing_new,
+            "summary": self._summary,
+        }.get(event.kind)
+        if show is not None:
+            show(event.step, event.values)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _start(self, step: int, values: Mapping[str, Any]) -> None:
+        """Shows the bar, with what is done already."""
+        if step:
+            self._line(f"resumed at step {step:,} ({values['samples']:,} samples)")
         if not self._console.is_terminal:
             return
         self._progress = Progress(
@@ -85,7 +113,7 @@ class Display:
             transient=True,
         )
         self._task = self._progress.add_task(
-            "training", total=None, completed=samples, step=0, metrics="", share=""
+            "training", total=None, completed=values["samples"], step=step, metrics="", share=""
         )
         self._progress.start()
 
@@ -102,8 +130,8 @@ class Display:
                 self._progress.update(self._task, total=max(total.rows, samples), share=share)
         self._progress.update(self._task, completed=samples, step=step)
 
-    def training(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
-        """Shows the metrics of one window of steps."""
+    def _training(self, step: int, metrics: Mapping[str, Any]) -> None:
+        samples = metrics["samples"]
         speed = f"{metrics['samples_per_s']:,.0f}"
         if self._progress is not None:
             shown = headline(metrics, _MOST_ON_THE_BAR)
@@ -117,24 +145,44 @@ class Display:
             left_s = (total.rows - samples) / max(metrics["samples_per_s"], 1e-9)
             about = "" if total.is_exact else "about "
             eta = f"{about}{timedelta(seconds=round(max(left_s, 0.0)))}"
-        self.line(f"step {step:,}  {samples:,} samples  {shown} samples/s  ETA {eta}")
+        self._line(f"step {step:,}  {samples:,} samples  {shown} samples/s  ETA {eta}")
 
-    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows the metrics of one evaluation."""
+    def _evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         teacher = (
             f"  (teacher {_number(metrics['teacher_auc'])})" if "teacher_auc" in metrics else ""
         )
-        self.line(f"evaluation at step {step:,}: {headline(metrics)}{teacher}")
+        self._line(f"evaluation at step {step:,}: {headline(metrics)}{teacher}")
 
-    def line(self, text: str) -> None:
+    def _warning(self, _: int, values: Mapping[str, Any]) -> None:
+        self._line(f"warning: {values['text']}")
+
+    def _stopped(self, step: int, values: Mapping[str, Any]) -> None:
+        self.close()
+        whole = values["is_whole"]
+        kept = "the checkpoint is complete" if whole else "the last checkpoint is an earlier one"
+        self._line(f"stopped after step {step:,}; {kept}. Continue:")
+        self._line(f"  {values['command']}")
+
+    def _nothing_new(self, step: int, values: Mapping[str, Any]) -> None:
+        self.close()
+        why = values["text"]
+        self._line(f"nothing new to train: the run has finished at step {step:,}: {why}")
+
+    def _summary(self, _: int, summary: Mapping[str, Any]) -> None:
+        self.close()
+        if len(summary["tables"]) > 1:
+            self._console.print(tables_table(summary["tables"]))
+            rules = rules_table(summary["tables"])
+            if rules is not None:
+                self._console.print(rules)
+        for table in slices_tables(summary):
+            self._console.print(table)
+        self._console.print(summary_table(summary))
+        self._line(f"run folder: {self._folder}")
+
+    def _line(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
         self._console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
-
-    def stop(self) -> None:
-        """Takes the bar away."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
 
 
 @contextmanager
@@ -213,7 +261,7 @@ def rules_table(tables: Mapping[str, Mapping[str, Any]]) -> Table | None:
         used = item["budget_used"]
         shown.add_row(
             name,
-            "-" if used is None else f"{used:.1%}",
+            "-" if _is_nan(used) else f"{used:.1%}",
             *(f"{item[key]:,}" for key in ("admitted", "refused", "evicted")),
             f"{item['evicted_age']:,.1f}" if item["evicted"] else "-",
             f"{item['candidates']:,}",
@@ -314,7 +362,7 @@ def _add_metrics(table: Table, summary: Mapping[str, Any]) -> None:
         for name, words in _WORDS.items():
             if name in found:
                 table.add_row(of + words, _number(found[name]))
-        if found.get("share_of_teacher") is not None:
+        if not _is_nan(found.get("share_of_teacher")):
             table.add_row("share of the way from 0.5", f"{found['share_of_teacher']:.1%}")
         for name, value in found.items():
             if name.startswith("recall_at_"):

@@ -8,21 +8,20 @@ trains.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from penstock.config import Job, parse_job
 from penstock.data.dataset import paths_of
 from penstock.data.output import refuse_read, refuse_uri
 from penstock.embedding.durable_files import MANIFEST
 from penstock.errors import ConfigError
+from penstock.events.event import values_from_json
+from penstock.events.registry import KINDS
 from penstock.job_file import dump_yaml, read_fields
 from penstock.locking import FileLock, Held
 from penstock.training.checkpoint.checkpoint import latest_checkpoint
@@ -41,7 +40,7 @@ def default_folder(job: Job, runs: Path = Path("runs")) -> Path:
 
 
 class RunFolder:
-    """Files of one run. Nothing is written before `start`."""
+    """Files of one run, and who may write them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +54,6 @@ class RunFolder:
         self.plots = path / "plots"
         self.has_lock = True
         """False: its file system has no locks, so that nothing keeps a second process out."""
-        self._tensorboard: SummaryWriter | None = None
 
     def refuse_unless_new(self) -> None:
         """Raises `ConfigError` if there is something in the folder already."""
@@ -93,7 +91,7 @@ class RunFolder:
                 "name another folder with --out"
             ) from None
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise cannot_write(self.path, error) from None
         self.has_lock = lock.is_enforced
         try:
             yield
@@ -109,37 +107,23 @@ class RunFolder:
         files = (self.job_file, self.metrics_file, self.summary_file, self.quarantine_file)
         refuse_read((*files, self.log_file, *below), paths_of(job))
 
-    def start(self, job: Job, step: int, drop_training_at_step: bool) -> list[dict[str, Any]]:
-        """Writes job.yaml and opens the metrics, without the lines of steps after `step`.
-
-        Args:
-          job: what is run.
-          step: the last of which lines stay.
-          drop_training_at_step: of `step` itself, only evaluations stay: they go where `job` asks
-            for other metrics, or for those of other data, than the job.yaml that is there.
+    def write_job(self, job: Job) -> bool:
+        """Writes job.yaml.
 
         Returns:
-          The lines of metrics.jsonl that stay, oldest first.
+          Whether the job asks for other metrics, or for those of other data, than the job.yaml
+          that was there, or that one is lost.
 
         Raises:
           ConfigError: the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # What was measured at this step is measured anew if something else is asked for.
-            drop_evaluation = step > 0 and self._measures_other(job)
-            _replace(self.job_file, dump_yaml(job))
-            last = {"train": step - drop_training_at_step, "evaluation": step - drop_evaluation}
-            lines = read_lines(self.metrics_file)
-            kept = [line for line in lines if line["step"] <= last[line["kind"]]]
-            _replace(self.metrics_file, "".join(f"{json.dumps(line)}\n" for line in kept))
-            # TensorBoard hides events of an earlier process from the purge step on.
-            self._tensorboard = SummaryWriter(
-                str(self.tensorboard), purge_step=step + 1 if step else None
-            )
+            measures_other = self._measures_other(job)
+            replace_file(self.job_file, dump_yaml(job))
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
-        return kept
+            raise cannot_write(self.path, error) from None
+        return measures_other
 
     def _measures_other(self, job: Job) -> bool:
         """Whether a job asks for another evaluation than the one in job.yaml."""
@@ -151,25 +135,6 @@ class RunFolder:
             job.evaluation.metrics,
             job.data.evaluation_source,
         )
-
-    def append_metrics(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Adds one line to metrics.jsonl and its numbers to TensorBoard."""
-        line = {"kind": kind, "step": step, **_finite(metrics)}
-        assert self._tensorboard is not None, "start() comes first"
-        try:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            for name, value in _numbers(metrics, kind):
-                self._tensorboard.add_scalar(name, value, step)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes summary.json; a number that is not finite becomes null."""
-        try:
-            _replace(self.summary_file, json.dumps(_finite(summary), indent=2) + "\n")
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
 
     def note(self, text: str) -> None:
         """Adds to run.log what has no other place; where that cannot be written, it is lost."""
@@ -188,20 +153,12 @@ class RunFolder:
           ConfigError: it cannot be read.
         """
         try:
-            content: dict[str, Any] = json.loads(self.summary_file.read_text(encoding="utf-8"))
+            content = json.loads(self.summary_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.summary_file}: cannot be read: {error}; remove it, and the run writes it"
             ) from None
-        return content
-
-    def close(self) -> None:
-        """Flushes and closes TensorBoard's file."""
-        if self._tensorboard is not None:
-            try:
-                self._tensorboard.close()
-            except OSError as error:
-                self.note(f"{self.tensorboard}: {error}; its last numbers are in metrics.jsonl")
+        return values_from_json(KINDS["summary"].fields, content)
 
 
 def files_of_run(path: Path) -> list[str]:
@@ -224,40 +181,13 @@ def files_of_run(path: Path) -> list[str]:
     ]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a JSON-lines file; a last line torn by a crash is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def _cannot_write(path: Path, error: OSError) -> ConfigError:
+def cannot_write(path: Path, error: OSError) -> ConfigError:
+    """What to raise where a run folder is full, or gone."""
     return ConfigError(f"{path}: cannot write the run folder: {error}; name another with --out")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Writes a file as a whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _numbers(metrics: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """Flattens nested metrics to (`prefix/name`, number)."""
-    found: list[tuple[str, float]] = []
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}/{name}")
-        elif isinstance(value, int | float) and math.isfinite(value):
-            found.append((f"{prefix}/{name}", value))
-    return found

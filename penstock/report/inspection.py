@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -51,13 +52,13 @@ def inspect_path(path: Path, *, draw: bool = True) -> Iterator[Table | str]:
     if retention is not None:
         yield retention
     yield _files(manifest)
-    summary = RunFolder(path).summary_file
-    if summary.is_file():
-        yield _metrics(summary)
-    is_run = RunFolder(path).metrics_file.is_file()
+    folder = RunFolder(path)
+    if folder.summary_file.is_file():
+        yield _metrics(folder.read_summary())
+    is_run = folder.metrics_file.is_file()
     if is_run:
         yield from _curves(RunRecord.read(path), draw)
-    yield from _key_skew(manifest, RunFolder(path).plots if draw and is_run else None)
+    yield from _key_skew(manifest, folder.plots if draw and is_run else None)
     size = sum(record.bytes for record in manifest.files.values())
     yield f"{len(manifest.files)} files, {size_text(size)}: all checksums verified"
 
@@ -147,12 +148,11 @@ def _files(manifest: Manifest) -> Table:
     return shown
 
 
-def _metrics(path: Path) -> Table:
-    summary = json.loads(path.read_text(encoding="utf-8"))
+def _metrics(summary: Mapping[str, Any]) -> Table:
     shown = Table("metric", "value", title=f"measured on the {summary['measured_on']}")
     shown.columns[1].justify = "right"
     for task, found in {"": summary, **summary.get("tasks", {})}.items():
         for name, value in found.items():
-            if is_metric(name) and value is not None:
+            if is_metric(name) and math.isfinite(value):
                 shown.add_row(f"{escape(task)}: {name}" if task else name, f"{value:.6f}")
     return shown

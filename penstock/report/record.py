@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 
 from penstock.errors import ConfigError
 from penstock.job_file import parse_yaml
-from penstock.report.folder import RunFolder, read_lines
+from penstock.report.folder import RunFolder
+from penstock.report.json_lines import read_events
 
 MetricPath: TypeAlias = tuple[str, ...]
 """Names from the outside in: `("auc",)`, of a job of several labels `("tasks", label, "auc")`."""
@@ -49,9 +49,9 @@ class RunRecord:
     job: Mapping[str, Any]
     """Fields of job.yaml."""
     training: list[dict[str, Any]]
-    """Lines of metrics.jsonl of windows of steps, oldest first."""
+    """Values of events `train`, each with its step, oldest first."""
     evaluations: list[dict[str, Any]]
-    """Lines of evaluations, oldest first."""
+    """Values of events `evaluation`, likewise."""
     summary: Mapping[str, Any] | None
     """None: the run has not come to its end."""
 
@@ -70,19 +70,15 @@ class RunRecord:
             )
         try:
             job = parse_yaml(folder.job_file.read_text(encoding="utf-8"), str(folder.job_file))
-            lines = read_lines(folder.metrics_file)
-            summary = None
-            if folder.summary_file.is_file():
-                summary = json.loads(folder.summary_file.read_text(encoding="utf-8"))
+            events = read_events(folder.metrics_file)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot read the run folder: {error}") from None
-        return cls(
-            path,
-            job,
-            [line for line in lines if line["kind"] == "train"],
-            [line for line in lines if line["kind"] == "evaluation"],
-            summary,
+        training, evaluations = (
+            [{"step": event.step, **event.values} for event in events if event.kind == kind]
+            for kind in ("train", "evaluation")
         )
+        summary = folder.read_summary() if folder.summary_file.is_file() else None
+        return cls(path, job, training, evaluations, summary)
 
     def drawn_metrics(self) -> dict[MetricPath, str]:
         """What is drawn over the samples: metrics that the run has, and their names in words."""
@@ -145,13 +141,13 @@ def by_task(metrics: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 
 
 def metric_at(metrics: Mapping[str, Any], path: MetricPath) -> float | None:
-    """The number at a path; None where there is none, or it is undefined."""
+    """The number at a path; None where there is none, or it is not finite."""
     found: Any = metrics
     for name in path:
         if not isinstance(found, Mapping) or name not in found:
             return None
         found = found[name]
-    return None if found is None or math.isnan(found) else float(found)
+    return float(found) if math.isfinite(found) else None
 
 
 def is_metric(name: str) -> bool:

@@ -5,11 +5,12 @@ import json
 import torch
 
 from penstock.embedding.durable_files import read_tensors
+from penstock.events.registry import KINDS
 from penstock.training.checkpoint.checkpoint import read_manifest
 from penstock.training.trained import newest_of_run
 
 # Seconds and rates are of the machine, not of the run.
-MEASURED = {"seconds", "samples_per_s"}
+MEASURED = {"seconds", "samples_per_s", "time_s"}
 
 
 def contents(out):
@@ -22,9 +23,11 @@ def contents(out):
         whole = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
         order = whole["keys"].argsort()
         tables[table.name] = {name: column[order] for name, column in whole.items()}
+    # What happened to a process is not of the run either.
     lines = [
-        {name: value for name, value in json.loads(line).items() if name not in MEASURED}
-        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        {name: value for name, value in line.items() if name not in MEASURED}
+        for line in map(json.loads, (out / "metrics.jsonl").read_text("utf-8").splitlines())
+        if KINDS[line["kind"]].is_computed
     ]
     return {
         "step": manifest.step,

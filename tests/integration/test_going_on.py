@@ -76,10 +76,13 @@ def test_a_finished_run_trains_files_that_were_added_and_nothing_else(tmp_path):
     write_day(tmp_path, 0)
     first, _ = train(job_of(tmp_path), out)
     files = {path: path.read_bytes() for path in out.rglob("*.json*")}
+    told = files.pop(out / "metrics.jsonl")
     again, shown = train(job_of(tmp_path), out, resume=True)
     assert "nothing new to train: the run has finished at step 8: every row was trained on" in shown
     assert again == json.loads((out / "summary.json").read_text())
-    assert {path: path.read_bytes() for path in out.rglob("*.json*")} == files
+    assert all(path.read_bytes() == before for path, before in files.items())
+    more_told = (out / "metrics.jsonl").read_bytes().removeprefix(told).splitlines()
+    assert [json.loads(line)["kind"] for line in more_told] == ["start", "nothing_new"]
     write_day(tmp_path, 1)
     more, shown = train(job_of(tmp_path), out, resume=True)
     assert "nothing new" not in shown
@@ -209,7 +212,7 @@ def test_the_logged_learning_rate_is_that_of_the_step(tmp_path, monkeypatch):
     job = job_of(tmp_path, training__optimizer={"schedule": {"warmup_steps": 100}})
     train(job, tmp_path / "run")
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = [line for line in map(json.loads, text.splitlines()) if line["kind"] == "train"]
     assert [line["step"] for line in lines] == [3, 6, 8]
     assert [line["learning_rate"] for line in lines] == [used[2], used[5], used[7]]
     assert len(set(used)) == 8

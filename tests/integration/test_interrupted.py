@@ -17,6 +17,7 @@ from penstock import run as story
 from penstock.config import SyntheticSource, parse_job
 from penstock.data.formats.synthetic import SyntheticRows, write_synthetic
 from penstock.errors import ConfigError, DataError, Interrupted
+from penstock.report.json_lines import JsonLines
 from penstock.training.checkpoint.checkpoint import latest_checkpoint
 from penstock.training.dense import DenseTrainer
 
@@ -181,10 +182,14 @@ def test_an_error_while_reading_leaves_a_checkpoint(small_job, tmp_path, quiet, 
 def test_metrics_that_cannot_be_written_leave_a_checkpoint(small_job, tmp_path, quiet, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        at_call(patch, json, "dumps", 2, lambda: fill(out / "metrics.jsonl"))
-        with pytest.raises(ConfigError, match=f"{out}: cannot write the run folder: "):
+        # The start of the run, the checkpoint of step 6, the log line of step 7.
+        at_call(patch, JsonLines, "take", 3, lambda: fill(out / "metrics.jsonl"))
+        with pytest.raises(ConfigError, match=f"{out}: cannot write the run folder: ") as raised:
             story.train(small_job, out, console=quiet)
     assert contents_step(out) == 7
+    # Who else listens hears of it, and of the checkpoint.
+    assert str(raised.value) in (out / "run.log").read_text()
+    assert "stopped after step 7; the checkpoint is complete" in quiet.file.getvalue()
 
 
 def fill(path):

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "errors": set(),
     "locking": set(),
     "types": {"errors"},
+    "events": {"errors"},
     "interruption": {"errors"},
     "config": {"errors"},
     "job_file": {"errors", "config"},
@@ -157,6 +158,7 @@ MAY_IMPORT = {
     "report": {
         "errors",
         "types",
+        "events",
         "config",
         "locking",
         "data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from penstock.embedding.retention import COUNT_BYTES, NUMBERS, overhead_bytes
@@ -20,6 +21,11 @@ class TableStats(NamedTuple):
     retention: RetentionStats | None = None
     """Of a table with admission, eviction or a budget."""
 
+    def values(self) -> dict[str, int | float]:
+        """By the names that events have."""
+        rules = {} if self.retention is None else self.retention._asdict()
+        return {"rows": self.rows, "bytes": self.bytes, **rules}
+
 
 class RetentionStats(NamedTuple):
     """What a table's rules have done since the beginning."""
@@ -36,8 +42,8 @@ class RetentionStats(NamedTuple):
     """Gradients of rows that left between look-up and update."""
     candidates: int
     """Keys that are counted but have no row yet."""
-    budget_used: float | None
-    """Share of `max_bytes`; None: there is none."""
+    budget_used: float
+    """Share of `max_bytes`; NaN: there is none."""
 
 
 def retention_stats(store: Store, number: int, counters: TableCounters) -> RetentionStats:
@@ -54,5 +60,5 @@ def retention_stats(store: Store, number: int, counters: TableCounters) -> Reten
         evicted_age=numbers["evicted_age"] / max(1, numbers["evicted"]),
         dropped=numbers["dropped"],
         candidates=candidates,
-        budget_used=None if table.max_bytes is None else used / table.max_bytes,
+        budget_used=math.nan if table.max_bytes is None else used / table.max_bytes,
     )

@@ -3,6 +3,7 @@
 import io
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from penstock.data.formats import compressed, lines
 from penstock.data.plan.counting import in_parallel
 from penstock.data.source import RowCount
 from penstock.errors import DataError
+from penstock.events.event import Event, Role
 from penstock.report.display import Display
 from penstock.run import planned_samples
 from tests.contract.data_cases import make_job, make_table, read_all, write_case
@@ -151,8 +153,9 @@ def test_who_waits_for_parallel_work_is_called():
 
 def shown(total, samples):
     out = io.StringIO()
-    display = Display(Console(file=out, width=200), lambda: total)
-    display.training(10, samples, {"samples_per_s": 100.0, "loss": 0.5})
+    display = Display(Console(file=out, width=200), lambda: total, Path("run"))
+    values = {"samples": samples, "samples_per_s": 100.0, "loss": 0.5}
+    display.take(Event("train", 10, 0.0, Role("trainer", 0), values))
     return out.getvalue()
 
 
@@ -171,8 +174,8 @@ def test_the_bar_says_how_sure_the_share_is(total, share):
     out = io.StringIO()
     known = [None]
     console = Console(file=out, force_terminal=True, width=100)
-    display = Display(console, lambda: known[0])
-    display.start(0)
+    display = Display(console, lambda: known[0], Path("run"))
+    display.take(Event("start", 0, 0.0, Role("trainer", 0), {"samples": 0}))
     display.advance(1, 1000)
     display._progress.refresh()
     assert "%" not in out.getvalue()
@@ -180,5 +183,5 @@ def test_the_bar_says_how_sure_the_share_is(total, share):
     display._next_total_s = 0.0
     display.advance(2, 1000)
     display._progress.refresh()
-    display.stop()
+    display.close()
     assert share in out.getvalue()
