@@ -1,6 +1,7 @@
 """A machine without a sanitizer: the short form says so and passes, and nothing else passes."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -34,6 +35,16 @@ def test_a_missing_sanitizer_is_skipped_by_the_short_form_alone(compiler, capsys
     assert all(said in line["skipped"] for line in lines)
     assert run.main(["thread"]) == 1
     assert said in capsys.readouterr().out
+
+
+def test_the_tests_that_are_named_are_there():
+    named = {*run.TESTS, *run.SHORT["address"], *run.SHORT["thread"]}
+    assert not [name for name in named if not (run.ROOT / name.partition("::")[0]).exists()]
+    source = (run.ROOT / "tests/unit/core/test_threads_and_forks.py").read_text(encoding="utf-8")
+    plugin = (run.ROOT / "tests/sanitizers/tested_core.py").read_text(encoding="utf-8")
+    skipped = re.findall(r'"(test_\w+)",', plugin)
+    assert len(skipped) == 3
+    assert all(f"def {name}(" in source for name in skipped)
 
 
 def test_a_compiler_that_is_not_there_is_named(monkeypatch, capsys):
