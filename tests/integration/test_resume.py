@@ -16,7 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from penstock import run as story
 from penstock.config import parse_job
+from penstock.data.quarantine import Quarantine
 from penstock.errors import CheckpointError, ConfigError
+from penstock.training.checkpoint.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -36,6 +38,27 @@ def test_after_a_crash(small_job, tmp_path, quiet, whole, monkeypatch, step):
     events.Reload()
     steps = [event.step for event in events.Scalars("train/log_loss")]
     assert sorted(steps) == [7, 14, 21, 28, 35, 36]
+
+
+def test_what_a_checkpoint_counts_as_quarantined_is_on_the_disk_before_it(
+    small_job, tmp_path, quiet, monkeypatch
+):
+    order = []
+
+    def note(owner, name):
+        real = getattr(owner, name)
+
+        def noted(*arguments):
+            order.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(Quarantine, "sync")
+    note(Checkpoints, "save")
+    training = small_job.training.model_copy(update={"max_steps": 8})
+    story.train(small_job.model_copy(update={"training": training}), tmp_path, console=quiet)
+    assert order == ["sync", "save"] * 2
 
 
 def test_after_a_crash_with_admission_and_eviction(small_job, tmp_path, quiet, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -110,15 +111,14 @@ class TextRows:
         if self.are_lines:
             # splitlines() would also split at other bytes than line feeds.
             return self.text.split(b"\n")[:-1]
-        starts = [0, *self.ends[:-1].tolist()]
-        return [self.text[i : j - 1] for i, j in zip(starts, self.ends.tolist(), strict=True)]
+        return [self.text[i : j - 1] for i, j in pairwise([0, *self.ends.tolist()])]
 
     def has_blank(self) -> bool:
         """Whether a row is an empty line."""
         if self.are_lines:
             text = self.text
             return text.startswith((b"\n", b"\r\n")) or b"\n\n" in text or b"\n\r\n" in text
-        starts = np.concatenate([[0], self.ends[:-1]])
+        starts = np.concatenate([[0], self.ends])[:-1]
         firsts = view(self.text)[starts]
         return bool(((firsts == 10) | ((firsts == 13) & (self.ends - starts == 2))).any())
 

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import sys
 import threading
 from contextlib import suppress
@@ -63,6 +65,33 @@ def test_a_resumed_run_drops_what_came_behind_its_position(tmp_path):
     assert lines_in(path)[4:] == [("b.csv", 4)]
     assert resumed(path, 0).rows == 1
     assert lines_in(path) == [("a.csv", 9)]
+
+
+def test_sync_returns_when_the_disk_has_the_file(tmp_path, monkeypatch):
+    path, asked = tmp_path / "quarantine.jsonl", []
+    quarantine = Quarantine(path)
+    monkeypatch.setattr(os, "fsync", lambda file: asked.append(os.fstat(file).st_ino))
+    quarantine.sync()
+    assert asked == []
+    quarantine.add(left_out(A, 3), 1)
+    quarantine.sync()
+    assert asked == [path.stat().st_ino]
+
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DataError, match=r"quarantine cannot be written: .*Input/output error"):
+        quarantine.sync()
+
+
+def test_an_entry_that_is_there_twice_is_one_row(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(path).add(left_out(A, 3), 1)
+    entry = path.read_bytes()
+    path.write_bytes(entry + entry)
+    assert resumed(path, None).rows == 1
+    assert path.read_bytes() == entry
 
 
 def test_entries_of_version_1_are_known_by_their_path(tmp_path):

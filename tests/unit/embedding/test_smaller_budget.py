@@ -95,3 +95,22 @@ def test_numbers_of_before_are_read():
     state = RetentionState.from_tensors({**tensors, "retention": numbers})
     assert list(state.numbers.values()) == [*range(9), 0]
     assert list(state.numbers) == list(retention.NUMBERS)
+
+
+def test_rows_of_a_time_to_come_are_of_no_age_and_not_halved():
+    table = TableConfig(name="t", dim=1, eviction=Eviction(order="lfu", half_life=10), max_bytes=99)
+    usage = torch.tensor([[300, 8], [95, 4], [95, 9]])
+    for most, leaving, age in ((2, [1], 5), (1, [1, 2], 10), (0, [0, 1, 2], 10)):
+        state = RetentionState(torch.zeros(1), torch.zeros(0))
+        state.numbers.update(now=100)
+        leaves = state.let_go(table, retention.Limits(most, 0), torch.arange(3), usage)
+        assert leaves.nonzero()[:, 0].tolist() == leaving
+        assert (state.numbers["evicted"], state.numbers["evicted_age"]) == (len(leaving), age)
+
+
+@pytest.mark.parametrize(("count", "forgotten"), [(0, 0), (39, 0), (40, 0), (41, 1)])
+def test_counts_that_fit_are_all_kept(count, forgotten):
+    state = RetentionState(torch.zeros(1), torch.zeros(0))
+    leaves = state.let_counts_go(retention.Limits(0, 40), torch.arange(count))
+    assert int(leaves.sum()) == forgotten
+    assert state.numbers["candidates_are_full"] == forgotten
