@@ -85,6 +85,10 @@ def _header(
     row = first_bytes(filesystem, path, row_ends=row_ends).removeprefix(BOM)
     if not row.strip():
         raise DataError(f"{path}: the first line, the header, is empty")
+    try:
+        row.decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}:1: the header is not UTF-8; write the file in UTF-8") from None
     if row_ends.open_quote(row) is not None:
         raise open_quote(path, 1, row)
     options = csv.ParseOptions(
@@ -95,8 +99,6 @@ def _header(
     try:
         header = csv.read_csv(pa.BufferReader(row), parse_options=options)
         names = list(header.column_names)
-    except UnicodeDecodeError:
-        raise DataError(f"{path}:1: the header is not UTF-8; write the file in UTF-8") from None
     except pa.ArrowException as error:
         if b"\r" in row.rstrip(b"\r\n"):
             raise _carriage_return(path) from None
