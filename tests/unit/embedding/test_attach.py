@@ -234,6 +234,33 @@ def test_zero_grad_drops_what_is_pending(who, set_to_none):
     torch.testing.assert_close(ours.rows(), twin.rows(), **CLOSE)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_what_was_dropped_is_not_added_to(set_to_none):
+    ours, optimizer, twin, theirs = pair()
+    for keys, label in batches(3):
+        for model in (ours, twin):
+            model.zero_grad(set_to_none=set_to_none)
+            loss_of(model, keys, label).backward()
+    assert len(ours.embeddings.pending) == 1
+    for each in (optimizer, *theirs):
+        each.step()
+    assert_same(ours, twin)
+
+
+def test_a_graph_that_is_kept_adds_to_what_was_scaled():
+    ours, optimizer, twin, theirs = pair()
+    keys, label = next(batches(1))
+    for model in (ours, twin):
+        loss = loss_of(model, keys, label)
+        for _ in range(3):
+            loss.backward(retain_graph=True)
+            for parameter in model.parameters():
+                parameter.grad.mul_(0.5)
+    for each in (optimizer, *theirs):
+        each.step()
+    assert_same(ours, twin)
+
+
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
 def test_all_parameters_of_the_model_may_be_given(make):
     """The anchor among them moves to the tables' group, with names or without."""

@@ -146,6 +146,26 @@ def test_a_group_of_one_rank_trains_as_none(one_rank):
     torch.testing.assert_close(model.head.weight.grad, twin.head.weight.grad)
 
 
+def test_attached_in_a_group_of_one_rank(one_rank):
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    model, twin = made(), made()
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin)]
+    for each, optimizer in zip((model, twin), optimizers, strict=True):
+        each.embeddings.attach(optimizer)
+    with pytest.raises(ConfigError, match="stands for (the tables|those of the tables)"):
+        wrapped = wrapper(model)
+        wrapped(KEYS).square().sum().backward()
+    model.zero_grad()
+    wrapper._set_params_and_buffers_to_ignore_for_model(model, ["embeddings.anchor"])
+    wrapped = wrapper(model)
+    for _ in range(2):
+        for each, optimizer in zip((wrapped, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            each(KEYS).square().sum().backward()
+            optimizer.step()
+    assert rows(model) == rows(twin)
+
+
 def test_a_group_of_several_ranks_may_not_train(one_rank, monkeypatch):
     model = made()
     before = rows(model)
