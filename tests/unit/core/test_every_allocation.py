@@ -98,6 +98,17 @@ def update(store):
         store.apply_gradients(PLAN, [part], 1)
     return call
 
+def norm(store):
+    part = PooledGradient(look_up(store, KEYS), None, torch.ones(1, 2))
+    store.erase(0, KEYS[:300])
+    def call():
+        store.gradient_norm(PLAN, [part], 2.0)
+    return call
+
+def read(store):
+    found = look_up(store, torch.arange(40_000))
+    return lambda: store.read_looked_up(found)
+
 def assign(store):
     keys = torch.arange(1000, 2500)
     rows = TableRows(keys, torch.ones(len(keys), 2), torch.zeros(len(keys), 0))
@@ -115,6 +126,8 @@ VERBS = {
     "look_up": lambda store: lambda: look_up(store, torch.arange(1000, 3500)),
     "find": lambda store: lambda: store.find_or_insert(0, torch.arange(1000, 3500)),
     "update": update,
+    "norm": norm,
+    "read": read,
     "assign": assign,
     "erase": lambda store: lambda: store.erase(0, torch.arange(200, 1400)),
     "sweep": lambda store: lambda: store.advance(Clock(50)),
@@ -163,8 +176,10 @@ def test_each_allocation_may_fail(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 4 * 7
+    assert len(lines) == 4 * 9
     failed = {(kind, verb): int(failures) for kind, verb, failures in lines}
     assert all(failed[kind, "look_up"] >= 5 for kind in ("none", "ttl", "full", "counted")), failed
     assert failed["none", "update"] >= 5
+    assert failed["none", "norm"] >= 5
+    assert failed["none", "read"] >= 1
     assert failed["ttl", "sweep"] >= 5
