@@ -138,6 +138,9 @@ def train_step(
     # A user's model may raise anything.
     except Exception as error:
         raise batch_error(f"step {step}: {doing}", batch, error, is_whole=is_whole) from error
+    finally:
+        # Of a step that failed: they are not the next one's.
+        collection.discard_gradients()
     return StepResult(value, outputs.detach().cpu())
 
 

@@ -9,7 +9,7 @@ from run_contents import contents
 
 from penstock import run as story
 from penstock.config import parse_job
-from penstock.errors import NonFiniteError
+from penstock.errors import BatchError, NonFiniteError
 
 BAD_ROWS = slice(1800, 1864)  # in batch 14 of 128 rows
 
@@ -76,6 +76,35 @@ def test_nothing_is_updated(poisoned, tmp_path, quiet):
     for name, rows in before["rows"].items():
         for key, row in rows.items():
             assert torch.equal(row, after["rows"][name][key]), (name, key)
+
+
+@pytest.mark.parametrize("error", [NonFiniteError, BatchError])
+def test_a_step_after_one_that_failed_is_that_of_its_batch_alone(small_job, tmp_path, quiet, error):
+    """What the tables were to learn from the batch that failed is dropped."""
+    found = []
+    for fails in (False, True):
+        with story.open_run(small_job, tmp_path / f"run-{fails}", console=quiet) as run:
+            run.begin(resume=False)
+            with run.remaining_batches() as batches:
+                fed = next(iter(batches))
+            if fails:
+                weight = next(run.state.model.parameters())
+                if error is NonFiniteError:
+                    hook = weight.register_hook(lambda grad: grad * torch.nan)
+                else:
+                    hook = run.trainer.optimizer.register_step_pre_hook(broken)
+                with pytest.raises(error):
+                    run.step(fed)
+                hook.remove()
+                run.state.model.zero_grad()
+            run.step(fed)
+            found.append(snapshot(run.state)["rows"])
+    for name, rows in found[0].items():
+        assert all(torch.equal(row, found[1][name][key]) for key, row in rows.items())
+
+
+def broken(*_):
+    raise RuntimeError("broken")
 
 
 def snapshot(state):
