@@ -12,7 +12,7 @@ from torch import Tensor
 
 from penstock.config import FTRL
 from penstock.embedding.collection.anchor_gradient import AnchorGradient
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, PenstockError
 
 if TYPE_CHECKING:
     from penstock.embedding.collection.collection import EmbeddingCollection
@@ -43,6 +43,7 @@ class Attachment:
         self._rate = max((rule.learning_rate for rule in rules), default=1.0)
         self._has_ftrl = any(isinstance(rule, FTRL) for rule in rules)
         self._factor = 1.0
+        self._scale: Tensor | None = None
         if self._find_group(optimizer) is None:
             _add_group(collection, optimizer, self._rate)
         self._hooks = (
@@ -152,11 +153,15 @@ class Attachment:
             collection.pending.clear()
         scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         self._is_skipped = found_inf is not None and float(found_inf) > 0
+        # A fused optimizer divides by it itself.
+        self._scale = scale if isinstance(scale, Tensor) else None
         if not self._is_skipped:
-            collection.refuse_non_finite()
-            self._factor = self._rate_factor(optimizer)
-            if isinstance(scale, Tensor):  # a fused optimizer divides by it itself
-                collection.pending.scale(scale.double().reciprocal().float())
+            try:
+                collection.refuse_non_finite()
+                self._factor = self._rate_factor(optimizer)
+            except PenstockError:
+                _begin_no_step(optimizer)
+                raise
         self._is_stepping = True
         collection.anchor.grad = None
 
@@ -175,6 +180,8 @@ class Attachment:
         elif not collection.pending:
             self._gradient = None
         else:
+            if self._scale is not None:
+                collection.pending.scale(self._scale.double().reciprocal().float())
             try:
                 collection.update(self._factor)
             finally:
@@ -206,6 +213,15 @@ class Attachment:
                 found: dict[str, Any] = group
                 return found
         return None
+
+
+def _begin_no_step(optimizer: torch.optim.Optimizer) -> None:
+    """Takes back what other collections have begun: their gradients can be dropped again."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, Attachment) and other._is_stepping:
+            other._is_stepping = False
+            other.collection.anchor.grad = other._gradient
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -677,3 +677,70 @@ def test_what_the_gradient_says_is_the_norm():
     assert float(grad.abs().sum()) == pytest.approx(float(expected), rel=1e-5)
     optimizer.zero_grad()
     assert float(grad) == 0
+
+
+class Both(nn.Module):
+    """Two collections in one model."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Ours(SGD(learning_rate=RATE)), Ours(Adagrad(learning_rate=RATE))
+
+    def forward(self, keys):
+        return self.first(keys) + self.second(keys + 0)
+
+
+def test_two_collections_share_an_optimizer():
+    torch.manual_seed(0)
+    ours = Both()
+    twins = [Twin(ours.first), Twin(ours.second)]
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.01)
+    for each in (ours.first, ours.second):
+        each.embeddings.attach(optimizer)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [8, 1, 1]
+    theirs = [
+        torch.optim.AdamW([*twins[0].head.parameters(), *twins[1].head.parameters()], lr=0.01),
+        torch.optim.SGD(twins[0].bags.parameters(), lr=RATE),
+        torch.optim.Adagrad(twins[1].bags.parameters(), lr=RATE, eps=1e-8),
+    ]
+    optimizer.param_groups[2]["lr"] = theirs[2].param_groups[0]["lr"] = RATE / 3
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for keys, label in batches(3):
+        for each in (optimizer, *theirs):
+            each.zero_grad()
+        loss = nn.functional.binary_cross_entropy_with_logits(ours(keys), label)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scores = twins[0](keys) + twins[1](keys)
+        nn.functional.binary_cross_entropy_with_logits(scores, label).backward()
+        both = [parameter for twin in twins for parameter in twin.parameters()]
+        norms = [nn.utils.clip_grad_norm_(each, 0.05) for each in (ours.parameters(), both)]
+        torch.testing.assert_close(*norms, **CLOSE)
+        scaler.step(optimizer)
+        scaler.update()
+        for each in theirs:
+            each.step()
+    for mine, twin in zip((ours.first, ours.second), twins, strict=True):
+        torch.testing.assert_close(mine.rows(), twin.rows(), rtol=1e-4, atol=1e-5)
+
+
+def test_one_of_two_collections_that_is_not_finite_stops_both():
+    ours = Both()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.01)
+    for each in (ours.first, ours.second):
+        each.embeddings.attach(optimizer)
+    keys, _ = next(batches(1))
+    before = [each.rows() for each in (ours.first, ours.second)]
+    (ours.first(keys).sum() + ours.second(keys).mul(torch.nan).sum()).backward()
+    for _ in range(2):
+        with pytest.raises(NonFiniteError):
+            optimizer.step()
+    assert all(
+        torch.equal(each.rows(), was)
+        for each, was in zip((ours.first, ours.second), before, strict=True)
+    )
+    optimizer.zero_grad()
+    assert float(ours.first.embeddings.gradient_norm()) == 0
+    ours(keys).sum().backward()
+    optimizer.step()
+    assert not torch.equal(ours.first.rows(), before[0])
