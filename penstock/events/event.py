@@ -67,17 +67,19 @@ def measurements(event: Event) -> Iterator[Measurement]:
     """
     if event.kind not in KINDS:
         raise EventError(f"event {event.kind!r} is unknown; penstock/events/registry.py names all")
-    yield from _measurements(event.kind, KINDS[event.kind].fields, event.values, (), ())
+    yield from _measure(event.kind, KINDS[event.kind].fields, event.values, (), ())
 
 
 def check(event: Event) -> None:
     """Raises `EventError` unless the registry knows all of an event, and its values are such."""
     Role.parse(str(event.role))
     for path, _, quantity, value in measurements(event):
-        if not _is_of(quantity.unit, value):
+        # To Python a bool is an int.
+        is_flag = isinstance(value, bool)
+        if not isinstance(value, quantity.unit.types) or is_flag != (quantity.unit is Unit.FLAG):
             raise EventError(
                 f"event {event.kind!r}, {'/'.join(path)}: {value!r} is no value in "
-                f"{quantity.unit.value!r}"
+                f"{quantity.unit.symbol!r}"
             )
 
 
@@ -127,36 +129,25 @@ def event_of(line: Any) -> Event:
     )
 
 
-def _measurements(
+def _measure(
     kind: str,
     fields: Fields,
     values: Mapping[str, Any],
     path: tuple[str, ...],
     name: tuple[str, ...],
 ) -> Iterator[Measurement]:
+    """Yields what `values` hold, at a place in an event."""
     for key, value in values.items():
-        here = (*path, key)
-        found = field_named(fields, key)
-        if found is None or isinstance(found[1], Group) != isinstance(value, Mapping):
-            raise EventError(
-                f"event {kind!r} has no quantity {'/'.join(here)}; penstock/events/registry.py "
-                "names all"
-            )
-        pattern, field = found
-        if isinstance(field, Group):
-            yield from _measurements(kind, field.fields, value, here, (*name, pattern))
+        pattern, field = field_named(fields, key) or (key, None)
+        if isinstance(field, Quantity):
+            yield Measurement((*path, key), (*name, pattern), field, value)
+        elif field is not None and isinstance(value, Mapping):
+            yield from _measure(kind, field.fields, value, (*path, key), (*name, pattern))
         else:
-            yield Measurement(here, (*name, pattern), field, value)
-
-
-def _is_of(unit: Unit, value: Any) -> bool:
-    if unit is Unit.TEXT:
-        return isinstance(value, str)
-    if unit is Unit.FLAG:
-        return isinstance(value, bool)
-    if unit is Unit.BUCKETS:
-        return isinstance(value, list)
-    return isinstance(value, int | float) and not isinstance(value, bool)
+            raise EventError(
+                f"event {kind!r} has no quantity {'/'.join((*path, key))}; "
+                "penstock/events/registry.py names all"
+            )
 
 
 def _from_json(found: tuple[str, Quantity | Group] | None, value: Any) -> Any:

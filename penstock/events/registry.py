@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from typing import TypeAlias
 
 
-class Unit(StrEnum):
-    """Units, and what a value of each is in Python."""
+class Unit(Enum):
+    """Units, and what a value of each is in Python: a number unless types follow."""
 
     RATIO = "1"
     NATS = "nats"
@@ -31,14 +31,15 @@ class Unit(StrEnum):
     GROUPS = "groups"
     ITEMS = "items"
     CORES = "cores"
-    TEXT = "text"
-    FLAG = "yes or no"
-    BUCKETS = "list of (prediction, label, weight)"
+    TEXT = "text", str
+    FLAG = "yes or no", bool
+    BUCKETS = "list of (prediction, label, weight)", list
 
-    @property
-    def is_number(self) -> bool:
-        """Whether a value is an int or a float; NaN where it is undefined."""
-        return self not in {Unit.TEXT, Unit.FLAG, Unit.BUCKETS}
+    def __init__(self, symbol: str, *types: type) -> None:
+        self.symbol = symbol
+        self.is_number = not types
+        """A number that is undefined is NaN."""
+        self.types = types or (int, float)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import ConfigError
+from penstock.events.registry import METRICS, Quantity, field_named
 from penstock.job_file import parse_yaml
 from penstock.report.folder import RunFolder
 from penstock.report.json_lines import read_events
@@ -27,7 +28,6 @@ _DRAWN = {
     "rmse": "RMSE",
     "mae": "MAE",
 }
-_QUALITIES = {*_DRAWN, "teacher_auc", "calibration", "bias"}
 _DRAWN_OF_EACH_TASK = ("log_loss", "auc", "rmse")
 
 
@@ -152,7 +152,8 @@ def metric_at(metrics: Mapping[str, Any], path: MetricPath) -> float | None:
 
 def is_metric(name: str) -> bool:
     """Whether a field of a summary is a measured quality, and not a count or a time."""
-    return name in _QUALITIES or _is_recall(name)
+    found = field_named(METRICS, name)
+    return found is not None and isinstance(found[1], Quantity)
 
 
 def metric_words(name: str) -> str:

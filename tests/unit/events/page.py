@@ -15,7 +15,7 @@ def rows(fields):
         if isinstance(field, Group):
             yield f"| `{name}/` | | [{field.name}](#{field.name.lower().replace(' ', '-')}) |"
         else:
-            yield f"| `{name}` | {field.unit} | {field.meaning} |"
+            yield f"| `{name}` | {field.unit.symbol} | {field.meaning} |"
     yield ""
 
 
