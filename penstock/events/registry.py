@@ -130,6 +130,7 @@ METRICS: Fields = {
     "teacher_auc": Quantity(Unit.RATIO, "AUC of the true probabilities, the best reachable"),
     "share_of_teacher": Quantity(Unit.RATIO, "(auc - 0.5) / (teacher_auc - 0.5)"),
     "recall_at_<k>": Quantity(Unit.RATIO, "of the positives, whose item is among the k best"),
+    "recall_candidates": Quantity(Unit.ITEMS, "among which the item is sought"),
     "tasks": Group("labels", "Of a job of several labels.", {"<label>": _OF_LABEL}),
 }
 """What is measured of a model, and goes into the summary."""
@@ -206,7 +207,6 @@ KINDS: Mapping[str, Kind] = {
             **METRICS,
             **_COUNTED,
             **_BUCKETS,
-            "recall_candidates": Quantity(Unit.ITEMS, "among which the item is sought"),
         },
         is_computed=True,
     ),

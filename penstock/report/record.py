@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import ConfigError
-from penstock.events.registry import METRICS, Quantity, field_named
+from penstock.events.registry import METRICS, Quantity, Unit, field_named
 from penstock.job_file import parse_yaml
 from penstock.report.folder import RunFolder
 from penstock.report.json_lines import read_events
@@ -153,7 +153,8 @@ def metric_at(metrics: Mapping[str, Any], path: MetricPath) -> float | None:
 def is_metric(name: str) -> bool:
     """Whether a field of a summary is a measured quality, and not a count or a time."""
     found = field_named(METRICS, name)
-    return found is not None and isinstance(found[1], Quantity)
+    field = None if found is None else found[1]
+    return isinstance(field, Quantity) and field.unit is not Unit.ITEMS
 
 
 def metric_words(name: str) -> str:

@@ -12,7 +12,7 @@ from penstock.report import plots
 from penstock.report.comparison import job_differences, metrics_side_by_side
 from penstock.report.display import headline, rules_table, slices_tables
 from penstock.report.plots import can_draw, draw_comparison, draw_run
-from penstock.report.record import RunRecord
+from penstock.report.record import RunRecord, is_metric
 from penstock.report.terminal_curves import curve_tables, sparkline
 from tests.unit.tables import cells
 
@@ -60,6 +60,13 @@ def test_curves_are_the_lines_of_the_metrics(make_run):
     assert list(record.growth()) == ["large", "small"]
     assert record.growth()["large"].values.tolist() == [100, 200, 300]
     assert record.summary is None
+
+
+def test_qualities_are_told_from_counts_and_times():
+    for name in ("loss", "auc", "share_of_teacher", "recall_at_10", "bias"):
+        assert is_metric(name), name
+    for name in ("samples", "seconds", "recall_candidates", "tasks", "wall_s"):
+        assert not is_metric(name), name
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
