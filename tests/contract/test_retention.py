@@ -360,6 +360,14 @@ def test_imported_counts_stay_within_their_limit_too(open_store):
     store.check_invariants()
 
 
+@pytest.mark.parametrize("count", [0, -1, 2**16, -(2**63)])
+def test_counts_that_no_key_has_are_refused(count):
+    store = HostStore([table(admission=AdmitFrequent(min_count=5))])
+    with pytest.raises(ConfigError, match="counts of keys must lie in 1 to 65535"):
+        store.import_candidates(0, Candidates(torch.arange(2), torch.tensor([1, count])))
+    assert store.num_candidates(0) == 0
+
+
 def test_a_table_that_does_not_count_passes_over_counts(open_store):
     """As when a job is resumed without its `min_count`."""
     store = open_store([table(rows=4, eviction=Eviction())])

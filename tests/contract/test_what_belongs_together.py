@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from penstock import _core
 from penstock.config import SGD, Adagrad, AdmitFrequent, Constant, Eviction, TableConfig
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.store import (
@@ -16,7 +17,7 @@ from penstock.embedding.store import (
     PoolingPlan,
     TableRows,
 )
-from penstock.errors import ConfigError, StaleExportError
+from penstock.errors import CapacityError, ConfigError, PartialUpdateError, StaleExportError
 from penstock.types import Jagged, KeyedJagged
 from tests.contract.stores import WITHOUT_TRITON, OnCpu, open_store, skip_in_interpreter
 
@@ -303,9 +304,12 @@ def test_an_export_across_a_change_is_refused(open_store, change):
     store.pooled_lookup(PLAN, bags("bags"), insert=False, out=torch.empty(20, 6))
     rows, cursor = store.export_batch(0, cursor, 4)
     assert len(rows.keys)
+    _, end = store.export_batch(0, cursor, 100)
+    assert not len(store.export_batch(0, end, 4)[0].keys)
     CHANGES[change](store, part)
-    with pytest.raises(StaleExportError, match="begin the export again"):
-        store.export_batch(0, cursor, 4)
+    for stale in (cursor, end):
+        with pytest.raises(StaleExportError, match="begin the export again"):
+            store.export_batch(0, stale, 4)
     store.export_batch(0, CURSOR_START, 4)
 
 
@@ -328,3 +332,18 @@ def test_an_export_of_counts_across_a_change_is_refused(open_store, change):
         store.import_candidates(0, counts)
     with pytest.raises(StaleExportError, match="begin the export again"):
         store.export_candidates(0, cursor, 4)
+
+
+def test_what_the_core_says_of_an_update_reaches_whoever_called():
+    """Half an update is no plain lack of memory: it must not be tried again."""
+    store = HostStore(tables())
+    for status, error, words in (
+        (_core.Status.HALF_UPDATED, PartialUpdateError, "others have not; go on from a checkpoint"),
+        (_core.Status.NO_WORKING_MEMORY, CapacityError, "no working memory for an update"),
+        (_core.Status.NO_THREADS, CapacityError, "the system starts no more threads"),
+        (_core.Status.TOO_MANY_ROWS, CapacityError, r"and a store takes 2\^32 - 1"),
+        (_core.Status.STALE_CURSOR, StaleExportError, "begin the export again"),
+    ):
+        with pytest.raises(error, match=words) as caught:
+            store._raise_for(status, of="an update")
+        assert type(caught.value) is error

@@ -13,6 +13,7 @@ from pyarrow import ipc, orc
 
 from penstock.config import ArrowSource, OrcSource, ParquetSource, parse_job
 from penstock.data import Dataset
+from penstock.data.formats import columnar
 from penstock.data.formats.arrow import ArrowFormat
 from penstock.data.formats.columnar import GroupedFiles, Layout, check_schema
 from penstock.data.formats.orc import OrcFormat
@@ -180,6 +181,28 @@ def test_fewer_rows_than_were_counted(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(type(source._format), "read", read)
     with pytest.raises(DataError, match=r"cannot be read: it has fewer rows than it says"):
         list(source.read(source.extents()[0], ["label"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_another_size_is_another_file(tmp_path, kind):
+    write_many(kind, tmp_path, 1)
+    source = open_files(kind, tmp_path)
+    write_many(kind, tmp_path, 1, rows=2000)
+    with pytest.raises(
+        DataError, match=r"cannot be read: it has [\d,]+ bytes, and had [\d,]+ when"
+    ):
+        list(source.read(source.extents()[0], ["label"]))
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(9, [10, 10]), (10, [10, 10]), (19, [10, 10]), (20, [20])]
+)
+def test_groups_are_joined_up_to_the_rows_of_an_extent(tmp_path, monkeypatch, most, sizes):
+    """Positions in checkpoints name extents: where one ends must never change."""
+    write_many("parquet", tmp_path, 1)
+    monkeypatch.setattr(columnar, "EXTENT_ROWS", most)
+    extents = open_files("parquet", tmp_path).extents()
+    assert [one.stop - one.start for one in extents] == sizes
 
 
 def test_footers_are_kept_within_bounds(tmp_path, monkeypatch):
