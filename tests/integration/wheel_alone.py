@@ -43,7 +43,12 @@ def main() -> None:
         steps = f"training.max_steps={arguments.steps}"
         command = [str(programs / "penstock"), "train", "synthetic.yaml", "--out", "run"]
         done = subprocess.run(
-            [*command, "--set", steps], cwd=home, env=alone, capture_output=True, text=True, check=False
+            [*command, "--set", steps],
+            cwd=home,
+            env=alone,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         trained = done.returncode == 0 and not found
         summary = json.loads((home / "run" / "summary.json").read_text()) if trained else {}
