@@ -150,3 +150,16 @@ def test_whoever_leaves_in_time_is_not_ended():
         send(signal.SIGINT)
     assert not ends
     assert not [one for one in threading.enumerate() if one.name == "penstock-signals"]
+
+
+def test_a_process_that_has_heard_a_signal_may_take_longer_to_leave(monkeypatch):
+    monkeypatch.setattr("penstock.interruption.PATIENCE_S", 0.1)
+    ended = []
+    with pytest.raises(Interrupted), interruption(ended.append):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Interrupted:
+            time.sleep(0.5)  # what is open is closed
+            raise
+    assert ended == []
