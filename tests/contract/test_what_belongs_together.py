@@ -347,3 +347,22 @@ def test_what_the_core_says_of_an_update_reaches_whoever_called():
         with pytest.raises(error, match=words) as caught:
             store._raise_for(status, of="an update")
         assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 1, 2, 8], [0, 1, 2, 2], [1, 1, 2, 3], [0, 2, 2, 3, 4], [7]]
+)
+def test_offsets_that_are_nearly_those_of_one_key_a_bag(offsets):
+    """A batch whose bags have one key each needs no offsets; whether it is one is looked at."""
+    store = HostStore([TableConfig(name="a", dim=1)])
+    plan = PoolingPlan((PooledFeature(0, 0, "sum", 0),), 1)
+    size = len(offsets) - 1
+    batch = KeyedJagged(("f",), torch.arange(size), torch.tensor(offsets))
+    out = torch.full((size, 1), 7.0)
+    if offsets == [0, 2, 2, 3, 4]:  # right, but not one each
+        store.pooled_lookup(plan, batch, insert=True, out=out)
+        assert float(out[1]) == 0.0
+        return
+    with pytest.raises(ConfigError, match="must rise from 0 to the number of keys"):
+        store.pooled_lookup(plan, batch, insert=True, out=out)
+    assert store.num_rows(0) == 0
