@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from penstock.config import TableConfig
+from penstock.embedding.retention import MAX_COUNT
 from penstock.embedding.store import (
     MOST_UPDATE_KEYS,
+    Candidates,
     PooledGradient,
     PooledLookup,
     PoolingPlan,
@@ -20,6 +22,22 @@ from penstock.errors import ConfigError, StaleExportError
 from penstock.types import KeyedJagged
 
 MAX_TABLES = 65_535
+
+
+def check_candidates(candidates: Candidates) -> None:
+    """Refuses counts that no key can have; a store would take them for something else.
+
+    Raises:
+      ConfigError: keys and counts are no [n] int64 each, or a count is not 1 to `MAX_COUNT`.
+    """
+    keys, counts = candidates
+    for name, tensor in (("keys", keys), ("counts", counts)):
+        if tensor.dtype != torch.int64 or tensor.shape != keys.shape or tensor.dim() != 1:
+            raise ConfigError(
+                f"{name}: expected int64 [{keys.numel()}], got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if bool(((counts < 1) | (counts > MAX_COUNT)).any()):
+        raise ConfigError(f"counts of keys must lie in 1 to {MAX_COUNT}")
 
 
 def layout_of(tables: Sequence[TableConfig]) -> RowLayout:

@@ -214,6 +214,7 @@ class DictStore:
 
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """See `Store.import_candidates`."""
+        checks.check_candidates(candidates)
         self._version += 1
         held = self._tables[table]
         if not isinstance(held.config.admission, AdmitFrequent):

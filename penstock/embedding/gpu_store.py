@@ -263,6 +263,7 @@ class GpuStore:
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """See `Store.import_candidates`."""
         self._check_table(table)
+        checks.check_candidates(candidates)
         batch = self._of_table(table, candidates.keys)
         counts = candidates.counts.to(self.device)
         if self._rules is not None:

@@ -16,7 +16,6 @@ from penstock import _core
 from penstock.config import TableConfig
 from penstock.embedding import checks
 from penstock.embedding.retention import (
-    MAX_COUNT,
     NUMBERS,
     Clock,
     RetentionState,
@@ -271,10 +270,9 @@ class HostStore:
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """See `Store.import_candidates`."""
         self._check_table(table)
+        checks.check_candidates(candidates)
         keys = _checked(candidates.keys, torch.int64, (None,), "keys")
         counts = _checked(candidates.counts, torch.int64, (len(keys),), "counts")
-        if bool(((counts < 1) | (counts > MAX_COUNT)).any()):
-            raise ConfigError(f"counts of keys must lie in 1 to {MAX_COUNT}")
         status = self._core.import_candidates(table, keys.numpy(), counts.numpy())
         self._raise_for(status, table, of=f"counting {len(keys)} keys")
 

@@ -361,10 +361,20 @@ def test_imported_counts_stay_within_their_limit_too(open_store):
 
 
 @pytest.mark.parametrize("count", [0, -1, 2**16, -(2**63)])
-def test_counts_that_no_key_has_are_refused(count):
-    store = HostStore([table(admission=AdmitFrequent(min_count=5))])
+def test_counts_that_no_key_has_are_refused(count, open_store):
+    store = open_store([table(admission=AdmitFrequent(min_count=5))])
     with pytest.raises(ConfigError, match="counts of keys must lie in 1 to 65535"):
         store.import_candidates(0, Candidates(torch.arange(2), torch.tensor([1, count])))
+    assert store.num_candidates(0) == 0
+
+
+@pytest.mark.parametrize(
+    "counts", [torch.ones(3, dtype=torch.int64), torch.ones(2), torch.ones(2, 1, dtype=torch.int64)]
+)
+def test_counts_of_another_shape_or_type_are_refused(counts, open_store):
+    store = open_store([table(admission=AdmitFrequent(min_count=5))])
+    with pytest.raises(ConfigError, match="counts: expected int64 \\[2\\], got"):
+        store.import_candidates(0, Candidates(torch.arange(2), counts))
     assert store.num_candidates(0) == 0
 
 

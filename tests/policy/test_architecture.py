@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "embedding/rules": {"errors", "config"},
     "embedding/retention": {"errors", "config", "embedding/rules"},
     "embedding/store": {"errors", "types", "config", "embedding/rules", "embedding/retention"},
-    "embedding/checks": {"errors", "types", "config", "embedding/store"},
+    "embedding/checks": {"embedding/retention", "errors", "types", "config", "embedding/store"},
     "embedding/host_store": {
         "errors",
         "types",
