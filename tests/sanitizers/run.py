@@ -68,7 +68,7 @@ SHORT = {
         "tests/unit/data/test_columns.py",
     ],
     "thread": [
-        "tests/contract/test_long_lookups.py",
+        "tests/contract/test_what_belongs_together.py",
         "tests/fuzz/test_key_streams.py",
         "tests/unit/core/test_row_places.py::test_erased_rows_do_so_too",
         "tests/unit/core/test_row_places.py::test_what_one_shard_has_too_many_of_the_others_take",
