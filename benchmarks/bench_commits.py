@@ -172,7 +172,12 @@ def main() -> None:
     slower = []
     for case in arguments.case or CASES:
         found = compare(case, arguments.old, arguments.new, arguments.pairs, arguments.turns)
-        print(json.dumps(found | {"commit": commit(), "hardware": hardware("numpy")}), flush=True)
+        print(
+            json.dumps(
+                found | {"commit": commit(), "hardware": hardware(f"numpy {np.__version__}")}
+            ),
+            flush=True,
+        )
         if found["interval"][0] > GOAL:
             slower.append(f"{case}: {found['new_over_old']} x the old one, goal {GOAL}")
     if arguments.check:

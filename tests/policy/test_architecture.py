@@ -8,6 +8,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "penstock"
 
+# What all that holds rows may import.
+STORES = {
+    "errors",
+    "types",
+    "config",
+    "embedding/rules",
+    "embedding/retention",
+    "embedding/store",
+    "embedding/checks",
+}
 # What each room may import of the package, besides itself: never upwards. A room is a folder or a
 # file; the longest name counts. A name covers the rooms below it, so "data" is all of `data/`.
 MAY_IMPORT = {
@@ -78,61 +88,18 @@ MAY_IMPORT = {
     "embedding/retention": {"errors", "config", "embedding/rules"},
     "embedding/store": {"errors", "types", "config", "embedding/rules", "embedding/retention"},
     "embedding/checks": {"embedding/retention", "errors", "types", "config", "embedding/store"},
-    "embedding/host_store": {
-        "errors",
-        "types",
-        "config",
-        "_core",
-        "embedding/rules",
-        "embedding/retention",
-        "embedding/store",
-        "embedding/checks",
-    },
+    "embedding/host_store": STORES | {"_core"},
     "embedding/dict_table": {"config", "embedding/rules", "embedding/retention"},
-    "embedding/dict_store": {
-        "errors",
-        "types",
-        "config",
-        "embedding/rules",
-        "embedding/retention",
-        "embedding/store",
-        "embedding/checks",
-        "embedding/dict_table",
-    },
-    "embedding/gpu": {
-        "errors",
-        "types",
-        "config",
-        "kernels",
-        "embedding/rules",
-        "embedding/retention",
-        "embedding/store",
-        "embedding/checks",
-    },
-    "embedding/gpu_store": {
-        "errors",
-        "types",
-        "config",
-        "kernels",
-        "embedding/rules",
-        "embedding/retention",
-        "embedding/store",
-        "embedding/checks",
-        "embedding/gpu",
-    },
-    "embedding/collection": {
-        "errors",
-        "types",
-        "config",
+    "embedding/dict_store": STORES | {"embedding/dict_table"},
+    "embedding/gpu": STORES | {"kernels"},
+    "embedding/gpu_store": STORES | {"kernels", "embedding/gpu"},
+    "embedding/collection": STORES
+    | {
         "_core",
         "kernels/device",
         "embedding/durable_files",
-        "embedding/rules",
-        "embedding/retention",
-        "embedding/store",
-        "embedding/checks",
-        "embedding/host_store",
         "embedding/gpu_store",
+        "embedding/host_store",
     },
     "embedding": {"errors", "types"},
     #

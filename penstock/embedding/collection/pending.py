@@ -24,9 +24,7 @@ class _Pending:
         self.lookups = lookups
         """Of each store."""
         self.grad = grad
-        """Perhaps the caller's own: it is as large as the output, and a copy would cost a fifth of
-        a step.
-        """
+        """Perhaps the caller's own: it is as large as the output, too much to copy."""
         self.factor: Tensor | float | None = None
         """By which it was scaled since; None: not at all."""
         self._version = grad._version
