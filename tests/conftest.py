@@ -9,8 +9,13 @@ import os
 # As the command line does: idle threads sleep instead of spinning. Must precede torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 if not torch.cuda.is_available():
     # Triton's kernels run on the CPU then, in its interpreter. Must precede their import.

@@ -47,7 +47,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=ROWS, in_order=st.booleans(), last=st.integers(1, 5), group=st.integers(1, 12))
 def test_equals_a_plain_loop(rows, in_order, last, group, tmp_path_factory):
     path = tmp_path_factory.mktemp("history")

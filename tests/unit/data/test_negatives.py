@@ -300,7 +300,7 @@ class TestSamples:
         assert batch.teacher is None
         assert (batch.batch_size, batch.labels.mean().item()) == (200, 0.5)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(data=st.data())
     def test_any_log(self, data, tmp_path_factory):
         rows = data.draw(st.integers(2, 60))

@@ -175,7 +175,7 @@ def samples_of(batches):
 
 
 class TestBatches:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(
         rows=st.integers(1, 70),
         seed=st.integers(0, 99),
@@ -191,7 +191,7 @@ class TestBatches:
             found.sort(key=lambda sample: sample["row"])
         assert found == rows_expected(table)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(rows=st.integers(8, 70), seed=st.integers(0, 99), batch_size=st.integers(1, 40))
     def test_negatives_take_weights_along(self, rows, seed, batch_size, tmp_path_factory):
         table = table_of(rows, seed)
