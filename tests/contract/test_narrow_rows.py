@@ -232,7 +232,7 @@ def test_values_take_half_the_memory(dtype):
         embeddings = EmbeddingCollection([table], [FeatureConfig(name="f", table="a")])
         embeddings(KeyedJagged.pack({"f": Jagged.from_dense(torch.arange(10_000))}))
         (stats,) = embeddings.table_stats()
-        memory = embeddings._groups[0].store.memory()
+        memory = embeddings._stores.groups[0].store.memory()
         bytes_of[each] = stats.bytes, memory.row_bytes / memory.slot_capacity
     assert bytes_of["float32"] == (10_000 * 256, 256)
     assert bytes_of[dtype] == (10_000 * 128, 128)
@@ -242,7 +242,7 @@ def test_tables_of_different_types_do_not_share_a_store():
     tables = [tables_of("float32")[0], tables_of("bfloat16")[1]]
     features = [FeatureConfig(name=name, table=name) for name in "ab"]
     embeddings = EmbeddingCollection(tables, features)
-    assert len(embeddings._groups) == 2
+    assert len(embeddings._stores.groups) == 2
     batch = KeyedJagged.pack({name: Jagged.from_dense(torch.arange(3)) for name in "ab"})
     embeddings(batch).sum().backward()
     embeddings.apply_gradients()

@@ -144,7 +144,7 @@ def rows_of(collection, table):
     """All rows of a table by ascending key."""
     parts = list(collection.export_table(table, batch_rows=3))
     if not parts:
-        store, _ = collection._find_table(table)
+        store, _ = collection._stores.find_table(table)
         empty = torch.zeros(0, dtype=torch.int64)
         layout = store.layout
         return TableRows(empty, torch.zeros(0, layout.dim), torch.zeros(0, layout.state_dim))

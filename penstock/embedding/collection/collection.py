@@ -25,7 +25,6 @@ torch.save({"embeddings": embeddings.state_dict(), "head": head.state_dict()}, "
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -33,25 +32,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
-from penstock.embedding.checks import check_batch, check_keys
+from penstock.embedding.checks import check_keys
 from penstock.embedding.collection.graph_operator import look_up_in_graph, register
 from penstock.embedding.collection.pending import PendingGradients
-from penstock.embedding.collection.places import (
-    nearest,
-    places_of,
-    plans_of,
+from penstock.embedding.collection.row_clock import RowClock
+from penstock.embedding.collection.table_module import TableModule
+from penstock.embedding.collection.table_stats import TableStats
+from penstock.embedding.collection.table_stores import (
+    TableStores,
     refuse_duplicates,
     unknown_table,
 )
-from penstock.embedding.collection.row_clock import RowClock
-from penstock.embedding.collection.table_module import TableModule
-from penstock.embedding.collection.table_stats import TableStats, retention_stats
 from penstock.embedding.collection.torch_idioms import check_alone, check_averaged
 from penstock.embedding.collection.weight_gradient import ReadVectors, WeightedLookup
-from penstock.embedding.host_store import HostStore
-from penstock.embedding.retention import Clock, RetentionState, retains
+from penstock.embedding.retention import RetentionState
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
@@ -60,17 +55,8 @@ from penstock.embedding.store import (
     Store,
     TableRows,
 )
-from penstock.errors import CapacityError, ConfigError
-from penstock.kernels.device import kernel_device
+from penstock.errors import ConfigError
 from penstock.types import FeatureShape, KeyedJagged, as_keys
-
-
-class _Group(NamedTuple):
-    """Tables of one row layout: one store, one call for all of them."""
-
-    store: Store
-    plan: PoolingPlan
-    trainable: bool
 
 
 class LookUp(NamedTuple):
@@ -139,10 +125,14 @@ class EmbeddingCollection(TableModule):
         """Of each feature, in the order of the output's columns."""
         self.width = sum(shape.width for shape in self.feature_shapes)
         """W, columns of the output."""
-        self.device = torch.device(device)
+        self._options: dict[str, Any] = {
+            "num_threads": num_threads or available_cores(),
+            "deterministic": deterministic,
+            "device": torch.device(device),
+        }
+        self._stores = self._make_stores(seed)
+        self.device = self._stores.device
         """Where the rows live; the output too, unless the module was moved."""
-        if self.device.type != "cpu":
-            self.device = kernel_device(device)
         self._sequences = torch.tensor(
             [f for f, shape in enumerate(self.feature_shapes) if shape.length],
             dtype=torch.int64,
@@ -161,48 +151,21 @@ class EmbeddingCollection(TableModule):
         self.seed = seed
         """Of the initial values."""
         self._names = tuple(feature.name for feature in features)
-        self._places = places_of(tables)
-        self._options: dict[str, Any] = {
-            "num_threads": num_threads or available_cores(),
-            "deterministic": deterministic,
-            "device": torch.device(device),
-        }
-        self._groups = self._make_groups(seed=seed, **self._options)
-        # In Triton's interpreter the device of a store on a GPU is the CPU.
-        self._is_on_gpu = torch.device(device).type != "cpu"
         self.pending, self._attachment = PendingGradients(), None
-        self._outputs = _core.buffer_pool()
         self.number = register(self)
         # Autograd calls backward only where an input needs a gradient; the tables are none.
         self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=self.device))
         self.copied_at = None
 
-    def _make_groups(
-        self, *, num_threads: int, device: torch.device, **options: Any
-    ) -> tuple[_Group, ...]:
-        tables_of: dict[int, list[TableConfig]] = {}
-        for table in self.tables:
-            tables_of.setdefault(self._places[table.name][0], []).append(table)
-        widths = [shape.width for shape in self.feature_shapes]
-        plans = plans_of(self._places, self.features, widths)
-        groups = []
-        for group, tables in tables_of.items():
-            plan = PoolingPlan(plans.get(group, ()), self.width)
-            store: Store
-            if device.type == "cpu":
-                store = HostStore(tables, num_threads=num_threads, **options)
-            else:
-                # Needs Triton, which not everyone has.
-                from penstock.embedding.gpu_store import GpuStore
-
-                store = GpuStore(tables, device=device, **options)
-            groups.append(_Group(store, plan, tables[0].trainable))
-        return tuple(groups)
+    def _make_stores(self, seed: int) -> TableStores:
+        return TableStores(
+            self.tables, self.features, self.feature_shapes, seed=seed, **self._options
+        )
 
     @property
     def trained(self) -> list[tuple[Store, PoolingPlan]]:
         """What an update changes."""
-        return [(store, plan) for store, plan, trainable in self._groups if trainable]
+        return self._stores.trained
 
     def forward(self, sparse: KeyedJagged) -> Tensor:
         """Pools the keys of each sample.
@@ -254,19 +217,21 @@ class EmbeddingCollection(TableModule):
         if trains:
             check_alone()
             self.check_attached()
-            self._advance()
-        out, lookups = self._lookup(sparse, insert=trains)
+            self._stores.advance(self.row_clock.clock(self.step))
+        out, lookups = self._stores.pooled_lookup(sparse, insert=trains)
         vectors = self._read_vectors(sparse, lookups) if reads_vectors else None
-        read = [n for n, group in enumerate(self._groups) if not (trains and group.trainable)]
+        groups = self._stores.groups
+        read = [n for n, group in enumerate(groups) if not (trains and group.trainable)]
         if read:
             self.num_missing += sum(lookups[n].num_missing for n in read)
             lookups = [lookup for n, lookup in enumerate(lookups) if n not in read]
         return LookUp(out, lookups, vectors)
 
     def _read_vectors(self, sparse: KeyedJagged, lookups: list[Any]) -> ReadVectors:
-        pairs = zip(self._groups, lookups, strict=True)
+        groups = self._stores.groups
+        pairs = zip(groups, lookups, strict=True)
         vectors = [group.store.read_looked_up(lookup) for group, lookup in pairs]
-        return ReadVectors.of(sparse, [group.plan for group in self._groups], vectors)
+        return ReadVectors.of(sparse, [group.plan for group in groups], vectors)
 
     def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
         """The batch as the tables' device takes it, checked; on the CPU it is the batch itself.
@@ -281,10 +246,10 @@ class EmbeddingCollection(TableModule):
 
     def _on_device(self, sparse: KeyedJagged, *, non_blocking: bool) -> KeyedJagged:
         self._check(sparse)
-        if not self._is_on_gpu or (sparse.is_checked and sparse.values.device == self.device):
+        is_there = sparse.is_checked and sparse.values.device == self.device
+        if is_there or not self._stores.is_on_gpu:
             return sparse
-        for _, plan, _ in self._groups:
-            check_batch(plan, sparse)
+        self._stores.check_batch(sparse)
         is_one_hot = bool((sparse.offsets.diff() == 1).all())
         return replace(
             sparse,
@@ -327,7 +292,7 @@ class EmbeddingCollection(TableModule):
           Values [n, D] and optimizer states [n, S] float32, where a key has no row those that it
           would read; and whether it has one. Copies, on the tables' device.
         """
-        store, number = self._find_table(table)
+        store, number = self._stores.find_table(table)
         return store.find(number, as_keys(keys).to(self.device))
 
     def erase(self, table: str, keys: Tensor) -> int:
@@ -336,7 +301,7 @@ class EmbeddingCollection(TableModule):
         Gradients of them that are not applied yet are dropped in tables with rules; in others the
         next update makes the rows anew.
         """
-        store, number = self._find_table(table)
+        store, number = self._stores.find_table(table)
         return store.erase(number, as_keys(keys).to(self.device))
 
     def export_table(self, table: str, batch_rows: int = 1 << 18) -> Iterator[TableRows]:
@@ -345,7 +310,7 @@ class EmbeddingCollection(TableModule):
         Raises:
           StaleExportError: a row was added, removed or changed meanwhile.
         """
-        store, number = self._find_table(table)
+        store, number = self._stores.find_table(table)
         cursor = CURSOR_START
         while True:
             rows, cursor = store.export_batch(number, cursor, batch_rows)
@@ -355,7 +320,7 @@ class EmbeddingCollection(TableModule):
 
     def export_candidates(self, table: str, batch_keys: int = 1 << 20) -> Iterator[Candidates]:
         """Copies the counted keys of a table, as `export_table` does its rows."""
-        store, number = self._find_table(table)
+        store, number = self._stores.find_table(table)
         cursor = CURSOR_START
         while True:
             candidates, cursor = store.export_candidates(number, cursor, batch_keys)
@@ -365,22 +330,22 @@ class EmbeddingCollection(TableModule):
 
     def import_candidates(self, table: str, candidates: Candidates) -> None:
         """Sets the counts of keys of a table with `min_count`."""
-        store, number = self._find_table(table)
+        store, number = self._stores.find_table(table)
         store.import_candidates(number, candidates)
 
     def retention_state(self, table: str) -> RetentionState:
         """Default row, counters and clock of a table."""
-        store, number = self._find_table(table)
+        store, number = self._stores.find_table(table)
         return store.retention_state(number)
 
     def set_retention_state(self, table: str, state: RetentionState) -> None:
         """Inverse of `retention_state`; before rows are imported."""
-        store, number = self._find_table(table)
+        store, number = self._stores.find_table(table)
         store.set_retention_state(number, state)
 
     def import_rows(self, table: str, rows: TableRows) -> int:
         """Writes rows into a table; returns how many keys were new. Equal keys: the last stays."""
-        store, number = self._find_table(table)
+        store, number = self._stores.find_table(table)
         return store.insert_or_assign(number, rows)
 
     def like_new(self, *, seed: int) -> EmbeddingCollection:
@@ -392,7 +357,7 @@ class EmbeddingCollection(TableModule):
 
         Gradients that are not applied yet are dropped. `other` is not to be used any more.
         """
-        self._groups, self.seed, self.step = other._groups, other.seed, other.step
+        self._stores, self.seed, self.step = other._stores, other.seed, other.step
         self.row_clock = replace(other.row_clock, max_jump_s=self.row_clock.max_jump_s)
         self.copied_at = None
         self.discard_gradients()
@@ -400,62 +365,16 @@ class EmbeddingCollection(TableModule):
     def _open(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
         self.pending, self._attachment = PendingGradients(), None
-        self._outputs = _core.buffer_pool()
         self.number = register(self)
-        self._groups = self._make_groups(seed=self.seed, **self._options)
+        self._stores = self._make_stores(self.seed)
 
     def table_stats(self) -> list[TableStats]:
         """Rows and bytes of each table, in the order of `tables`."""
-        stats = {}
-        for store, _, _ in self._groups:
-            memory, counters = store.memory(), store.counters()
-            for number, table in enumerate(store.tables):
-                rows = int(counters.rows[number])
-                share = rows / memory.rows if memory.rows else 0.0
-                used = memory.row_bytes + memory.index_bytes
-                stats[table.name] = TableStats(
-                    table.name,
-                    rows,
-                    rows * store.layout.row_bytes,
-                    round(share * used),
-                    retention_stats(store, number, counters) if retains(table) else None,
-                )
-        return [stats[table.name] for table in self.tables]
+        return self._stores.table_stats()
 
     def check_invariants(self) -> None:
         """Raises AssertionError if a store is inconsistent. Reads everything: for tests."""
-        for store, _, _ in self._groups:
-            store.check_invariants()
-
-    def _advance(self) -> None:
-        seconds = self.row_clock.now_s
-        if seconds is None:
-            seconds = int(time.time())
-        for store, _ in self.trained:
-            store.advance(Clock(self.step, seconds))
-
-    def _lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
-        out = self._output(sparse.batch_size)
-        lookups = [
-            store.pooled_lookup(plan, sparse, insert=insert and trainable, out=out)
-            for store, plan, trainable in self._groups
-        ]
-        return out, lookups
-
-    def _output(self, size: int) -> Tensor:
-        """[B, W] float32, undefined."""
-        if self._is_on_gpu:
-            return torch.empty(size, self.width, dtype=torch.float32, device=self.device)
-        rows = self._outputs.take_rows(size, self.width)
-        if rows is None:
-            raise CapacityError(f"no memory for the output of a batch of {size}")
-        return torch.from_numpy(rows)
-
-    def _find_table(self, name: str) -> tuple[Store, int]:
-        if name not in self._places:
-            raise ConfigError(f"no table {name!r}; {nearest(name, list(self._places))}")
-        group, number = self._places[name]
-        return self._groups[group].store, number
+        self._stores.check_invariants()
 
     def check_features(self, sparse: KeyedJagged) -> None:
         """Raises ConfigError if a batch has other features, or others' order."""

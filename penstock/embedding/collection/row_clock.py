@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.embedding.retention import MAX_TIME
+from penstock.embedding.retention import MAX_TIME, Clock
 
 MAX_JUMP_S = 86_400
 CONFIRMATIONS = 8
@@ -57,6 +58,10 @@ class RowClock:
             self.now_s = max(self.now_s, time_s)
         if len(self.recent_s) == CONFIRMATIONS:
             self.now_s = max(self.now_s, min(self.recent_s))
+
+    def clock(self, step: int) -> Clock:
+        """What stores go by at a step; where no batch had a time, by the machine's clock."""
+        return Clock(step, int(time.time()) if self.now_s is None else self.now_s)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON; how far it may jump is for the job to say."""

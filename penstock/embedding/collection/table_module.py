@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from penstock.embedding.collection.collection import EmbeddingCollection
 
 # Attributes that belong to one process and one collection.
-_OF_PROCESS = frozenset({"_attachment", "_groups", "_outputs", "pending"})
+_OF_PROCESS = frozenset({"_attachment", "_stores", "pending"})
 
 
 class TableModule(nn.Module):

@@ -167,7 +167,7 @@ def test_many_tables_of_many_dims_use_one_store_a_layout():
     ]
     features = [FeatureConfig(name=f"f{i}", table=f"t{i}") for i in range(9)]
     embeddings = EmbeddingCollection(tables, features)
-    assert len(embeddings._groups) == 3
+    assert len(embeddings._stores.groups) == 3
     keys = Jagged.from_dense(torch.arange(5))
     out = embeddings(KeyedJagged.pack({feature.name: keys for feature in features}))
     first = 0

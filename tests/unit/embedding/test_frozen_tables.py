@@ -189,10 +189,15 @@ def test_nothing_needs_another_layout():
         ],
         FEATURES,
     )
-    assert [[table.name for table in group.store.tables] for group in embeddings._groups] == [
-        ["frozen", "more"],
-        ["moving"],
-    ]
+    groups = embeddings._stores.groups
+    assert (
+        [[table.name for table in group.store.tables] for group in groups]
+        == [[table.name for table in group.store.tables] for group in embeddings._stores.groups]
+        == [
+            ["frozen", "more"],
+            ["moving"],
+        ]
+    )
 
 
 def test_it_is_yes_or_no():

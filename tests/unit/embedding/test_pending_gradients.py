@@ -45,7 +45,7 @@ def test_an_error_before_the_first_row_keeps_the_gradients(monkeypatch):
     for each in (embeddings, other):
         each(BATCH).sum().backward()
     before = values(embeddings)
-    fail(monkeypatch, embeddings._groups[0].store, after=False)
+    fail(monkeypatch, embeddings._stores.groups[0].store, after=False)
     with pytest.raises(CapacityError, match="no memory") as caught:
         embeddings.apply_gradients()
     assert not isinstance(caught.value, PartialUpdateError)
@@ -64,7 +64,7 @@ def test_an_error_after_it_says_so_and_applies_nothing_twice(monkeypatch, failin
     embeddings = opened()
     embeddings(BATCH).sum().backward()
     before = values(embeddings)
-    fail(monkeypatch, embeddings._groups[failing].store, after=after)
+    fail(monkeypatch, embeddings._stores.groups[failing].store, after=after)
     with pytest.raises(PartialUpdateError) as caught:
         embeddings.apply_gradients()
     if not after:
@@ -90,7 +90,7 @@ def test_what_one_store_refuses_no_store_takes(monkeypatch):
     def refuse(*_):
         raise ConfigError("does not belong")
 
-    monkeypatch.setattr(embeddings._groups[2].store, "check_gradients", refuse)
+    monkeypatch.setattr(embeddings._stores.groups[2].store, "check_gradients", refuse)
     with pytest.raises(ConfigError, match="does not belong"):
         embeddings.apply_gradients()
     assert torch.equal(values(embeddings), before)
@@ -107,7 +107,7 @@ def test_what_the_second_of_two_stores_refuses_the_first_does_not_take(monkeypat
         raise ConfigError("does not belong")
 
     for verb in ("check_gradients", "apply_gradients"):
-        monkeypatch.setattr(embeddings._groups[1].store, verb, refuse)
+        monkeypatch.setattr(embeddings._stores.groups[1].store, verb, refuse)
     with pytest.raises(ConfigError, match="does not belong"):
         embeddings.apply_gradients()
     assert torch.equal(embeddings.find("a", KEYS).values, before)

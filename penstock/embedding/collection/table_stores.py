@@ -1,0 +1,215 @@
+"""The stores of a collection: which serves which table and feature, and calls to all of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from penstock import _core
+from penstock.config import FeatureConfig, TableConfig
+from penstock.embedding.checks import check_batch
+from penstock.embedding.collection.table_stats import TableStats, retention_stats
+from penstock.embedding.host_store import HostStore
+from penstock.embedding.retention import Clock, retains
+from penstock.embedding.store import PooledFeature, PoolingPlan, RowLayout, Store
+from penstock.errors import CapacityError, ConfigError
+from penstock.kernels.device import kernel_device
+from penstock.types import FeatureShape, KeyedJagged
+
+_MOST_SHOWN = 20
+
+
+class TableGroup(NamedTuple):
+    """Tables of one row layout: one store, one call for all of them."""
+
+    store: Store
+    plan: PoolingPlan
+    trainable: bool
+
+
+class TableStores:
+    """Every table of a collection, in as few stores as their row layouts allow."""
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        features: Sequence[FeatureConfig],
+        shapes: Sequence[FeatureShape],
+        *,
+        num_threads: int,
+        device: torch.device,
+        **options: Any,
+    ) -> None:
+        """Makes empty tables.
+
+        Args:
+          tables: with distinct names.
+          features: of these tables.
+          shapes: of each feature.
+          num_threads: of a store on the CPU.
+          device: where the rows live.
+          options: of each store: `seed`, `deterministic`.
+
+        Raises:
+          ConfigError: no such GPU, or no Triton.
+        """
+        self.is_on_gpu = device.type != "cpu"
+        self.device = kernel_device(device) if self.is_on_gpu else device
+        """Of rows and outputs. In Triton's interpreter that of stores on a GPU is the CPU."""
+        self.width = sum(shape.width for shape in shapes)
+        """W, columns of the output."""
+        self._names = [table.name for table in tables]
+        self._places = places_of(tables)
+        self._outputs = _core.buffer_pool()
+        tables_of: dict[int, list[TableConfig]] = {}
+        for table in tables:
+            tables_of.setdefault(self._places[table.name][0], []).append(table)
+        plans = plans_of(self._places, features, [shape.width for shape in shapes])
+        groups = []
+        for group, its_tables in tables_of.items():
+            store: Store
+            if self.is_on_gpu:
+                # Needs Triton, which not everyone has.
+                from penstock.embedding.gpu_store import GpuStore
+
+                store = GpuStore(its_tables, device=device, **options)
+            else:
+                store = HostStore(its_tables, num_threads=num_threads, **options)
+            plan = PoolingPlan(plans.get(group, ()), self.width)
+            groups.append(TableGroup(store, plan, its_tables[0].trainable))
+        self.groups = tuple(groups)
+
+    @property
+    def trained(self) -> list[tuple[Store, PoolingPlan]]:
+        """What an update changes."""
+        return [(store, plan) for store, plan, trainable in self.groups if trainable]
+
+    def find_table(self, name: str) -> tuple[Store, int]:
+        """The store of a table, and its number there.
+
+        Raises:
+          ConfigError: there is no such table.
+        """
+        if name not in self._places:
+            raise ConfigError(f"no table {name!r}; {nearest(name, self._names)}")
+        group, number = self._places[name]
+        return self.groups[group].store, number
+
+    def check_batch(self, sparse: KeyedJagged) -> None:
+        """Raises ConfigError if a batch cannot be looked up, by any plan."""
+        for _, plan, _ in self.groups:
+            check_batch(plan, sparse)
+
+    def advance(self, clock: Clock) -> None:
+        """Moves the time of trained tables on."""
+        for store, _ in self.trained:
+            store.advance(clock)
+
+    def pooled_lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
+        """One look-up in every store; with `insert` new keys of trained tables get rows.
+
+        Returns:
+          [B, W] float32, and what each store needs to know of it for its gradient.
+        """
+        out = self._output(sparse.batch_size)
+        lookups = [
+            store.pooled_lookup(plan, sparse, insert=insert and trainable, out=out)
+            for store, plan, trainable in self.groups
+        ]
+        return out, lookups
+
+    def _output(self, size: int) -> Tensor:
+        """[B, W] float32, undefined."""
+        if self.is_on_gpu:
+            return torch.empty(size, self.width, dtype=torch.float32, device=self.device)
+        rows = self._outputs.take_rows(size, self.width)
+        if rows is None:
+            raise CapacityError(f"no memory for the output of a batch of {size}")
+        return torch.from_numpy(rows)
+
+    def table_stats(self) -> list[TableStats]:
+        """Rows and bytes of each table, in the order of the collection's."""
+        stats = {}
+        for store, _, _ in self.groups:
+            memory, counters = store.memory(), store.counters()
+            for number, table in enumerate(store.tables):
+                rows = int(counters.rows[number])
+                share = rows / memory.rows if memory.rows else 0.0
+                used = memory.row_bytes + memory.index_bytes
+                stats[table.name] = TableStats(
+                    table.name,
+                    rows,
+                    rows * store.layout.row_bytes,
+                    round(share * used),
+                    retention_stats(store, number, counters) if retains(table) else None,
+                )
+        return [stats[name] for name in self._names]
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if a store is inconsistent. Reads everything: for tests."""
+        for store, _, _ in self.groups:
+            store.check_invariants()
+
+
+def places_of(tables: Sequence[TableConfig]) -> dict[str, tuple[int, int]]:
+    """Of each table by name its group, and its number there.
+
+    A group is of one row layout, and trained or frozen as a whole.
+    """
+    groups: dict[tuple[RowLayout, bool], int] = {}
+    sizes: list[int] = []
+    places = {}
+    for table in tables:
+        group = groups.setdefault((RowLayout.of(table), table.trainable), len(groups))
+        if group == len(sizes):
+            sizes.append(0)
+        places[table.name] = group, sizes[group]
+        sizes[group] += 1
+    return places
+
+
+def plans_of(
+    places: Mapping[str, tuple[int, int]],
+    features: Sequence[FeatureConfig],
+    widths: Sequence[int],
+) -> dict[int, tuple[PooledFeature, ...]]:
+    """The features that each group serves, of those that serve any.
+
+    Args:
+      places: from `places_of`.
+      features: of tables there.
+      widths: columns of each.
+    """
+    served: dict[int, list[PooledFeature]] = {}
+    column = 0
+    for f, (feature, width) in enumerate(zip(features, widths, strict=True)):
+        group, number = places[feature.table]
+        one = PooledFeature(f, number, feature.pooling, column, feature.max_keys)
+        served.setdefault(group, []).append(one)
+        column += width
+    return {group: tuple(ones) for group, ones in served.items()}
+
+
+def refuse_duplicates(what: str, names: Sequence[str]) -> None:
+    """Raises ConfigError with the names that are given twice."""
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise ConfigError(f"{what} names must differ; given twice: {', '.join(twice)}")
+
+
+def unknown_table(feature: FeatureConfig, known: Sequence[str]) -> str:
+    """What is wrong with a feature whose table is not among those `known`."""
+    return f"feature {feature.name!r}: no table {feature.table!r}; {nearest(feature.table, known)}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name that was meant, or those there are."""
+    near = difflib.get_close_matches(name, known, n=1)
+    more = ", ..." if len(known) > _MOST_SHOWN else ""
+    tables = ", ".join(known[:_MOST_SHOWN]) or "none"
+    return f"did you mean {near[0]!r}?" if near else f"tables: {tables}{more}"
