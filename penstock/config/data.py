@@ -212,6 +212,13 @@ class Negatives(Config):
     crosses with them follow), numeric columns. The first one names the item, by an integer or text
     a row: a negative never has the item of its own row.
     """
+    user: str | Literal[False] | None = None
+    """Column that names the user, by an integer or text a row; it need not be an input. A negative
+    never has an item that the row's user has in a row of the block. A null is nobody.
+
+    null: the feature of one key a row that is not the item's, if there is only one. false: the
+    item of the row itself alone is spared.
+    """
     candidates: Literal["popularity", "uniform"] = "popularity"
     """`popularity`: items as often as the block has them; `uniform`: each different item of the
     block as likely as any other.
@@ -222,6 +229,8 @@ class Negatives(Config):
         for name in self.columns:
             if self.columns.count(name) > 1:
                 raise ValueError(f"columns names {name!r} twice; remove one")
+        if self.user in self.columns:
+            raise ValueError(f"user {self.user!r} is one of the item's columns; name another one")
         return self
 
 

@@ -180,7 +180,14 @@ def _label(survey: Survey) -> Iterator[str]:
             "Every row is a positive. Each gives negatives, too: itself, with the item of another "
             "row.",
         )
-        yield f"  negatives: {{per_positive: {_NEGATIVES}, columns: {_flow(survey.items)}}}"
+        grouped = (name for name in survey.roles.named("categorical") if _GROUPS.search(name))
+        user = next((name for name in grouped if name not in survey.items), None)
+        if user is not None:
+            yield from _remark("  ", "What a user chose is no negative of the same user.")
+        spared = "" if user is None else f", user: {_text(user)}"
+        yield (
+            f"  negatives: {{per_positive: {_NEGATIVES}, columns: {_flow(survey.items)}{spared}}}"
+        )
         return
     column = survey.profile[name]
     if column.missing:

@@ -39,7 +39,7 @@ def fields(tmp_path):
             "source": {"format": "parquet", "path": str(tmp_path / "clicks.parquet")},
             "event_time": "time",
             "split": {"by": "time", "at": 4_500_000},
-            "negatives": {"per_positive": 3, "columns": ["item"]},
+            "negatives": {"per_positive": 3, "columns": ["item"], "user": "user"},
             "shuffle": {"block_rows": 1000},
         },
         "features": [{"columns": ["user", "item"]}],

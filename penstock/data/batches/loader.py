@@ -444,11 +444,11 @@ class Loader:
 
     def _draw(self, cut: _Cut) -> NDArray[np.int64] | None:
         """Rows from which the block's samples take their items; None: no negatives are drawn."""
-        if self._negatives is None or cut.block is None or cut.block.items is None:
+        if self._negatives is None or cut.block is None or cut.block.item_rows is None:
             return None
         seed = self._seed_of(cut) if self._plan.redraws else [cut.inside.block]
         where = self._origin(cut, 0, cut.block.num_rows * self._plan.samples_per_row)
-        return draw_rows(cut.block.items, self._negatives, seed, str(where))
+        return draw_rows(cut.block.item_rows, self._negatives, seed, str(where))
 
     def _seed_of(self, cut: _Cut) -> list[int]:
         return [self._plan.seed & (2**64 - 1), cut.inside.epoch, cut.inside.block]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -100,8 +100,12 @@ class Rows:
         # A bag has an offset, even where those of a chunk are left out.
         size += sum(8 + (bags.offsets is None) * bags.key_bytes for bags in self.bags)
         if self.item_rows is not None:
-            size += 8 + 9 * len(self.item_rows.parts)
+            size += 8 + 9 * (len(self.item_rows.parts) + (self.item_rows.users is not None))
         return size + 8 * len(self.groups)
+
+
+_Present: TypeAlias = tuple[NDArray[np.int64], NDArray[np.bool_]]
+"""[n] values, and which rows have one."""
 
 
 class Samples(NamedTuple):
@@ -122,8 +126,8 @@ class Block:
     """Stretches of several chunks as one run of rows, from which batches are cut."""
 
     num_rows: int
-    items: NDArray[np.int64] | None
-    """[num_rows] equal where the items are; None: no negatives are drawn."""
+    item_rows: ItemRows | None
+    """What drawing needs of its rows; None: no negatives are drawn."""
 
     def __init__(
         self,
@@ -150,11 +154,24 @@ class Block:
         ]
         self._negatives = negatives
         drawing = [part.item_rows for part in self._rows if part.item_rows is not None]
-        self.items = join([one.items for one in drawing]) if drawing else None
+
+        def join_pairs(of_rows: Sequence[_Present]) -> _Present:
+            values, present = zip(*of_rows, strict=True)
+            return join(values), join(present)
+
+        users = [one.users for one in drawing if one.users is not None]
         self._cross_parts = [
-            (join([values for values, _ in of_rows]), join([present for _, present in of_rows]))
-            for of_rows in zip(*(one.parts for one in drawing), strict=True)
+            join_pairs(of_rows) for of_rows in zip(*(one.parts for one in drawing), strict=True)
         ]
+        self.item_rows = (
+            ItemRows(
+                join([one.items for one in drawing]),
+                self._cross_parts,
+                join_pairs(users) if users else None,
+            )
+            if drawing
+            else None
+        )
 
     def batches(
         self,

@@ -6,6 +6,7 @@ negatives. A negative is two rows: its own, and one from which the item's column
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from penstock.config import CrossedFeature, Negatives
 from penstock.data.columns.checks import is_one_key, nearest
 from penstock.data.columns.transforms import CrossPart, cross, cross_part, cross_parts
-from penstock.errors import ConfigError, DataError
+from penstock.errors import ConfigError, DataError, JobNote
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class NegativeColumns:
     features: tuple[bool, ...]
     """Of each of `Columns.feature_names`, whether it is the item's."""
     mixed: tuple[MixedCross, ...]
+    user: str | None = None
+    """The column that names whose items are spared; None: those of the row itself alone."""
 
     @property
     def samples_per_row(self) -> int:
@@ -111,7 +114,39 @@ def negative_columns(
             for place, (one, which) in enumerate(zip(crosses, of_cross, strict=True))
             if any(which) and not all(which)
         ),
+        user=_user(config, features, schema, origin),
     )
+
+
+def _user(config: Negatives, features: Sequence[str], schema: pa.Schema, origin: str) -> str | None:
+    """The column that names the user, given or found."""
+    if config.user is False:
+        return None
+    if config.user is None:
+        others = [name for name in features if name not in config.columns]
+        found = [name for name in others if is_one_key(schema.field(name).type)]
+        if len(found) != 1:
+            return None
+        warnings.warn(
+            f"data.negatives.user: taken to be {found[0]!r}, the only feature of one key a row "
+            "that is not the item's, so its items in the block are no negatives; say which column "
+            "it is, or false",
+            JobNote,
+            stacklevel=2,
+        )
+        return found[0]
+    if config.user not in schema.names:
+        raise DataError(
+            f"{origin}: no column {config.user!r} (data.negatives.user)"
+            f"{nearest(config.user, schema.names)}"
+        )
+    kind = schema.field(config.user).type
+    if not is_one_key(kind):
+        raise DataError(
+            f"{origin}: column {config.user!r} is {kind}; data.negatives.user names the user, by "
+            "an integer or text a row; name another column"
+        )
+    return config.user
 
 
 class ItemRows(NamedTuple):
@@ -122,6 +157,8 @@ class ItemRows(NamedTuple):
     parts: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]]
     """[n] each: values of the columns of the mixed crosses, cross by cross, and which rows have
     one."""
+    users: tuple[NDArray[np.int64], NDArray[np.bool_]] | None = None
+    """[n] each: equal where the users are, and which rows have one; None: nobody asks."""
 
 
 def item_rows(table: pa.Table, columns: NegativeColumns) -> ItemRows:
@@ -130,6 +167,7 @@ def item_rows(table: pa.Table, columns: NegativeColumns) -> ItemRows:
     return ItemRows(
         cross([table.column(columns.item)], 0, None),
         [_with_presence(cross_part(table.column(name))) for name in names],
+        None if columns.user is None else _with_presence(cross_part(table.column(columns.user))),
     )
 
 
@@ -142,30 +180,31 @@ def _with_presence(part: CrossPart) -> tuple[NDArray[np.int64], NDArray[np.bool_
 
 
 def draw_rows(
-    items: NDArray[np.int64], columns: NegativeColumns, seed: Sequence[int], where: str
+    rows: ItemRows, columns: NegativeColumns, seed: Sequence[int], where: str
 ) -> NDArray[np.int64]:
     """Draws the rows from which the samples of a block take their item.
 
     The negatives of a row are independent of each other and may repeat. `popularity`: every row of
-    the block that has another item is as likely as any other; `uniform`: every other item is, and
-    is taken from the first row that has it. No draw is repeated, so none can go on for ever: a
-    number is drawn among the rows (or items) that remain without the row's own item.
+    the block whose item is not spared is as likely as any other; `uniform`: every such item is, and
+    is taken from the first row that has it. Spared are the items that the row's user has in the
+    block; of a row without a user, its own. No draw is repeated, so none can go on for ever: a
+    number is drawn among the rows (or items) that remain without those.
 
     Args:
-      items: [n] equal where the items are.
+      rows: items and users of the block's n rows.
       columns: how many are drawn, and how.
-      seed: the result is a pure function of it and `items`.
+      seed: the result is a pure function of it and `rows`.
       where: the block in words, for the error.
 
     Returns:
       [n * samples_per_row] row numbers; of sample `r * samples_per_row` it is r.
 
     Raises:
-      DataError: all rows have one item.
+      DataError: all rows have one item, or a user has all items.
     """
-    n, drawn_per_row = len(items), columns.per_positive
+    n, drawn_per_row = len(rows.items), columns.per_positive
     distinct, first, item, counts = np.unique(
-        items, return_index=True, return_inverse=True, return_counts=True
+        rows.items, return_index=True, return_inverse=True, return_counts=True
     )
     if len(distinct) < 2:
         raise DataError(
@@ -175,18 +214,88 @@ def draw_rows(
     philox = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(1,)))
     bits = philox.random_raw(n * drawn_per_row).reshape(n, drawn_per_row)
     if columns.candidates == "uniform":
-        drawn = _below(bits, np.uint64(len(distinct) - 1))
-        # The numbers from the own item's on stand for the items after it.
-        drawn += drawn >= item[:, None]
-        rows = first[drawn]
+        candidates, sizes = first, np.ones(len(distinct), dtype=np.int64)
     else:
-        by_item = np.argsort(item, kind="stable")
-        begins = np.cumsum(counts) - counts
-        drawn = _below(bits, (n - counts).astype(np.uint64)[item][:, None])
-        # Likewise, of the rows sorted by item.
-        drawn += np.where(drawn >= begins[item][:, None], counts[item][:, None], 0)
-        rows = by_item[drawn]
-    return np.concatenate([np.arange(n)[:, None], rows], axis=1).reshape(-1)
+        candidates, sizes = np.argsort(item, kind="stable"), counts
+    left = _without_spared(item, sizes, rows.users, len(candidates))
+    if not left.most.all():
+        row = int(np.argmin(left.most))
+        raise DataError(
+            f"{where}: the value of {columns.user!r} in row {row} of these has all "
+            f"{len(distinct):,} values of {columns.item!r} that there are, so no negative can be "
+            "drawn for it; raise data.shuffle.block_rows, shuffle the file, or set "
+            "data.negatives.user: false"
+        )
+    drawn = _below(bits, left.most.astype(np.uint64)[:, None])
+    taken = candidates[left.place(drawn)]
+    return np.concatenate([np.arange(n)[:, None], taken], axis=1).reshape(-1)
+
+
+class _Left(NamedTuple):
+    """What is left of candidates in the order of their items, for each of n rows."""
+
+    most: NDArray[np.int64]
+    """[n] candidates that are left."""
+    spares: NDArray[np.int64]
+    """[n] group of spared items of each row."""
+    stride: int
+    """More than there are candidates."""
+    bounds: NDArray[np.int64]
+    """[spared items] ascending: group * stride + how many candidates are left before the item."""
+    skipped: NDArray[np.int64]
+    """[spared items + groups] a group's candidates of its first 0, 1, ... spared items."""
+
+    def place(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n, m] numbers among those that are left, of each row, to numbers among all."""
+        group = self.spares[:, None]
+        wanted = group * self.stride + numbers
+        if len(self.bounds) == len(self.skipped) // 2:  # one of each group: no search
+            passed = group + (wanted >= self.bounds[group])
+        else:
+            passed = np.searchsorted(self.bounds, wanted, side="right")
+        places: NDArray[np.int64] = numbers + self.skipped[passed + group]
+        return places
+
+
+def _without_spared(
+    item: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    users: tuple[NDArray[np.int64], NDArray[np.bool_]] | None,
+    candidates: int,
+) -> _Left:
+    """Leaves out the candidates of the items that each row spares.
+
+    Args:
+      item: [n] number of each row's item.
+      sizes: [items] candidates of each.
+      users: of the rows, as in `ItemRows`.
+      candidates: of all items.
+    """
+    num_items = len(sizes)
+    if users is None:
+        spares, group = item, np.arange(num_items)
+        spared = group
+    else:
+        values, present = users
+        # A row of nobody spares the same as all others of its item, as if that were a user.
+        user = np.unique(values, return_inverse=True)[1]
+        spares = np.unique(np.where(present, num_items + user, item), return_inverse=True)[1]
+        pairs = np.unique(spares * num_items + item)
+        group, spared = pairs // num_items, pairs % num_items
+    begins = np.searchsorted(group, np.arange(group[-1] + 1))
+    total = np.concatenate([[0], np.cumsum(sizes[spared])])
+    before = total[:-1] - total[begins][group]
+    first_candidate = np.cumsum(sizes) - sizes
+    stride = candidates + 1
+    skipped = np.insert(total[1:] - total[begins][group], begins, 0)
+    ends = np.append(begins[1:], len(group))
+    return _Left(
+        most=(candidates - (total[ends] - total[begins]))[spares],
+        spares=spares,
+        stride=stride,
+        bounds=group * stride + first_candidate[spared] - before,
+        skipped=skipped,
+    )
 
 
 def _below(bits: NDArray[np.uint64], limits: NDArray[np.uint64] | np.uint64) -> NDArray[np.int64]:

@@ -113,8 +113,14 @@ class Columns:
                 *(one.config.weights for one in self.features if one.config.weights is not None),
                 *(name for one in self.crosses for name in one.columns),
                 *self.groups,
+                *self._negatives_read,
             ])
         )
+
+    @property
+    def _negatives_read(self) -> tuple[str, ...]:
+        user = None if self.negatives is None else self.negatives.user
+        return () if user is None else (user,)
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -6,14 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from penstock.config import parse_job
 from penstock.data import Dataset
-from penstock.data.columns.negatives import NegativeColumns, draw_rows
+from penstock.data.columns.negatives import ItemRows, NegativeColumns, draw_rows
 from penstock.data.columns.transforms import cross
-from penstock.errors import ConfigError, DataError
+from penstock.errors import ConfigError, DataError, JobNote
 from penstock.run import planned_samples
 from tests.contract.data_cases import assert_resumes_everywhere, assert_same_batches, read_all
 
@@ -21,10 +21,18 @@ ROWS = 230
 
 
 def columns_of(candidates="popularity", per_positive=3):
-    return NegativeColumns(per_positive, candidates, "item", (), (), ())
+    return NegativeColumns(per_positive, candidates, "item", (), (), (), "user")
 
 
-def drawn_by_hand(items, columns, seed):
+def item_rows_of(items, users=None):
+    """Users may be None: nobody."""
+    if users is not None:
+        values = np.array([0 if user is None else user for user in users], dtype=np.int64)
+        users = values, np.array([user is not None for user in users], dtype=bool)
+    return ItemRows(np.array(items, dtype=np.int64), (), users)
+
+
+def drawn_by_hand(items, columns, seed, users=None):
     """The documented rule, row by row."""
     n, k = len(items), columns.per_positive
     philox = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(1,)))
@@ -34,7 +42,10 @@ def drawn_by_hand(items, columns, seed):
     out = []
     for row in range(n):
         pool = by_item if columns.candidates == "popularity" else firsts
-        others = [one for one in pool if items[one] != items[row]]
+        spared = {items[row]}
+        if users is not None and users[row] is not None:
+            spared = {items[one] for one in range(n) if users[one] == users[row]}
+        others = [one for one in pool if items[one] not in spared]
         out += [row, *(others[(next(bits) >> 32) * len(others) >> 32] for _ in range(k))]
     return out
 
@@ -48,10 +59,41 @@ class TestDrawing:
     )
     def test_equals_a_plain_loop(self, items, candidates, per_positive, seed):
         columns = columns_of(candidates, per_positive)
-        drawn = draw_rows(np.array(items), columns, [seed, 1], "here")
+        drawn = draw_rows(item_rows_of(items), columns, [seed, 1], "here")
         assert drawn.tolist() == drawn_by_hand(items, columns, [seed, 1])
         own = np.repeat(items, 1 + per_positive).reshape(len(items), -1)
         assert (np.array(items)[drawn].reshape(own.shape)[:, 1:] != own[:, 1:]).all()
+
+    @given(
+        st.lists(
+            st.tuples(st.integers(-4, 4), st.sampled_from([0, 1, 2, -(2**63), None])),
+            min_size=2,
+            max_size=40,
+        ),
+        st.sampled_from(["popularity", "uniform"]),
+        st.integers(1, 4),
+        st.integers(0, 99),
+    )
+    def test_users_equal_a_plain_loop(self, rows, candidates, per_positive, seed):
+        items, users = zip(*rows, strict=True)
+        has = {user: {i for i, u in rows if u == user} for user in users if user is not None}
+        assume(len(set(items)) > 1 and all(set(items) - one for one in has.values()))
+        columns = columns_of(candidates, per_positive)
+        drawn = draw_rows(item_rows_of(items, users), columns, [seed, 1], "here")
+        assert drawn.tolist() == drawn_by_hand(items, columns, [seed, 1], users)
+
+    @pytest.mark.parametrize("candidates", ["popularity", "uniform"])
+    def test_a_user_of_all_items_is_refused(self, candidates):
+        with pytest.raises(DataError) as raised:
+            rows = item_rows_of([1, 2, 1, 3], [None, 7, 8, 7])
+            draw_rows(rows, columns_of(candidates), [0], "x.parquet rows 0-3")
+            rows = item_rows_of([1, 2, 1, 2], [None, 7, 7, 8])
+            draw_rows(rows, columns_of(candidates), [0], "x.parquet rows 0-3")
+        assert str(raised.value) == (
+            "x.parquet rows 0-3: the value of 'user' in row 1 of these has all 2 values of 'item' "
+            "that there are, so no negative can be drawn for it; raise data.shuffle.block_rows, "
+            "shuffle the file, or set data.negatives.user: false"
+        )
 
     def test_popularity_is_in_proportion_and_uniform_is_not(self):
         items = np.array([5] * 60 + [-7] * 30 + [2**62] * 10)
@@ -59,7 +101,7 @@ class TestDrawing:
             ("popularity", {-7: 3 / 4, 2**62: 1 / 4}),
             ("uniform", {-7: 1 / 2, 2**62: 1 / 2}),
         ):
-            drawn = items[draw_rows(items, columns_of(candidates, 200), [0], "")]
+            drawn = items[draw_rows(item_rows_of(items), columns_of(candidates, 200), [0], "")]
             got = Counter(drawn.reshape(100, -1)[:60, 1:].ravel().tolist())
             for item, share in expected.items():
                 # 12,000 draws: one standard deviation is below 0.5 %.
@@ -68,7 +110,7 @@ class TestDrawing:
 
     def test_one_item_alone_is_refused(self):
         with pytest.raises(DataError) as raised:
-            draw_rows(np.array([4, 4, 4]), columns_of(), [0], "x.parquet rows 0-2")
+            draw_rows(item_rows_of([4, 4, 4]), columns_of(), [0], "x.parquet rows 0-2")
         assert str(raised.value) == (
             "x.parquet rows 0-2: all 3 rows have one value of 'item', so no negative can be drawn "
             "among them; raise data.shuffle.block_rows, or shuffle the file"
@@ -98,6 +140,7 @@ def log_job(path, table=None, negatives=None, features=None, **data):
     chosen = {
         "per_positive": 3,
         "columns": ["item", "item_row", "tags", "word", "price"],
+        "user": False,
         **(negatives or {}),
     }
     return parse_job({
@@ -329,6 +372,105 @@ class TestSamples:
         per_row = 1 + job.data.negatives.per_positive
         assert Counter(row for row, _ in pairs) == dict.fromkeys(range(rows), 2 * per_row)
         assert sum(row == taken for row, taken in pairs) == 2 * rows
+
+
+class TestUsers:
+    """Items that a user has in the block are no negatives of that user."""
+
+    def log(self, rows=300):
+        rng = np.random.default_rng(4)
+        user = [None if one == 5 else f"u{one}" for one in rng.integers(0, 6, rows)]
+        return pa.table({
+            "user": user,
+            "item": rng.integers(0, 60, rows),
+            "hour": rng.integers(0, 9, rows),
+            "row": range(rows),
+        })
+
+    def job(self, path, features=("item", "row"), block_rows=100, **negatives):
+        pq.write_table(self.log(), path / "log.parquet", row_group_size=47)
+        return parse_job({
+            "data": {
+                "source": {"format": "parquet", "path": str(path / "log.parquet")},
+                "negatives": {"per_positive": 4, "columns": ["item"], **negatives},
+                "shuffle": {"block_rows": block_rows},
+            },
+            "features": [
+                {"columns": [name], "transforms": [{"kind": "hash"}] if name == "user" else []}
+                for name in features
+            ],
+        })
+
+    def clashes(self, job):
+        """Negatives whose item the row's user has, whose item the row has, and of nobody."""
+        table = self.log().to_pylist()
+        found = [0, 0, 0]
+        for batch in read_all(Dataset.open(job), batch_size=64, shuffle=False):
+            rows, items = batch.sparse["row"].values.tolist(), batch.sparse["item"].values.tolist()
+            for row, item, label in zip(rows, items, batch.labels.tolist(), strict=True):
+                user = table[row]["user"]
+                own = {one["item"] for one in table if one["user"] == user and user is not None}
+                if not label:
+                    found[0] += item in own
+                    found[1] += item == table[row]["item"]
+                    found[2] += user is None
+        return found
+
+    @pytest.mark.parametrize("candidates", ["popularity", "uniform"])
+    def test_own_items_are_spared(self, candidates, tmp_path):
+        job = self.job(tmp_path, block_rows=300, user="user", candidates=candidates)
+        own_positives, own_item, of_nobody = self.clashes(job)
+        assert (own_positives, own_item) == (0, 0) and of_nobody > 0
+        job = self.job(tmp_path, block_rows=300, user=False, candidates=candidates)
+        without, own_item, _ = self.clashes(job)
+        assert without > 100 and own_item == 0
+
+    def test_the_user_is_no_input(self, tmp_path):
+        dataset = Dataset.open(self.job(tmp_path, user="user"))
+        assert {name for batch in read_all(dataset) for name in batch.sparse.features} == {
+            "item",
+            "row",
+        }
+
+    def test_the_only_other_feature_is_the_user(self, tmp_path):
+        with pytest.warns(JobNote) as notes:
+            dataset = Dataset.open(self.job(tmp_path, features=["user", "item"]))
+        assert [str(one.message) for one in notes] == [
+            "data.negatives.user: taken to be 'user', the only feature of one key a row that is "
+            "not the item's, so its items in the block are no negatives; say which column it is, "
+            "or false"
+        ]
+        named = Dataset.open(self.job(tmp_path, features=["user", "item"], user="user"))
+        assert_same_batches(read_all(dataset), read_all(named))
+
+    def test_of_several_features_none_is_guessed(self, tmp_path):
+        features = ["user", "item", "hour", "row"]
+        given = Dataset.open(self.job(tmp_path, features=features))
+        none = Dataset.open(self.job(tmp_path, features=features, user=False))
+        assert_same_batches(read_all(given), read_all(none))
+
+    def test_resumes_everywhere(self, tmp_path):
+        assert_resumes_everywhere(Dataset.open(self.job(tmp_path, user="user")), batch_size=53)
+
+    @pytest.mark.parametrize(
+        ("user", "error", "text"),
+        [
+            ("usr", DataError, "no column 'usr' (data.negatives.user); did you mean 'user'?"),
+            ("item", ConfigError, "user 'item' is one of the item's columns; name another one"),
+        ],
+    )
+    def test_what_is_no_user(self, user, error, text, tmp_path):
+        with pytest.raises(error) as raised:
+            Dataset.open(self.job(tmp_path, user=user))
+        assert text in str(raised.value)
+
+    def test_a_list_is_no_user(self, tmp_path):
+        job = log_job(tmp_path, negatives={"user": "history"})
+        with pytest.raises(DataError) as raised:
+            Dataset.open(job)
+        assert "names the user, by an integer or text a row; name another column" in str(
+            raised.value
+        )
 
 
 def test_planned_samples_count_negatives(tmp_path):
