@@ -105,7 +105,7 @@ Status py_pooled_lookup(HostStore& self, std::shared_ptr<const SharedPlan> plan,
 
 using Gradients = std::vector<std::tuple<std::shared_ptr<Lookup>, InRows>>;
 
-// The gradients of look-ups of a store by one plan, none of them applied yet.
+// The gradients of look-ups of a store that read as one plan does, none of them applied yet.
 std::vector<LookupGradient> checked_gradients(const HostStore& self, const std::shared_ptr<const SharedPlan>& plan,
                                               const Gradients& gradients) {
   check(plan != nullptr, "plan: none");
@@ -114,8 +114,8 @@ std::vector<LookupGradient> checked_gradients(const HostStore& self, const std::
   for (const auto& [lookup, grad] : gradients) {
     check(lookup != nullptr && self.made(*lookup), "lookup: of another store");
     check(!lookup->is_applied, "lookup: applied already");
-    check(lookup->plan == plan || *lookup->plan == *plan, "lookup: of another plan");
-    check_rows(grad, static_cast<size_t>(lookup->batch_size), static_cast<size_t>(plan->view().stride),
+    check(lookup->plan == plan || lookup->plan->reads_as(*plan), "lookup: of another plan");
+    check_rows(grad, static_cast<size_t>(lookup->batch_size), static_cast<size_t>(lookup->plan->view().stride),
                "grad: expected [B, stride]");
     for (const LookupGradient& part : parts) check(part.lookup != lookup.get(), "lookup: given twice");
     parts.push_back({lookup.get(), lookup->batch(), grad.data()});

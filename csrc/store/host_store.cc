@@ -302,8 +302,8 @@ std::vector<HostStore::Unit> HostStore::update_units(const PoolingPlan& plan,
   return units;
 }
 
-int64_t HostStore::collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients,
-                                       const Unit& unit, std::vector<Occurrence>* occurrences) const {
+int64_t HostStore::collect_occurrences(const std::vector<LookupGradient>& gradients, const Unit& unit,
+                                       std::vector<Occurrence>* occurrences) const {
   Occurrence* next = occurrences->data();
   const auto make_room = [occurrences, &next](int64_t count) {
     const size_t used = static_cast<size_t>(next - occurrences->data());
@@ -316,6 +316,8 @@ int64_t HostStore::collect_occurrences(const PoolingPlan& plan, const std::vecto
     next += (slot != kNoSlot) & ((uint64_t{slot * 0x9E3779B1u} * unit.parts) >> 32 == unit.part);
   };
   for (const auto& [lookup, batch, grad] : gradients) {
+    // Of the same features, but its gradient's columns are its own.
+    const PoolingPlan plan = lookup->plan->view();
     const uint32_t* const slots = lookup->slots;
     for (int64_t i = unit.first; i < unit.last; ++i) {
       const int64_t f = plan.by_table[i];
@@ -392,7 +394,7 @@ Status HostStore::update(std::vector<LookupGradient>& gradients, const Hyper* hy
   try {
     pool_.run(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
       ThreadScratch& scratch = scratch_[thread];
-      const int64_t count = collect_occurrences(plan, gradients, units[unit], &scratch.occurrences);
+      const int64_t count = collect_occurrences(gradients, units[unit], &scratch.occurrences);
       if (count == 0) return;
       const UpdateScratch working = update_scratch(static_cast<size_t>(count), scratch);
       has_begun.store(true, std::memory_order_relaxed);

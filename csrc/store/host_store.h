@@ -71,7 +71,7 @@ constexpr uint64_t kMostUpdateKeys = (uint64_t{1} << 31) - 1;  // of all look-up
 struct LookupGradient {
   Lookup* lookup;
   PackedKeys batch;  // the look-up's own
-  const float* grad;  // [B, plan.stride]
+  const float* grad;  // [B, stride of the look-up's plan]
 };
 
 // A table as the store is given it.
@@ -107,8 +107,8 @@ class HostStore {
 
   // One optimizer step on every row that the look-ups touched, on the sum of its gradients; rows: how many. With
   // is_order_free the bits do not depend on the order of the samples either.
-  // Values of two bytes are rounded by the number of the step. The look-ups are of this store and of one plan, none of them
-  // applied yet; but for kHalfUpdated an error changes none of their rows.
+  // Values of two bytes are rounded by the number of the step. The look-ups are of this store and read as one plan does
+  // (SharedPlan::reads_as), none of them applied yet; but for kHalfUpdated an error changes none of their rows.
   Status apply_gradients(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step, bool is_order_free,
                          int64_t* rows);
   // The norm of what apply_gradients would give to rows: the sum of |x|^order over the columns x of every row's summed
@@ -383,7 +383,7 @@ class HostStore {
   Status measure(std::vector<LookupGradient>& gradients, double order, bool is_order_free, double* total);
   std::vector<Unit> update_units(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
   // Returns how many there are; the vector may be longer.
-  int64_t collect_occurrences(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients, const Unit& unit,
+  int64_t collect_occurrences(const std::vector<LookupGradient>& gradients, const Unit& unit,
                               std::vector<Occurrence>* occurrences) const;
   UpdateScratch update_scratch(size_t count, ThreadScratch& scratch) const;
   // Into values of the given type: the store's, or fp32.

@@ -26,7 +26,7 @@ Status HostStore::measure(std::vector<LookupGradient>& gradients, double order, 
   for (GradientNorm& norm : norms) norm.order = order;
   pool_.run(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
     ThreadScratch& scratch = scratch_[thread];
-    const int64_t count = collect_occurrences(plan, gradients, units[unit], &scratch.occurrences);
+    const int64_t count = collect_occurrences(gradients, units[unit], &scratch.occurrences);
     if (count == 0) return;
     const UpdateScratch working = update_scratch(static_cast<size_t>(count), scratch);
     kernels_.measure(dim_, scratch.occurrences.data(), count, sum_bits, working, &norms[thread]);

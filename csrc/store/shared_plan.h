@@ -49,7 +49,10 @@ class SharedPlan {
     return true;
   }
 
-  friend bool operator==(const SharedPlan&, const SharedPlan&) = default;
+  // Whether it is of the same features, tables and poolings, wherever their columns are.
+  bool reads_as(const SharedPlan& other) const {
+    return packed_feature_ == other.packed_feature_ && table_ == other.table_ && pooling_ == other.pooling_;
+  }
 
  private:
   std::vector<int64_t> packed_feature_;

@@ -117,11 +117,11 @@ def check_gradients(
                 f"the gradient of a look-up {what}; look the batch up again, or add its gradients "
                 "before they are applied"
             )
-        if lookup.plan is not plan and lookup.plan != plan:
+        if not lookup.plan.reads_as(plan):
             raise ConfigError("the gradient of a look-up by another plan than this update's")
         if batch is not None:
             check_same(lookup, batch)
-        wanted = (lookup.batch_size, plan.stride)
+        wanted = (lookup.batch_size, lookup.plan.stride)
         is_near = grad.is_cpu or grad.device == device
         if grad.dtype != torch.float32 or grad.shape != wanted or not is_near:
             or_device = "" if device.type == "cpu" else f" or {device}"

@@ -337,7 +337,7 @@ class DictStore:
         self.check_gradients(plan, gradients)
         sums: dict[tuple[int, int | None], FloatArray] = {}
         for gradient in gradients:
-            for feature in plan.features:
+            for feature in gradient.lookup.plan.features:
                 for key, share in self._shares(feature, gradient):
                     name = (feature.table, key)
                     sums[name] = sums.get(name, 0.0) + share

@@ -396,12 +396,14 @@ class GpuStore:
         on_gpu = None
         for found, _, grad in gradients:
             lookup = cast("GpuLookup", found)
-            on_gpu = self._plans.get(plan, len(lookup.batch.features))
+            num_packed = len(lookup.batch.features)
+            on_gpu = self._plans.get(plan, num_packed)
+            own = None if lookup.plan == plan else self._plans.get(lookup.plan, num_packed)
             self._refresh(on_gpu, lookup)
             is_grouped = grouped and len(gradients) == 1 and lookup.grouping is not None
             batch = lookup.batch if is_grouped else lookup.batch_again(keys=False)
             grouping = lookup.grouped() if grouped else None
-            parts.append(GradientPart(batch, lookup.slots, grad.to(self.device), grouping))
+            parts.append(GradientPart(batch, lookup.slots, grad.to(self.device), grouping, own))
         return (on_gpu if plan.features else None), parts
 
     def _refresh(self, plan: DevicePlan, lookup: GpuLookup) -> None:

@@ -140,6 +140,7 @@ class PoolingPlan:
     features: tuple[PooledFeature, ...]
     stride: int
     _hash: int = field(init=False, repr=False, compare=False)
+    _reads: tuple[tuple[int, int, Pooling], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for feature in self.features:
@@ -159,9 +160,15 @@ class PoolingPlan:
 
         # Plans are looked up twice a step, and have as many features as the model.
         object.__setattr__(self, "_hash", hash((self.features, self.stride)))
+        reads = tuple((each.packed_feature, each.table, each.pooling) for each in self.features)
+        object.__setattr__(self, "_reads", reads)
 
     def __hash__(self) -> int:
         return self._hash
+
+    def reads_as(self, other: PoolingPlan) -> bool:
+        """Whether it is of the same features, tables and poolings, wherever their columns are."""
+        return self is other or self._reads == other._reads
 
 
 class PooledLookup:
@@ -201,7 +208,7 @@ class PooledGradient(NamedTuple):
     nothing of it is read again.
     """
     grad: Tensor
-    """[B, plan.stride] float32, contiguous."""
+    """[B, stride of the look-up's plan] float32, contiguous."""
 
 
 class Store(Protocol):
@@ -322,10 +329,10 @@ class Store(Protocol):
         """Refuses what `apply_gradients` would refuse as wrong; changes nothing.
 
         Raises:
-          ConfigError: a look-up is another store's, or by another plan, was applied before or is
-            given twice; its batch is of another size; a gradient is not contiguous float32
-            [B, plan.stride], on the CPU or the store's device; they are of more than
-            `MOST_UPDATE_KEYS` keys.
+          ConfigError: a look-up is another store's, or by a plan of other features (their columns
+            may differ), was applied before or is given twice; its batch is of another size; a
+            gradient is not contiguous float32 [B, stride], on the CPU or the store's device; they
+            are of more than `MOST_UPDATE_KEYS` keys.
         """
 
     def apply_gradients(

@@ -181,6 +181,42 @@ def test_a_lookup_is_applied_once_and_by_its_own_plan(open_store):
         store.apply_gradients(PLAN, [part], 1)
 
 
+LONGER = PoolingPlan(
+    (PooledFeature(0, 0, "sequence", 1, 7), PooledFeature(1, 1, "sqrt_n", 7 * DIM + 2)), 9 * DIM
+)
+
+
+def in_layout(grad, plan):
+    """The gradient of `SEQUENCE`, where another plan of the same features has its columns."""
+    moved = torch.full((len(grad), plan.stride), float("nan"))
+    for here, there in zip(SEQUENCE.features, plan.features, strict=True):
+        width = DIM * (here.max_keys or 1)
+        part = grad[:, here.column : here.column + width]
+        moved[:, there.column : there.column + width] = part
+    return moved
+
+
+@pytest.mark.parametrize("kind", ["one key a bag", "weighted"])
+def test_one_update_takes_lookups_of_several_layouts(open_store, kind):
+    if kind == "weighted":
+        skip_in_interpreter(open_store, kind)
+    results = []
+    for plans in ([SEQUENCE, SEQUENCE], [SEQUENCE, LONGER], [LONGER, SEQUENCE]):
+        store = open_store(tables(), seed=1)
+        gradients = []
+        for turn, plan in enumerate(plans):
+            grad = torch.randn(20, SEQUENCE.stride, generator=torch.Generator().manual_seed(turn))
+            part = looked_up(store, plan, kind)
+            gradients.append(part._replace(grad=in_layout(grad, plan)))
+        norm = float(store.gradient_norm(plans[0], gradients, 2.0))
+        assert int(store.apply_gradients(plans[0], gradients, 0)) > 0
+        rows = [store.find(table, torch.arange(15)) for table in range(2)]
+        results.append([torch.tensor(norm), *(part for row in rows for part in row)])
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one, same)
+
+
 def test_a_lookup_without_rows_may_take_a_gradient(open_store):
     store = open_store(tables(initializer=Constant(value=1.0)))
     batch = bags("bags")

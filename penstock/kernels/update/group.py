@@ -70,7 +70,7 @@ def bag_of(offsets, num_bags, num_keys, position, is_key):
     return last_not_above(offsets, low, high, position, is_key)
 
 
-@triton.jit(do_not_specialize=["num_keys", "batch_size", "num_bags", "first_row"])
+@triton.jit(do_not_specialize=["num_keys", "batch_size", "num_bags", "first_element"])
 def _describe_kernel(
     sources,
     factors,
@@ -88,7 +88,7 @@ def _describe_kernel(
     batch_size,
     num_bags,
     stride,
-    first_row,
+    first_element,
     slot_bits,
     table_mask,
     D: tl.constexpr,
@@ -113,7 +113,7 @@ def _describe_kernel(
     tl.store(words + position, tl.where(slot < 0, -1, word), mask=is_key)
     kind = tl.load(pooling + feature, mask=is_served, other=0)
     column = tl.load(column_of + feature, mask=is_served, other=0)
-    source = (first_row + sample).to(tl.int64) * stride + column
+    source = first_element + sample.to(tl.int64) * stride + column
     if SEQUENCES:
         first = tl.load(offsets + bag, mask=is_key, other=0)
         source += tl.where(kind == _SEQUENCE, position - first, 0) * D
@@ -282,7 +282,7 @@ class _Arrays(NamedTuple):
 
 
 def _described(
-    plan: DevicePlan, part: GradientPart, first_row: int, into: _Arrays, bits: tuple[int, int]
+    plan: DevicePlan, part: GradientPart, first_element: int, into: _Arrays, bits: tuple[int, int]
 ) -> None:
     batch, (words, sources, tables, factors) = part.batch, into
     assert sources is not None
@@ -309,7 +309,7 @@ def _described(
             batch.batch_size,
             batch.offsets.numel() - 1,
             plan.stride,
-            first_row,
+            first_element,
             slot_bits,
             (1 << table_bits) - 1,
         ),
@@ -351,37 +351,41 @@ def group_keys(
         return _listed(plan, words, 31, batch_size, counts, needs_tables=needs_tables)
     sizes = [part.slots.numel() for part in parts]
     num_keys = sum(sizes)
-    rows = sum(part.batch.batch_size for part in parts)
+    plans = [part.plan or plan for part in parts]
+    elements = [part.batch.batch_size * own.stride for part, own in zip(parts, plans, strict=True)]
     has_factors = plan.divides or any(part.batch.weights is not None for part in parts)
     whole = _Arrays(
         torch.empty(num_keys, dtype=torch.int32, device=device),
-        torch.empty(num_keys, dtype=_source_type(plan, rows), device=device),
+        torch.empty(num_keys, dtype=_source_type(sum(elements)), device=device),
         torch.empty(num_keys, dtype=torch.int32, device=device) if needs_tables else None,
         torch.empty(num_keys, device=device) if has_factors else None,
     )
     slot_bits = max(1, (num_slots - 1).bit_length())
     bits = slot_bits, min(31 - slot_bits, _TABLE_BITS)
-    row = start = 0
-    for part, size in zip(parts, sizes, strict=True):
+    first = start = 0
+    for part, own, size, more in zip(parts, plans, sizes, elements, strict=True):
         if size:
             into = whole.part(slice(start, start + size))
-            _described(plan, part, row, into, bits)
-        start, row = start + size, row + part.batch.batch_size
-    return _listed(plan, whole, slot_bits, rows, counts, needs_tables=needs_tables)
+            _described(own, part, first, into, bits)
+        start, first = start + size, first + more
+    size = parts[0].batch.batch_size
+    return _listed(plan, whole, slot_bits, size, counts, needs_tables=needs_tables)
 
 
 def _listed(
     plan: DevicePlan,
     unsorted: _Arrays,
     slot_bits: int,
-    rows: int,
+    batch_size: int,
     counts: Tensor | None,
     *,
     needs_tables: bool,
 ) -> Grouping:
     words, order = sort_words(unsorted.words)
     num_keys, device = words.numel(), words.device
-    source_type = _source_type(plan, rows)
+    sources = unsorted.sources
+    is_one_hot = sources is None
+    source_type = _source_type(batch_size * plan.stride) if sources is None else sources.dtype
     factors = unsorted.factors
     grouping = Grouping(
         torch.empty(num_keys, dtype=source_type, device=device),
@@ -400,26 +404,26 @@ def _listed(
                 *grouping[2:],
                 words,
                 order,
-                order if unsorted.sources is None else unsorted.sources,
+                order if sources is None else sources,
                 order if unsorted.tables is None else unsorted.tables,
                 order if factors is None else factors,
                 plan.feature_of_packed,
                 plan.column,
                 plan.table,
                 num_keys,
-                rows,
+                batch_size,
                 plan.stride,
                 (1 << slot_bits) - 1,
             ),
             PLACES=_PLACES,
             WINDOW=WINDOW,
             SHORT=SHORT,
-            ONE_HOT=unsorted.sources is None,
+            ONE_HOT=is_one_hot,
             FACTORS=factors is not None,
             TABLES=needs_tables,
         )
     return grouping
 
 
-def _source_type(plan: DevicePlan, rows: int) -> torch.dtype:
-    return torch.int32 if rows * plan.stride <= _MOST_ELEMENTS else torch.int64
+def _source_type(elements: int) -> torch.dtype:
+    return torch.int32 if elements <= _MOST_ELEMENTS else torch.int64

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from penstock.kernels.plan import DevicePlan
 from penstock.types import KeyedJagged
 
 SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM, MOMENTUM_SGD, ROW_WISE_ADAM, FTRL, LAMB = range(8)
@@ -70,9 +71,11 @@ class GradientPart(NamedTuple):
     slots: Tensor
     """[N] int32 by position in the packed keys; below 0: no row, no update."""
     grad: Tensor
-    """[B, plan.stride] float32, contiguous."""
+    """[B, stride of its plan] float32, contiguous."""
     grouping: Grouping | None = None
     """Of `slots`; None: made by the update."""
+    plan: DevicePlan | None = None
+    """Where the columns of `grad` are, if not where the plan of all parts has them."""
 
 
 class RuleOptions(NamedTuple):

@@ -40,8 +40,8 @@ def apply_gradients(
       [] int64, rows updated.
     """
     slots, shares, tables = [], [], []
-    for batch, part_slots, grad, _ in parts:
-        feature, source, factor = describe(plan, batch)
+    for batch, part_slots, grad, _, own in parts:
+        feature, source, factor = describe(own or plan, batch)
         used = (feature >= 0) & (part_slots >= 0)
         columns = torch.arange(plan.dim, device=grad.device)
         share = grad.reshape(-1)[source[used, None] + columns].double()

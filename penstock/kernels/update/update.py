@@ -245,7 +245,7 @@ def apply_gradients(
 
     Args:
       rows: changed in place.
-      plan: of all parts.
+      plan: of all parts, but for columns that a part has elsewhere.
       parts: look-ups with their gradients. If there are several, gradients are copied together.
       hypers: [T, HYPER_FIELDS] float32, or [1, HYPER_FIELDS] where all tables have the same.
       rule: number of the optimizer.
@@ -266,7 +266,7 @@ def apply_gradients(
     if grouping is None:
         one_hot = parts[0].batch.is_one_hot
         grouping = group_keys(plan, parts, needs_tables=options.needs_tables, one_hot=one_hot)
-    grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])
+    grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad.view(-1) for part in parts])
     bits = sum_bits(sum(part.slots.numel() for part in parts))
     numbers = (bits, hypers, _signed_word(step_seed(step)), *(usage_rules or (hypers, hypers)))
     if grouping.sources.numel():
