@@ -36,8 +36,22 @@ JOBS = Path(__file__).resolve().parents[1] / "jobs"
 TWINS = {"sparse_adam": True, "dense_adam": False}
 """By name: whether its gradients are sparse."""
 RECIPES = {
-    "criteo": ("criteo", "criteo_deepfm", "criteo_wide_deep"),
-    "movielens": ("movielens", "movielens_shared_bottom", "movielens_mmoe"),
+    "criteo": (
+        "criteo",
+        "criteo_deepfm",
+        "criteo_wide_deep",
+        "criteo_autoint",
+        "criteo_xdeepfm",
+        "criteo_final_mlp",
+        "criteo_masknet",
+    ),
+    "movielens": (
+        "movielens",
+        "movielens_shared_bottom",
+        "movielens_mmoe",
+        "movielens_ple",
+        "movielens_esmm",
+    ),
     "globo": ("globo_din", "globo_hstu", "globo_two_tower"),
 }
 """By the data that they read."""
@@ -45,6 +59,11 @@ _OF_TWO_LABELS = {"liked AUC": ("tasks", "liked", "auc"), "stars RMSE": ("tasks"
 METRICS = {
     "movielens_shared_bottom": _OF_TWO_LABELS,
     "movielens_mmoe": _OF_TWO_LABELS,
+    "movielens_ple": _OF_TWO_LABELS,
+    "movielens_esmm": {
+        "liked AUC": ("tasks", "liked", "auc"),
+        "loved AUC": ("tasks", "loved", "auc"),
+    },
     "globo_two_tower": {"recall@10": ("recall_at_10",), "recall@100": ("recall_at_100",)},
 }
 """What is compared, by recipe; of others the AUC."""

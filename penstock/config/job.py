@@ -19,7 +19,14 @@ from penstock.config.base import (
 )
 from penstock.config.data import CrossedFeature, DataConfig, FeatureColumns
 from penstock.config.explain import explain
-from penstock.config.models import CustomModel, DLRMConfig, Model, MultiTask, TwoTowerConfig
+from penstock.config.models import (
+    CustomModel,
+    DLRMConfig,
+    ESMMConfig,
+    Model,
+    MultiTask,
+    TwoTowerConfig,
+)
 from penstock.config.moved import bring_up_to_date
 from penstock.config.running import CheckpointConfig, EvaluationConfig, ReportConfig, RunConfig
 from penstock.config.schedule import Schedule
@@ -140,6 +147,23 @@ class Job(Config):
             raise ValueError(
                 "evaluation.metrics.recall_at: only the model two_tower ranks all items; remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _esmm_learns_a_chain_on_all_rows(self) -> Job:
+        if not isinstance(self.model, ESMMConfig):
+            return self
+        if len(self.data.labels) < 2:
+            raise ValueError(
+                "model esmm learns labels that happen one after the other, for instance a click "
+                "and a purchase; give data.label a list of at least 2"
+            )
+        for label in self.data.labels:
+            if label.task != "binary" or label.missing != "fail":
+                raise ValueError(
+                    f"model esmm learns binary labels that no row lacks, and {label.title!r} is "
+                    "none; write 0 where what comes before did not happen"
+                )
         return self
 
     @model_validator(mode="after")

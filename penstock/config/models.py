@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from penstock.config.base import Config, PositiveFloat, PositiveInt, Repeats, Width
 
@@ -66,6 +66,92 @@ class WideDeepConfig(Config):
     """Names or globs of the features that are wide."""
 
 
+class AutoIntConfig(Config):
+    """AutoInt (arXiv:1810.11921): layers of attention among the fields.
+
+    A field is a feature or a numeric column.
+    """
+
+    kind: Literal["autoint"] = "autoint"
+    layers: Repeats = 3
+    heads: Repeats = 2
+    """Must divide `attention`."""
+    attention: Width = 64
+    """Width of a field behind each layer, of all heads together."""
+    deep: tuple[Width, ...] = ()
+    """Hidden widths of an MLP beside the attention (AutoInt+); empty: none."""
+    numeric_dim: Width = 16
+    """Width of the vectors of numeric columns where there is no feature; else it is theirs."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> AutoIntConfig:
+        if self.attention % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide attention {self.attention}")
+        return self
+
+
+class XDeepFMConfig(Config):
+    """xDeepFM (arXiv:1803.05170).
+
+    A compressed interaction network, a deep MLP and a linear term of the same fields. All features
+    have one dim D: the last column is the weight of a key in the linear term, the D - 1 before are
+    its vector.
+    """
+
+    kind: Literal["xdeepfm"] = "xdeepfm"
+    interactions: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 64)
+    """Vectors that each layer of the interaction network comes to."""
+    deep: tuple[Width, ...] = (128, 64)
+    """Hidden widths of the deep MLP; its output is one logit."""
+    numeric_dim: Width = 8
+    """Width of the vectors of numeric columns where there is no feature; else it is D - 1."""
+
+
+class FinalMLPConfig(Config):
+    """FinalMLP (arXiv:2304.00902): two MLPs of gated inputs, joined by a bilinear form."""
+
+    kind: Literal["final_mlp"] = "final_mlp"
+    first: Annotated[tuple[Width, ...], Field(min_length=1)] = (128, 64)
+    """Widths of one MLP."""
+    second: Annotated[tuple[Width, ...], Field(min_length=1)] = (128, 64)
+    """Widths of the other."""
+    heads: Repeats = 4
+    """Parts of both outputs between which the bilinear form works; must divide their widths."""
+    gate: tuple[Width, ...] | None = (64,)
+    """Hidden widths of the MLPs that weigh the inputs of each stream; null: no weighing."""
+    first_context: tuple[str, ...] = ()
+    """Names or globs of the features that the first gate reads; empty: a learnt vector."""
+    second_context: tuple[str, ...] = ()
+    """Of the second gate."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> FinalMLPConfig:
+        for name, width in (("first", self.first[-1]), ("second", self.second[-1])):
+            if width % self.heads:
+                raise ValueError(
+                    f"heads {self.heads} does not divide {width}, the last width of {name}"
+                )
+        if self.gate is None and (self.first_context or self.second_context):
+            raise ValueError("first_context and second_context are read by gates, and gate is null")
+        return self
+
+
+class MaskNetConfig(Config):
+    """MaskNet (arXiv:2102.07619): blocks that multiply what they read by a mask of all inputs."""
+
+    kind: Literal["masknet"] = "masknet"
+    structure: Literal["parallel", "serial"] = "parallel"
+    """`parallel`: every block reads the normalized fields; `serial`: the block before."""
+    blocks: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 64)
+    """Outputs of each block."""
+    reduction: Annotated[float, Field(gt=0, le=64)] = 2.0
+    """Hidden width of the MLP of a mask, over its output."""
+    deep: tuple[Width, ...] = (64,)
+    """Hidden widths of the MLP on the blocks (the paper's serial model has none: `[]`)."""
+    numeric_dim: Annotated[Width, Field(ge=2)] = 8
+    """Width of the vectors of numeric columns where there is no feature; else it is theirs."""
+
+
 class MultiTask(Config):
     """Fields of the models that predict several labels (`data.label` is a list)."""
 
@@ -95,6 +181,38 @@ class MMoEConfig(MultiTask):
     """Widths of each expert."""
     towers: tuple[Width, ...] = (32,)
     """Hidden widths of each tower; its output is one number."""
+
+
+class PLEConfig(MultiTask):
+    """Progressive layered extraction (doi:10.1145/3383313.3412236).
+
+    Layers of experts, some of each label and some of all; a gate of each label mixes its own and
+    the shared ones, a tower of each label reads what comes out.
+    """
+
+    kind: Literal["ple"] = "ple"
+    layers: Repeats = 2
+    """1: the paper's CGC, customized gate control."""
+    shared_experts: Repeats = 2
+    task_experts: Repeats = 2
+    """Of each label, in each layer."""
+    expert: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 32)
+    """Widths of each expert."""
+    towers: tuple[Width, ...] = (32,)
+    """Hidden widths of each tower; its output is one number."""
+
+
+class ESMMConfig(MultiTask):
+    """ESMM, entire space multi-task model (arXiv:1804.07931).
+
+    Labels in the order in which they happen, for instance a click and then a purchase: each is 1
+    only where the one before is. An MLP for each gives its probability where the one before
+    happened; what is learnt and scored is their product, on all rows.
+    """
+
+    kind: Literal["esmm"] = "esmm"
+    towers: tuple[Width, ...] = (128, 64)
+    """Hidden widths of the MLP of each label."""
 
 
 class DINConfig(Config):
@@ -185,8 +303,14 @@ Model = Annotated[
     | DCNConfig
     | DeepFMConfig
     | WideDeepConfig
+    | AutoIntConfig
+    | XDeepFMConfig
+    | FinalMLPConfig
+    | MaskNetConfig
     | SharedBottomConfig
     | MMoEConfig
+    | PLEConfig
+    | ESMMConfig
     | DINConfig
     | HSTUConfig
     | TwoTowerConfig

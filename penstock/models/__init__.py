@@ -15,33 +15,51 @@ from typing import Any
 from torch import nn
 
 from penstock.config import (
+    AutoIntConfig,
     CustomModel,
     DCNConfig,
     DeepFMConfig,
     DINConfig,
     DLRMConfig,
+    ESMMConfig,
+    FinalMLPConfig,
     HSTUConfig,
+    MaskNetConfig,
     MMoEConfig,
     Model,
+    PLEConfig,
     SharedBottomConfig,
     TwoTowerConfig,
     WideDeepConfig,
+    XDeepFMConfig,
 )
 from penstock.config.base import Config
 from penstock.errors import ConfigError
-from penstock.models.custom import build_custom
-from penstock.models.dcn import DCN
-from penstock.models.deepfm import DeepFM
-from penstock.models.din import DIN
-from penstock.models.dlrm import DLRM
-from penstock.models.hstu import HSTU
-from penstock.models.mmoe import MMoE
-from penstock.models.shared_bottom import SharedBottom
-from penstock.models.two_tower import TwoTower
-from penstock.models.wide_deep import WideDeep
+from penstock.models.multi_task.esmm import ESMM
+from penstock.models.multi_task.mmoe import MMoE
+from penstock.models.multi_task.ple import PLE
+from penstock.models.multi_task.shared_bottom import SharedBottom
+from penstock.models.networks.autoint import AutoInt
+from penstock.models.networks.custom import build_custom
+from penstock.models.networks.dcn import DCN
+from penstock.models.networks.deepfm import DeepFM
+from penstock.models.networks.din import DIN
+from penstock.models.networks.dlrm import DLRM
+from penstock.models.networks.final_mlp import FinalMLP
+from penstock.models.networks.hstu import HSTU
+from penstock.models.networks.masknet import MaskNet
+from penstock.models.networks.two_tower import TwoTower
+from penstock.models.networks.wide_deep import WideDeep
+from penstock.models.networks.xdeepfm import XDeepFM
 from penstock.types import FeatureShape
 
 __all__ = [
+    "ESMM",
+    "PLE",
+    "MaskNet",
+    "FinalMLP",
+    "XDeepFM",
+    "AutoInt",
     "DCN",
     "DIN",
     "DLRM",
@@ -60,9 +78,22 @@ _OF_ONE_LABEL: Mapping[type[Config], Callable[[Any, int, Sequence[FeatureShape]]
     DCNConfig: DCN,
     DeepFMConfig: DeepFM,
     WideDeepConfig: WideDeep,
+    AutoIntConfig: AutoInt,
+    XDeepFMConfig: XDeepFM,
+    FinalMLPConfig: FinalMLP,
+    MaskNetConfig: MaskNet,
     DINConfig: DIN,
     HSTUConfig: HSTU,
     TwoTowerConfig: TwoTower,
+}
+
+_OF_SEVERAL_LABELS: Mapping[
+    type[Config], Callable[[Any, int, Sequence[FeatureShape], int], nn.Module]
+] = {
+    SharedBottomConfig: SharedBottom,
+    MMoEConfig: MMoE,
+    PLEConfig: PLE,
+    ESMMConfig: ESMM,
 }
 
 
@@ -90,16 +121,13 @@ def build_model(
             "the model has no input: no numeric column and no feature matches; "
             "declare `data.numeric` or `features`"
         )
-    match config:
-        case SharedBottomConfig():
-            return SharedBottom(config, num_numeric, features, num_tasks)
-        case MMoEConfig():
-            return MMoE(config, num_numeric, features, num_tasks)
-        case CustomModel():
-            return build_custom(config, num_numeric, features, num_tasks)
+    if isinstance(config, CustomModel):
+        return build_custom(config, num_numeric, features, num_tasks)
+    if type(config) in _OF_SEVERAL_LABELS:
+        return _OF_SEVERAL_LABELS[type(config)](config, num_numeric, features, num_tasks)
     if num_tasks > 1:
         raise ConfigError(
             f"model {config.kind} predicts one label, but data.label names {num_tasks}; use model "
-            "kind shared_bottom or mmoe"
+            "kind shared_bottom, mmoe, ple or esmm"
         )
     return _OF_ONE_LABEL[type(config)](config, num_numeric, features)

@@ -144,9 +144,14 @@ def test_inspect_and_compare_know_the_labels(fields, tmp_path, quiet, penstock):
             "job: model.task_weights: no label 'buy'; there are click, bought, minutes",
         ),
         (
+            {"model": {"kind": "esmm"}},
+            "job: model esmm learns binary labels that no row lacks, and 'bought' is none; write 0 "
+            "where what comes before did not happen",
+        ),
+        (
             {"model": {"kind": "dlrm"}},
-            "model dlrm predicts one label, but data.label names 3; use model kind shared_bottom "
-            "or mmoe",
+            "model dlrm predicts one label, but data.label names 3; use model kind "
+            "shared_bottom, mmoe, ple or esmm",
         ),
     ],
 )
@@ -154,6 +159,13 @@ def test_what_does_not_fit_is_refused(fields, tmp_path, quiet, changes, message)
     with pytest.raises(ValueError) as caught:
         story.train(parse_job(fields | changes), tmp_path / "run", console=quiet)
     assert str(caught.value) == message
+
+
+def test_one_label_is_no_chain(fields):
+    fields["data"]["label"] = fields["data"]["label"][:1]
+    fields["model"] = {"kind": "esmm"}
+    with pytest.raises(ValueError, match="give data.label a list of at least 2"):
+        parse_job(fields)
 
 
 def test_grouped_auc_needs_a_binary_label(fields):

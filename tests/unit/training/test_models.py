@@ -6,17 +6,31 @@ import torch
 from torch import nn
 
 from penstock.config import (
+    AutoIntConfig,
     CustomModel,
     DCNConfig,
     DeepFMConfig,
     DLRMConfig,
+    FinalMLPConfig,
+    MaskNetConfig,
     MMoEConfig,
+    MultiTask,
+    PLEConfig,
     SharedBottomConfig,
     WideDeepConfig,
+    XDeepFMConfig,
 )
 from penstock.errors import ConfigError
 from penstock.models import DCN, DLRM, DeepFM, WideDeep, build_model
 from penstock.types import FeatureShape
+from tests.unit.training.formulas import (
+    check_against,
+    head_by_loops,
+    inputs,
+    linear_by_loops,
+    make,
+    mlp_by_loops,
+)
 
 EVERY_MODEL = [
     DLRMConfig(),
@@ -24,22 +38,17 @@ EVERY_MODEL = [
     DCNConfig(structure="stacked"),
     DeepFMConfig(),
     WideDeepConfig(),
+    AutoIntConfig(),
+    AutoIntConfig(deep=(8,)),
+    XDeepFMConfig(),
+    FinalMLPConfig(),
+    FinalMLPConfig(gate=None),
+    MaskNetConfig(),
+    MaskNetConfig(structure="serial", deep=()),
     SharedBottomConfig(),
     MMoEConfig(),
+    PLEConfig(),
 ]
-
-
-def make(config, num_numeric, dims, names=(), **options):
-    names = names or [f"f{place}" for place in range(len(dims))]
-    features = [FeatureShape(name, dim) for name, dim in zip(names, dims, strict=True)]
-    return build_model(config, num_numeric, features, **options)
-
-
-def inputs(batch_size, num_numeric, feature_dims, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.randn(batch_size, num_numeric, generator=generator)
-    embeddings = torch.randn(batch_size, sum(feature_dims), generator=generator)
-    return dense, embeddings
 
 
 def dlrm_by_loops(model, dense, embeddings):
@@ -72,16 +81,6 @@ def dcn_by_loops(model, dense, embeddings):
     return torch.stack(logits)
 
 
-def linear_by_loops(model, dense, weights):
-    """Bias, numbers and the weights of the keys, of one sample."""
-    part = model.first_order
-    return (
-        part.bias
-        + sum(x * w for x, w in zip(dense, part.number_weights, strict=True))
-        + sum(weights)
-    )
-
-
 def deepfm_by_loops(model, dense, embeddings):
     """The paper's formula, one sample and one pair of fields at a time."""
     logits = []
@@ -110,26 +109,6 @@ def wide_deep_by_loops(feature_dims, wide):
         return torch.stack(logits)
 
     return forward
-
-
-def check_against(reference, model, dense, embeddings):
-    """Logits and all gradients in float64, so that the tolerance is rounding alone."""
-    model = model.double()
-    for parameter in model.parameters():  # biases begin at zero and would hide a mistake
-        nn.init.normal_(parameter, std=0.5)
-    dense, embeddings = (
-        part.double().requires_grad_(part.numel() > 0) for part in (dense, embeddings)
-    )
-    # A model may keep a parameter of no element for inputs that are not there.
-    parts = (dense, embeddings, *model.parameters())
-    wanted = [part for part in parts if part.requires_grad and part.numel()]
-    results = []
-    for forward in (model, lambda d, e: reference(model, d, e)):
-        logits = forward(dense, embeddings)
-        gradients = torch.autograd.grad(logits.sin().sum(), wanted, allow_unused=True)
-        results.append([logits, *gradients])
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -194,16 +173,6 @@ def test_wide_and_deep_is_the_papers_formula(num_numeric, feature_dims, patterns
     check_against(reference, model, *inputs(4, num_numeric, feature_dims))
 
 
-def mlp_by_loops(mlp, row):
-    for layer in mlp:
-        row = row.relu() if isinstance(layer, nn.ReLU) else layer.weight @ row + layer.bias
-    return row
-
-
-def head_by_loops(head, row):
-    return head.logit.weight[0] @ mlp_by_loops(head.hidden, row) + head.logit.bias[0]
-
-
 def shared_bottom_by_loops(model, dense, embeddings):
     outputs = []
     for row in torch.cat((dense, embeddings), 1):
@@ -253,13 +222,15 @@ def test_models_of_several_labels_are_their_formulas(
     check_against(one_or_several, model, *inputs(4, num_numeric, dims))
 
 
-@pytest.mark.parametrize("config", [DLRMConfig(), DCNConfig(), DeepFMConfig(), WideDeepConfig()])
+@pytest.mark.parametrize(
+    "config", [config for config in EVERY_MODEL if not isinstance(config, MultiTask)]
+)
 def test_a_model_of_one_label_refuses_several(config):
     with pytest.raises(ConfigError) as caught:
         make(config, 2, (4, 4), num_tasks=2)
     assert str(caught.value) == (
         f"model {config.kind} predicts one label, but data.label names 2; use model kind "
-        "shared_bottom or mmoe"
+        "shared_bottom, mmoe, ple or esmm"
     )
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from penstock.config import DINConfig, HSTUConfig
 from penstock.errors import ConfigError
 from penstock.models import DIN, HSTU, build_model
-from penstock.models.din import Dice
-from penstock.models.hstu import HSTULayer
+from penstock.models.networks.din import Dice
+from penstock.models.networks.hstu import HSTULayer
 from penstock.types import FeatureShape
 
 D, L = 4, 5

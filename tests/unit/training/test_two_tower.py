@@ -11,7 +11,7 @@ from penstock.config import FeatureConfig, Label, TableConfig, TwoTowerConfig
 from penstock.embedding import EmbeddingCollection
 from penstock.errors import ConfigError
 from penstock.models import TwoTower, build_model
-from penstock.models.frequency import FrequencySketch
+from penstock.models.parts.frequency import FrequencySketch
 from penstock.training.in_batch_softmax import InBatchSoftmax
 from penstock.training.items import Catalogue, item_ids
 from penstock.training.metrics.recall import Recall

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from itertools import accumulate
 
 import torch
@@ -27,6 +28,55 @@ def pooled_dims(kind: str, features: Sequence[FeatureShape]) -> tuple[int, ...]:
     return tuple(feature.dim for feature in features)
 
 
+def common_dim(
+    kind: str,
+    features: Sequence[FeatureShape],
+    *,
+    at_least: int = 1,
+    because: str = "",
+    instead: str,
+) -> int | None:
+    """The one dim of all features, for a model that needs one; None where there is no feature.
+
+    Args:
+      kind: of the model, named in the error.
+      features: pooled.
+      at_least: that the dim must be.
+      because: why, for the error.
+      instead: a model kind that takes any dims.
+
+    Raises:
+      ConfigError: a feature is a sequence, or the dims differ or are less.
+    """
+    dims = pooled_dims(kind, features)
+    if len(set(dims)) > 1 or (dims and dims[0] < at_least):
+        least = f" of at least {at_least}" if at_least > 1 else ""
+        because = f" ({because})" if because else ""
+        raise ConfigError(
+            f"model {kind} needs one embedding dim{least} for all features{because}, got "
+            f"{describe_dims(features)}; give their tables one `dim`, or use model kind {instead}, "
+            "which takes any dims"
+        )
+    return dims[0] if dims else None
+
+
+def which_match(
+    field: str, patterns: Sequence[str], features: Sequence[FeatureShape]
+) -> list[bool]:
+    """[F] Whether the name of each feature matches one of the globs of `model.<field>`.
+
+    Raises:
+      ConfigError: a glob matches no feature.
+    """
+    names = [feature.name for feature in features]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"model.{field}: {pattern!r} matches no feature; there are {', '.join(names)}"
+            )
+    return [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
+
+
 def describe_dims(features: Sequence[FeatureShape]) -> str:
     """`user 16, item 8`."""
     return ", ".join(f"{feature.name} {feature.dim}" for feature in features)
@@ -39,6 +89,13 @@ def columns_of(features: Sequence[FeatureShape]) -> dict[str, slice]:
         feature.name: slice(end - feature.width, end)
         for feature, end in zip(features, ends, strict=True)
     }
+
+
+def columns_where(chosen: Sequence[bool], features: Sequence[FeatureShape]) -> Tensor:
+    """Columns of the chosen features in the embeddings [B, W], int64, in order."""
+    widths = torch.tensor([feature.width for feature in features], dtype=torch.int64)
+    is_column = torch.tensor(list(chosen), dtype=torch.bool).repeat_interleave(widths)
+    return is_column.nonzero().squeeze(1)
 
 
 class CandidateAndSequence(nn.Module):

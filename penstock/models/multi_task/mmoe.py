@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config import MMoEConfig
-from penstock.models.inputs import pooled_dims
-from penstock.models.mlp import MLP, LogitHead, glorot_linear
-from penstock.models.shared_bottom import join_tasks
+from penstock.models.multi_task.shared_bottom import join_tasks
+from penstock.models.parts.inputs import pooled_dims
+from penstock.models.parts.mlp import MLP, LogitHead, glorot_linear
 from penstock.types import FeatureShape
 
 

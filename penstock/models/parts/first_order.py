@@ -1,4 +1,4 @@
-"""The linear part that DeepFM and Wide & Deep share: a weight for each key, and where it lies."""
+"""The linear part that several models share: a weight for each key, and where it lies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from penstock.models.parts.inputs import common_dim
+from penstock.types import FeatureShape
+
+
+def vector_dim(kind: str, features: Sequence[FeatureShape], numeric_dim: int) -> int:
+    """Columns of the vector of a field, where the last column of every feature is a weight.
+
+    `numeric_dim` where there is no feature.
+
+    Raises:
+      ConfigError: a feature is a sequence, or the dims differ or are 1.
+    """
+    dim = common_dim(
+        kind,
+        features,
+        at_least=2,
+        because="the last column is the first-order weight",
+        instead="wide_deep",
+    )
+    return numeric_dim if dim is None else dim - 1
 
 
 class FirstOrder(nn.Module):

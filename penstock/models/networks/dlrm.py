@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config import DLRMConfig
-from penstock.errors import ConfigError
-from penstock.models.inputs import describe_dims, pooled_dims
-from penstock.models.mlp import MLP, LogitHead
+from penstock.models.parts.inputs import common_dim
+from penstock.models.parts.mlp import MLP, LogitHead
 from penstock.types import FeatureShape
 
 
@@ -34,16 +33,10 @@ class DLRM(nn.Module):
         features: Sequence[FeatureShape],
     ) -> None:
         super().__init__()
-        dims = pooled_dims(config.kind, features)
-        if len(set(dims)) > 1:
-            raise ConfigError(
-                "model dlrm needs one embedding dim for all features, got "
-                f"{describe_dims(features)}; give their tables one `dim`, or use model kind "
-                "dcn_v2, which takes any dims"
-            )
-        self.num_features = len(dims)
+        dim = common_dim(config.kind, features, instead="dcn_v2")
+        self.num_features = len(features)
         last_width = config.bottom[-1] if config.bottom else num_numeric
-        self.dim = dims[0] if dims else last_width
+        self.dim = last_width if dim is None else dim
         if num_numeric:
             self.bottom = MLP(num_numeric, (*config.bottom, self.dim))
         else:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config import DCNConfig
-from penstock.models.inputs import pooled_dims
-from penstock.models.mlp import MLP, LogitHead, glorot_linear
+from penstock.models.parts.inputs import pooled_dims
+from penstock.models.parts.mlp import MLP, LogitHead, glorot_linear
 from penstock.types import FeatureShape
 
 

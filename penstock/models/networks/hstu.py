@@ -10,8 +10,8 @@ from torch.nn.functional import silu
 
 from penstock.config import HSTUConfig
 from penstock.errors import ConfigError
-from penstock.models.inputs import CandidateAndSequence
-from penstock.models.mlp import LogitHead, glorot_linear
+from penstock.models.parts.inputs import CandidateAndSequence
+from penstock.models.parts.mlp import LogitHead, glorot_linear
 from penstock.types import FeatureShape
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from penstock.config import DINConfig
-from penstock.models.inputs import CandidateAndSequence
-from penstock.models.mlp import glorot_linear
+from penstock.models.parts.inputs import CandidateAndSequence
+from penstock.models.parts.mlp import glorot_linear
 from penstock.types import FeatureShape
 
 _EPS = 1e-8

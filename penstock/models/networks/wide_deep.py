@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from penstock.config import WideDeepConfig
-from penstock.errors import ConfigError
-from penstock.models.first_order import FirstOrder
-from penstock.models.inputs import pooled_dims
-from penstock.models.mlp import LogitHead
+from penstock.models.parts.first_order import FirstOrder
+from penstock.models.parts.inputs import pooled_dims, which_match
+from penstock.models.parts.mlp import LogitHead
 from penstock.types import FeatureShape
 
 
@@ -34,14 +32,10 @@ class WideDeep(nn.Module):
         features: Sequence[FeatureShape],
     ) -> None:
         super().__init__()
-        names = [feature.name for feature in features]
         feature_dims = pooled_dims(config.kind, features)
-        for pattern in config.wide:
-            if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"model.wide: {pattern!r} matches no feature; there are {', '.join(names)}"
-                )
-        is_wide = [any(fnmatchcase(name, pattern) for pattern in config.wide) for name in names]
+        # All of no feature is none, and no mistake.
+        patterns = [pattern for pattern in config.wide if features or pattern != "*"]
+        is_wide = which_match("wide", patterns, features)
         self.first_order = FirstOrder(num_numeric, feature_dims, is_wide)
         width = num_numeric + sum(self.first_order.vector_dims)
         self.deep = LogitHead(width, config.deep) if width else None

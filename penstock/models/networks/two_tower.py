@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,9 @@ from torch.nn.functional import normalize
 
 from penstock.config import TwoTowerConfig
 from penstock.errors import ConfigError
-from penstock.models.frequency import FrequencySketch
-from penstock.models.inputs import columns_of, pooled_dims
-from penstock.models.mlp import MLP, glorot_linear
+from penstock.models.parts.frequency import FrequencySketch
+from penstock.models.parts.inputs import columns_where, pooled_dims, which_match
+from penstock.models.parts.mlp import MLP, glorot_linear
 from penstock.types import FeatureShape
 
 
@@ -45,28 +44,20 @@ class TwoTower(nn.Module):
     ) -> None:
         super().__init__()
         pooled_dims(config.kind, features)
-        names = [feature.name for feature in features]
-        for pattern in config.items:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"model.items: {pattern!r} matches no feature; there are {', '.join(names)}"
-                )
-        is_item = [any(fnmatchcase(name, glob) for glob in config.items) for name in names]
+        is_item = which_match("items", config.items, features)
         if all(is_item) and not num_numeric:
             raise ConfigError(
                 "model.items: all features are the item's, and nothing is left for the user's "
                 "tower; name those of the item alone"
             )
+        is_user = [not whether for whether in is_item]
         self.item_features = tuple(place for place, whether in enumerate(is_item) if whether)
         """Places of the item's features."""
-        is_item_column = torch.zeros(sum(feature.width for feature in features), dtype=torch.bool)
-        for name, columns in columns_of(features).items():
-            is_item_column[columns] = is_item[names.index(name)]
         # Not persistent: they follow from the features.
         self.item_columns: Tensor
         self.user_columns: Tensor
-        self.register_buffer("item_columns", is_item_column.nonzero()[:, 0], persistent=False)
-        self.register_buffer("user_columns", (~is_item_column).nonzero()[:, 0], persistent=False)
+        self.register_buffer("item_columns", columns_where(is_item, features), persistent=False)
+        self.register_buffer("user_columns", columns_where(is_user, features), persistent=False)
         unit = config.similarity == "cosine"
         user_inputs = num_numeric + self.user_columns.numel()
         self.user = Tower(user_inputs, config.user, config.dim, unit=unit)

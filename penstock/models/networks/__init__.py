@@ -1,0 +1,1 @@
+"""Networks of one label, one a file; and a user's own."""

@@ -1,0 +1,1 @@
+"""What several models are made of: inputs taken apart, fields, linear terms, MLPs."""
