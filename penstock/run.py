@@ -239,6 +239,7 @@ class Run:
             job.checkpoint.keep_last,
             job,
             numeric=dataset.numeric,
+            numeric_widths=dataset.numeric_widths,
         )
         self.clock = Clock()
         self._stop = stop

@@ -125,8 +125,13 @@ class NumericColumns(Config):
     columns: tuple[str, ...]
     """Names or globs (`I*`).
 
-    A list column reads as its value where it holds one and as missing where it is empty; two
-    values stop the run.
+    A list column without `width` reads as its value where it holds one and as missing where it is
+    empty; two values stop the run.
+    """
+    width: Annotated[int, Field(gt=0, le=1 << 16)] | None = None
+    """Each row of a column is a vector, a list of this many numbers, each of which is an input. A
+    null or empty list reads as that many missing numbers; one of another length is malformed. null:
+    columns of lists of a fixed size (Arrow) have that width, others hold one number a row.
     """
     missing: Annotated[FillNumber | FailOnMissing, Field(discriminator="policy")] = Field(
         default_factory=FillNumber

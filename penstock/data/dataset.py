@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,11 @@ class Dataset:
     """Rows of a job's source, divided into training and evaluation. Starts no thread itself."""
 
     numeric: tuple[str, ...]
-    """Names of the columns of `Batch.dense`."""
+    """Numeric columns, in the order of `Batch.dense`."""
+    numeric_widths: Mapping[str, int]
+    """Numbers of a row of those that hold vectors; the others have one."""
+    num_numeric: int
+    """Columns of `Batch.dense`."""
     features: tuple[FeatureConfig, ...]
     """Features of `Batch.sparse`, in the order of the source's columns."""
     tables: tuple[TableConfig, ...]
@@ -43,6 +47,8 @@ class Dataset:
         self, job: Job, columns: Columns, parts: dict[Part, PartRows], quarantine: Quarantine
     ) -> None:
         self.numeric = columns.numeric_names
+        self.numeric_widths = columns.numeric_widths
+        self.num_numeric = len(columns.numeric_inputs)
         self.features, self.tables = resolve_features(job, columns)
         self.labels = tuple(label.title for label in columns.labels if label is not None)
         self._job = job
@@ -314,4 +320,16 @@ def _check_equal(columns: Columns, other: Columns, origin: str) -> None:
             raise ConfigError(
                 f"data.evaluation_source: {origin} has other {kind} ({', '.join(found)}) than "
                 f"data.source ({', '.join(expected)}); name the columns that both have"
+            )
+    check_widths(columns.numeric_widths, other.numeric_widths, origin)
+
+
+def check_widths(expected: Mapping[str, int], found: Mapping[str, int], origin: str) -> None:
+    """Raises DataError where a numeric column holds vectors of another width than it should."""
+    for name in {**expected, **found}:
+        before, now = expected.get(name, 1), found.get(name, 1)
+        if before != now:
+            raise DataError(
+                f"{origin}: column {name!r} has {now} numbers a row, but {before} are read of it; "
+                "mend the file"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,16 @@ CHUNK_ROWS = 65_536
 """Most rows that are decoded at once where the format lets us choose."""
 _CHUNK_VALUES = 2**22
 """Values, of all columns, that are decoded at once: 32 MiB if they have 8 bytes."""
+
+
+class Vector(NamedTuple):
+    """The type of a column whose rows are lists of as many numbers."""
+
+    width: int
+
+
+TextType: TypeAlias = Literal["int64", "float64"] | Vector
+"""What a column of text or JSON lines is read as."""
 
 
 def chunk_rows(num_columns: int, most: int) -> int:

@@ -239,6 +239,8 @@ def _scaled(column: ColumnSummary) -> Iterator[str]:
     factor = 1 / numbers.deviation if 0 < numbers.deviation < math.inf else 1.0
     clip = f"{_clip([column])}, " if numbers.infinite else ""
     yield from _item("    ", "columns", [column.name])
+    if column.longest > 1:
+        yield f"      width: {column.longest}"
     missing = f"; {column.missing:,} missing ones read as it" if column.missing else ""
     yield f"      # Mean {mean:g}, standard deviation {numbers.deviation:.3g}{missing}."
     yield f"      missing: {{policy: fill, value: {_number(mean)}}}"
@@ -250,7 +252,7 @@ def _scaled(column: ColumnSummary) -> Iterator[str]:
 
 def _has_long_tail(column: ColumnSummary) -> bool:
     numbers = column.numbers
-    if numbers is None:
+    if numbers is None or column.longest > 1:
         return False
     middle = abs(numbers.quantiles[QUANTILES.index(0.5)])
     return max(abs(numbers.minimum), abs(numbers.maximum)) > _LONG_TAIL * max(middle, 1.0)

@@ -275,10 +275,14 @@ def _input_role(column: ColumnSummary) -> tuple[Role, str]:
 
 
 def _list_role(column: ColumnSummary) -> tuple[Role, str]:
-    if column.kind not in {"integer", "text"}:
-        return "left out", f"lists of {column.kind}s: no input reads them"
     lengths = column.lengths
     assert lengths is not None
+    if column.kind == "float" and lengths.minimum == lengths.maximum:
+        return "numeric", f"each row is a vector of {lengths.maximum:,.0f} numbers"
+    if column.kind == "float":
+        return "left out", "lists of floats, of several lengths: no input reads them"
+    if column.kind not in {"integer", "text"}:
+        return "left out", f"lists of {column.kind}s: no input reads them"
     return "sequence", f"lists of up to {lengths.maximum:,.0f} keys, {lengths.mean:.1f} on average"
 
 

@@ -71,7 +71,7 @@ def build(job: Job, dataset: Dataset, steps: int | None = None) -> Untrained:
     labels = job.data.labels
     try:
         model = build_model(
-            job.model, len(dataset.numeric), collection.feature_shapes, num_tasks=len(labels)
+            job.model, dataset.num_numeric, collection.feature_shapes, num_tasks=len(labels)
         ).to(collection.device)
     except RuntimeError as error:
         # On the CPU torch has no class of its own for this.

@@ -21,7 +21,7 @@ from penstock.config import (
     parse_job,
 )
 from penstock.data.batches.loader import Loader
-from penstock.data.dataset import Dataset
+from penstock.data.dataset import Dataset, check_widths
 from penstock.data.plan.parts import Part
 from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.embedding.durable_files import MANIFEST
@@ -112,6 +112,7 @@ def open_trained(
     # What a fraction holds out depends on the files that the run began with.
     after = position if data is None and position.divided else None
     dataset = Dataset.open(job, labels=needed, order=inputs, after=after)
+    check_widths(manifest.resolved.get("numeric_widths", {}), dataset.numeric_widths, origin)
     part: Part = "evaluation" if data is None else "train"
 
     def load(checkpoint: Path) -> Trained:
@@ -195,9 +196,12 @@ def _on_other_data(job: Job, path: str, resolved: Mapping[str, Any]) -> Job:
     The format is the one that the name ends with; where it says nothing, that of the job's source.
     Of the columns, those are read that the job's patterns found when it was trained.
     """
+    widths = resolved.get("numeric_widths", {})
+    # Vectors are as wide as when it was trained, whatever the type of the files says.
     numeric = tuple(
-        group.model_copy(update={"columns": _matching(group.columns, resolved["numeric"])})
+        group.model_copy(update={"columns": names, "width": width})
         for group in job.data.numeric
+        for width, names in _by_width(_matching(group.columns, resolved["numeric"]), widths).items()
     )
     crosses = {one.name for one in job.crosses}
     columns = [name for name in _feature_names(resolved) if name not in crosses]
@@ -231,6 +235,14 @@ def _for_prediction(job: Job, labels: Labels) -> Job:
 
 def _feature_names(resolved: Mapping[str, Any]) -> list[str]:
     return [feature["name"] for feature in resolved["features"]]
+
+
+def _by_width(names: Sequence[str], widths: Mapping[str, int]) -> dict[int | None, tuple[str, ...]]:
+    found: dict[int | None, tuple[str, ...]] = {}
+    for name in names:
+        width = widths.get(name)
+        found[width] = (*found.get(width, ()), name)
+    return found
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import pyarrow as pa
 
-from penstock.config import FeatureColumns, Hash, Hex
+from penstock.config import FeatureColumns, Hash, Hex, NumericColumns
 from penstock.data.columns.transforms import is_list
 from penstock.errors import ConfigError
 
@@ -55,6 +55,13 @@ def is_number(kind: pa.DataType) -> bool:
         or pa.types.is_decimal(kind)
         or pa.types.is_null(kind)
     )
+
+
+def vector_width(group: NumericColumns, kind: pa.DataType) -> int | None:
+    """Numbers of each row of a numeric column that holds vectors; None: it holds one number."""
+    if group.width is None and pa.types.is_fixed_size_list(kind) and kind.list_size > 1:
+        return int(kind.list_size)
+    return group.width
 
 
 def is_time(kind: pa.DataType) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock import _core
-from penstock.config import FailOnMissing, FillNumber, Label, TimeUnit
+from penstock.config import FailOnMissing, Label, TimeUnit
 from penstock.data.columns.block import Bags, Rows
 from penstock.data.columns.checks import is_text
 from penstock.data.columns.negatives import item_rows
@@ -27,13 +28,27 @@ from penstock.data.columns.transforms import (
     read_keys,
     read_numbers,
     truncate,
+    vector_column,
+    vector_numbers,
 )
 from penstock.data.source import Chunk, Place
 from penstock.errors import DataError
 
+_AS_VECTOR = "; where each row is a vector, set its `width` in data.numeric"
 _FARTHEST_S = 9.2e15
 """Within it, ms have 63 bits."""
 TICKS_PER_S: Mapping[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+class _Numbers(NamedTuple):
+    """A numeric column."""
+
+    name: str
+    group: NumericGroup
+    plan: _core.NumberPlan
+    position: int
+    """Of its first number in a row of the result."""
+    width: int
 
 
 class Decoder:
@@ -41,12 +56,18 @@ class Decoder:
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
-        self._numeric = [
-            (name, group, plan, position)
-            for group in columns.numeric
-            for plan in [_plan(group)]
-            for name, position in zip(group.names, group.positions, strict=True)
-        ]
+        # Columns of single numbers are joined side by side, vectors are put beside them.
+        self._numeric: list[_Numbers] = []
+        self._vectors: list[_Numbers] = []
+        for group in columns.numeric:
+            plan = _plan(group)
+            for name, position, width in zip(
+                group.names, group.positions, group.widths, strict=True
+            ):
+                found = _Numbers(name, group, plan, position, width or 1)
+                (self._numeric if width is None else self._vectors).append(found)
+        self._num_inputs = len(columns.numeric_inputs)
+        self._positions = [one.position for one in self._numeric]
 
     def decode(self, chunk: Chunk) -> Rows:
         """Decodes a chunk.
@@ -78,17 +99,24 @@ class Decoder:
     def _read_dense(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
         """[n, numeric columns], filled and transformed."""
         columns = []
-        for name, _, plan, position in self._numeric:
+        for position, one in enumerate(self._numeric):
             try:
-                columns.append(number_column(table.column(name), plan, position))
+                at = one.position if not self._vectors else position
+                columns.append(number_column(table.column(one.name), one.plan, at))
             except BadValue as bad:
-                raise _not_one_number(bad, name, place) from None
+                raise _not_one_number(bad, one.name, place, _AS_VECTOR) from None
         dense, number, row = _core.transform_numbers(columns, table.num_rows)
         if number >= 0:
-            name, group, _, _ = self._numeric[number]
-            given = float(read_numbers(table.column(name))[row])
-            raise _bad_number(given, group.config.missing, f"{place.locate(row)}, column {name!r}")
-        return dense
+            bad_one = self._numeric[number]
+            given = float(read_numbers(table.column(bad_one.name))[row])
+            raise _bad_number(given, bad_one, place.locate(row))
+        if not self._vectors:
+            return dense
+        joined = np.empty((table.num_rows, self._num_inputs), dtype=np.float32)
+        joined[:, self._positions] = dense
+        for one in self._vectors:
+            joined[:, one.position : one.position + one.width] = _read_vectors(one, table, place)
+        return joined
 
     def _read_keys(self, feature: FeatureColumn, table: pa.Table, place: Place) -> Keys:
         config = feature.config
@@ -148,7 +176,26 @@ def _plan(group: NumericGroup) -> _core.NumberPlan:
     return number_plan(fill, group.config.transforms)
 
 
-def _bad_number(given: float, missing: FillNumber | FailOnMissing, at: str) -> DataError:
+def _read_vectors(one: _Numbers, table: pa.Table, place: Place) -> NDArray[np.float32]:
+    """[n, width], filled and transformed."""
+    column = table.column(one.name)
+    try:
+        flat = vector_column(column, one.plan, one.width)
+    except BadValue as bad:
+        raise DataError(
+            f"{place.locate(bad.index)}, column {one.name!r}: {bad.reason}; mend the file, or set "
+            "the width of data.numeric"
+        ) from None
+    numbers, _, number = _core.transform_numbers([flat], table.num_rows * one.width)
+    if number >= 0:
+        given = vector_numbers(column, one.width)[number].as_py()
+        given = float("nan") if given is None else float(given)
+        raise _bad_number(given, one, place.locate(number // one.width))
+    return numbers.reshape(table.num_rows, one.width)
+
+
+def _bad_number(given: float, one: _Numbers, where: str) -> DataError:
+    missing, at = one.group.config.missing, f"{where}, column {one.name!r}"
     if np.isnan(given) and isinstance(missing, FailOnMissing):
         return DataError(
             f"{at}: missing number; set `missing` of data.numeric to {{policy: fill}} or mend the "
@@ -278,10 +325,10 @@ def _read_numbers(table: pa.Table, name: str, place: Place) -> NDArray[np.floati
         raise _not_one_number(bad, name, place) from None
 
 
-def _not_one_number(bad: BadValue, name: str, place: Place) -> DataError:
+def _not_one_number(bad: BadValue, name: str, place: Place, also: str = "") -> DataError:
     return DataError(
         f"{place.locate(bad.index)}, column {name!r}: {bad.reason}; mend the file, or list the "
-        "column under `features`"
+        f"column under `features`{also}"
     )
 
 

@@ -33,9 +33,11 @@ from penstock.data.columns.checks import (
     is_time,
     key_remedy,
     nearest,
+    vector_width,
 )
 from penstock.data.columns.negatives import NegativeColumns, negative_columns
 from penstock.data.columns.transforms import is_list
+from penstock.data.source import TextType, Vector
 from penstock.errors import ConfigError, DataError
 
 _GLOB = re.compile(r"[*?\[]")
@@ -58,7 +60,9 @@ class NumericGroup:
     config: NumericColumns
     names: tuple[str, ...]
     positions: tuple[int, ...]
-    """Columns of `Batch.dense` that they fill."""
+    """Columns of `Batch.dense` that they fill; of vectors the first one."""
+    widths: tuple[int | None, ...]
+    """Numbers of each vector; None: a row holds one number, which may lie in a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +91,29 @@ class Columns:
 
     @property
     def numeric_names(self) -> tuple[str, ...]:
-        """In the order of `Batch.dense`, which is that of the source."""
+        """Columns in the order of `Batch.dense`, which is that of the source."""
         placed = [
             (position, name)
             for group in self.numeric
             for position, name in zip(group.positions, group.names, strict=True)
         ]
         return tuple(name for _, name in sorted(placed))
+
+    @property
+    def numeric_widths(self) -> dict[str, int]:
+        """Numbers of a row of each numeric column of vectors."""
+        return {
+            name: width
+            for group in self.numeric
+            for name, width in zip(group.names, group.widths, strict=True)
+            if width is not None
+        }
+
+    @property
+    def numeric_inputs(self) -> tuple[str, ...]:
+        """The column of each column of `Batch.dense`."""
+        widths = self.numeric_widths
+        return tuple(name for name in self.numeric_names for _ in range(widths.get(name, 1)))
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -195,7 +215,7 @@ def resolve_columns(
         event_time=data.event_time,
         # Of a row with another item the teacher's probability is not known.
         teacher=TEACHER if synthetic and data.negatives is None else None,
-        numeric=_numeric_groups(numeric, place),
+        numeric=_numeric_groups(numeric, place, schema),
         features=tuple(features),
         crosses=job.crosses,
         time_unit=data.event_time_unit,
@@ -209,13 +229,28 @@ def resolve_columns(
 
 
 def _numeric_groups(
-    groups: Sequence[tuple[NumericColumns, list[str]]], place: Mapping[str, int]
+    groups: Sequence[tuple[NumericColumns, list[str]]],
+    place: Mapping[str, int],
+    schema: pa.Schema,
 ) -> tuple[NumericGroup, ...]:
     """Groups with the positions of their columns, which are in the order of `place`."""
-    dense = sorted((name for _, names in groups for name in names), key=place.__getitem__)
-    position = {name: number for number, name in enumerate(dense)}
+    width = {
+        name: vector_width(group, schema.field(name).type)
+        for group, names in groups
+        for name in names
+    }
+    position: dict[str, int] = {}
+    begin = 0
+    for name in sorted(width, key=place.__getitem__):
+        position[name] = begin
+        begin += width[name] or 1
     return tuple(
-        NumericGroup(group, tuple(names), tuple(position[name] for name in names))
+        NumericGroup(
+            group,
+            tuple(names),
+            tuple(position[name] for name in names),
+            tuple(width[name] for name in names),
+        )
         for group, names in groups
     )
 
@@ -227,7 +262,7 @@ def _negative_columns(
         return None
     features = [feature.name for feature in columns.features]
     return negative_columns(
-        job.data.negatives, columns.numeric_names, features, columns.crosses, schema, origin
+        job.data.negatives, columns.numeric_inputs, features, columns.crosses, schema, origin
     )
 
 
@@ -285,18 +320,24 @@ def _check_key_weights(job: Job, columns: Columns, schema: pa.Schema, origin: st
             )
 
 
-def default_text_types(job: Job) -> Mapping[str, Literal["int64", "float64"]]:
+def default_text_types(job: Job) -> Mapping[str, TextType]:
     """Types of text columns by name or glob, where the source declares none."""
     data = job.data
-    types: dict[str, Literal["int64", "float64"]] = dict.fromkeys(data.label_columns, "float64")
+    types: dict[str, TextType] = dict.fromkeys(data.label_columns, "float64")
     if data.weight is not None:
         types[data.weight] = "float64"
     if data.event_time is not None:
         types[data.event_time] = "int64"
-    numbers = [group.columns for group in data.numeric]
+    numbers = [group.columns for group in data.numeric if group.width is None]
     numbers += [group.columns for group in job.features if group.buckets_numbers]
     numbers += [(group.weights,) for group in job.features if group.weights is not None]
-    return types | {pattern: "float64" for patterns in numbers for pattern in patterns}
+    types |= {pattern: "float64" for patterns in numbers for pattern in patterns}
+    return types | {
+        pattern: Vector(group.width)
+        for group in data.numeric
+        if group.width is not None
+        for pattern in group.columns
+    }
 
 
 def resolve_features(
@@ -403,6 +444,12 @@ def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -
             raise wrong(
                 name, "numeric columns are numbers; list it under `features` (transform hash)"
             )
+    for name, width in columns.numeric_widths.items():
+        kind = schema.field(name).type
+        if not is_list(kind) and not pa.types.is_null(kind):
+            raise wrong(name, f"with width {width} its rows are lists of numbers; remove the width")
+        if pa.types.is_fixed_size_list(kind) and kind.list_size != width:
+            raise wrong(name, f"but its width is {width}; mend the file, or data.numeric")
     if columns.event_time is not None and not is_time(schema.field(columns.event_time).type):
         raise wrong(columns.event_time, "event times are timestamps, dates or integers (ms)")
     for feature in columns.features:

@@ -344,6 +344,39 @@ def number_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     return pc.cast(array, pa.float64(), safe=False)
 
 
+def find_ragged(column: pa.ChunkedArray | pa.Array, width: int) -> int:
+    """The first row of a column of lists that is no vector of `width` numbers; -1: there is none.
+
+    A null or empty list is a missing vector.
+    """
+    lengths = _list_lengths(one_array(column))
+    bad = (lengths != width) & (lengths != 0)
+    return int(bad.argmax()) if bad.any() else -1
+
+
+def vector_numbers(column: pa.ChunkedArray | pa.Array, width: int) -> pa.Array:
+    """The numbers of a column of vectors, row after row.
+
+    Returns:
+      [n * width] int32, int64, float32 or float64; null where the list is null or empty.
+
+    Raises:
+      BadValue: a list has another length; `index` counts rows.
+    """
+    array = one_array(column)
+    if pa.types.is_null(array.type):
+        return pa.nulls(len(array) * width, pa.float64())
+    row = find_ragged(array, width)
+    if row >= 0:
+        raise BadValue(row, f"{len(array[row])} numbers, but the column's vectors have {width}")
+    lengths = _list_lengths(array)
+    values = number_array(array.flatten())
+    if lengths.all():
+        return values
+    present = np.repeat(lengths > 0, width)
+    return values.take(pa.array(np.cumsum(present) - 1, mask=~present))
+
+
 def read_numbers(column: pa.ChunkedArray | pa.Array) -> NDArray[np.floating]:
     """Reads a column of numbers, or of lists of at most one number.
 
@@ -382,7 +415,21 @@ def number_column(
     Raises:
       BadValue: as `number_array`.
     """
-    array = number_array(column)
+    return _number_view(number_array(column), plan, position)
+
+
+def vector_column(
+    column: pa.ChunkedArray | pa.Array, plan: _core.NumberPlan, width: int
+) -> NumberColumn:
+    """A view of the numbers of a column of vectors, row after row, as one column.
+
+    Raises:
+      BadValue: as `vector_numbers`.
+    """
+    return _number_view(vector_numbers(column, width), plan, 0)
+
+
+def _number_view(array: pa.Array, plan: _core.NumberPlan, position: int) -> NumberColumn:
     valid, data = array.buffers()
     low, high = array.offset, array.offset + len(array)
     values = np.frombuffer(data, dtype=_NUMBER_TYPES[array.type])[low:high]

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +15,13 @@ import pyarrow.json as pa_json
 from penstock import _core
 from penstock.config import JsonLinesSource
 from penstock.data.columns.checks import check_types, is_named
+from penstock.data.columns.transforms import find_ragged
 from penstock.data.files import list_files
 from penstock.data.formats.lines import LineFiles, first_bytes
 from penstock.data.formats.malformed import find_malformed
 from penstock.data.formats.row_ends import BOM, TextRows
 from penstock.data.quarantine import MalformedRow
+from penstock.data.source import TextType, Vector
 from penstock.errors import DataError
 
 SAMPLE_LINES = 1000
@@ -35,19 +37,21 @@ _TYPES = {
 }
 _TYPES |= {f"list<{name}>": pa.list_(kind) for name, kind in _TYPES.items()}
 _AS_NUMBER = {None: "float64", "int64": "float64", "list<int64>": "list<float64>"}
+no_widths: Mapping[str, int] = MappingProxyType({})
 _GLOB = re.compile(r"[*?\[]")
 _COLUMN = re.compile(r"Column\(/?(.*?)\) ")
 
 
 def open_json_lines(
     config: JsonLinesSource,
-    default_types: Mapping[str, Literal["int64", "float64"]],
+    default_types: Mapping[str, TextType],
 ) -> LineFiles:
     """Opens JSON lines files.
 
     Args:
       config: which files, and types of columns.
-      default_types: of columns by name or glob, of which those that are float64 are used.
+      default_types: of columns by name or glob, of which those that are float64 or vectors are
+        used. A vector of another length makes its row malformed.
 
     Raises:
       ConfigError: a type is given for a glob that matches no column.
@@ -62,11 +66,18 @@ def open_json_lines(
             f"{paths[0]}: no JSON object with a field in the first {SAMPLE_LINES} lines; JSON "
             "lines hold one object a line, {...}"
         )
+    widths = {
+        name: kind.width
+        for pattern, kind in default_types.items()
+        if isinstance(kind, Vector)
+        for name in schema.names
+        if is_named(name, pattern) and pa.types.is_list(schema.field(name).type)
+    }
     return LineFiles(
         filesystem,
         paths,
         schema,
-        lambda columns: JsonParser(schema, columns),
+        lambda columns: JsonParser(schema, columns, widths),
         has_header=False,
         keeps_malformed=config.on_malformed_row == "quarantine",
     )
@@ -75,16 +86,22 @@ def open_json_lines(
 class JsonParser:
     """Turns lines into tables. Has no state, so threads may share it."""
 
-    def __init__(self, schema: pa.Schema, columns: Sequence[str]) -> None:
+    def __init__(
+        self, schema: pa.Schema, columns: Sequence[str], widths: Mapping[str, int] = no_widths
+    ) -> None:
+        """`widths`: numbers of the lists of columns of vectors."""
         # Every column is converted, so that a row is malformed or not whatever is read of it.
         self._schema = schema
         self._columns = list(columns)
+        self._widths = widths
 
     def parse(self, rows: TextRows, fail_fast: bool) -> tuple[pa.Table, list[MalformedRow]]:
         """Parses lines, as `penstock.data.formats.lines.LineParser` says."""
         if self._is_safe(rows.text):
             try:
-                return self._read(rows.text).select(self._columns), []
+                table = self._read(rows.text)
+                if self._ragged(table) is None:
+                    return table.select(self._columns), []
             except pa.ArrowInvalid:
                 pass  # The line is found below.
         malformed, good = find_malformed(rows.split(), self._reason, fail_fast)
@@ -112,9 +129,18 @@ class JsonParser:
                 return "blank line"
             return "not one JSON object in UTF-8, nested at most 64 deep"
         try:
-            self._read(lines)
+            return self._ragged(self._read(lines))
         except pa.ArrowInvalid as error:
             return self._explain(str(error))
+
+    def _ragged(self, table: pa.Table) -> str | None:
+        """What is wrong with some vector; None if nothing is."""
+        for name, width in self._widths.items():
+            row = find_ragged(table.column(name), width)
+            if row >= 0:
+                return (
+                    f"field {name!r} has {len(table.column(name)[row])} numbers, expected {width}"
+                )
         return None
 
     def _explain(self, error: str) -> str:
@@ -193,21 +219,23 @@ def _joined(kinds: Counter[str]) -> str | None:
 def _column_types(
     found: Mapping[str, str | None],
     config: JsonLinesSource,
-    default_types: Mapping[str, Literal["int64", "float64"]],
+    default_types: Mapping[str, TextType],
     path: str,
 ) -> Iterator[tuple[str, pa.DataType]]:
     # A column that the first lines lack is there if its name, not a glob, has a type.
     names = [*found, *(n for n in config.types if n not in found and not _GLOB.search(n))]
     check_types(config.types, names, path)
+    vectors = [pattern for pattern, kind in default_types.items() if isinstance(kind, Vector)]
     numbers = [pattern for pattern, kind in default_types.items() if kind == "float64"]
+    numbers += vectors
     for name in names:
         declared = [kind for pattern, kind in config.types.items() if is_named(name, pattern)]
         kind = found.get(name)
+        if kind is None and any(is_named(name, pattern) for pattern in vectors):
+            kind = "list<float64>"
         if any(is_named(name, pattern) for pattern in numbers):
             # Later values may have a fraction.
-            kind = {"int64": "float64", None: "float64", "list<int64>": "list<float64>"}.get(
-                kind, kind
-            )
+            kind = _AS_NUMBER.get(kind, kind)
         # An exact name wins over globs; among globs the last one does.
         chosen = config.types.get(name) or (declared[-1] if declared else kind or "string")
         yield name, _TYPES[chosen]

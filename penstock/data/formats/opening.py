@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from penstock.config import (
     ArrowSource,
@@ -21,9 +21,9 @@ from penstock.data.formats.orc import OrcFormat
 from penstock.data.formats.parquet import ParquetFormat
 from penstock.data.formats.synthetic import SyntheticRows
 from penstock.data.formats.text import open_text
-from penstock.data.source import Source
+from penstock.data.source import Source, TextType
 
-TextTypes = Mapping[str, Literal["int64", "float64"]]
+TextTypes = Mapping[str, TextType]
 
 OPENERS: Mapping[type, Callable[[Any, TextTypes, str | None], Source]] = {
     ParquetSource: lambda config, types, time: GroupedFiles(config, ParquetFormat(time)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import pyarrow as pa
 from pyarrow import csv, fs
@@ -15,6 +14,7 @@ from penstock.data.files import list_files
 from penstock.data.formats.lines import LineFiles, first_bytes, open_quote
 from penstock.data.formats.row_ends import BOM, Quoting, RowEnds
 from penstock.data.formats.text_parser import TextParser
+from penstock.data.source import TextType, Vector
 from penstock.errors import ConfigError, DataError
 
 _TYPES = {
@@ -28,7 +28,7 @@ _NAME_RANGE = re.compile(r"^(.*)\{(\d+)\.\.(\d+)\}(.*)$")
 
 def open_text(
     config: TextSource,
-    default_types: Mapping[str, Literal["int64", "float64"]],
+    default_types: Mapping[str, TextType],
 ) -> LineFiles:
     """Opens CSV/TSV files.
 
@@ -155,11 +155,13 @@ def _check_names(names: Sequence[str], path: str) -> None:
 def _column_types(
     names: Sequence[str],
     config: TextSource,
-    default_types: Mapping[str, Literal["int64", "float64"]],
+    default_types: Mapping[str, TextType],
 ) -> Iterator[tuple[str, pa.DataType]]:
     for name in names:
         declared = [kind for pattern, kind in config.types.items() if is_named(name, pattern)]
         default = next((k for p, k in default_types.items() if is_named(name, p)), "string")
+        # No text holds a vector; what the column is says the check of its type.
+        default = "string" if isinstance(default, Vector) else default
         # An exact name wins over globs; among globs the last one does.
         kind = config.types.get(name) or (declared[-1] if declared else default)
         yield name, _TYPES[kind]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
@@ -50,6 +50,7 @@ from penstock.training.checkpoint.files import (
 from penstock.training.checkpoint.job_difference import (
     describe,
     differences,
+    no_widths,
     resolve,
     resolved_differences,
 )
@@ -122,6 +123,7 @@ class Checkpoints:
         job: Job,
         *,
         numeric: Sequence[str] = (),
+        numeric_widths: Mapping[str, int] = no_widths,
     ) -> None:
         """Touches nothing on disk.
 
@@ -129,15 +131,20 @@ class Checkpoints:
           directory: made by the first `save`.
           keep_last: complete checkpoints that `save` leaves; at least 1.
           job: stored in each checkpoint, and compared by `restore`.
-          numeric: names of the columns of `Batch.dense`, in order; likewise.
+          numeric: names of the numeric columns, in the order of `Batch.dense`; likewise.
+          numeric_widths: numbers of a row of those that hold vectors; likewise.
         """
         assert keep_last >= 1
         self._directory = Path(directory)
         self._keep_last = keep_last
         self._job = job
         self._numeric = tuple(numeric)
+        self._widths = dict(numeric_widths)
         # Step of the newest checkpoint that is of this run: restored or saved.
         self._own_step: int | None = None
+
+    def _resolved(self, collection: EmbeddingCollection) -> dict[str, Any]:
+        return resolve(self._numeric, collection.features, collection.tables, self._widths)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; None where there is none.
@@ -200,7 +207,7 @@ class Checkpoints:
         """
         path = Path(path)
         manifest = _verify_or_suggest(path)
-        resolved = resolve(self._numeric, state.collection.features, state.collection.tables)
+        resolved = self._resolved(state.collection)
         lines = differences(manifest.job, manifest.resolved, self._job, resolved)
         if lines:
             raise CheckpointError(
@@ -285,7 +292,7 @@ class Checkpoints:
                 "safetensors": safetensors.__version__,
             },
             job=self._job.model_dump(mode="json"),
-            resolved=resolve(self._numeric, state.collection.features, state.collection.tables),
+            resolved=self._resolved(state.collection),
             tables=tables,
             optimizer=optimizer,
             files=files,
@@ -373,7 +380,12 @@ def load_tables_and_model(
     """
     path = Path(path)
     manifest = _verify_or_suggest(path)
-    resolved = resolve(manifest.resolved["numeric"], collection.features, collection.tables)
+    resolved = resolve(
+        manifest.resolved["numeric"],
+        collection.features,
+        collection.tables,
+        manifest.resolved.get("numeric_widths", {}),
+    )
     lines = resolved_differences(manifest.resolved, resolved)
     if lines:
         raise CheckpointError(f"checkpoint {path} has other tables or features:\n{describe(lines)}")

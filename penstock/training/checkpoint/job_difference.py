@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from penstock.config import FeatureConfig, Job, TableConfig, parse_job
@@ -23,17 +24,23 @@ MAY_CHANGE = (
 )
 """Globs of fields that a resumed run may change, by their marks in the configuration."""
 
+no_widths: Mapping[str, int] = MappingProxyType({})
 _CLASSES = {"feature": FeatureConfig, "table": TableConfig}
 _MOST_LINES = 20
 _ABSENT = object()
 
 
 def resolve(
-    numeric: Sequence[str], features: Sequence[FeatureConfig], tables: Sequence[TableConfig]
+    numeric: Sequence[str],
+    features: Sequence[FeatureConfig],
+    tables: Sequence[TableConfig],
+    numeric_widths: Mapping[str, int] = no_widths,
 ) -> dict[str, Any]:
     """What the job came to, as plain data for the manifest."""
+    widths = {"numeric_widths": dict(numeric_widths)} if numeric_widths else {}
     return {
         "numeric": list(numeric),
+        **widths,
         "features": [feature.model_dump(mode="json") for feature in features],
         "tables": [table.model_dump(mode="json") for table in tables],
     }
@@ -70,17 +77,21 @@ def resolved_differences(saved: Mapping[str, Any], resolved: Mapping[str, Any]) 
     lines = []
     if saved["numeric"] != resolved["numeric"]:
         lines.append(_line("numeric columns", saved["numeric"], resolved["numeric"]))
+    # Absent where no column holds vectors.
+    before, after = (one.get("numeric_widths", {}) for one in (saved, resolved))
+    if before != after:
+        lines.append(_line("widths of numeric columns", before, after))
     for kind in ("feature", "table"):
-        before = {item["name"]: _renewed(kind, item) for item in saved[f"{kind}s"]}
-        after = {item["name"]: item for item in resolved[f"{kind}s"]}
-        lines += [f"{kind} {name}: only in the checkpoint" for name in before if name not in after]
-        lines += [f"{kind} {name}: only in the job" for name in after if name not in before]
-        common = [name for name in before if name in after]
+        old = {item["name"]: _renewed(kind, item) for item in saved[f"{kind}s"]}
+        new = {item["name"]: item for item in resolved[f"{kind}s"]}
+        lines += [f"{kind} {name}: only in the checkpoint" for name in old if name not in new]
+        lines += [f"{kind} {name}: only in the job" for name in new if name not in old]
+        common = [name for name in old if name in new]
         for name in common:
             prefix = f"{kind} {name}."
-            lines += _compare(leaves(before[name], prefix), leaves(after[name], prefix))
+            lines += _compare(leaves(old[name], prefix), leaves(new[name], prefix))
         # A table is found by its name, but the features' order is that of the model's inputs.
-        order = [name for name in after if name in before]
+        order = [name for name in new if name in old]
         if kind == "feature" and common != order:
             lines.append(_line("order of the features", common, order))
     return lines

@@ -82,6 +82,7 @@ class TestListsOfAtMostOneValue:
         assert message(DataError, lambda: read_all(Dataset.open(job))) == (
             f"{tmp_path}/x.orc row 17, column {column!r}: 2 values where at most one is expected; "
             "mend the file, or list the column under `features`"
+            + ("; where each row is a vector, set its `width` in data.numeric" * (column == "I1"))
         )
 
     def test_empty_label(self, tmp_path):

@@ -240,11 +240,21 @@ def test_infinite_numbers_are_clipped(survey_of):
 
 def test_types_that_nothing_reads_are_left_out(survey_of):
     table = clicks().append_column("blob", pa.array([{"a": 1}] * ROWS))
-    table = table.append_column("vector", pa.array([[0.5, 1.5]] * ROWS))
+    table = table.append_column("ragged", pa.array([[0.5], [0.5, 1.5]] * (ROWS // 2)))
     survey = survey_of(table)
     reasons = {one.name: (one.role, one.reason) for one in survey.roles.columns}
     assert reasons["blob"] == ("left out", "no input reads struct<a: int64>")
-    assert reasons["vector"] == ("left out", "lists of floats: no input reads them")
+    ragged = "lists of floats, of several lengths: no input reads them"
+    assert reasons["ragged"] == ("left out", ragged)
+
+
+def test_vectors_are_numeric_input(survey_of):
+    survey = survey_of(clicks().append_column("vector", pa.array([[0.5, 1.5]] * ROWS)))
+    reasons = {one.name: (one.role, one.reason) for one in survey.roles.columns}
+    assert reasons["vector"] == ("numeric", "each row is a vector of 2 numbers")
+    _, job, dataset = opened(survey)
+    assert [group.width for group in job.data.numeric if "vector" in group.columns] == [2]
+    assert dataset.numeric_widths == {"vector": 2}
 
 
 def test_without_a_label_there_is_no_job(survey_of):
