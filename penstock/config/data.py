@@ -166,7 +166,12 @@ class FeatureColumns(Config):
     missing: Literal["empty"] | Int64 = "empty"
     """What a null reads as: an empty bag, or this key."""
     transforms: tuple[Annotated[Hash | Hex | Bucketize, Field(discriminator="kind")], ...] = ()
-    """Applied in order; string columns need one."""
+    """Applied in order; string columns need one, unless `separator` is given."""
+    separator: Annotated[str, Field(min_length=1, max_length=16)] | None = None
+    """The columns are texts of keys with this between them (`Action|Comedy`), and read as lists of
+    them. Nothing between two separators is no key; a text without a key is missing. Without
+    `transforms` the keys are decimal integers.
+    """
 
     @property
     def buckets_numbers(self) -> bool:
@@ -177,6 +182,12 @@ class FeatureColumns(Config):
     def _bucketize_is_first(self) -> FeatureColumns:
         if any(isinstance(transform, Bucketize) for transform in self.transforms[1:]):
             raise ValueError("bucketize reads numbers: put it first, and once")
+        return self
+
+    @model_validator(mode="after")
+    def _separated_keys_are_text(self) -> FeatureColumns:
+        if self.separator is not None and self.buckets_numbers:
+            raise ValueError("separator splits text, and bucketize reads numbers; remove one")
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.data.columns.decode import read_times
-from penstock.data.columns.transforms import BadValue, read_numbers
+from penstock.data.columns.numbers import read_numbers
+from penstock.data.columns.transforms import BadValue
 from penstock.data.plan.counting import Progress
 from penstock.data.source import Chunk, Source
 from penstock.errors import DataError

@@ -89,6 +89,8 @@ def key_remedy(name: str, kind: pa.DataType, config: FeatureColumns, text: bool)
 
     `text`: whether the source could be told another type.
     """
+    if config.separator is not None:
+        return _separated_remedy(kind, config, text)
     if is_list(kind):
         kind = kind.value_type
     if pa.types.is_dictionary(kind):
@@ -113,3 +115,11 @@ def key_remedy(name: str, kind: pa.DataType, config: FeatureColumns, text: bool)
         declare = f", or declare data.source.types: {{{name}: int64}}" if text else ""
         return f"keys are 64-bit integers: add the transform hash (or hex){declare}"
     return None
+
+
+def _separated_remedy(kind: pa.DataType, config: FeatureColumns, text: bool) -> str | None:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if is_text(kind) or pa.types.is_null(kind):
+        return None
+    declare = ", or declare it as string in data.source.types" if text else ""
+    return f"the separator {config.separator!r} splits text; remove it{declare}"

@@ -15,21 +15,24 @@ from penstock.config import FailOnMissing, Label, TimeUnit
 from penstock.data.columns.block import Bags, Rows
 from penstock.data.columns.checks import is_text
 from penstock.data.columns.negatives import item_rows
+from penstock.data.columns.numbers import (
+    number_column,
+    number_plan,
+    read_numbers,
+    vector_column,
+    vector_numbers,
+)
 from penstock.data.columns.schema import Columns, FeatureColumn, NumericGroup
 from penstock.data.columns.transforms import (
     BadValue,
     Keys,
     cross,
     is_list,
-    number_column,
-    number_plan,
     one_array,
     read_key_weights,
     read_keys,
-    read_numbers,
+    split_texts,
     truncate,
-    vector_column,
-    vector_numbers,
 )
 from penstock.data.source import Chunk, Place
 from penstock.errors import DataError
@@ -121,6 +124,14 @@ class Decoder:
     def _read_keys(self, feature: FeatureColumn, table: pa.Table, place: Place) -> Keys:
         config = feature.config
         column = table.column(feature.name)
+        if config.separator is not None:
+            try:
+                column = split_texts(column, config.separator, as_integers=not config.transforms)
+            except BadValue as bad:
+                raise DataError(
+                    f"{place.locate(bad.index)}, column {feature.name!r}: {bad.reason}; mend the "
+                    "file or use the transform hash"
+                ) from None
         try:
             missing = None if config.missing == "empty" else config.missing
             keys = read_keys(column, config.transforms, missing)

@@ -61,6 +61,8 @@ def negative_columns(
     crosses: Sequence[CrossedFeature],
     schema: pa.Schema,
     origin: str,
+    *,
+    of_one_key: Sequence[str] = (),
 ) -> NegativeColumns:
     """Finds which inputs are the item's.
 
@@ -71,6 +73,7 @@ def negative_columns(
       crosses: the features after them.
       schema: of the source.
       origin: names the source in errors.
+      of_one_key: those of `features` that have one key a row.
 
     Raises:
       ConfigError: a column is no input, or all inputs are the item's.
@@ -114,17 +117,18 @@ def negative_columns(
             for place, (one, which) in enumerate(zip(crosses, of_cross, strict=True))
             if any(which) and not all(which)
         ),
-        user=_user(config, features, schema, origin),
+        user=_user(config, of_one_key, schema, origin),
     )
 
 
-def _user(config: Negatives, features: Sequence[str], schema: pa.Schema, origin: str) -> str | None:
+def _user(
+    config: Negatives, of_one_key: Sequence[str], schema: pa.Schema, origin: str
+) -> str | None:
     """The column that names the user, given or found."""
     if config.user is False:
         return None
     if config.user is None:
-        others = [name for name in features if name not in config.columns]
-        found = [name for name in others if is_one_key(schema.field(name).type)]
+        found = [name for name in of_one_key if name not in config.columns]
         if len(found) != 1:
             return None
         warnings.warn(

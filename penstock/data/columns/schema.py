@@ -261,8 +261,19 @@ def _negative_columns(
     if job.data.negatives is None:
         return None
     features = [feature.name for feature in columns.features]
+    of_one_key = [
+        feature.name
+        for feature in columns.features
+        if feature.config.separator is None and is_one_key(schema.field(feature.name).type)
+    ]
     return negative_columns(
-        job.data.negatives, columns.numeric_inputs, features, columns.crosses, schema, origin
+        job.data.negatives,
+        columns.numeric_inputs,
+        features,
+        columns.crosses,
+        schema,
+        origin,
+        of_one_key=of_one_key,
     )
 
 
@@ -312,8 +323,9 @@ def _check_key_weights(job: Job, columns: Columns, schema: pa.Schema, origin: st
         if name is None:
             continue
         of_weights, of_keys = schema.field(name).type, schema.field(feature.name).type
-        if not is_number(of_weights) or is_list(of_weights) is not is_list(of_keys):
-            wanted = "lists of numbers" if is_list(of_keys) else "one number a row"
+        are_lists = is_list(of_keys) or feature.config.separator is not None
+        if not is_number(of_weights) or is_list(of_weights) is not are_lists:
+            wanted = "lists of numbers" if are_lists else "one number a row"
             raise DataError(
                 f"{origin}: column {name!r} is {of_weights}, but the keys {feature.name!r} are "
                 f"{of_keys}; their weights are {wanted}"

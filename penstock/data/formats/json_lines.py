@@ -15,7 +15,7 @@ import pyarrow.json as pa_json
 from penstock import _core
 from penstock.config import JsonLinesSource
 from penstock.data.columns.checks import check_types, is_named
-from penstock.data.columns.transforms import find_ragged
+from penstock.data.columns.numbers import find_ragged
 from penstock.data.files import list_files
 from penstock.data.formats.lines import LineFiles, first_bytes
 from penstock.data.formats.malformed import find_malformed

@@ -8,14 +8,8 @@ from hypothesis.extra.numpy import arrays
 
 from penstock import _core
 from penstock.config import Clip, Hash, Hex, Log, Scale
-from penstock.data.columns.transforms import (
-    BadValue,
-    number_column,
-    number_plan,
-    read_keys,
-    read_numbers,
-    truncate,
-)
+from penstock.data.columns.numbers import number_column, number_plan, read_numbers
+from penstock.data.columns.transforms import BadValue, read_keys, truncate
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
