@@ -73,13 +73,14 @@ def check_lookup(
     check_keys(batch, device)
     check_weights(batch)
     features, tables = _needs(plan, dim)
-    if tables > num_tables or (features > len(batch.features) and batch.offsets.numel() > 1):
+    num_features, num_bags = len(batch.features), batch.offsets.numel() - 1
+    if tables > num_tables or (features > num_features and num_bags > 0):
         raise ConfigError(
             f"a plan of packed features and tables up to {features - 1} and {tables - 1}, for a "
-            f"batch of {len(batch.features)} features and a store of {num_tables} tables"
+            f"batch of {num_features} features and a store of {num_tables} tables"
         )
-    shape = (batch.batch_size, plan.stride)
-    is_there = out.dtype == torch.float32 and out.shape == shape and out.device == device
+    shape = (num_bags // num_features if num_features else 0, plan.stride)
+    is_there = out.dtype is torch.float32 and out.shape == shape and out.device == device
     if not is_there or not out.is_contiguous():
         raise ConfigError(
             f"out: expected contiguous float32 {list(shape)} on {device}, got {out.dtype} "
@@ -161,28 +162,32 @@ def stale_export(store: str) -> StaleExportError:
 
 def check_keys(batch: KeyedJagged, device: torch.device) -> None:
     """Refuses keys and offsets that are not contiguous int64 arrays on the CPU or a device."""
-    for name in ("values", "offsets"):
-        tensor: Tensor = getattr(batch, name)
-        is_flat = tensor.dim() == 1 and tensor.is_contiguous()
-        is_near = tensor.is_cpu or tensor.device == device
-        if tensor.dtype != torch.int64 or not is_near or not is_flat:
-            or_device = "" if device.type == "cpu" else f" or {device}"
-            raise ConfigError(
-                f"{name} of the batch: expected contiguous int64 [n] on the CPU{or_device}, "
-                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            )
-    num_offsets, num_features = batch.offsets.numel(), len(batch.features)
+    values, offsets = batch.values, batch.offsets
+    if not _are_keys(values, device) or not _are_keys(offsets, device):
+        name, tensor = ("offsets", offsets) if _are_keys(values, device) else ("values", values)
+        or_device = "" if device.type == "cpu" else f" or {device}"
+        raise ConfigError(
+            f"{name} of the batch: expected contiguous int64 [n] on the CPU{or_device}, "
+            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )
+    num_offsets, num_features = offsets.numel(), len(batch.features)
     if not num_offsets or (num_features and (num_offsets - 1) % num_features):
         raise ConfigError(
             f"{num_offsets} offsets for {num_features} features: expected features * B + 1"
         )
 
 
+def _are_keys(tensor: Tensor, device: torch.device) -> bool:
+    is_flat = tensor.dtype is torch.int64 and tensor.dim() == 1 and tensor.is_contiguous()
+    return is_flat and (tensor.is_cpu or tensor.device == device)
+
+
 def check_weights(batch: KeyedJagged) -> None:
     """Refuses weights that are not one float32 a key. Whether they are finite is not looked at."""
-    weights, device = batch.weights, batch.values.device
+    weights = batch.weights
     if weights is None:
         return
+    device = batch.values.device
     is_flat = weights.shape == batch.values.shape and weights.is_contiguous()
     if weights.dtype != torch.float32 or weights.device != device or not is_flat:
         where = "the CPU" if device.type == "cpu" else str(device)

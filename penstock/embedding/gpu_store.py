@@ -317,8 +317,7 @@ class GpuStore:
         checks.check_lookup(plan, batch, out, device=self.device, **fit)
         checks.check_batch(plan, batch)
         on_gpu = self._plans.get(plan, len(batch.features))
-        keys = self._rules is not None or not insert
-        batch = held(batch, self.device, on_gpu, keys=keys)
+        batch = held(batch, self.device, on_gpu, keys=self._rules is not None)
         if insert and self._rules is None and self._keyed.has_room(batch.values.numel()):
             slots = self._keyed.find_or_make(on_gpu, batch, self._absent)
             lookup = GpuLookup(self, plan, batch, slots, self._erase_version)
@@ -334,6 +333,8 @@ class GpuStore:
         else:
             lookup.misses = misses
             self._keyed.lend(keys_of(on_gpu, batch), slots, misses, lookup.num_missing)
+            if lookup.num_missing:
+                lookup.own_keys()
         pooled_forward(self._rows.values, on_gpu, batch, slots, out, one_hot=batch.is_one_hot)
         return lookup
 

@@ -58,6 +58,11 @@ class GpuLookup(PooledLookup):
         """Keys read without a row; waits for the device."""
         return 0 if self.misses is None else int(self.misses.number)
 
+    def own_keys(self) -> None:
+        """Keeps a copy of the keys: an update has to look them up once more."""
+        self.batch = replace(self.batch, values=self.batch.values.clone())
+        self._keys_version = self.batch.values._version
+
     def batch_again(self, *, keys: bool) -> KeyedJagged:
         """The batch as it was looked up, to be read once more; without `keys` all but those.
 

@@ -116,7 +116,7 @@ class SlotPool:
     @property
     def most_rows(self) -> int:
         """A bound of the rows."""
-        return self.first_unused - self.num_defaults - len(self.free) + self._most_allocated
+        return self.first_unused - self.num_defaults - self.free.numel() + self._most_allocated
 
     @property
     def most_slots(self) -> int:
@@ -223,7 +223,7 @@ class SlotPool:
 
     def _end_of(self, rows: int) -> int:
         """All slots are below it if so many more rows come."""
-        return self.first_unused + max(0, self._most_allocated + rows - len(self.free))
+        return self.first_unused + max(0, self._most_allocated + rows - self.free.numel())
 
     def _grow(self, slots: int) -> None:
         if slots > MAX_SLOTS:

@@ -204,7 +204,7 @@ class Index:
     @property
     def capacity(self) -> int:
         """Entries."""
-        return len(self.entries)
+        return self.entries.numel() // 2  # len() of a tensor is Python
 
     @property
     def num_buckets(self) -> int:

@@ -261,7 +261,7 @@ def apply_gradients(
     """
     words = rows.usage.shape[1]
     assert (words > 0) == (usage_rules is not None)
-    options = RuleOptions(rule, clips, deterministic, len(hypers) == 1, words)
+    options = RuleOptions(rule, clips, deterministic, hypers.size(0) == 1, words)
     grouping = parts[0].grouping if len(parts) == 1 else None
     if grouping is None:
         one_hot = parts[0].batch.is_one_hot
