@@ -85,8 +85,8 @@ static_assert(sizeof(RetentionNumbers) % sizeof(int64_t) == 0);
 
 void check_retention(const HostStore& store, uint32_t table, size_t values, size_t states, size_t numbers) {
   check_table(store, table);
-  check(values == store.dim(), "value: expected [dim]");
-  check(states == store.state_dim(), "state: expected [state_dim]");
+  check(values == store.layout().dim, "value: expected [dim]");
+  check(states == store.layout().state_dim, "state: expected [state_dim]");
   check(numbers == kRetentionNumbers, "numbers: expected one of each");
 }
 
@@ -96,7 +96,7 @@ Status py_pooled_lookup(HostStore& self, std::shared_ptr<const SharedPlan> plan,
   const PackedKeys batch = packed(keys, offsets, weights, batch_size);
   check(plan != nullptr, "plan: none");
   const int64_t features = batch_size == 0 ? std::numeric_limits<int64_t>::max() : batch.num_features;
-  check(plan->fits(features, self.num_tables(), self.dim()), "plan: not of this batch and store");
+  check(plan->fits(features, self.num_tables(), self.layout().dim), "plan: not of this batch and store");
   check_rows(out, static_cast<size_t>(batch_size), static_cast<size_t>(plan->view().stride), "out: expected [B, stride]");
   check(lookup.store == 0, "lookup: used before");
   const nb::gil_scoped_release release;
@@ -218,13 +218,9 @@ void bind_host_store(nb::module_& m) {
               check(usage_dim >= 1 || !retention.evicts, "usage_dim: at least 1 where rows leave");
               rules.push_back({{static_cast<InitializerKind>(kind), scale, state, seed}, retention});
             }
-            new (self) HostStore(dim, static_cast<ValueType>(value_type), state_dim, usage_dim,
-                                 static_cast<OptimizerKind>(optimizer), rules, num_threads, max_bytes, most_isa,
-                                 scan_from);
-            if (!self->open()) {
-              self->~HostStore();
-              throw std::bad_alloc();
-            }
+            const RowLayout layout{dim, static_cast<ValueType>(value_type), state_dim, usage_dim};
+            new (self) HostStore(layout, static_cast<OptimizerKind>(optimizer), rules,
+                                 {num_threads, max_bytes, most_isa, scan_from});
           },
           nb::kw_only(), "dim"_a, "value_type"_a, "state_dim"_a, "usage_dim"_a, "optimizer"_a, "tables"_a, "num_threads"_a, "max_bytes"_a,
           "most_isa"_a, "scan_from"_a)
@@ -234,7 +230,7 @@ void bind_host_store(nb::module_& m) {
           "read_looked_up",
           [](HostStore& self, const Lookup& lookup, OutRows vectors) {
             check(self.made(lookup), "lookup: of another store");
-            check_rows(vectors, static_cast<size_t>(lookup.num_keys), self.dim(), "vectors: expected [keys, dim]");
+            check_rows(vectors, static_cast<size_t>(lookup.num_keys), self.layout().dim, "vectors: expected [keys, dim]");
             const nb::gil_scoped_release release;
             return self.read_looked_up(lookup, vectors.data());
           },
@@ -247,30 +243,30 @@ void bind_host_store(nb::module_& m) {
           [](HostStore& self, uint32_t table, In<int64_t> keys, bool insert, OutRows values, OutRows state,
              Out<bool> found) {
             check_table(self, table);
-            check_rows(values, keys.size(), self.dim(), "values: expected [n, dim]");
-            check_rows(state, keys.size(), self.state_dim(), "state: expected [n, state_dim]");
+            check_rows(values, keys.size(), self.layout().dim, "values: expected [n, dim]");
+            check_rows(state, keys.size(), self.layout().state_dim, "state: expected [n, state_dim]");
             check(found.size() == keys.size(), "found: expected [n]");
             const nb::gil_scoped_release release;
-            return self.find(table, keys.data(), static_cast<int64_t>(keys.size()), insert, values.data(), state.data(),
-                             found.data());
+            return self.find(table, keys.data(), static_cast<int64_t>(keys.size()), insert,
+                             {values.data(), state.data(), found.data()});
           },
           "table"_a, "keys"_a.noconvert(), "insert"_a, "values"_a.noconvert(), "state"_a.noconvert(), "found"_a.noconvert())
       .def(
           "insert_or_assign",
           [](HostStore& self, uint32_t table, In<int64_t> keys, InValues values, InRows state,
              std::optional<In<int64_t>> usage) {
-            const ValueType type = values.itemsize() == bytes_of(ValueType::kFloat32) ? ValueType::kFloat32 : self.type();
+            const ValueType type = values.itemsize() == bytes_of(ValueType::kFloat32) ? ValueType::kFloat32 : self.layout().type;
             check_bytes(values, type);
             check_table(self, table);
-            check_rows(values, keys.size(), self.dim(), "values: expected [n, dim]");
-            check_rows(state, keys.size(), self.state_dim(), "state: expected [n, state_dim]");
-            check(!usage || usage->size() == keys.size() * self.usage_dim(), "usage: expected [n * usage_dim]");
+            check_rows(values, keys.size(), self.layout().dim, "values: expected [n, dim]");
+            check_rows(state, keys.size(), self.layout().state_dim, "state: expected [n, state_dim]");
+            check(!usage || usage->size() == keys.size() * self.layout().usage_dim, "usage: expected [n * usage_dim]");
             int64_t inserted = 0;
             Status status;
             {
               const nb::gil_scoped_release release;
-              status = self.insert_or_assign(table, keys.data(), static_cast<int64_t>(keys.size()), type, values.data(),
-                                             state.data(), usage ? usage->data() : nullptr, &inserted);
+              status = self.insert_or_assign(table, keys.data(), static_cast<int64_t>(keys.size()),
+                                             {type, values.data(), state.data(), usage ? usage->data() : nullptr}, &inserted);
             }
             return std::make_tuple(status, inserted);
           },
@@ -292,19 +288,18 @@ void bind_host_store(nb::module_& m) {
           "export_batch",
           [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, OutValues values,
              OutRows state, Out<int64_t> usage) {
-            check_bytes(values, self.type());
+            check_bytes(values, self.layout().type);
             check_table(self, table);
-            check_rows(values, keys.size(), self.dim(), "values: expected [n, dim]");
-            check_rows(state, keys.size(), self.state_dim(), "state: expected [n, state_dim]");
-            check(usage.size() == keys.size() * self.usage_dim(), "usage: expected [n * usage_dim]");
-            int64_t rows = 0;
+            check_rows(values, keys.size(), self.layout().dim, "values: expected [n, dim]");
+            check_rows(state, keys.size(), self.layout().state_dim, "state: expected [n, state_dim]");
+            check(usage.size() == keys.size() * self.layout().usage_dim, "usage: expected [n * usage_dim]");
+            ExportedRows out{cursor, static_cast<int64_t>(keys.size()), keys.data(), values.data(), state.data(), usage.data()};
             Status status;
             {
               const nb::gil_scoped_release release;
-              status = self.export_batch(table, &cursor, version, static_cast<int64_t>(keys.size()), keys.data(),
-                                         values.data(), state.data(), usage.data(), &rows);
+              status = self.export_batch(table, version, &out);
             }
-            return std::make_tuple(status, rows, cursor);
+            return std::make_tuple(status, out.number, out.cursor);
           },
           "table"_a, "cursor"_a, "version"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "state"_a.noconvert(),
           "usage"_a.noconvert())
@@ -320,14 +315,13 @@ void bind_host_store(nb::module_& m) {
           [](HostStore& self, uint32_t table, uint64_t cursor, uint64_t version, Out<int64_t> keys, Out<int64_t> counts) {
             check_table(self, table);
             check(counts.size() == keys.size(), "counts: expected [n]");
-            int64_t exported = 0;
+            ExportedCounts out{cursor, static_cast<int64_t>(keys.size()), keys.data(), counts.data()};
             Status status;
             {
               const nb::gil_scoped_release release;
-              status = self.export_candidates(table, &cursor, version, static_cast<int64_t>(keys.size()), keys.data(),
-                                              counts.data(), &exported);
+              status = self.export_candidates(table, version, &out);
             }
-            return std::make_tuple(status, exported, cursor);
+            return std::make_tuple(status, out.number, out.cursor);
           },
           "table"_a, "cursor"_a, "version"_a, "keys"_a.noconvert(), "counts"_a.noconvert())
       .def(

@@ -1,7 +1,9 @@
 // Address ranges that are reserved once and filled from the front, so that rows never move while a store grows.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <vector>
 
 namespace penstock {
 
@@ -43,6 +45,12 @@ class Region {
 // at once: a tensor of some megabytes in every step otherwise costs the page faults of all of them. Where the C library
 // knows how; elsewhere nothing.
 void keep_freed_memory();
+
+// Makes a vector at least so long; it grows by half at least.
+template <typename T>
+void ensure_size(std::vector<T>& v, size_t size) {
+  if (v.size() < size) v.resize(std::max(size, v.size() + v.size() / 2));
+}
 
 // Bytes of physical memory of this machine.
 size_t physical_memory_bytes();

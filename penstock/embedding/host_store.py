@@ -48,7 +48,7 @@ POOLING_CODES = {"sum": 0, "mean": 1, "sqrt_n": 2, "sequence": 3}
 
 
 _EXPORTED = 2**64 - 1
-"""Position of a cursor behind the last row, as in csrc/store/host_store.h."""
+"""Position of a cursor behind the last row, as in csrc/store/row_access.h."""
 ISAS = ("generic", "avx2", "avx512")
 """Instruction sets that kernels are compiled for, each above the one before."""
 

@@ -44,7 +44,7 @@ _NO_LIMIT = 2**62
 _ADMISSION_SALT = 0xD1B54A32D192ED03
 
 
-# FORMAT: the order is that of the tensor `retention` in a checkpoint and of csrc/store/retention.h.
+# FORMAT: the order is that of the tensor `retention` of checkpoints and of csrc/tables/retention.h.
 NUMBERS = (
     "now",
     "step",
@@ -265,7 +265,7 @@ def admission_threshold(rule: AdmitAtRandom) -> int:
 
 
 def admission_bits(seed: int, keys: NDArray[np.int64], step: int) -> NDArray[np.uint64]:
-    """[n] uint64: a key's draw at a step, from `admission_seed`; as csrc/store/retention.h."""
+    """[n] uint64: a key's draw at a step, from `admission_seed`; as csrc/tables/retention.h."""
     at_step = mix64(np.array([step], dtype=np.uint64) ^ np.uint64(seed))
     return mix64(keys.view(np.uint64) ^ at_step)
 
@@ -276,7 +276,7 @@ def precedence(keys: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 def policy_of(table: TableConfig, seed: int, limits: Limits) -> dict[str, Any]:
-    """The table's rules as csrc/store/retention.h takes them."""
+    """The table's rules as csrc/tables/retention.h takes them."""
     admission, eviction = table.admission, table.eviction
     counted = admission if isinstance(admission, AdmitFrequent) else None
     return {

@@ -165,8 +165,10 @@ CORE_MAY_INCLUDE = {
     "index": {"system"},
     "rows": {"index", "system"},
     "data": {"rows", "system"},
-    "store": {"rows", "index", "system"},
-    "bindings": {"store", "data", "rows", "index", "system"},
+    "tables": {"rows", "index", "system"},
+    "retention": {"tables", "rows", "index", "system"},
+    "store": {"retention", "tables", "rows", "index", "system"},
+    "bindings": {"store", "data", "tables", "rows", "index", "system"},
 }
 MAX_FOLDER_FILES = 16
 MAX_MODULE_LINES = 500

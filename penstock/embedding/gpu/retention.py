@@ -1,6 +1,6 @@
 """Which keys have rows in a GPU store: admission, eviction, budgets, by vectors on the device.
 
-Decisions are those of the other stores (rules/retention.py, csrc/store/host_store_retention.cc),
+Decisions are those of the other stores (embedding/retention.py, csrc/retention/),
 key by key. They are made for a whole call at once, and wait for the device, as only stores with
 rules do.
 """
