@@ -87,7 +87,11 @@ JobArgument = Annotated[
     ),
 ]
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A run folder, one of its checkpoints, or RUN/best (checkpoint.keep_best).",
+    ),
 ]
 
 

@@ -8,7 +8,7 @@ about in `data/dataset.py`, where embeddings live in `embedding/collection/colle
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ from penstock.job_file import override
 from penstock.report.display import stages
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.run_report import RunReport
+from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING
 from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.feed import Fed, Feed
@@ -92,6 +93,10 @@ def _train_to_the_end(run: Run, job: Job, stop: Interruption) -> None:
         run.evaluate()  # which a signal cut short; otherwise it is there
     with run.remaining_batches() as batches:
         for batch in islice(run.clock.waiting_for(batches, stop), run.steps_left()):
+            if run.begins_epoch(batch) and job.evaluates_epochs:
+                run.evaluate()
+            if run.is_stopped_early():
+                break
             run.step(batch)
             if run.is_due(job.report.every_steps):
                 run.log()
@@ -100,10 +105,12 @@ def _train_to_the_end(run: Run, job: Job, stop: Interruption) -> None:
             if run.is_due(job.checkpoint.every_steps):
                 run.save()
             stop.check()
-        run.reach(batches.end)
+        else:
+            run.reach(batches.end)
     run.log()
     run.save()
     run.evaluate()
+    run.save()  # what the evaluation changed of what is kept
 
 
 def evaluate(path: Path, data: str | None = None, sets: Sequence[str] = ()) -> dict[str, Any]:
@@ -285,6 +292,29 @@ class Run:
         """Whether something that happens every so many steps happens after this one."""
         return every_steps is not None and self.state.step % every_steps == 0
 
+    def begins_epoch(self, fed: Fed) -> bool:
+        """Whether a batch is the first of another epoch than that of the steps before."""
+        return self.state.step > 0 and fed.batch.end.epoch != self.state.position.epoch
+
+    def is_stopped_early(self) -> bool:
+        """Whether evaluations have not become better for so long that training ends; tells so."""
+        why = self._no_better()
+        if why is not None:
+            self.report.tell("stopped_early", self.state.step, {"text": why})
+        return why is not None
+
+    def _no_better(self) -> str | None:
+        stopping, best = self.job.training.early_stopping, self.state.best.get(OF_STOPPING)
+        if stopping is None or best is None or best.misses < stopping.patience:
+            return None
+        since = f"{best.metric} was best at step {best.step:,} ({best.value:g})"
+        if best.value is None:
+            since = f"{best.metric} was never defined"
+        return (
+            f"{since}, and the {best.misses} evaluations since were no better "
+            "(training.early_stopping)"
+        )
+
     def step(self, fed: Fed) -> None:
         """Trains on one batch and moves on."""
         state, batch = self.state, fed.batch
@@ -341,7 +371,11 @@ class Run:
 
     def evaluate(self) -> None:
         """Measures the held-out part, unless there is none or it was measured at this step."""
-        if not self.dataset.has_evaluation or self.report.measured_at(self.state.step):
+        if not self.dataset.has_evaluation:
+            return
+        before = self.report.measured(self.state.step)
+        if before is not None:
+            self._compare(before)
             return
         batch_size = self.job.evaluation.batch_size
         with (
@@ -351,6 +385,17 @@ class Run:
         ):
             metrics = self.evaluator.measure(batches)
         self.report.tell("evaluation", self.state.step, metrics)
+        self._compare(metrics)
+
+    def _compare(self, metrics: Mapping[str, Any]) -> None:
+        """Compares an evaluation with the best so far; the best one gets a checkpoint."""
+        step = self.state.step
+        new = {name: one for name, one in self.state.best.items() if one.measured != step}
+        if new:
+            is_best = {name: one.take(step, metrics) for name, one in new.items()}
+            self._is_saved = False
+            if is_best.get(OF_CHECKPOINTS):
+                self.save()
 
     def save(self) -> None:
         """Writes a checkpoint, unless the newest one holds all this."""
@@ -364,7 +409,8 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Ends a run that came to its end; one that finds nothing to do leaves it as it is."""
         if self.state.position == self._began_at and self.report.has_nothing_new(self.state.step):
-            return self.report.nothing_new(self.state.step, self.job.training.max_steps)
+            most = self.job.training.max_steps
+            return self.report.nothing_new(self.state.step, most, self._no_better())
         return self.report.finished(self.summary())
 
     @contextmanager
@@ -399,7 +445,14 @@ class Run:
             **self._state_values(),
             "quarantined_rows": self.dataset.quarantined_rows,
             "checkpoint": str(self.checkpoints.latest()),
+            **self._best_values(),
         }
+
+    def _best_values(self) -> dict[str, Any]:
+        best = self.state.best.get(OF_CHECKPOINTS) or self.state.best.get(OF_STOPPING)
+        if best is None or best.value is None:
+            return {}
+        return {"best": {"metric": best.metric, "value": best.value, "step": best.step}}
 
     def _state_values(self) -> dict[str, Any]:
         """Sizes of the tables, and what became of the rows that were read."""

@@ -49,11 +49,13 @@ from penstock.config.models import (
 )
 from penstock.config.running import (
     CheckpointConfig,
+    EarlyStopping,
     EvaluationConfig,
     MetricsConfig,
     ReportConfig,
     RunConfig,
     SliceConfig,
+    mode_of,
 )
 from penstock.config.schedule import Schedule, lasts_to_the_end, with_end
 from penstock.config.sources import (
@@ -103,6 +105,7 @@ __all__ = [
     "AnyFileSource",
     "RunConfig",
     "ReportConfig",
+    "EarlyStopping",
     "EvaluationConfig",
     "Adagrad",
     "Adam",
@@ -182,6 +185,7 @@ __all__ = [
     "compression_of_path",
     "format_of_path",
     "lasts_to_the_end",
+    "mode_of",
     "with_end",
     "parse_job",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, ValidationError, model_validator
@@ -28,8 +28,15 @@ from penstock.config.models import (
     TwoTowerConfig,
 )
 from penstock.config.moved import bring_up_to_date
-from penstock.config.running import CheckpointConfig, EvaluationConfig, ReportConfig, RunConfig
+from penstock.config.running import (
+    CheckpointConfig,
+    EarlyStopping,
+    EvaluationConfig,
+    ReportConfig,
+    RunConfig,
+)
 from penstock.config.schedule import Schedule
+from penstock.config.sources import SyntheticSource
 from penstock.config.tables import (
     Admission,
     EmbeddingDim,
@@ -77,6 +84,8 @@ class TrainingConfig(Config):
     alike; of a row that is the sum of its gradients. Takes about as long as an update of the tables
     more.
     """
+    early_stopping: Annotated[EarlyStopping | None, MAY_CHANGE] = None
+    """null: training goes on to the end of the data, or to `max_steps`."""
     seed: Int64 = 0
     deterministic: bool = False
     """Embedding updates have the same bits for any order of the samples of a batch, and on any
@@ -165,6 +174,67 @@ class Job(Config):
                     "none; write 0 where what comes before did not happen"
                 )
         return self
+
+    @property
+    def stopping_metric(self) -> str:
+        """What `training.early_stopping` goes by."""
+        stopping, labels = self.training.early_stopping, self.data.labels
+        if stopping is not None and stopping.metric is not None:
+            return stopping.metric
+        if self.checkpoint.keep_best is not None:
+            return self.checkpoint.keep_best
+        if len(labels) > 1:
+            return "loss"
+        return "auc" if labels[0].task == "binary" else "rmse"
+
+    @property
+    def evaluates_epochs(self) -> bool:
+        """Whether the held-out part is measured at the end of each epoch."""
+        is_wanted = self.training.early_stopping or self.checkpoint.keep_best
+        return is_wanted is not None and self.evaluation.every_steps is None
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Job:
+        wanted = {
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+            "training.early_stopping": (
+                None if self.training.early_stopping is None else self.stopping_metric
+            ),
+        }
+        for field, metric in wanted.items():
+            if metric is None:
+                continue
+            if self.data.split is None and self.data.evaluation_source is None:
+                raise ValueError(
+                    f"{field} goes by evaluations, and nothing is held out; set data.split or "
+                    "data.evaluation_source"
+                )
+            found = list(self._measured())
+            if not any(metric == one or metric.startswith(f"{one}/") for one in found):
+                raise ValueError(
+                    f"{field}: evaluations of this job have no metric {metric!r}; they have "
+                    f"{', '.join(found)}"
+                )
+        return self
+
+    def _measured(self) -> Iterator[str]:
+        """Metrics of the job's evaluations, those of slices by their column alone."""
+        metrics, several = self.evaluation.metrics, len(self.data.labels) > 1
+        if several:
+            yield "loss"
+        for label in self.data.labels:
+            before = f"tasks/{label.title}/" if several else ""
+            is_binary = label.task == "binary"
+            usual = ("auc", "log_loss", "normalized_entropy", "calibration")
+            for name in usual if is_binary else ("rmse", "mae", "bias"):
+                yield before + name
+            yield from (
+                f"{before}grouped_auc/{one}/auc" for one in metrics.grouped_auc if is_binary
+            )
+            yield from (f"{before}slices/{one.by}" for one in metrics.slices)
+        yield from (f"recall_at_{k}" for k in metrics.recall_at)
+        if isinstance(self.data.source, SyntheticSource) and not several:
+            yield from ("teacher_auc", "share_of_teacher")
 
     @model_validator(mode="after")
     def _task_weights_are_of_labels(self) -> Job:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from penstock.config.base import Config, PositiveInt, Threads
+from penstock.config.base import Config, NonNegativeFloat, PositiveInt, Threads
 
 
 class RunConfig(Config):
@@ -71,7 +72,9 @@ class EvaluationConfig(Config):
     """When the held-out part is measured, and by what."""
 
     every_steps: PositiveInt | None = None
-    """null: at the end alone."""
+    """null: at the end alone; with `training.early_stopping` or `checkpoint.keep_best` also at the
+    end of each epoch.
+    """
     batch_size: Annotated[int, Field(gt=0, le=1 << 24)] = 8192
     metrics: MetricsConfig = MetricsConfig()
 
@@ -82,6 +85,60 @@ class CheckpointConfig(Config):
     every_steps: PositiveInt | None = None
     """null: at the end and on interruption alone."""
     keep_last: PositiveInt = 2
+    keep_best: str | None = None
+    """A metric of the evaluations (`auc`, `log_loss`, `tasks/click/auc`): an evaluation that is the
+    best so far is followed by a checkpoint, which is kept besides the last ones until there is a
+    better one. RUN/best names it.
+    """
+    best_mode: Literal["max", "min"] | None = None
+    """Whether the largest or the smallest value of `keep_best` is the best; null: as is known of
+    the usual metrics.
+    """
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> CheckpointConfig:
+        if self.keep_best is not None:
+            mode_of(self.keep_best, self.best_mode, "best_mode")
+        return self
+
+
+_LARGE = re.compile(r"(.*/)?(auc|share_of_teacher|recall_at_\d+)")
+_SMALL = re.compile(r"(.*/)?(loss|log_loss|normalized_entropy|rmse|mae)")
+
+
+def mode_of(metric: str, mode: Literal["max", "min"] | None, field: str = "mode") -> str:
+    """Which value of a metric of evaluations is the best: `max` or `min`.
+
+    Raises:
+      ValueError: it is not given as `field`, and the metric is none of the usual ones.
+    """
+    if mode is None and not (_LARGE.fullmatch(metric) or _SMALL.fullmatch(metric)):
+        raise ValueError(
+            f"whether a large or a small {metric!r} is better is not known; set {field} to max or "
+            "min"
+        )
+    return mode or ("max" if _LARGE.fullmatch(metric) else "min")
+
+
+class EarlyStopping(Config):
+    """Training ends when evaluations do not get better any more."""
+
+    patience: PositiveInt
+    """After this many evaluations in a row that are no better than the best one."""
+    metric: str | None = None
+    """A metric of the evaluations, as `checkpoint.keep_best`; null: that one, else the AUC of a
+    binary label, the RMSE of a number, the loss of several labels.
+    """
+    mode: Literal["max", "min"] | None = None
+    """Whether a large or a small value is better; null: as is known of the usual metrics."""
+    min_delta: NonNegativeFloat = 0.0
+    """A value must be better by more than this to count."""
+
+    @model_validator(mode="after")
+    def _better_is_known(self) -> EarlyStopping:
+        if self.metric is not None:
+            mode_of(self.metric, self.mode)
+        return self
 
 
 class ReportConfig(Config):

@@ -226,6 +226,7 @@ KINDS: Mapping[str, Kind] = {
             "command": Quantity(Unit.TEXT, "which goes on"),
         },
     ),
+    "stopped_early": Kind("Evaluations get no better: the run ends.", {"text": _TEXT}),
     "nothing_new": Kind("A finished run was resumed and found nothing to do.", {"text": _TEXT}),
     "summary": Kind(
         "The run has come to its end; summary.json holds the same.",
@@ -244,6 +245,15 @@ KINDS: Mapping[str, Kind] = {
             **_STATE,
             "quarantined_rows": Quantity(Unit.ROWS, "malformed, each once in all"),
             "checkpoint": Quantity(Unit.TEXT, "the newest one"),
+            "best": Group(
+                "best evaluation",
+                "Where one is kept, or ends the run.",
+                {
+                    "metric": Quantity(Unit.TEXT, "by which it is the best"),
+                    "value": Quantity(Unit.RATIO, "of that metric, in its unit"),
+                    "step": Quantity(Unit.STEPS, "trained by then"),
+                },
+            ),
             "peak_memory_bytes": Quantity(Unit.BYTES, "resident, of this process"),
             "versions": Group(
                 "versions",

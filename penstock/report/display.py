@@ -85,6 +85,7 @@ class Display:
             "warning": self._warning,
             "stopped": self._stopped,
             "nothing_new": self._nothing_new,
+            "stopped_early": self._stopped_early,
             "summary": self._summary,
         }.get(event.kind)
         if show is not None:
@@ -162,6 +163,9 @@ class Display:
         kept = "the checkpoint is complete" if whole else "the last checkpoint is an earlier one"
         self._line(f"stopped after step {step:,}; {kept}. Continue:")
         self._line(f"  {values['command']}")
+
+    def _stopped_early(self, step: int, values: Mapping[str, Any]) -> None:
+        self._line(f"early stopping after step {step:,}: {values['text']}")
 
     def _nothing_new(self, step: int, values: Mapping[str, Any]) -> None:
         self.close()

@@ -24,7 +24,7 @@ from penstock.events.event import values_from_json
 from penstock.events.registry import KINDS
 from penstock.job_file import dump_yaml, read_fields
 from penstock.locking import FileLock, Held
-from penstock.training.checkpoint.checkpoint import latest_checkpoint
+from penstock.training.checkpoint.checkpoint import BEST, latest_checkpoint
 
 _LOCK = "run.lock"
 
@@ -165,6 +165,8 @@ def files_of_run(path: Path) -> list[str]:
     """What a run folder, or the checkpoint that `path` is, holds of a run: no place for others."""
     if (path / MANIFEST).is_file():
         return [str(path)]
+    if path.name == BEST and not path.exists():
+        path = path.parent
     folder = RunFolder(path)
     return [
         str(each)

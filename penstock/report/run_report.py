@@ -107,8 +107,12 @@ class RunReport:
 
     def measured_at(self, step: int) -> bool:
         """Whether this process, or the one that it goes on from, has measured after `step`."""
+        return self.measured(step) is not None
+
+    def measured(self, step: int) -> Mapping[str, Any] | None:
+        """What was measured after `step`, by this process or the one that it goes on from."""
         event = self._latest.of("evaluation")
-        return event is not None and event.step == step
+        return event.values if event is not None and event.step == step else None
 
     def final_metrics(self, step: int) -> dict[str, Any]:
         """The metrics of the summary after the last step, and what they were measured on."""
@@ -152,10 +156,20 @@ class RunReport:
             return False
         return self._folder.read_summary().get("steps") == step
 
-    def nothing_new(self, step: int, max_steps: int | None) -> dict[str, Any]:
-        """Tells that a run that was finished found nothing to do; returns its summary."""
+    def nothing_new(
+        self, step: int, max_steps: int | None, no_better: str | None = None
+    ) -> dict[str, Any]:
+        """Tells that a run that was finished found nothing to do; returns its summary.
+
+        Args:
+          step: steps trained.
+          max_steps: of the job.
+          no_better: why evaluations end the run; None: they do not.
+        """
         why = "every row was trained on; files that are added behind the others would be"
-        if max_steps is not None and step >= max_steps:
+        if no_better is not None:
+            why = no_better
+        elif max_steps is not None and step >= max_steps:
             why = f"training.max_steps is {max_steps:,}"
         self.tell("nothing_new", step, {"text": why})
         return self._folder.read_summary()

@@ -15,6 +15,7 @@ from penstock.data.dataset import Dataset
 from penstock.embedding.collection.collection import EmbeddingCollection, available_cores
 from penstock.errors import CapacityError
 from penstock.models import build_model
+from penstock.training.checkpoint.best import best_of
 from penstock.training.checkpoint.checkpoint import TrainState
 from penstock.training.dense import DenseTrainer
 from penstock.training.in_batch_softmax import InBatchSoftmax
@@ -87,7 +88,7 @@ def build(job: Job, dataset: Dataset, steps: int | None = None) -> Untrained:
         job.training.clip_gradient_norm,
         clip_with=collection if job.training.clip_with_tables else None,
     )
-    state = TrainState(0, Position(), collection, model, trainer.optimizer)
+    state = TrainState(0, Position(), collection, model, trainer.optimizer, best=best_of(job))
     return Untrained(state, trainer, _objective(job.model, labels))
 
 

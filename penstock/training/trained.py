@@ -26,7 +26,10 @@ from penstock.data.plan.parts import Part
 from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.embedding.durable_files import MANIFEST
 from penstock.errors import CheckpointError, ConfigError
+from penstock.training.checkpoint.best import OF_CHECKPOINTS
 from penstock.training.checkpoint.checkpoint import (
+    BEST,
+    checkpoint_of_step,
     latest_checkpoint,
     load_tables_and_model,
     read_manifest,
@@ -149,7 +152,7 @@ def read_newest(path: Path, read: Callable[[Path], T]) -> T:
             break
     raise CheckpointError(
         f"{checkpoint}: was removed or replaced while it was read, by the process that trains; "
-        "name the run folder, or keep more with training.checkpoint.keep_last"
+        "name the run folder, or keep more with checkpoint.keep_last"
     )
 
 
@@ -165,14 +168,29 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def locate_checkpoint(path: Path) -> Path:
     """The newest complete checkpoint of a run folder, or the checkpoint that `path` is.
 
+    RUN/best is the one that `checkpoint.keep_best` keeps.
+
     Raises:
       CheckpointError: there is none.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such run or checkpoint")
     if (path / MANIFEST).is_file():
         return path
+    if path.name == BEST and not path.exists():
+        return _best_of_run(path.parent)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run or checkpoint")
     return newest_of_run(path)
+
+
+def _best_of_run(path: Path) -> Path:
+    newest = newest_of_run(path)
+    best = (read_manifest(newest).best or {}).get(OF_CHECKPOINTS)
+    if best is None or best["value"] is None:
+        raise CheckpointError(
+            f"{path}: no best checkpoint is known; train with checkpoint.keep_best, or name the "
+            "run for its newest one"
+        )
+    return checkpoint_of_step(path / "checkpoints", best["step"])
 
 
 def newest_of_run(path: Path) -> Path:

@@ -34,6 +34,7 @@ def contents(out):
         "collection_step": manifest.collection_step,
         "position": manifest.position,
         "row_clock": manifest.row_clock,
+        "best": manifest.best,
         "tables": tables,
         "dense": read_tensors(checkpoint / "dense.safetensors"),
         "optimizer": manifest.optimizer,

@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ from penstock.embedding.durable_files import (
     write_tensors,
 )
 from penstock.errors import CheckpointError
+from penstock.training.checkpoint.best import OF_CHECKPOINTS, BestSoFar
 from penstock.training.checkpoint.files import (
     INPUT,
     Manifest,
@@ -68,6 +69,7 @@ __all__ = [
     "Checkpoints",
     "Manifest",
     "TrainState",
+    "checkpoint_of_step",
     "latest_checkpoint",
     "load_tables_and_model",
     "position_of",
@@ -83,6 +85,8 @@ _RANDOM = "random.json"
 _NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 _UNFINISHED = re.compile(r"step-\d{9,}\.tmp-(\d+)")
 _REPLACED = ".replaced"
+BEST = "best"
+"""In a run folder, where there is nothing of that name: the checkpoint that is kept as the best."""
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +115,8 @@ class TrainState:
     """None where the model has no trainable parameter."""
     metrics: Stateful | None = None
     """Of the samples trained on so far, or since the last log line; the caller's choice."""
+    best: Mapping[str, BestSoFar] = field(default_factory=dict)
+    """Best evaluations by what goes by them; the checkpoint of `OF_CHECKPOINTS` is kept."""
 
 
 class Checkpoints:
@@ -183,8 +189,10 @@ class Checkpoints:
         self._own_step = state.step
         try:
             self._tidy()
-            for _, old in _list(self._directory)[: -self._keep_last]:
-                _remove(old)
+            kept = state.best.get(OF_CHECKPOINTS)
+            for step, old in _list(self._directory)[: -self._keep_last]:
+                if kept is None or step != kept.step:
+                    _remove(old)
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {final} is complete, but an older one could not be removed: "
@@ -232,6 +240,9 @@ class Checkpoints:
             load_optimizer(state.optimizer, state.model, manifest.optimizer, tensors)
         if state.metrics is not None and metrics is not None:
             state.metrics.load_state_dict(metrics)
+        for name, best in state.best.items():
+            if name in (manifest.best or {}):
+                best.load((manifest.best or {})[name])
         state.step = manifest.step
         state.position = position
         set_random_state(random)
@@ -297,6 +308,7 @@ class Checkpoints:
             optimizer=optimizer,
             files=files,
             row_clock=state.collection.row_clock.state(),
+            best={name: one.state() for name, one in state.best.items()},
         ).to_json()
         write_durably(directory / MANIFEST, manifest)
         write_durably(directory / SEAL, seal(manifest))
@@ -351,6 +363,18 @@ def latest_checkpoint(directory: Path) -> Path | None:
             return path
         _log.warning("%s is not a complete checkpoint: no readable %s", path, MANIFEST)
     return None
+
+
+def checkpoint_of_step(directory: Path, step: int) -> Path:
+    """The checkpoint of a step.
+
+    Raises:
+      CheckpointError: it is not there, or not complete.
+    """
+    path = dict(_list(directory)).get(step)
+    if path is None or not is_complete(path):
+        raise CheckpointError(f"{directory}: the checkpoint of step {step:,} is gone")
+    return path
 
 
 def position_of(path: Path) -> Position:

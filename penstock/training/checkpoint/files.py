@@ -61,6 +61,8 @@ class Manifest:
     """Every file of the checkpoint but the manifest and its seal."""
     row_clock: Mapping[str, Any] | None = None
     """State of the tables' `RowClock`; None in checkpoints written before there was one."""
+    best: Mapping[str, Any] | None = None
+    """State of `TrainState.best` by name; None in checkpoints written before there was one."""
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json."""
@@ -72,8 +74,10 @@ class Manifest:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
         """Inverse of `to_json`, from the parsed object; KeyError or TypeError where it is not."""
-        names = {field.name for field in fields(cls)} - {"row_clock"}
-        known = {name: content[name] for name in names} | {"row_clock": content.get("row_clock")}
+        younger = {"row_clock", "best"}
+        names = {field.name for field in fields(cls)} - younger
+        known = {name: content[name] for name in names}
+        known |= {name: content.get(name) for name in younger}
         if content["version"] == 1:
             known["position"] = _position_of_version_1(known["position"], known["job"])
         else:
