@@ -74,6 +74,15 @@ class Jagged(NamedTuple):
         return Jagged(self.values[places], offsets, weights)
 
 
+class JaggedVectors(NamedTuple):
+    """The vectors of one ragged column's keys, one after the other."""
+
+    values: Tensor
+    """[N, D] float32; those of sample b are `values[offsets[b]:offsets[b + 1]]`."""
+    offsets: Tensor
+    """[B + 1] int64, from 0 to N."""
+
+
 @dataclass(frozen=True, slots=True)
 class KeyedJagged:
     """All ragged columns of a batch, packed feature by feature.

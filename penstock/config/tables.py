@@ -239,11 +239,12 @@ class TableConfig(Config):
         return self
 
 
-Pooling = Literal["sum", "mean", "sqrt_n", "sequence"]
+Pooling = Literal["sum", "mean", "sqrt_n", "max", "sequence"]
 """How a bag of n rows becomes one vector: their sum, divided by 1, n, or the square root of n.
 
 With weights w: sum(w x), divided by 1, sum(w), or the square root of sum(w * w); a divisor of 0
-gives zeros. `sequence` keeps the vectors apart, one after the other, then zeros.
+gives zeros. `max` is the largest w x of each column. `sequence` keeps the vectors apart, one after
+the other, then zeros.
 """
 
 
@@ -252,12 +253,30 @@ class FeatureConfig(Config):
 
     name: Annotated[str, Field(min_length=1)]
     table: str
-    pooling: Pooling = "sum"
-    """An empty bag pools to zeros."""
+    pooling: Pooling | Literal["none"] = "sum"
+    """An empty bag pools to zeros. `none`, in own loops, gives every key's vector, of bags of any
+    length; see `EmbeddingCollection`.
+    """
     max_keys: PositiveInt | None = None
     """Positions of a sequence: key n of a bag fills the vector at position n, and the rest are
     zeros. Required for `sequence`, which no bag may exceed; null for the others.
     """
+    input: str | None = None
+    """Column of the batch whose keys it reads; null: that of its own name. Several features may
+    read one column, each in its own table.
+    """
+    padding_key: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Keys of this value stand for nothing: they are left out of bags, and get no row."""
+    holes: Literal["close", "keep"] = "close"
+    """What becomes of a `padding_key` in a sequence: `close` lets the keys after it move up, `keep`
+    leaves zeros at its position.
+    """
+
+    @model_validator(mode="after")
+    def _only_sequences_have_holes(self) -> FeatureConfig:
+        if self.holes == "keep" and (self.pooling != "sequence" or self.padding_key is None):
+            raise ValueError("holes are of pooling 'sequence' with a padding_key")
+        return self
 
     @model_validator(mode="after")
     def _sequences_have_positions(self) -> FeatureConfig:

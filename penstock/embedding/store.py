@@ -127,6 +127,7 @@ class PooledFeature:
     table: int
     """Number of the table in the store."""
     pooling: Pooling
+    """No `max`: a collection makes it of sequences."""
     column: int
     """First column in the output."""
     max_keys: int | None = None
@@ -145,9 +146,9 @@ class PoolingPlan:
     def __post_init__(self) -> None:
         for feature in self.features:
             numbers = feature.packed_feature, feature.table, feature.column, self.stride
-            if min(numbers) < 0 or (feature.pooling == "sequence") != (
-                feature.max_keys is not None
-            ):
+            is_sequence = feature.pooling == "sequence"
+            has_positions = feature.max_keys is not None
+            if min(numbers) < 0 or feature.pooling == "max" or is_sequence != has_positions:
                 raise ConfigError(f"{feature} of a plan of {self.stride} columns: not possible")
         # A look-up notes where the row of each packed key is, once.
         served = Counter(feature.packed_feature for feature in self.features)

@@ -93,11 +93,13 @@ MAY_IMPORT = {
     "embedding/dict_store": STORES | {"embedding/dict_table"},
     "embedding/gpu": STORES | {"kernels"},
     "embedding/gpu_store": STORES | {"kernels", "embedding/gpu"},
+    "embedding/shapes": {"errors", "types", "config", "embedding/checks", "embedding/store"},
     "embedding/collection": STORES
     | {
         "_core",
         "kernels/device",
         "embedding/durable_files",
+        "embedding/shapes",
         "embedding/gpu_store",
         "embedding/host_store",
     },

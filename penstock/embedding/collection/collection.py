@@ -34,7 +34,11 @@ from torch import Tensor, nn
 
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.checks import check_keys
-from penstock.embedding.collection.graph_operator import look_up_in_graph, register
+from penstock.embedding.collection.graph_operator import (
+    check_features,
+    look_up_in_graph,
+    register,
+)
 from penstock.embedding.collection.pending import PendingGradients
 from penstock.embedding.collection.row_clock import RowClock
 from penstock.embedding.collection.table_module import TableModule
@@ -47,6 +51,8 @@ from penstock.embedding.collection.table_stores import (
 from penstock.embedding.collection.torch_idioms import check_alone, check_averaged
 from penstock.embedding.collection.weight_gradient import ReadVectors, WeightedLookup
 from penstock.embedding.retention import RetentionState
+from penstock.embedding.shapes.arrangement import Arranged, Arrangement
+from penstock.embedding.shapes.forms import BatchLike, Output, OutputShape, read_batch
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
@@ -56,18 +62,20 @@ from penstock.embedding.store import (
     TableRows,
 )
 from penstock.errors import ConfigError
-from penstock.types import FeatureShape, KeyedJagged, as_keys
+from penstock.types import JaggedVectors, KeyedJagged, as_keys
 
 
 class LookUp(NamedTuple):
     """What a collection finds of a batch."""
 
     out: Tensor
-    """[B, W] float32 on the tables' device."""
+    """[B, columns of the plans] float32 on the tables' device."""
     lookups: list[Any]
     """What the stores that are trained need to know of it, for `keep_gradient`."""
     vectors: ReadVectors | None
     """What the gradient of the weights needs, if it was asked for."""
+    plans: tuple[PoolingPlan, ...]
+    """Of every store: where its columns of `out` are."""
 
 
 class EmbeddingCollection(TableModule):
@@ -93,6 +101,7 @@ class EmbeddingCollection(TableModule):
         num_threads: int | None = None,
         deterministic: bool = False,
         device: str | torch.device = "cpu",
+        output: Output = "concatenated",
     ) -> None:
         """Makes empty tables.
 
@@ -105,9 +114,11 @@ class EmbeddingCollection(TableModule):
             longer. The number of threads never changes a bit; nor, in this mode, does the device.
           device: where the rows live: `cpu`, or a GPU, `cuda` or `cuda:1`. Batches may be given on
             the CPU all the same; the output is on this device.
+          output: the shape of what `forward` returns.
 
         Raises:
-          ConfigError: a name twice, or a feature of an unknown table; or no such GPU, or no Triton.
+          ConfigError: a name twice, or a feature of an unknown table; an output that the features
+            cannot have; or no such GPU, or no Triton.
         """
         super().__init__()
         self.tables = tuple(tables)
@@ -118,11 +129,9 @@ class EmbeddingCollection(TableModule):
         for feature in features:
             if feature.table not in by_name:
                 raise ConfigError(unknown_table(feature, list(by_name)))
-        self.feature_shapes = tuple(
-            FeatureShape(feature.name, by_name[feature.table].dim, feature.max_keys)
-            for feature in features
-        )
-        """Of each feature, in the order of the output's columns."""
+        self._output = OutputShape(output, features, tables)
+        self.feature_shapes = self._output.shapes
+        """Of each feature, in the order of the output's columns; not of pooling `none`."""
         self.width = sum(shape.width for shape in self.feature_shapes)
         """W, columns of the output."""
         self._options: dict[str, Any] = {
@@ -133,8 +142,10 @@ class EmbeddingCollection(TableModule):
         self._stores = self._make_stores(seed)
         self.device = self._stores.device
         """Where the rows live; the output too, unless the module was moved."""
+        self.inputs = self.arrangement.inputs
+        """Columns that a batch has, in order: the features' names, where none has an `input`."""
         self._sequences = torch.tensor(
-            [f for f, shape in enumerate(self.feature_shapes) if shape.length],
+            [f for f, feature in enumerate(features) if feature.pooling == "sequence"],
             dtype=torch.int64,
             device=self.device,
         )
@@ -150,7 +161,6 @@ class EmbeddingCollection(TableModule):
         self.is_attached = False
         self.seed = seed
         """Of the initial values."""
-        self._names = tuple(feature.name for feature in features)
         self.pending, self._attachment = PendingGradients(), None
         self.number = register(self)
         # Autograd calls backward only where an input needs a gradient; the tables are none.
@@ -158,25 +168,36 @@ class EmbeddingCollection(TableModule):
         self.copied_at = None
 
     def _make_stores(self, seed: int) -> TableStores:
-        return TableStores(
-            self.tables, self.features, self.feature_shapes, seed=seed, **self._options
-        )
+        return TableStores(self.tables, self.features, seed=seed, **self._options)
 
     @property
     def trained(self) -> list[tuple[Store, PoolingPlan]]:
         """What an update changes."""
         return self._stores.trained
 
-    def forward(self, sparse: KeyedJagged) -> Tensor:
+    @property
+    def arrangement(self) -> Arrangement:
+        """How batches are laid out for the stores."""
+        return self._stores.arrangement
+
+    def forward(self, batch: BatchLike) -> Any:
         """Pools the keys of each sample.
 
         Args:
-          sparse: its features must be this collection's, in the same order.
+          batch: a KeyedJagged of this collection's inputs, in their order; or a dict with them, of
+            keys [B] or [B, ...] (all of a sample's are one bag) or `Jagged` columns; or keys
+            [B, F], one of each input.
 
         Returns:
-          [B, W] float32, W the sum of the features' widths: their vectors side by side, as
-          `feature_shapes` says; an empty bag is zeros. Where the module was moved to another
-          device or dtype, so is this.
+          By the collection's `output`:
+
+          - `concatenated`: [B, W] float32, W the sum of the features' widths: their vectors side by
+            side, as `feature_shapes` says; an empty bag is zeros.
+          - `by_feature`: a dict of them: pooled [B, D], sequences [B, max_keys, D], or [B, ..., D]
+            where keys were given as [B, ...]; `JaggedVectors` of features of pooling `none`.
+          - `stacked`: [B, F, D].
+
+          Where the module was moved to another device or dtype, so is this.
 
         The batch is copied: its arrays may be used again at once. On a GPU that waits for a copy
         from pinned memory, unless `to_device` was called ahead.
@@ -186,52 +207,67 @@ class EmbeddingCollection(TableModule):
             process group of several ranks; a copy whose parameters alone were averaged.
           CapacityError: no memory for a new row, or for the look-up.
         """
-        if torch.compiler.is_compiling():
-            return look_up_in_graph(self, sparse)
-        if self.anchor.is_meta:
-            self._check(sparse)
-            return self.anchor.new_empty(sparse.batch_size, self.width)
-        trains = self.training and torch.is_grad_enabled() and self.anchor.requires_grad
-        weights = sparse.weights
-        pooled: Tensor
-        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
-            pooled = WeightedLookup.apply(self.anchor, weights, self, sparse, trains)  # type: ignore[no-untyped-call]
-        elif trains:
-            pooled = _PooledLookup.apply(self.anchor, self, sparse)  # type: ignore[no-untyped-call]
+        sparse = read_batch(batch, self.inputs)
+        ragged: dict[str, JaggedVectors] = {}
+        is_traced = torch.compiler.is_compiling()
+        if is_traced and self.arrangement.is_plain:
+            pooled = look_up_in_graph(self, sparse)
+        elif self.anchor.is_meta:
+            self.check_batch(sparse)
+            pooled = self.anchor.new_empty(sparse.batch_size, self.width)
+        elif is_traced:
+            pooled, ragged = _look_up_apart(self, sparse)
         else:
-            pooled = self.look_up(sparse, trains=False).out
-        return pooled.to(self.anchor)
+            pooled, ragged = self._look_up_eagerly(sparse)
+        return self._output.give(pooled, ragged, batch)
 
-    def look_up(self, sparse: KeyedJagged, *, trains: bool, reads_vectors: bool = False) -> LookUp:
+    def _look_up_eagerly(self, sparse: KeyedJagged) -> tuple[Tensor, dict[str, JaggedVectors]]:
+        self.check_batch(sparse)
+        arrangement = self.arrangement
+        arranged = arrangement.arrange(sparse)
+        trains = self.training and torch.is_grad_enabled() and self.anchor.requires_grad
+        weights = arranged.sparse.weights
+        raw: Tensor
+        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+            raw = WeightedLookup.apply(self.anchor, weights, self, arranged, trains)  # type: ignore[no-untyped-call]
+        elif trains:
+            raw = _PooledLookup.apply(self.anchor, self, arranged)  # type: ignore[no-untyped-call]
+        else:
+            raw = self.look_up(arranged, trains=False).out
+        pooled, ragged = arrangement.finish(raw, arranged)
+        if ragged:
+            ragged = {
+                name: JaggedVectors(each.values.to(self.anchor), each.offsets)
+                for name, each in ragged.items()
+            }
+        return pooled.to(self.anchor), ragged
+
+    def look_up(self, arranged: Arranged, *, trains: bool, reads_vectors: bool = False) -> LookUp:
         """The look-up of `forward`, without autograd.
 
         Args:
-          sparse: as of `forward`.
+          arranged: a batch that was checked.
           trains: whether new keys get rows.
           reads_vectors: whether the gradient of the weights will be asked for.
         """
+        sparse, layout = arranged.sparse, arranged.layout
         if sparse.weights is not None and sparse.weights.requires_grad:
             sparse = replace(sparse, weights=sparse.weights.detach())
-        sparse = self._on_device(sparse, non_blocking=False)
+        stores = self._stores
+        sparse = stores.on_device(sparse, layout)
         check_averaged(self)
         if trains:
             check_alone()
             self.check_attached()
-            self._stores.advance(self.row_clock.clock(self.step))
-        out, lookups = self._stores.pooled_lookup(sparse, insert=trains)
-        vectors = self._read_vectors(sparse, lookups) if reads_vectors else None
-        groups = self._stores.groups
-        read = [n for n, group in enumerate(groups) if not (trains and group.trainable)]
+            stores.advance(self.row_clock.clock(self.step))
+        out, lookups = stores.pooled_lookup(sparse, layout, insert=trains)
+        vectors = stores.read_looked_up(sparse, lookups) if reads_vectors else None
+        read = [n for n, group in enumerate(stores.groups) if not (trains and group.trainable)]
         if read:
             self.num_missing += sum(lookups[n].num_missing for n in read)
             lookups = [lookup for n, lookup in enumerate(lookups) if n not in read]
-        return LookUp(out, lookups, vectors)
-
-    def _read_vectors(self, sparse: KeyedJagged, lookups: list[Any]) -> ReadVectors:
-        groups = self._stores.groups
-        pairs = zip(groups, lookups, strict=True)
-        vectors = [group.store.read_looked_up(lookup) for group, lookup in pairs]
-        return ReadVectors.of(sparse, [group.plan for group in groups], vectors)
+        plans = (layout or stores.arrangement.layout).plans
+        return LookUp(out, lookups, vectors, plans)
 
     def to_device(self, sparse: KeyedJagged) -> KeyedJagged:
         """The batch as the tables' device takes it, checked; on the CPU it is the batch itself.
@@ -242,25 +278,11 @@ class EmbeddingCollection(TableModule):
         Raises:
           ConfigError: as `forward`.
         """
-        return self._on_device(sparse, non_blocking=True)
-
-    def _on_device(self, sparse: KeyedJagged, *, non_blocking: bool) -> KeyedJagged:
-        self._check(sparse)
-        is_there = sparse.is_checked and sparse.values.device == self.device
-        if is_there or not self._stores.is_on_gpu:
-            return sparse
-        self._stores.check_batch(sparse)
-        is_one_hot = bool((sparse.offsets.diff() == 1).all())
-        return replace(
-            sparse,
-            values=sparse.values.to(self.device, non_blocking=non_blocking),
-            offsets=sparse.offsets.to(self.device, non_blocking=non_blocking),
-            weights=None
-            if sparse.weights is None
-            else sparse.weights.to(self.device, non_blocking=non_blocking),
-            is_checked=True,
-            is_one_hot=is_one_hot,
-        )
+        self.check_batch(sparse)
+        if not self.arrangement.is_plain:
+            # What the stores read of it is made, and checked, when it is looked up.
+            return sparse.to(self.device, non_blocking=True)
+        return self._stores.on_device(sparse, non_blocking=True)
 
     def observe_times(self, event_time: Tensor) -> None:
         """Tells when the samples of the next batch happened, by which rows then age.
@@ -276,13 +298,19 @@ class EmbeddingCollection(TableModule):
     def sequence_lengths(self, sparse: KeyedJagged) -> Tensor:
         """Keys of each sample's sequences: what tells vectors from padding.
 
+        Holes that a feature keeps count as keys.
+
         Returns:
           [B, S] int64, S the number of features of pooling `sequence`, in their order.
         """
         size = sparse.batch_size
         if not len(self._sequences):
             return torch.zeros(size, 0, dtype=torch.int64, device=self.device)
-        lengths = sparse.offsets.to(self.device).diff().view(len(sparse.features), size)
+        arrangement = self.arrangement
+        if arrangement.is_plain:
+            lengths = sparse.offsets.to(self.device).diff().view(len(sparse.features), size)
+        else:
+            lengths = arrangement.sequence_lengths(sparse).to(self.device)
         return lengths[self._sequences].t().contiguous()
 
     def find(self, table: str, keys: Tensor) -> FindResult:
@@ -350,7 +378,9 @@ class EmbeddingCollection(TableModule):
 
     def like_new(self, *, seed: int) -> EmbeddingCollection:
         """Makes an empty collection of the same tables, features and settings."""
-        return EmbeddingCollection(self.tables, self.features, seed=seed, **self._options)
+        return EmbeddingCollection(
+            self.tables, self.features, seed=seed, output=self._output.output, **self._options
+        )
 
     def take_over(self, other: EmbeddingCollection) -> None:
         """Takes the tables of `other`, made by `like_new`, in the place of its own.
@@ -376,16 +406,9 @@ class EmbeddingCollection(TableModule):
         """Raises AssertionError if a store is inconsistent. Reads everything: for tests."""
         self._stores.check_invariants()
 
-    def check_features(self, sparse: KeyedJagged) -> None:
-        """Raises ConfigError if a batch has other features, or others' order."""
-        if sparse.features != self._names:
-            raise ConfigError(
-                f"the batch has features {list(sparse.features)}, "
-                f"this collection {list(self._names)}, in this order"
-            )
-
-    def _check(self, sparse: KeyedJagged) -> None:
-        self.check_features(sparse)
+    def check_batch(self, sparse: KeyedJagged) -> None:
+        """Raises ConfigError if a batch has other columns than `inputs`, or not of integers."""
+        check_features(sparse, self.inputs)
         check_keys(sparse, self.device)
 
 
@@ -394,16 +417,24 @@ class _PooledLookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, collection: EmbeddingCollection, sparse: KeyedJagged
+        ctx: Any, anchor: Tensor, collection: EmbeddingCollection, arranged: Arranged
     ) -> Tensor:
-        out, ctx.lookups, _ = collection.look_up(sparse, trains=True)
-        ctx.collection = collection
-        return out
+        found = collection.look_up(arranged, trains=True)
+        ctx.collection, ctx.lookups, ctx.plans = collection, found.lookups, found.plans
+        return found.out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        ctx.collection.keep_gradient(ctx.lookups, grads[0])
+        ctx.collection.keep_gradient(ctx.lookups, ctx.plans, grads[0])
         return None, None, None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _look_up_apart(
+    collection: EmbeddingCollection, sparse: KeyedJagged
+) -> tuple[Tensor, dict[str, JaggedVectors]]:
+    """Outside of the graph: what is read depends on the keys, and on how many there are."""
+    return collection._look_up_eagerly(sparse)
 
 
 def available_cores() -> int:

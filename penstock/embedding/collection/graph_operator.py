@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.errors import ConfigError
 from penstock.types import KeyedJagged
 
 if TYPE_CHECKING:
@@ -40,9 +41,18 @@ def collections_by_anchor() -> dict[int, EmbeddingCollection]:
     return {id(collection.anchor): collection for collection in _COLLECTIONS.values()}
 
 
+def check_features(sparse: KeyedJagged, inputs: tuple[str, ...]) -> None:
+    """Raises ConfigError if a batch has other columns, or in another order."""
+    if sparse.features != inputs:
+        raise ConfigError(
+            f"the batch has features {list(sparse.features)}, this collection {list(inputs)}, in "
+            "this order"
+        )
+
+
 def look_up_in_graph(collection: EmbeddingCollection, sparse: KeyedJagged) -> Tensor:
-    """As `EmbeddingCollection.forward`; to be traced."""
-    collection.check_features(sparse)
+    """As `EmbeddingCollection.forward`, where batches are read as they are; to be traced."""
+    check_features(sparse, collection.inputs)
     trains = collection.training and torch.is_grad_enabled() and collection.anchor.requires_grad
     weights = sparse.weights
     learns_weights = weights is not None and weights.requires_grad and torch.is_grad_enabled()
@@ -69,9 +79,10 @@ def _pooled_lookup(
 ) -> tuple[Tensor, Tensor]:
     trains, learns_weights, is_checked, is_one_hot = flags
     collection = _COLLECTIONS[number]
-    names = tuple(feature.name for feature in collection.features)
-    sparse = KeyedJagged(names, values, offsets, weights, is_checked, is_one_hot)
-    found = collection.look_up(sparse, trains=trains, reads_vectors=learns_weights)
+    sparse = KeyedJagged(collection.inputs, values, offsets, weights, is_checked, is_one_hot)
+    collection.check_batch(sparse)
+    arranged = collection.arrangement.arrange(sparse)
+    found = collection.look_up(arranged, trains=trains, reads_vectors=learns_weights)
     ticket = np.array([next(_NUMBERS)], dtype=np.int64)
     if trains or learns_weights:
         _LOOKUPS[int(ticket[0])] = found
@@ -89,15 +100,15 @@ def _(
     flags: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     collection = _COLLECTIONS[number]
-    size = (offsets.numel() - 1) // max(1, len(collection.features))
+    size = (offsets.numel() - 1) // max(1, len(collection.inputs))
     return anchor.new_empty(size, collection.width), torch.empty(1, dtype=torch.int64)
 
 
 @torch.library.custom_op("penstock::keep_gradient", mutates_args=())
 def _keep_gradient(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
     # A copy: a compiler uses the memory of what an operator was given again.
-    lookups = _LOOKUPS[int(ticket)].lookups
-    _COLLECTIONS[number].keep_gradient(lookups, grad.clone(), zeros_to_come=1)
+    found = _LOOKUPS[int(ticket)]
+    _COLLECTIONS[number].keep_gradient(found.lookups, found.plans, grad.clone(), zeros_to_come=1)
     # That of the anchor: an output, so that no compiler takes the operator for needless.
     return grad.new_zeros(1)
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from penstock.config import FeatureConfig
+from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.store import PooledGradient, PooledLookup, PoolingPlan, Store
 from penstock.errors import CapacityError, ConfigError, PartialUpdateError
-from penstock.types import FeatureShape
 
 _MOST_NAMED = 4
 
@@ -19,10 +18,14 @@ _MOST_NAMED = 4
 class _Pending:
     """The gradient of one output."""
 
-    def __init__(self, lookups: Sequence[PooledLookup], grad: Tensor) -> None:
+    def __init__(
+        self, lookups: Sequence[PooledLookup], plans: Sequence[PoolingPlan], grad: Tensor
+    ) -> None:
         """Begins to find out whether it is finite: now it is in the caches still."""
         self.lookups = lookups
-        """Of each store."""
+        """Of each trained store."""
+        self.plans = plans
+        """Of every store: where its columns are."""
         self.grad = grad
         """Perhaps the caller's own: it is as large as the output, too much to copy."""
         self.factor: Tensor | float | None = None
@@ -74,20 +77,23 @@ class PendingGradients:
         """Outputs that have one."""
         return len(self._parts)
 
-    def add(self, lookups: Sequence[PooledLookup], grad: Tensor) -> None:
+    def add(
+        self, lookups: Sequence[PooledLookup], plans: Sequence[PoolingPlan], grad: Tensor
+    ) -> None:
         """Keeps the gradient of an output; several of one, of a graph that was kept, add up.
 
         Args:
-          lookups: of the output, one a store.
-          grad: [B, W] float32, contiguous; not copied, and not to be changed.
+          lookups: of the output, one a trained store.
+          plans: of every store.
+          grad: [B, columns of the plans] float32, contiguous; not copied, and not to be changed.
         """
         for n, part in enumerate(self._parts):
             if part.lookups is lookups:
                 part.check()
                 total = part.scaled() + grad
-                self._parts[n] = _Pending(lookups, total)
+                self._parts[n] = _Pending(lookups, plans, total)
                 return
-        self._parts.append(_Pending(lookups, grad))
+        self._parts.append(_Pending(lookups, plans, grad))
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiplies all there are by a number, or a tensor of one element on any device."""
@@ -100,17 +106,17 @@ class PendingGradients:
         """Forgets them."""
         self._parts = []
 
-    def first_non_finite(self) -> Tensor | None:
-        """The first gradient with an element that is NaN or infinite, [B, W]; None: there is none.
+    def first_non_finite(self) -> tuple[Tensor, Sequence[PoolingPlan]] | None:
+        """The first gradient with an element that is NaN or infinite, and its plans; None: none is.
 
         On a GPU that waits for the backward pass, not for what came after.
         """
         for part in self._parts:
             part.check()
             if not part.is_finite:
-                return part.grad
+                return part.grad, part.plans
             if part.factor is not None and not math.isfinite(float(part.factor)):
-                return part.scaled()
+                return part.scaled(), part.plans
         return None
 
     def norms(
@@ -183,13 +189,20 @@ def is_finite(values: Tensor) -> bool:
 
 
 def describe_non_finite(
-    grad: Tensor, features: Sequence[FeatureConfig], shapes: Sequence[FeatureShape]
+    grad: Tensor,
+    plans: Sequence[PoolingPlan],
+    features: Sequence[FeatureConfig],
+    tables: Sequence[TableConfig],
 ) -> str:
-    """Where a gradient of a collection's output, [B, W], is NaN or infinite."""
+    """Where a gradient of the stores' output, [B, columns of the plans], is NaN or infinite."""
     bad = ~grad.isfinite()
     sample = int(bad.any(1).nonzero()[0])
-    widths = [shape.width for shape in shapes]
-    counts = [int(part.sum()) for part in torch.split(bad, widths, 1)]
+    dims = {table.name: table.dim for table in tables}
+    by_column = bad.sum(0).cpu()
+    counts = [0] * len(features)
+    for one in (one for plan in plans for one in plan.features):
+        width = dims[features[one.packed_feature].table] * (one.max_keys or 1)
+        counts[one.packed_feature] = int(by_column[one.column : one.column + width].sum())
     named = [
         f"feature {feature.name!r} of table {feature.table!r} ({count:,})"
         for feature, count in zip(features, counts, strict=True)

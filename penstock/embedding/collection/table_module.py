@@ -14,7 +14,7 @@ from penstock.embedding.collection.attachment import Attachment
 from penstock.embedding.collection.pending import PendingGradients, describe_non_finite
 from penstock.embedding.collection.table_files import load_tables, save_tables
 from penstock.embedding.collection.table_state import copy_tables, pack_tables, unpack_tables
-from penstock.embedding.store import PooledLookup
+from penstock.embedding.store import PooledLookup, PoolingPlan
 from penstock.errors import ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ class TableModule(nn.Module):
         bad = self.pending.first_non_finite()
         if bad is not None:
             collection = self._collection
-            raise NonFiniteError(
-                describe_non_finite(bad, collection.features, collection.feature_shapes)
-            )
+            raise NonFiniteError(describe_non_finite(*bad, collection.features, collection.tables))
 
     def discard_gradients(self) -> None:
         """Forgets the gradients that are not applied yet, as `zero_grad` does when attached."""
@@ -148,18 +146,24 @@ class TableModule(nn.Module):
             )
 
     def keep_gradient(
-        self, lookups: Sequence[PooledLookup], grad: Tensor, *, zeros_to_come: int = 0
+        self,
+        lookups: Sequence[PooledLookup],
+        plans: Sequence[PoolingPlan],
+        grad: Tensor,
+        *,
+        zeros_to_come: int = 0,
     ) -> None:
         """Keeps the gradient of a look-up's output, perhaps uncopied, until it is applied.
 
         Args:
-          lookups: of the output, one a store.
-          grad: [B, W].
+          lookups: of the output, one a trained store.
+          plans: of every store.
+          grad: [B, columns of the plans].
           zeros_to_come: times that autograd will add 0 to the anchor's gradient for it.
         """
         self._settle()
         grad = grad.to(self._collection.device, torch.float32).contiguous()
-        self.pending.add(lookups, grad)
+        self.pending.add(lookups, plans, grad)
         if self._attachment is not None:
             self._attachment.show(zeros_to_come=zeros_to_come)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.checks import check_batch
 from penstock.embedding.collection.table_stats import TableStats, retention_stats
+from penstock.embedding.collection.weight_gradient import ReadVectors
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import Clock, retains
+from penstock.embedding.shapes.arrangement import Arrangement, StoreLayout
 from penstock.embedding.store import PooledFeature, PoolingPlan, RowLayout, Store
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
-from penstock.types import FeatureShape, KeyedJagged
+from penstock.types import KeyedJagged
 
 _MOST_SHOWN = 20
 
@@ -39,7 +42,6 @@ class TableStores:
         self,
         tables: Sequence[TableConfig],
         features: Sequence[FeatureConfig],
-        shapes: Sequence[FeatureShape],
         *,
         num_threads: int,
         device: torch.device,
@@ -50,7 +52,6 @@ class TableStores:
         Args:
           tables: with distinct names.
           features: of these tables.
-          shapes: of each feature.
           num_threads: of a store on the CPU.
           device: where the rows live.
           options: of each store: `seed`, `deterministic`.
@@ -61,17 +62,14 @@ class TableStores:
         self.is_on_gpu = device.type != "cpu"
         self.device = kernel_device(device) if self.is_on_gpu else device
         """Of rows and outputs. In Triton's interpreter that of stores on a GPU is the CPU."""
-        self.width = sum(shape.width for shape in shapes)
-        """W, columns of the output."""
         self._names = [table.name for table in tables]
         self._places = places_of(tables)
         self._outputs = _core.buffer_pool()
         tables_of: dict[int, list[TableConfig]] = {}
         for table in tables:
             tables_of.setdefault(self._places[table.name][0], []).append(table)
-        plans = plans_of(self._places, features, [shape.width for shape in shapes])
-        groups = []
-        for group, its_tables in tables_of.items():
+        stores = []
+        for its_tables in tables_of.values():
             store: Store
             if self.is_on_gpu:
                 # Needs Triton, which not everyone has.
@@ -80,9 +78,25 @@ class TableStores:
                 store = GpuStore(its_tables, device=device, **options)
             else:
                 store = HostStore(its_tables, num_threads=num_threads, **options)
-            plan = PoolingPlan(plans.get(group, ()), self.width)
-            groups.append(TableGroup(store, plan, its_tables[0].trainable))
-        self.groups = tuple(groups)
+            stores.append((store, its_tables[0].trainable))
+        self._num_stores = len(stores)
+        dim_of = {table.name: table.dim for table in tables}
+        dims = [dim_of[feature.table] for feature in features]
+        self.arrangement = Arrangement(features, dims, self._layout_of)
+        plans = self.arrangement.layout.plans
+        self.groups = tuple(
+            TableGroup(store, plan, trainable)
+            for (store, trainable), plan in zip(stores, plans, strict=True)
+        )
+
+    def _layout_of(
+        self, features: Sequence[FeatureConfig], columns: Sequence[int], width: int
+    ) -> StoreLayout:
+        plans = plans_of(self._places, features, columns)
+        groups = range(self._num_stores)
+        return StoreLayout(
+            tuple(PoolingPlan(plans.get(group, ()), width) for group in groups), width
+        )
 
     @property
     def trained(self) -> list[tuple[Store, PoolingPlan]]:
@@ -100,34 +114,60 @@ class TableStores:
         group, number = self._places[name]
         return self.groups[group].store, number
 
-    def check_batch(self, sparse: KeyedJagged) -> None:
-        """Raises ConfigError if a batch cannot be looked up, by any plan."""
-        for _, plan, _ in self.groups:
+    def on_device(
+        self,
+        sparse: KeyedJagged,
+        layout: StoreLayout | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> KeyedJagged:
+        """An arranged batch where the stores take it; on the CPU it is the batch itself.
+
+        Raises:
+          ConfigError: it cannot be looked up, by some plan.
+        """
+        is_there = sparse.is_checked and sparse.values.device == self.device
+        if is_there or not self.is_on_gpu:
+            return sparse
+        for plan in (layout or self.arrangement.layout).plans:
             check_batch(plan, sparse)
+        is_one_hot = bool((sparse.offsets.diff() == 1).all())
+        moved = sparse.to(self.device, non_blocking=non_blocking)
+        return replace(moved, is_checked=True, is_one_hot=is_one_hot)
 
     def advance(self, clock: Clock) -> None:
         """Moves the time of trained tables on."""
         for store, _ in self.trained:
             store.advance(clock)
 
-    def pooled_lookup(self, sparse: KeyedJagged, *, insert: bool) -> tuple[Tensor, list[Any]]:
+    def pooled_lookup(
+        self, sparse: KeyedJagged, layout: StoreLayout | None = None, *, insert: bool
+    ) -> tuple[Tensor, list[Any]]:
         """One look-up in every store; with `insert` new keys of trained tables get rows.
 
         Returns:
-          [B, W] float32, and what each store needs to know of it for its gradient.
+          [B, columns of the layout] float32, and what each store needs to know of it for its
+          gradient.
         """
-        out = self._output(sparse.batch_size)
+        plans, width = layout or self.arrangement.layout
+        out = self._output(sparse.batch_size, width)
         lookups = [
             store.pooled_lookup(plan, sparse, insert=insert and trainable, out=out)
-            for store, plan, trainable in self.groups
+            for (store, _, trainable), plan in zip(self.groups, plans, strict=True)
         ]
         return out, lookups
 
-    def _output(self, size: int) -> Tensor:
-        """[B, W] float32, undefined."""
+    def read_looked_up(self, sparse: KeyedJagged, lookups: Sequence[Any]) -> ReadVectors:
+        """What the gradient of the weights needs of a look-up just done."""
+        pairs = zip(self.groups, lookups, strict=True)
+        vectors = [group.store.read_looked_up(lookup) for group, lookup in pairs]
+        return ReadVectors.of(sparse, [lookup.plan for lookup in lookups], vectors)
+
+    def _output(self, size: int, width: int) -> Tensor:
+        """Float32, undefined."""
         if self.is_on_gpu:
-            return torch.empty(size, self.width, dtype=torch.float32, device=self.device)
-        rows = self._outputs.take_rows(size, self.width)
+            return torch.empty(size, width, dtype=torch.float32, device=self.device)
+        rows = self._outputs.take_rows(size, width)
         if rows is None:
             raise CapacityError(f"no memory for the output of a batch of {size}")
         return torch.from_numpy(rows)
@@ -176,22 +216,21 @@ def places_of(tables: Sequence[TableConfig]) -> dict[str, tuple[int, int]]:
 def plans_of(
     places: Mapping[str, tuple[int, int]],
     features: Sequence[FeatureConfig],
-    widths: Sequence[int],
+    columns: Sequence[int],
 ) -> dict[int, tuple[PooledFeature, ...]]:
     """The features that each group serves, of those that serve any.
 
     Args:
       places: from `places_of`.
       features: of tables there.
-      widths: columns of each.
+      columns: the first of each.
     """
     served: dict[int, list[PooledFeature]] = {}
-    column = 0
-    for f, (feature, width) in enumerate(zip(features, widths, strict=True)):
+    for f, (feature, column) in enumerate(zip(features, columns, strict=True)):
         group, number = places[feature.table]
+        assert feature.pooling != "none"
         one = PooledFeature(f, number, feature.pooling, column, feature.max_keys)
         served.setdefault(group, []).append(one)
-        column += width
     return {group: tuple(ones) for group, ones in served.items()}
 
 

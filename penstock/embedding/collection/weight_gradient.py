@@ -15,6 +15,7 @@ from penstock.types import KeyedJagged
 
 if TYPE_CHECKING:
     from penstock.embedding.collection.collection import EmbeddingCollection
+    from penstock.embedding.shapes.arrangement import Arranged
 
 _SUM, _MEAN, _SQRT_N = range(3)
 _SMALLEST_DIVISOR = 2.0**-126
@@ -161,11 +162,11 @@ class WeightedLookup(torch.autograd.Function):
         anchor: Tensor,
         weights: Tensor,
         collection: EmbeddingCollection,
-        sparse: KeyedJagged,
+        arranged: Arranged,
         trains: bool,
     ) -> Tensor:
         """Looks up, and keeps what the weights' gradient needs."""
-        found = collection.look_up(sparse, trains=trains, reads_vectors=True)
+        found = collection.look_up(arranged, trains=trains, reads_vectors=True)
         ctx.collection, ctx.found, ctx.trains = collection, found, trains
         ctx.weights = weights.device, weights.dtype
         return found.out
@@ -175,6 +176,6 @@ class WeightedLookup(torch.autograd.Function):
         """Keeps the rows' gradient, and gives that of the weights."""
         (grad,) = grads
         if ctx.trains:
-            ctx.collection.keep_gradient(ctx.found.lookups, grad)
+            ctx.collection.keep_gradient(ctx.found.lookups, ctx.found.plans, grad)
         gradient = ctx.found.vectors.gradient(grad.to(ctx.collection.device))
         return None, gradient.to(*ctx.weights), None, None, None

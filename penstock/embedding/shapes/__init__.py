@@ -1,0 +1,1 @@
+"""Forms of a batch and of the vectors for it, and how stores are asked for them."""
