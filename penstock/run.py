@@ -36,13 +36,14 @@ from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.run_report import RunReport
 from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING
 from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
+from penstock.training.checkpoint.initial import initialise
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.feed import Fed, Feed
 from penstock.training.forward_state import ForwardState
 from penstock.training.prediction import write_scores
 from penstock.training.setup import build
 from penstock.training.step import Clock, steps_s, train_step
-from penstock.training.trained import newest_of_run, open_trained
+from penstock.training.trained import newest_of_run, open_trained, read_newest
 from penstock.types import Position
 
 
@@ -263,6 +264,14 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Starts at step 0 or, with `resume`, where the newest checkpoint ends."""
+        config, unmatched = self.job.training.init_from, []
+        if config is not None and not resume:
+            try:
+                unmatched = read_newest(
+                    Path(config.run), lambda path: initialise(path, config, self.state)
+                )
+            except CheckpointError as error:
+                raise CheckpointError(f"training.init_from: {error}") from None
         if resume:
             self.checkpoints.restore(newest_of_run(self.folder.path), self.state)
             self.dataset.take_up_quarantine(self.state.position)
@@ -270,6 +279,8 @@ class Run:
         self._began_at = self.state.position
         window_is_open = self.window.compute()["samples"] > 0
         self.report.start(self.state.step, self.state.position, window_is_open)
+        for line in unmatched:
+            self.report.warn(f"training.init_from: {line}: begins with initial values")
 
     def remaining_batches(self) -> Feed:
         """The batches from the current position to the end of the last epoch."""

@@ -25,7 +25,14 @@ from penstock.config.data import (
     TimeSplit,
     TimeUnit,
 )
-from penstock.config.job import DenseOptimizer, Job, TableDefaults, TrainingConfig, parse_job
+from penstock.config.job import (
+    DenseOptimizer,
+    InitFrom,
+    Job,
+    TableDefaults,
+    TrainingConfig,
+    parse_job,
+)
 from penstock.config.labels import Label
 from penstock.config.models import (
     AutoIntConfig,
@@ -140,6 +147,7 @@ __all__ = [
     "HSTUConfig",
     "Hash",
     "Hex",
+    "InitFrom",
     "Initializer",
     "Job",
     "JsonLinesSource",

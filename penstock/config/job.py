@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 
 from penstock.config.base import (
     MAY_CHANGE,
@@ -70,6 +70,30 @@ class DenseOptimizer(Config):
         return self
 
 
+class InitFrom(Config):
+    """What a run begins with instead of initial values: rows and weights that another has learnt.
+
+    Read when the run begins, never when it is resumed. Steps, position and schedules of the dense
+    part begin at 0.
+    """
+
+    run: str
+    """A run folder, one of its checkpoints, or RUN/best."""
+    tables: tuple[str, ...] = ("*",)
+    """Names or globs of the job's tables whose rows are taken, by name; `[]`: none."""
+    dense: bool = True
+    """Whether the model's weights and buffers are taken, by name."""
+    optimizer_state: bool = False
+    """Whether optimizer states of what is taken go on, too; of tables also the marks and counts of
+    admission and eviction, their time and the number of steps, by which their schedules go. They
+    must have the same rules then. Otherwise these begin anew.
+    """
+    unmatched: Literal["fail", "skip"] = "fail"
+    """What becomes of tables and weights that the other run does not have, or not in this form:
+    `fail` refuses them by name; `skip` lists them, and they begin with initial values.
+    """
+
+
 class TrainingConfig(Config):
     """What is learnt from the data, step by step."""
 
@@ -84,6 +108,8 @@ class TrainingConfig(Config):
     alike; of a row that is the sum of its gradients. Takes about as long as an update of the tables
     more.
     """
+    init_from: InitFrom | None = None
+    """null: all begins with initial values. A text is the run: `init_from: RUN`."""
     early_stopping: Annotated[EarlyStopping | None, MAY_CHANGE] = None
     """null: training goes on to the end of the data, or to `max_steps`."""
     seed: Int64 = 0
@@ -91,6 +117,11 @@ class TrainingConfig(Config):
     """Embedding updates have the same bits for any order of the samples of a batch, and on any
     device given equal gradients; slower. The number of threads never changes a bit of them. On a
     GPU torch's deterministic algorithms are used as well."""
+
+    @field_validator("init_from", mode="before")
+    @classmethod
+    def _run_alone(cls, given: Any) -> Any:
+        return {"run": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _tables_are_clipped_by_a_norm(self) -> TrainingConfig:

@@ -78,8 +78,8 @@ __all__ = [
 ]
 
 # FORMAT: never change these; see docs/checkpoint_format.md.
-_DENSE = "dense.safetensors"
-_OPTIMIZER = "optimizer.safetensors"
+DENSE = "dense.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 _METRICS = "metrics.safetensors"
 _RANDOM = "random.json"
 _NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
@@ -236,7 +236,7 @@ class Checkpoints:
         state.collection.step = manifest.collection_step
         state.model.load_state_dict(dense)
         if state.optimizer is not None and manifest.optimizer is not None:
-            tensors = read_tensors(path / _OPTIMIZER)
+            tensors = read_tensors(path / OPTIMIZER)
             load_optimizer(state.optimizer, state.model, manifest.optimizer, tensors)
         if state.metrics is not None and metrics is not None:
             state.metrics.load_state_dict(metrics)
@@ -281,11 +281,11 @@ class Checkpoints:
     def _write(self, directory: Path, state: TrainState) -> None:
         files: dict[str, FileRecord] = {}
         tables = tuple(write_tables(directory, state.collection, files))
-        files[_DENSE] = write_tensors(directory / _DENSE, state.model.state_dict())
+        files[DENSE] = write_tensors(directory / DENSE, state.model.state_dict())
         optimizer = None
         if state.optimizer is not None:
             optimizer, tensors = optimizer_state(state.optimizer, state.model)
-            files[_OPTIMIZER] = write_tensors(directory / _OPTIMIZER, tensors)
+            files[OPTIMIZER] = write_tensors(directory / OPTIMIZER, tensors)
         if state.metrics is not None:
             files[_METRICS] = write_tensors(directory / _METRICS, state.metrics.state_dict())
         files[_RANDOM] = write_durably(directory / _RANDOM, random_state())
@@ -468,7 +468,7 @@ def _load_dense(path: Path, collection: EmbeddingCollection, model: nn.Module) -
             f"checkpoint {path}: the tables already hold {held} rows; "
             "restore into an EmbeddingCollection that has not been used"
         )
-    dense = read_tensors(path / _DENSE)
+    dense = read_tensors(path / DENSE)
     try:
         check_model(model, dense)
     except CheckpointError as error:
