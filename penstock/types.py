@@ -151,6 +151,24 @@ class KeyedJagged:
             _join_weights(columns),
         )
 
+    def select(self, numbers: Sequence[int] | Tensor) -> KeyedJagged:
+        """Columns by their numbers, each as often as it is named; copies."""
+        number = torch.as_tensor(numbers, dtype=torch.int64, device=self.offsets.device)
+        names = tuple(self.features[n] for n in number.tolist())
+        shape = len(self.features), self.batch_size
+        starts = self.offsets[:-1].view(shape)[number].view(-1)
+        lengths = self.offsets.diff().view(shape)[number].view(-1)
+        offsets = lengths.new_zeros(lengths.numel() + 1)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        places = torch.repeat_interleave(starts - offsets[:-1], lengths)
+        places += torch.arange(len(places), device=places.device)
+        weights = None if self.weights is None else self.weights[places]
+        return KeyedJagged(names, self.values[places], offsets, weights)
+
+    def without_weights(self) -> KeyedJagged:
+        """The same batch, all weights 1."""
+        return replace(self, weights=None)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> KeyedJagged:
         """The same batch on a device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))

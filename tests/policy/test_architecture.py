@@ -103,6 +103,14 @@ MAY_IMPORT = {
         "embedding/gpu_store",
         "embedding/host_store",
     },
+    "embedding/interop": {
+        "errors",
+        "types",
+        "config",
+        "embedding/rules",
+        "embedding/store",
+        "embedding/collection",
+    },
     "embedding": {"errors", "types"},
     #
     "training/metrics": {

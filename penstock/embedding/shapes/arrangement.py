@@ -208,15 +208,7 @@ class Arrangement:
             check_finite_weights(sparse)
         if self._selected is None:
             return sparse
-        size = sparse.batch_size
-        selected = self._on(sparse, self._selected)
-        starts = sparse.offsets[:-1].view(len(self.inputs), size)[selected].view(-1)
-        lengths = sparse.offsets.diff().view(len(self.inputs), size)[selected].view(-1)
-        offsets = _ends(lengths)
-        places = torch.repeat_interleave(starts - offsets[:-1], lengths)
-        places += torch.arange(len(places), device=places.device)
-        weights = None if sparse.weights is None else sparse.weights[places]
-        return KeyedJagged(self.names, sparse.values[places], offsets, weights)
+        return replace(sparse.select(self._selected), features=self.names)
 
     def _without_padding(self, sparse: KeyedJagged) -> tuple[KeyedJagged, Tensor | None]:
         """Without keys that stand for nothing; and where the others were, if holes are kept."""
@@ -396,7 +388,7 @@ def _by_feature(
 ) -> dict[str, JaggedVectors]:
     first = offsets[::size] if size else offsets.new_zeros(len(kind.names) + 1)
     parts = torch.split(vectors, first.diff().tolist())
-    bags = offsets[:-1].view(-1, size)
+    bags = offsets[:-1].view(len(kind.names), size)
     ends = torch.cat([bags, first[1:, None]], 1) - first[:-1, None]
     return {
         name: JaggedVectors(part, own)

@@ -24,7 +24,7 @@ SPARSE = KeyedJagged.pack({
 class FakeKjt:
     """What a KeyedJaggedTensor offers, for machines without torchrec."""
 
-    def __init__(self, keys, values, lengths, weights=None, variable=False):
+    def __init__(self, keys, values, lengths, weights=None, variable=()):
         self._keys, self._values, self._lengths = keys, values, lengths
         self._weights, self._variable = weights, variable
 
@@ -41,7 +41,13 @@ class FakeKjt:
         return self._weights
 
     def variable_stride_per_key(self):
+        return bool(self._variable)
+
+    def stride_per_key(self):
         return self._variable
+
+    def inverse_indices_or_none(self):
+        return None
 
 
 def kjt(**fields):
@@ -70,7 +76,7 @@ def test_weights_are_taken_over():
 
 def test_what_cannot_be_taken_over_is_refused():
     with pytest.raises(ConfigError, match="every key needs the same batch size"):
-        from_keyed_jagged_tensor(kjt(variable=True))
+        from_keyed_jagged_tensor(kjt(variable=[4, 2]))
     floats = FakeKjt(["a"], torch.tensor([1.0]), torch.tensor([1]))
     with pytest.raises(ConfigError, match="the KeyedJaggedTensor of torch.float32: keys are integ"):
         from_keyed_jagged_tensor(floats)
