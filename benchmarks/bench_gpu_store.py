@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from penstock.embedding.gpu_store import GpuStore
 from penstock.embedding.store import PooledGradient
-from penstock.kernels.index.find import find_slots
-from penstock.kernels.index.index import Index, KeyBatch, Misses, prime_from
+from penstock.kernels.index.find import Misses, find_slots
+from penstock.kernels.index.index import Index, KeyBatch, prime_from
 from penstock.kernels.plan import DevicePlan, FeatureOnDevice
 from penstock.types import KeyedJagged
 
@@ -269,7 +269,9 @@ def index_rates(num_keys: int) -> list[dict]:
         asked = [one_table(keys) for keys in sets]
         view = index.view
 
-        def find(i, view=view, asked=asked, absent=absent, out=(slots, missing, counter)):
+        out = slots, Misses(missing, counter)
+
+        def find(i, view=view, asked=asked, absent=absent, out=out):
             find_slots(view, *asked[i % INDEX_SETS], absent, *out)
 
         results.append(rate(f"find at {load}", 2 * chunk, median_ms(find, 32, 8), goal))

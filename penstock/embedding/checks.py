@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.config import TableConfig
-from penstock.embedding.retention import MAX_COUNT
+from penstock.embedding.retention import MAX_COUNT, RetentionState, check_usage, checked_numbers
 from penstock.embedding.store import (
     MOST_UPDATE_KEYS,
     Candidates,
@@ -17,6 +17,7 @@ from penstock.embedding.store import (
     PooledLookup,
     PoolingPlan,
     RowLayout,
+    TableRows,
 )
 from penstock.errors import ConfigError, StaleExportError
 from penstock.types import KeyedJagged
@@ -24,20 +25,102 @@ from penstock.types import KeyedJagged
 MAX_TABLES = 65_535
 
 
-def check_candidates(candidates: Candidates) -> None:
-    """Refuses counts that no key can have; a store would take them for something else.
+def name_of(tables: Sequence[TableConfig]) -> str:
+    """The tables of a store, for messages."""
+    names = ", ".join(table.name for table in tables[:4])
+    more = ", ..." if len(tables) > 4 else ""
+    return f"{len(tables)} tables ({names}{more})"
+
+
+def check_table(table: int, tables: Sequence[TableConfig]) -> None:
+    """Refuses the number of a table that a store has not.
+
+    Raises:
+      ConfigError: it is none of theirs.
+    """
+    if not 0 <= table < len(tables):
+        raise ConfigError(f"table number {table} of a store with {len(tables)} tables")
+
+
+def checked(
+    tensor: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+    name: str,
+    device: torch.device,
+) -> Tensor:
+    """A tensor from the CPU or a store's device, contiguous on that device, or what is wrong.
+
+    Args:
+      tensor: that is given.
+      dtype: it must have; where that is of floating point, float32 will do.
+      shape: it must have; None: any size.
+      name: of it, for the message.
+      device: of the store.
+
+    Raises:
+      ConfigError: it has another dtype or shape, or is on another device.
+    """
+    is_shape = tensor.dim() == len(shape) and all(
+        want in {None, have} for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    dtypes = dict.fromkeys((dtype, torch.float32) if dtype.is_floating_point else (dtype,))
+    is_near = tensor.is_cpu or tensor.device == device
+    if tensor.dtype not in dtypes or not is_near or not is_shape:
+        wanted = ["n" if size is None else size for size in shape]
+        or_device = "" if device.type == "cpu" else f" or {device}"
+        raise ConfigError(
+            f"{name}: expected {' or '.join(map(str, dtypes))} of shape {wanted} on the "
+            f"CPU{or_device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )
+    return tensor.detach().to(device).contiguous()
+
+
+def checked_keys(keys: Tensor, device: torch.device) -> Tensor:
+    """Keys of one table, [n] int64 on the store's device; see `checked`."""
+    return checked(keys, torch.int64, (None,), "keys", device)
+
+
+def checked_rows(rows: TableRows, layout: RowLayout, device: torch.device) -> TableRows:
+    """Rows to write, on the store's device; see `checked`.
+
+    Raises:
+      ConfigError: they are not of the layout, or a mark of use is none that a table has.
+    """
+    keys = checked_keys(rows.keys, device)
+    count, usage = len(keys), None
+    values = checked(rows.values, layout.dtype, (count, layout.dim), "values", device)
+    state = checked(rows.state, torch.float32, (count, layout.state_dim), "state", device)
+    if rows.usage is not None:
+        usage = checked(rows.usage, torch.int64, (count, layout.usage_dim), "usage", device)
+        check_usage(usage)
+    return TableRows(keys, values, state, usage)
+
+
+def checked_candidates(candidates: Candidates, device: torch.device) -> Candidates:
+    """Counts to set, on the store's device; it would take wrong ones for something else.
 
     Raises:
       ConfigError: keys and counts are no [n] int64 each, or a count is not 1 to `MAX_COUNT`.
     """
-    keys, counts = candidates
-    for name, tensor in (("keys", keys), ("counts", counts)):
-        if tensor.dtype != torch.int64 or tensor.shape != keys.shape or tensor.dim() != 1:
-            raise ConfigError(
-                f"{name}: expected int64 [{keys.numel()}], got {tensor.dtype} {list(tensor.shape)}"
-            )
+    keys = checked_keys(candidates.keys, device)
+    counts = checked(candidates.counts, torch.int64, (len(keys),), "counts", device)
     if bool(((counts < 1) | (counts > MAX_COUNT)).any()):
         raise ConfigError(f"counts of keys must lie in 1 to {MAX_COUNT}")
+    return Candidates(keys, counts)
+
+
+def checked_state(state: RetentionState, layout: RowLayout, device: torch.device) -> RetentionState:
+    """What a table is to remember, on the store's device.
+
+    Raises:
+      ConfigError: the default row is not of the layout, or a number is missing or negative.
+    """
+    value = checked(state.default_value, torch.float32, (layout.dim,), "default_value", device)
+    of_rule = checked(
+        state.default_state, torch.float32, (layout.state_dim,), "default_state", device
+    )
+    return RetentionState(value, of_rule, checked_numbers(state.numbers))
 
 
 def layout_of(tables: Sequence[TableConfig]) -> RowLayout:

@@ -23,8 +23,6 @@ from penstock.embedding.retention import (
     Clock,
     RetentionState,
     admission_seed,
-    check_usage,
-    checked_numbers,
     default_of,
     limits_of,
     over_budget,
@@ -32,7 +30,6 @@ from penstock.embedding.retention import (
     retains,
 )
 from penstock.embedding.rules import optimizer
-from penstock.embedding.rules.initializer import initial_values
 from penstock.embedding.rules.rounding import round_update
 from penstock.embedding.store import (
     Candidates,
@@ -93,30 +90,20 @@ class DictStore:
             draws = admission_seed(seed, table.name)
             self._tables.append(DictTable(table, limits, draws, default))
 
-    def _initial(self, table: int, keys: list[int]) -> list[DictRow]:
-        config = self.tables[table]
-        first = initial_values(
-            config.initializer, self._seed, config.name, np.array(keys, np.int64), config.dim
-        )
-        values = torch.from_numpy(first).to(self.layout.dtype).double().numpy()
-        state = optimizer.initial_state(config.optimizer)
-        now = self._tables[table].numbers["now"]
-        return [DictRow(value, np.full(self.layout.state_dim, state), now) for value in values]
-
     def _insert(self, table: int, keys: list[int], *, explicit: bool = False) -> None:
         """Gives rows to the absent keys, where admitted."""
         held = self._tables[table]
         absent = held.admit(keys, self._step, explicit=explicit)
         if any(key not in held.rows for key in keys):
             self._version += 1
-        held.rows.update(zip(absent, self._initial(table, absent), strict=True))
+        held.rows.update(zip(absent, self._tables[table].initial(absent, self._seed), strict=True))
 
     def _read(self, table: int, keys: list[int]) -> list[DictRow]:
         held = self._tables[table]
         absent = [key for key in dict.fromkeys(keys) if key not in held.rows]
         if refuses(held.config):
             return [held.rows.get(key, held.default) for key in keys]
-        initial = dict(zip(absent, self._initial(table, absent), strict=True))
+        initial = dict(zip(absent, self._tables[table].initial(absent, self._seed), strict=True))
         return [held.rows[key] if key in held.rows else initial[key] for key in keys]
 
     def find(self, table: int, keys: Tensor) -> FindResult:
@@ -140,9 +127,8 @@ class DictStore:
 
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`."""
+        rows = checks.checked_rows(rows, self.layout, torch.device("cpu"))
         held, keys = self._tables[table], rows.keys.tolist()
-        if rows.usage is not None:
-            check_usage(rows.usage)
         before = set(held.rows)
         self._insert(table, keys, explicit=True)
         self._version += 1
@@ -168,7 +154,7 @@ class DictStore:
 
     def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
         """See `Store.export_batch`."""
-        part, after = self._export(self._tables[table].rows, cursor, max_rows)
+        part, after = _export(self._tables[table].rows, self._version, cursor, max_rows)
         usage = [[row.last_use, row.uses][: self.layout.usage_dim] for row in part.values()]
         rows = TableRows(
             torch.tensor(list(part), dtype=torch.int64),
@@ -179,15 +165,6 @@ class DictStore:
             else None,
         )
         return rows, after
-
-    def _export(
-        self, held: dict[int, Item], cursor: Cursor, most: int
-    ) -> tuple[dict[int, Item], Cursor]:
-        version = self._version if cursor.version is None else cursor.version
-        if version != self._version:
-            raise checks.stale_export("store")
-        part = dict(list(held.items())[cursor.position : cursor.position + most])
-        return part, Cursor(cursor.position + len(part), version)
 
     def num_rows(self, table: int) -> int:
         """See `Store.num_rows`."""
@@ -208,13 +185,13 @@ class DictStore:
         self, table: int, cursor: Cursor, max_keys: int
     ) -> tuple[Candidates, Cursor]:
         """See `Store.export_candidates`."""
-        part, after = self._export(self._tables[table].candidates, cursor, max_keys)
+        part, after = _export(self._tables[table].candidates, self._version, cursor, max_keys)
         keys = torch.tensor(list(part), dtype=torch.int64)
         return Candidates(keys, torch.tensor(list(part.values()), dtype=torch.int64)), after
 
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """See `Store.import_candidates`."""
-        checks.check_candidates(candidates)
+        candidates = checks.checked_candidates(candidates, torch.device("cpu"))
         self._version += 1
         held = self._tables[table]
         if not isinstance(held.config.admission, AdmitFrequent):
@@ -244,11 +221,12 @@ class DictStore:
 
     def set_retention_state(self, table: int, state: RetentionState) -> None:
         """See `Store.set_retention_state`."""
+        state = checks.checked_state(state, self.layout, torch.device("cpu"))
         held = self._tables[table]
         value = state.default_value.to(self.layout.dtype).double()
         default_state = state.default_state.double()
         held.default = DictRow(value.numpy().copy(), default_state.numpy().copy())
-        held.numbers = checked_numbers(state.numbers)
+        held.numbers = dict(state.numbers)
         self._step = max(self._step, held.numbers["step"])
 
     def pooled_lookup(
@@ -338,30 +316,11 @@ class DictStore:
         sums: dict[tuple[int, int | None], FloatArray] = {}
         for gradient in gradients:
             for feature in gradient.lookup.plan.features:
-                for key, share in self._shares(feature, gradient):
+                held = self._tables[feature.table]
+                for key, share in _shares(held, feature, gradient):
                     name = (feature.table, key)
                     sums[name] = sums.get(name, 0.0) + share
         return sums
-
-    def _shares(
-        self, feature: PooledFeature, gradient: PooledGradient
-    ) -> Iterator[tuple[int | None, FloatArray]]:
-        """Each key of a feature with its share of the gradient; None: the default row's."""
-        lookup, _, grad = gradient
-        assert isinstance(lookup, DictLookup)
-        held = self._tables[feature.table]
-        last = feature.column + self.layout.dim * (feature.max_keys or 1)
-        part = grad[:, feature.column : last].double().numpy()
-        part = part.reshape(len(part), feature.max_keys or 1, self.layout.dim)
-        for sample, (keys, factors) in enumerate(_bags(lookup.batch, feature)):
-            for n, (key, factor) in enumerate(zip(keys.tolist(), factors, strict=True)):
-                share = factor * part[sample, n if feature.max_keys else 0]
-                if (feature.table, key) in lookup.on_default:
-                    yield None, share
-                elif key not in held.rows and retains(held.config):
-                    held.numbers["dropped"] += 1
-                else:
-                    yield key, share
 
     def memory(self) -> StoreMemory:
         """See `Store.memory`; bytes are not counted."""
@@ -370,6 +329,37 @@ class DictStore:
 
     def check_invariants(self) -> None:
         """See `Store.check_invariants`; a dictionary has none to check."""
+
+
+def _export(
+    held: dict[int, Item], version: int, cursor: Cursor, most: int
+) -> tuple[dict[int, Item], Cursor]:
+    """Up to `most` items from a cursor on, of a store of a version."""
+    if cursor.version not in {None, version}:
+        raise checks.stale_export("store")
+    part = dict(list(held.items())[cursor.position : cursor.position + most])
+    return part, Cursor(cursor.position + len(part), version)
+
+
+def _shares(
+    held: DictTable, feature: PooledFeature, gradient: PooledGradient
+) -> Iterator[tuple[int | None, FloatArray]]:
+    """Each key of a feature with its share of the gradient; None: the default row's."""
+    lookup, _, grad = gradient
+    assert isinstance(lookup, DictLookup)
+    dim = held.config.dim
+    last = feature.column + dim * (feature.max_keys or 1)
+    part = grad[:, feature.column : last].double().numpy()
+    part = part.reshape(len(part), feature.max_keys or 1, dim)
+    for sample, (keys, factors) in enumerate(_bags(lookup.batch, feature)):
+        for n, (key, factor) in enumerate(zip(keys.tolist(), factors, strict=True)):
+            share = factor * part[sample, n if feature.max_keys else 0]
+            if (feature.table, key) in lookup.on_default:
+                yield None, share
+            elif key not in held.rows and retains(held.config):
+                held.numbers["dropped"] += 1
+            else:
+                yield key, share
 
 
 def _bags(batch: KeyedJagged, feature: PooledFeature) -> Iterator[tuple[Tensor, FloatArray]]:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
@@ -22,6 +23,9 @@ from penstock.embedding.retention import (
     precedence,
     sweep_period,
 )
+from penstock.embedding.rules.initializer import initial_values
+from penstock.embedding.rules.optimizer import initial_state, rule_of
+from penstock.embedding.rules.rounding import DTYPES
 
 FloatArray = NDArray[np.float64]
 
@@ -47,6 +51,17 @@ class DictTable:
     rows: dict[int, DictRow] = field(default_factory=dict)
     candidates: dict[int, int] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NUMBERS, 0))
+
+    def initial(self, keys: list[int], seed: int) -> list[DictRow]:
+        """What the rows of keys begin with, in a store of a seed."""
+        config, dtype = self.config, DTYPES[self.config.dtype]
+        first = initial_values(
+            config.initializer, seed, config.name, np.array(keys, np.int64), config.dim
+        )
+        values = torch.from_numpy(first).to(dtype).double().numpy()
+        state = initial_state(config.optimizer)
+        dim = rule_of(config.optimizer).state_dim(config.dim)
+        return [DictRow(value, np.full(dim, state), self.numbers["now"]) for value in values]
 
     def aged_uses(self, row: DictRow) -> int:
         """Uses of a row, halved as often as it is due."""

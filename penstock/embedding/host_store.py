@@ -19,8 +19,6 @@ from penstock.embedding.retention import (
     NUMBERS,
     Clock,
     RetentionState,
-    check_usage,
-    checked_numbers,
     default_of,
     limits_of,
     over_budget,
@@ -108,9 +106,9 @@ class HostStore:
         self.tables = tuple(tables)
         self._hypers = optimizer.Hypers(tables)
         self._deterministic = deterministic
-        self._limits = [limits_of(table, self.layout.row_bytes) for table in tables]
         try:
-            self._core = self._opened(
+            self._core = _opened(
+                self,
                 seed,
                 num_threads=num_threads,
                 max_bytes=max_bytes,
@@ -121,26 +119,6 @@ class HostStore:
             raise CapacityError(
                 "no address space for a host store; raise the limit on virtual memory (ulimit -v)"
             ) from None
-
-    def _opened(self, seed: int, **options: Any) -> _core.HostStore:
-        return _core.HostStore(
-            dim=self.layout.dim,
-            value_type=CODES[self.layout.value_type],
-            state_dim=self.layout.state_dim,
-            usage_dim=self.layout.usage_dim,
-            optimizer=optimizer.rule_of(self.tables[0].optimizer).code,
-            tables=[
-                (
-                    initializer.KINDS[type(table.initializer)],
-                    initializer.scale_of(table.initializer),
-                    optimizer.initial_state(table.optimizer),
-                    initializer.table_seed(seed, table.name),
-                    _core.RetentionPolicy(**policy_of(table, seed, limits)),
-                )
-                for table, limits in zip(self.tables, self._limits, strict=True)
-            ],
-            **options,
-        )
 
     @property
     def isa(self) -> str:
@@ -156,47 +134,39 @@ class HostStore:
         return self._find(table, keys, insert=True)
 
     def _find(self, table: int, keys: Tensor, *, insert: bool) -> FindResult:
-        self._check_table(table)
-        keys = _checked(keys, torch.int64, (None,), "keys")
+        checks.check_table(table, self.tables)
+        keys = checks.checked_keys(keys, _CPU)
         values = np.empty((len(keys), self.layout.dim), dtype=np.float32)
         state = np.empty((len(keys), self.layout.state_dim), dtype=np.float32)
         found = np.empty(len(keys), dtype=np.bool_)
         status = self._core.find(table, keys.numpy(), insert, values, state, found)
-        self._raise_for(status, of=f"finding {len(keys)} keys")
+        raise_for(self, status, f"finding {len(keys)} keys")
         return FindResult(
             torch.from_numpy(values), torch.from_numpy(state), torch.from_numpy(found)
         )
 
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`."""
-        self._check_table(table)
-        keys = _checked(rows.keys, torch.int64, (None,), "keys")
-        shape = (len(keys), self.layout.dim)
-        values = _checked(rows.values, self.layout.dtype, shape, "values", torch.float32)
-        state = _checked(rows.state, torch.float32, (len(keys), self.layout.state_dim), "state")
-        usage = None
-        if rows.usage is not None:
-            shape = (len(keys), self.layout.usage_dim)
-            checked = _checked(rows.usage, torch.int64, shape, "usage")
-            check_usage(checked)
-            usage = checked.flatten().numpy()
+        checks.check_table(table, self.tables)
+        rows = checks.checked_rows(rows, self.layout, _CPU)
+        usage = None if rows.usage is None else rows.usage.flatten().numpy()
         status, inserted = self._core.insert_or_assign(
-            table, keys.numpy(), _bits(values), state.numpy(), usage
+            table, rows.keys.numpy(), _bits(rows.values), rows.state.numpy(), usage
         )
-        self._raise_for(status, table, of=f"writing {len(keys)} rows")
+        raise_for(self, status, f"writing {len(rows.keys)} rows", table)
         return int(inserted)
 
     def erase(self, table: int, keys: Tensor) -> int:
         """See `Store.erase`."""
-        self._check_table(table)
-        keys = _checked(keys, torch.int64, (None,), "keys")
+        checks.check_table(table, self.tables)
+        keys = checks.checked_keys(keys, _CPU)
         status, erased = self._core.erase(table, keys.numpy())
-        self._raise_for(status, of=f"erasing {len(keys)} rows")
+        raise_for(self, status, f"erasing {len(keys)} rows")
         return int(erased)
 
     def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
         """See `Store.export_batch`."""
-        self._check_table(table)
+        checks.check_table(table, self.tables)
         current = self._core.content_version
         if cursor.position == _EXPORTED and cursor.version == current:
             # With many small tables, calls are most of an export.
@@ -214,7 +184,7 @@ class HostStore:
             table, cursor.position, version, keys, values, state, usage
         )
         if status != _core.Status.OK:
-            self._raise_for(status, of=f"exporting {size} rows")
+            raise_for(self, status, f"exporting {size} rows")
         if count < size:
             keys, values, state = keys[:count], values[:count], state[:count]
         rows = TableRows(
@@ -240,41 +210,39 @@ class HostStore:
 
     def num_rows(self, table: int) -> int:
         """See `Store.num_rows`."""
-        self._check_table(table)
+        checks.check_table(table, self.tables)
         return int(self._core.num_rows(table))
 
     def advance(self, clock: Clock) -> None:
         """See `Store.advance`."""
-        self._raise_for(self._core.advance(clock.step, clock.seconds), of="evicting rows")
+        raise_for(self, self._core.advance(clock.step, clock.seconds), "evicting rows")
 
     def num_candidates(self, table: int) -> int:
         """See `Store.num_candidates`."""
-        self._check_table(table)
+        checks.check_table(table, self.tables)
         return int(self._core.num_candidates(table))
 
     def export_candidates(
         self, table: int, cursor: Cursor, max_keys: int
     ) -> tuple[Candidates, Cursor]:
         """See `Store.export_candidates`."""
-        self._check_table(table)
+        checks.check_table(table, self.tables)
         version = self._core.content_version if cursor.version is None else cursor.version
         max_keys = min(max_keys, self.num_candidates(table))
         keys, counts = np.empty((2, max_keys), dtype=np.int64)
         status, exported, position = self._core.export_candidates(
             table, cursor.position, version, keys, counts
         )
-        self._raise_for(status, of=f"exporting {max_keys} counts")
+        raise_for(self, status, f"exporting {max_keys} counts")
         part = Candidates(torch.from_numpy(keys[:exported]), torch.from_numpy(counts[:exported]))
         return part, Cursor(position, version)
 
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """See `Store.import_candidates`."""
-        self._check_table(table)
-        checks.check_candidates(candidates)
-        keys = _checked(candidates.keys, torch.int64, (None,), "keys")
-        counts = _checked(candidates.counts, torch.int64, (len(keys),), "counts")
+        checks.check_table(table, self.tables)
+        keys, counts = checks.checked_candidates(candidates, _CPU)
         status = self._core.import_candidates(table, keys.numpy(), counts.numpy())
-        self._raise_for(status, table, of=f"counting {len(keys)} keys")
+        raise_for(self, status, f"counting {len(keys)} keys", table)
 
     def counters(self) -> TableCounters:
         """See `Store.counters`."""
@@ -286,7 +254,7 @@ class HostStore:
 
     def retention_state(self, table: int) -> RetentionState:
         """See `Store.retention_state`."""
-        self._check_table(table)
+        checks.check_table(table, self.tables)
         value = np.full(self.layout.dim, default_of(self.tables[table]), dtype=np.float32)
         initial = optimizer.initial_state(self.tables[table].optimizer)
         state = np.full(self.layout.state_dim, initial, dtype=np.float32)
@@ -297,13 +265,11 @@ class HostStore:
 
     def set_retention_state(self, table: int, state: RetentionState) -> None:
         """See `Store.set_retention_state`."""
-        self._check_table(table)
-        dims = (self.layout.dim,), (self.layout.state_dim,)
-        value = _checked(state.default_value, torch.float32, dims[0], "default_value")
-        default = _checked(state.default_state, torch.float32, dims[1], "default_state")
-        given = checked_numbers(state.numbers)
-        numbers = np.array([given[name] for name in NUMBERS], dtype=np.int64)
-        self._core.set_retention(table, value.numpy(), default.numpy(), numbers)
+        checks.check_table(table, self.tables)
+        given = checks.checked_state(state, self.layout, _CPU)
+        numbers = np.array([given.numbers[name] for name in NUMBERS], dtype=np.int64)
+        value, of_rule = given.default_value.numpy(), given.default_state.numpy()
+        self._core.set_retention(table, value, of_rule, numbers)
 
     def pooled_lookup(
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
@@ -333,14 +299,14 @@ class HostStore:
             checks.check_sequences(plan, batch)
             checks.check_finite_weights(batch)
             raise ConfigError("the batch changed while it was looked up")
-        self._raise_for(status, of=f"looking up {batch.values.numel()} keys")
+        raise_for(self, status, f"looking up {batch.values.numel()} keys")
         return lookup
 
     def read_looked_up(self, lookup: PooledLookup) -> Tensor:
         """See `Store.read_looked_up`."""
         assert isinstance(lookup, HostLookup)
         vectors = np.empty((lookup.num_keys, self.layout.dim), dtype=np.float32)
-        self._raise_for(self._core.read_looked_up(lookup.core, vectors), of="reading vectors")
+        raise_for(self, self._core.read_looked_up(lookup.core, vectors), "reading vectors")
         return torch.from_numpy(vectors)
 
     def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
@@ -381,7 +347,7 @@ class HostStore:
             raise
         if status != _core.Status.OK:
             num_keys = sum(part.lookup.num_keys for part in gradients)
-            self._raise_for(status, of=f"an update of {num_keys} keys")
+            raise_for(self, status, f"an update of {num_keys} keys")
         return result
 
     def memory(self) -> StoreMemory:
@@ -396,44 +362,70 @@ class HostStore:
         memory = self.memory()
         assert memory.rows + memory.free_slots == memory.slot_capacity, memory
 
-    def _check_table(self, table: int) -> None:
-        if not 0 <= table < len(self.tables):
-            raise ConfigError(f"table number {table} of a store with {len(self.tables)} tables")
 
-    def _raise_for(self, status: _core.Status, table: int = 0, *, of: str = "") -> None:
-        """Raises what a status says; `of`: what was done."""
-        if status == _core.Status.OK:
-            return
-        if status == _core.Status.OVER_BUDGET:
-            raise CapacityError(over_budget(self.tables[table], self._limits[table]))
-        names = ", ".join(table.name for table in self.tables[:4])
-        more = ", ..." if len(self.tables) > 4 else ""
-        where = f"host store of {len(self.tables)} tables ({names}{more})"
-        if status == _core.Status.STALE_CURSOR:
-            raise checks.stale_export(where)
-        if status == _core.Status.HALF_UPDATED:
-            raise PartialUpdateError(
-                f"{where}: no working memory in the middle of {of}: some rows have taken the step, "
-                "others have not; go on from a checkpoint, with smaller batches or more memory"
-            )
-        if status == _core.Status.NO_WORKING_MEMORY:
-            raise CapacityError(
-                f"{where}: no working memory for {of}; use smaller batches or more memory"
-            )
-        if status == _core.Status.NO_THREADS:
-            raise CapacityError(
-                f"{where}: the system starts no more threads; use fewer (threads, num_threads)"
-            )
-        rows = self.memory().rows
-        if status == _core.Status.TOO_MANY_ROWS:
-            raise CapacityError(
-                f"{where} holds {rows} rows, and a store takes 2^32 - 1; "
-                "give some of the tables another dim"
-            )
-        raise CapacityError(
-            f"{where} cannot grow beyond {rows} rows: no memory; use a machine with more memory or "
-            "smaller tables"
+def raise_for(store: HostStore, status: _core.Status, of: str, table: int = 0) -> None:
+    """Raises what a status of a store says.
+
+    Args:
+      store: whose call it was.
+      status: it returned.
+      of: what was done.
+      table: of it.
+    """
+    if status == _core.Status.OK:
+        return
+    if status == _core.Status.OVER_BUDGET:
+        limits = limits_of(store.tables[table], store.layout.row_bytes)
+        raise CapacityError(over_budget(store.tables[table], limits))
+    where = f"host store of {checks.name_of(store.tables)}"
+    if status == _core.Status.STALE_CURSOR:
+        raise checks.stale_export(where)
+    if status == _core.Status.HALF_UPDATED:
+        raise PartialUpdateError(
+            f"{where}: no working memory in the middle of {of}: some rows have taken the step, "
+            "others have not; go on from a checkpoint, with smaller batches or more memory"
         )
+    if status == _core.Status.NO_WORKING_MEMORY:
+        raise CapacityError(
+            f"{where}: no working memory for {of}; use smaller batches or more memory"
+        )
+    if status == _core.Status.NO_THREADS:
+        raise CapacityError(
+            f"{where}: the system starts no more threads; use fewer (threads, num_threads)"
+        )
+    rows = store.memory().rows
+    if status == _core.Status.TOO_MANY_ROWS:
+        raise CapacityError(
+            f"{where} holds {rows} rows, and a store takes 2^32 - 1; "
+            "give some of the tables another dim"
+        )
+    raise CapacityError(
+        f"{where} cannot grow beyond {rows} rows: no memory; use a machine with more memory or "
+        "smaller tables"
+    )
+
+
+def _opened(store: HostStore, seed: int, **options: Any) -> _core.HostStore:
+    return _core.HostStore(
+        dim=store.layout.dim,
+        value_type=CODES[store.layout.value_type],
+        state_dim=store.layout.state_dim,
+        usage_dim=store.layout.usage_dim,
+        optimizer=optimizer.rule_of(store.tables[0].optimizer).code,
+        tables=[
+            (
+                initializer.KINDS[type(table.initializer)],
+                initializer.scale_of(table.initializer),
+                optimizer.initial_state(table.optimizer),
+                initializer.table_seed(seed, table.name),
+                _core.RetentionPolicy(
+                    **policy_of(table, seed, limits_of(table, store.layout.row_bytes))
+                ),
+            )
+            for table in store.tables
+        ],
+        **options,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -452,24 +444,3 @@ def _core_plan(plan: PoolingPlan) -> _core.PoolingPlan:
 def _bits(values: Tensor) -> NDArray[Any]:
     """The same memory as numpy knows it: it has no bfloat16."""
     return (values if values.dtype == torch.float32 else values.view(torch.int16)).numpy()
-
-
-def _checked(
-    tensor: Tensor,
-    dtype: torch.dtype,
-    shape: tuple[int | None, ...],
-    name: str,
-    *others: torch.dtype,
-) -> Tensor:
-    """The tensor, contiguous, or an error that names it."""
-    is_shape = tensor.dim() == len(shape) and all(
-        want in {None, have} for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    dtypes = dict.fromkeys((dtype, *others))
-    if tensor.dtype not in dtypes or tensor.device.type != "cpu" or not is_shape:
-        wanted = ["n" if size is None else size for size in shape]
-        raise ConfigError(
-            f"{name}: expected {' or '.join(map(str, dtypes))} of shape {wanted} on the CPU, "
-            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        )
-    return tensor.detach().contiguous()

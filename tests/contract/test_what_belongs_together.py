@@ -8,7 +8,7 @@ import torch
 
 from penstock import _core
 from penstock.config import SGD, Adagrad, AdmitFrequent, Constant, Eviction, TableConfig
-from penstock.embedding.host_store import HostStore
+from penstock.embedding.host_store import HostStore, raise_for
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
@@ -383,7 +383,7 @@ def test_what_the_core_says_of_an_update_reaches_whoever_called():
         (_core.Status.STALE_CURSOR, StaleExportError, "begin the export again"),
     ):
         with pytest.raises(error, match=words) as caught:
-            store._raise_for(status, of="an update")
+            raise_for(store, status, "an update")
         assert type(caught.value) is error
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from penstock.kernels.index.claim import find_or_claim
-from penstock.kernels.index.index import Claims, Index, KeyBatch, Misses
+from penstock.kernels.index.find import Misses
+from penstock.kernels.index.index import Claims, Index, KeyBatch
 from penstock.kernels.plan import MEAN, SUM
 from tests.kernels.lookup_cases import make_batch, make_plan
 
@@ -38,7 +39,7 @@ def test_every_missing_key_claims_one_entry(size, num_present, device):
     )
     claims = Claims(torch.empty(3, num, dtype=torch.int64, device=device))
     absent = torch.tensor(ABSENT, dtype=torch.int32, device=device)
-    find_or_claim(index.view, plan, batch, absent, slots, *misses, *claims, allocated)
+    find_or_claim(index.view, plan, batch, absent, slots, misses, *claims, allocated)
 
     lengths = batch.offsets.diff().view(len(batch.features), -1).sum(1)
     tables = torch.repeat_interleave(plan.table_of_packed.long(), lengths)

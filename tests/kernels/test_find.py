@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from penstock.kernels.index.find import find_slots
-from penstock.kernels.index.index import Index, KeyBatch, Misses
+from penstock.kernels.index.find import Misses, find_slots
+from penstock.kernels.index.index import Index, KeyBatch
 from penstock.kernels.plan import MEAN, SUM
 from tests.kernels.lookup_cases import NUM_TABLES, make_batch, make_plan
 
@@ -30,7 +30,7 @@ def test_keys_of_all_features_are_found_in_their_tables(size, device):
     missing = torch.full((num,), -1, dtype=torch.int64, device=device)
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     absent = torch.tensor([-1, 1000, -1], dtype=torch.int32, device=device)
-    find_slots(index.view, plan, batch, absent, slots, missing, counter)
+    find_slots(index.view, plan, batch, absent, slots, Misses(missing, counter))
     lengths = batch.offsets.diff().view(len(batch.features), -1).sum(1)
     tables = torch.repeat_interleave(plan.table_of_packed.long(), lengths).tolist()
     expected, gone = [], []

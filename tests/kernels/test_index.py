@@ -9,8 +9,9 @@ from penstock.embedding.rules import initializer
 from penstock.kernels.index import reference as reference_index
 
 pytest.importorskip("triton")
-from penstock.kernels.index.index import Index, KeyBatch, Misses, prime_from
-from penstock.kernels.index.rows import Count, Initial, Slots, make_rows, read_initial
+from penstock.kernels.index.find import Misses
+from penstock.kernels.index.index import Index, KeyBatch, prime_from
+from penstock.kernels.index.rows import Count, Destination, Initial, Slots, make_rows, read_initial
 from penstock.kernels.memory.arena import Arena
 from penstock.kernels.update.occurrences import RowArrays
 
@@ -236,8 +237,8 @@ def test_new_rows_begin_as_the_initializer_says(dtype, dim, state_dim, usage_dim
     claims = inserter.index.claim(batch, misses, found, inserter.allocated)
     message = torch.zeros(1, dtype=torch.int64, pin_memory=DEVICE.type == "cuda")
     count = Count(inserter.allocated, message, 2**31 - 1)
-    made = found, rows_of_table, rows, initial
-    make_rows(inserter.index, batch, misses, claims, Slots(free, 100), *made, count)
+    to = Destination(Slots(free, 100), rows, rows_of_table, count)
+    make_rows(inserter.index, batch, misses, claims, found, to, initial)
     again, misses = inserter.find(batch)
     assert int(misses.number) == 0
     assert torch.equal(again, found)

@@ -6,7 +6,7 @@ from penstock.kernels.update import occurrences as kinds
 from penstock.kernels.update import reference as reference_update
 from penstock.kernels.update import update
 from penstock.kernels.update.group import group_keys
-from penstock.kernels.update.occurrences import GradientPart, RowArrays
+from penstock.kernels.update.occurrences import GradientPart, RowArrays, UpdateRules
 from tests.kernels.lookup_cases import (
     Lookup,
     make_batch,
@@ -40,6 +40,11 @@ def on_twin(rows):
     return RowArrays(*(part.clone() for part in rows))
 
 
+def rules_of(options):
+    names = {"usage_rules": "usage"}
+    return UpdateRules(**{names.get(name, name): value for name, value in options.items()})
+
+
 def check(parts, plan, rows, hypers, **options):
     expected = on_twin(rows)
     step = options.pop("step", 3)
@@ -49,7 +54,7 @@ def check(parts, plan, rows, hypers, **options):
     want = reference_update.apply_gradients(
         expected, plan, twin_parts, hypers, step=step, **twin_options
     )
-    got = update.apply_gradients(rows, plan, parts, hypers, step=step, **options)
+    got = update.apply_gradients(rows, plan, parts, hypers, step, rules_of(options))
     assert int(got) == int(want)
     # float32 against float64: sums of up to thousands of terms, and roots of small numbers
     torch.testing.assert_close(rows.state, expected.state, rtol=2e-5, atol=2e-6)
@@ -125,7 +130,7 @@ def test_no_keys_change_nothing(device):
     rows = make_rows(kinds.SGD, 8, 90, 2, device)
     before = on_twin(rows)
     done = update.apply_gradients(
-        rows, lookup.plan, [make_part(lookup, 1)], make_hypers(device), rule=kinds.SGD, step=0
+        rows, lookup.plan, [make_part(lookup, 1)], make_hypers(device), 0, UpdateRules(kinds.SGD)
     )
     assert int(done) == 0
     assert torch.equal(rows.values, before.values)
@@ -169,7 +174,7 @@ def test_special_numbers_are_rounded_as_the_twin_does(dtype, device):
     hypers = make_hypers(device, tables=1, decay=0.0)
     hypers[:, 0] = -1.0
     update.apply_gradients(
-        rows, plan, [GradientPart(batch, slots, grad)], hypers, rule=kinds.SGD, step=7
+        rows, plan, [GradientPart(batch, slots, grad)], hypers, 7, UpdateRules(kinds.SGD)
     )
     expected = reference_update.narrowed(0.0 + values, dtype, 7)
     assert torch.equal(rows.values.view(torch.int16), expected.view(torch.int16))
@@ -183,7 +188,7 @@ def test_the_order_of_sums_is_fixed(deterministic, device):
         rows = make_rows(kinds.ROW_WISE_ADAGRAD, 16, 90, 2, device)
         update.apply_gradients(
             rows, lookup.plan, [make_part(lookup, 3)], make_hypers(device),
-            rule=kinds.ROW_WISE_ADAGRAD, step=0, deterministic=deterministic,
+            0, UpdateRules(kinds.ROW_WISE_ADAGRAD, deterministic=deterministic),
         )  # fmt: skip
         results.append(rows)
     for rows in results[1:]:
@@ -200,7 +205,7 @@ def test_a_gradient_that_is_not_finite_shows_in_its_row_alone(device):
     grad[2, 4] = torch.inf
     update.apply_gradients(
         rows, plan, [GradientPart(batch, slots, grad)], make_hypers(device, tables=1),
-        rule=kinds.SGD, step=0, deterministic=True,
+        0, UpdateRules(kinds.SGD, deterministic=True),
     )  # fmt: skip
     assert bool(rows.values[3].isnan().all())
     assert bool(rows.values[5:].isfinite().all())
@@ -229,7 +234,8 @@ def test_millions_of_keys_and_arenas_beyond_31_bits(deterministic, device):
     hypers = make_hypers(device)
     want = reference_update.apply_gradients(twin, plan, [twin_part], hypers, **options)
     rows = RowArrays(values, state, none)
-    got = update.apply_gradients(rows, plan, [part], hypers, deterministic=deterministic, **options)
+    rules = UpdateRules(kinds.ROW_WISE_ADAGRAD, deterministic=deterministic)
+    got = update.apply_gradients(rows, plan, [part], hypers, 3, rules)
     assert int(got) == int(want)
     # 3e5 terms of one row, float32 sums in another order
     torch.testing.assert_close(state[used], twin.state, rtol=1e-4, atol=1e-4)

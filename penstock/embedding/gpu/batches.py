@@ -14,7 +14,8 @@ from penstock.config import TableConfig
 from penstock.embedding.rules.optimizer import Hypers
 from penstock.embedding.store import PooledLookup, PoolingPlan, own_copy
 from penstock.errors import ConfigError
-from penstock.kernels.index.index import KeyBatch, Misses
+from penstock.kernels.index.find import Misses
+from penstock.kernels.index.index import KeyBatch
 from penstock.kernels.plan import POOLING_CODES, DevicePlan, FeatureOnDevice
 from penstock.kernels.update.group import group_keys
 from penstock.kernels.update.occurrences import GradientPart, Grouping
@@ -278,20 +279,3 @@ class Counters:
             zeros = torch.zeros(1024, self._size, dtype=self._dtype, device=self._device)
             self._left = list(zeros.unbind())
         return self._left.pop()
-
-
-def given(
-    device: torch.device, rows: Tensor, dtype: torch.dtype, width: int, count: int, name: str
-) -> Tensor:
-    """Columns of rows [count, width], on the device.
-
-    Raises:
-      ConfigError: they are of another type or shape.
-    """
-    dtypes = dict.fromkeys((dtype, torch.float32) if dtype.is_floating_point else (dtype,))
-    if rows.dtype not in dtypes or rows.shape != (count, width):
-        raise ConfigError(
-            f"{name}: expected {' or '.join(map(str, dtypes))} of shape {[count, width]}, got "
-            f"{rows.dtype} {list(rows.shape)}"
-        )
-    return rows.detach().to(device)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.plan import DevicePlan
-from penstock.kernels.update.occurrences import HYPER_FIELDS, SGD, GradientPart, RowArrays
+from penstock.kernels.update.occurrences import (
+    HYPER_FIELDS,
+    SGD,
+    GradientPart,
+    RowArrays,
+    UpdateRules,
+)
 from penstock.kernels.update.update import apply_gradients
 
 
@@ -40,8 +46,7 @@ def gradient_norm(
         part._replace(slots=of_part, grouping=None)
         for part, of_part in zip(parts, torch.split(numbers, sizes), strict=True)
     ]
-    apply_gradients(
-        rows, plan, renumbered, hypers, rule=SGD, step=0, clips=False, deterministic=deterministic
-    )
+    rules = UpdateRules(SGD, clips=False, deterministic=deterministic)
+    apply_gradients(rows, plan, renumbered, hypers, 0, rules)
     norm: Tensor = torch.linalg.vector_norm(values, norm_type)
     return norm

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.config import AdmitAtRandom, AdmitFrequent, TableConfig
+from penstock.embedding.gpu.counts import KeyCounts, by_table
 from penstock.embedding.retention import (
     EVICTED_BEYOND_NEED,
     MAX_COUNT,
@@ -30,8 +31,9 @@ from penstock.embedding.retention import (
     retains,
 )
 from penstock.errors import CapacityError
-from penstock.kernels.index.index import Index, KeyBatch, Misses
-from penstock.kernels.index.reference import find, mix64
+from penstock.kernels.index.find import Misses
+from penstock.kernels.index.index import Index, KeyBatch
+from penstock.kernels.index.reference import mix64
 from penstock.kernels.update.occurrences import UsageRules
 
 _LOWEST = -(2**63)
@@ -87,9 +89,7 @@ class Rules:
         self._schedule = Schedule.of(tables, limits)
         self._limits = tuple(limits)
         self._now = now
-        self.counts = Index(device)
-        """(table, key) -> count, of keys without a row."""
-        self._num_counted = np.zeros(len(tables), dtype=np.int64)
+        self.counts = KeyCounts(len(tables), device)
         self._numbers = np.zeros((len(tables), len(NUMBERS)), dtype=np.int64)
         self._step = 0
         thresholds, least, halves, seeds = [], [], [], []
@@ -120,7 +120,7 @@ class Rules:
 
     def num_candidates(self, table: int) -> int:
         """Keys of a table that are counted but have no row."""
-        return int(self._num_counted[table])
+        return int(self.counts.of_table[table])
 
     def evicted(self, table: int) -> int:
         """Rows of a table that have left since the beginning."""
@@ -138,7 +138,7 @@ class Rules:
 
     def all_numbers(self) -> tuple[np.ndarray, np.ndarray]:
         """[T] int64 counted keys, [T, numbers] int64 as in `NUMBERS`; copies."""
-        return self._num_counted.copy(), self._numbers.copy()
+        return self.counts.of_table.copy(), self._numbers.copy()
 
     def note_ahead(self, table: int, rows: int) -> None:
         """Counts rows that were imported with a last use after now."""
@@ -150,13 +150,12 @@ class Rules:
             return
         places = misses.places[: int(misses.number)].sort().values
         keys, counts = batch.keys[places], counts[places]
-        limit = self._limits[table].max_candidates
-        _, entry = find(self.counts.entries, self.counts.salt, keys, torch.full_like(keys, table))
-        is_new = self._counts_of(keys, torch.full_like(keys, table)) < 0
-        self._set_counts(entry[~is_new], counts[~is_new])
+        limit, tables = self._limits[table].max_candidates, torch.full_like(keys, table)
+        is_new = self.counts.of(keys, tables) < 0
+        self.counts.set(keys[~is_new], tables[~is_new], counts[~is_new])
         new = is_new.nonzero()[:, 0]
         room = max(0, limit - self.num_candidates(table))
-        self._add_counts(keys[new[:room]], torch.full_like(new[:room], table), counts[new[:room]])
+        self.counts.add(keys[new[:room]], tables[new[:room]], counts[new[:room]])
         if len(new) > room:
             raise CapacityError(over_budget(self._tables[table], self._limits[table]))
 
@@ -177,7 +176,7 @@ class Rules:
         """
         places = misses.places[: int(misses.number)]
         one = _newcomers(batch, places)
-        counted = self._counts_of(one.keys, one.tables)
+        counted = self.counts.of(one.keys, one.tables)
         is_counted = counted >= 0
         least = self._min_counts[one.tables]
         total = (one.counts + counted.clamp(min=0)).clamp(max=MAX_COUNT)
@@ -187,15 +186,13 @@ class Rules:
         uncounted = ~wanted & ~is_counted & (least > 0)
         gets_row = self._within_budget(access, batch, slots, one, wanted)
         # Counts: those that get rows give up their places first.
-        if bool((is_counted & gets_row).any()):
-            self._forget(one, is_counted & gets_row)
+        left = is_counted & gets_row
+        if bool(left.any()):
+            self.counts.forget(one.keys[left], one.tables[left])
         if not explicit:
             still = is_counted & ~gets_row
             if bool(still.any()):
-                _, entry = find(
-                    self.counts.entries, self.counts.salt, one.keys[still], one.tables[still]
-                )
-                self._set_counts(entry, total[still])
+                self.counts.set(one.keys[still], one.tables[still], total[still])
             self._count(one, uncounted, total)
             self._tally(one, gets_row)
         refused = places[~gets_row[one.which]]
@@ -266,49 +263,14 @@ class Rules:
         # Tables without rules refuse no key.
         self._numbers[:, REFUSED] += refused.cpu().numpy()
 
-    # --- counts of keys without a row -----------------------------------------------------------
-
-    def _counts_of(self, keys: Tensor, tables: Tensor) -> Tensor:
-        """[n] int64 counts; -1: not counted."""
-        if not self._num_counted.any():
-            return torch.full_like(keys, -1)
-        return find(self.counts.entries, self.counts.salt, keys, tables)[0]
-
-    def _set_counts(self, entry: Tensor, counts: Tensor) -> None:
-        meta = self.counts.entries[:, 1]
-        meta[entry] = (meta[entry] >> 40 << 40) | counts
-
     def _count(self, one: _Newcomers, uncounted: Tensor, total: Tensor) -> None:
         """Begins to count keys, as far as there are places for them."""
-        places = self._schedule.max_candidates - self._num_counted
+        places = self._schedule.max_candidates - self.counts.of_table
         is_full = self._by_table(one.tables[uncounted]) > places
         if is_full.any():
             self._numbers[is_full, FULL] = 1
             uncounted = self._first(one, uncounted, places)
-        self._add_counts(one.keys[uncounted], one.tables[uncounted], total[uncounted])
-
-    def _add_counts(self, keys: Tensor, tables: Tensor, counts: Tensor) -> None:
-        """Counts keys that are not counted, and differ."""
-        if not len(keys):
-            return
-        self.counts.reserve(int(self._num_counted.sum()) + len(keys))
-        # One packed feature a table; keys come in its order.
-        order = tables.argsort(stable=True)
-        number = len(self._tables)
-        ends = torch.bincount(tables, minlength=number).cumsum(0)
-        offsets = torch.cat([ends.new_zeros(1), ends])
-        numbers = torch.arange(number, dtype=torch.int32, device=keys.device)
-        batch = KeyBatch(keys[order], offsets, numbers, 1)
-        everything = torch.arange(len(keys), device=keys.device)
-        misses = Misses(everything, torch.tensor([len(keys)], device=keys.device))
-        found = torch.empty(len(keys), dtype=torch.int32, device=keys.device)
-        claims = self.counts.claim(batch, misses, found, keys.new_zeros(1))
-        self.counts.settle(batch, misses, claims, counts[order])
-        self._num_counted += self._by_table(tables)
-
-    def _forget(self, one: _Newcomers, those: Tensor) -> None:
-        self.counts.erase(one.keys[those], one.tables[those])
-        self._num_counted -= self._by_table(one.tables[those])
+        self.counts.add(one.keys[uncounted], one.tables[uncounted], total[uncounted])
 
     # --- eviction and time ----------------------------------------------------------------------
 
@@ -385,7 +347,7 @@ class Rules:
         self._step = max(self._step, clock.step)
         if not times.any():
             return False
-        self._halve(times)
+        self.counts.halve(times)
         return True
 
     def _evict_expired(self, access: Access, is_due: Tensor) -> None:
@@ -394,21 +356,8 @@ class Rules:
         gone = self._now[tables] - last_use > self._ttls[tables]
         self._evict(access, keys[gone], tables[gone], last_use[gone])
 
-    def _halve(self, halvings: np.ndarray) -> None:
-        """Counts become 2^-n of what they were, by table; those that become 0 are forgotten."""
-        entries = self.counts.entries
-        keys, meta = entries[entries[:, 1] > 1].unbind(1)
-        tables = (meta >> 40) - 1
-        counts = (meta & _WORD) >> torch.from_numpy(halvings).to(keys.device)[tables]
-        left = counts > 0
-        self.counts = Index(keys.device)
-        self._num_counted[:] = 0
-        self._add_counts(keys[left], tables[left], counts[left])
-
     def _by_table(self, tables: Tensor) -> np.ndarray:
-        """[T] int64: how many of `tables` [n] int64 are which."""
-        found: np.ndarray = torch.bincount(tables, minlength=len(self._tables)).cpu().numpy()
-        return found
+        return by_table(tables, len(self._tables))
 
 
 def _rows_of(access: Access, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:

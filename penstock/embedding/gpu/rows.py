@@ -14,9 +14,9 @@ from penstock.embedding.gpu.slots import SlotPool
 from penstock.embedding.rules import initializer, optimizer
 from penstock.errors import CapacityError
 from penstock.kernels.index.claim import find_or_claim
-from penstock.kernels.index.find import find_slots
-from penstock.kernels.index.index import Claims, Index, KeyBatch, Misses
-from penstock.kernels.index.rows import Count, Initial, lend_rows, make_rows
+from penstock.kernels.index.find import Misses, find_slots
+from penstock.kernels.index.index import Claims, Index, KeyBatch
+from penstock.kernels.index.rows import Count, Destination, Initial, lend_rows, make_rows
 from penstock.kernels.plan import DevicePlan
 from penstock.types import KeyedJagged
 
@@ -76,7 +76,7 @@ class KeyedRows:
           absent: [T] int32, what a missing key of each table gets.
         """
         slots, misses = self._nothing_found(batch)
-        find_slots(self.index.view, plan, batch, absent, slots, *misses)
+        find_slots(self.index.view, plan, batch, absent, slots, misses)
         return slots, misses
 
     def find_or_make(self, plan: DevicePlan, batch: KeyedJagged, absent: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ class KeyedRows:
         if values.numel() < MANY_KEYS:
             # One launch less; but many keys, most of which are there, are found faster alone.
             claims = Claims(values.new_empty(3, values.numel()))
-            find_or_claim(self.index.view, plan, batch, absent, slots, *misses, *claims, allocated)
+            find_or_claim(self.index.view, plan, batch, absent, slots, misses, *claims, allocated)
         else:
-            find_slots(self.index.view, plan, batch, absent, slots, *misses)
+            find_slots(self.index.view, plan, batch, absent, slots, misses)
             claims = self.index.claim(keys, misses, slots, allocated)
         self._make(keys, slots, misses, claims, values.numel())
         return slots
@@ -144,9 +144,9 @@ class KeyedRows:
     ) -> None:
         if not keys.keys.numel():
             return  # no kernel runs that could report
-        made = slots, self.of_table, self.slots.rows, self.initial
         count = Count(self.slots.allocated, self.slots.message, self.slots.num_insertions + 1)
-        make_rows(self.index, keys, misses, claims, self.slots.slots, *made, count)
+        to = Destination(self.slots.slots, self.slots.rows, self.of_table, count)
+        make_rows(self.index, keys, misses, claims, slots, to, self.initial)
         self.slots.take(most)
 
     def _make_room(self, keys: KeyBatch, misses: Misses, most: int, wish: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from penstock.kernels.index.find import (
     IndexView,
+    Misses,
     probe_slots,
     programs_for,
     search_arguments,
@@ -175,8 +176,7 @@ def find_or_claim(
     batch: KeyedJagged,
     absent: Tensor,
     slots: Tensor,
-    missing: Tensor,
-    counter: Tensor,
+    misses: Misses,
     claims: Tensor,
     allocated: Tensor,
 ) -> None:
@@ -188,8 +188,7 @@ def find_or_claim(
       batch: keys and offsets, on the device.
       absent: [T] int32, what an absent key of a table gets until its row is made.
       slots: [N] int32, written by position; those of other stores' keys are left alone.
-      missing: [N] int64, gets the positions of absent keys, in no particular order.
-      counter: [1] int64, rises by their number.
+      misses: get the absent keys, of which there must be none yet.
       claims: [3, N] int64, gets `winner`, `entry`, `rank` of absent keys.
       allocated: [1] int64 counter, rises by the number of winners.
 
@@ -203,7 +202,7 @@ def find_or_claim(
         _find_or_claim_kernel,
         programs_for(plan, num_keys, _KEYS),
         (
-            *search_arguments(index, plan, batch, absent, slots, missing, counter),
+            *search_arguments(index, plan, batch, absent, slots, misses),
             claims,
             num_keys,
             allocated,

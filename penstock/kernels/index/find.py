@@ -35,6 +35,15 @@ class IndexView(NamedTuple):
     salt: int
 
 
+class Misses(NamedTuple):
+    """Keys that were not found."""
+
+    places: Tensor
+    """[N] int64: the first `number` are places of keys in their call, in no particular order."""
+    number: Tensor
+    """[1] int64 how many."""
+
+
 @triton.jit
 def probe_slots(entries, num_buckets, salt, key, table, is_key, KEYS: tl.constexpr):
     """[KEYS] int32 slots of keys in an index that nobody changes meanwhile; -1: absent."""
@@ -115,12 +124,11 @@ def search_arguments(
     batch: KeyedJagged,
     absent: Tensor,
     slots: Tensor,
-    missing: Tensor,
-    counter: Tensor,
+    misses: Misses,
 ) -> tuple[Tensor | int, ...]:
     """What kernels that search all keys of a plan's features begin with; see `find_slots`."""
     of_batch = batch.values, batch.offsets, plan.packed_feature, plan.table
-    return slots, missing, counter, *index, *of_batch, absent, batch.batch_size
+    return slots, *misses, *index, *of_batch, absent, batch.batch_size
 
 
 def find_slots(
@@ -129,8 +137,7 @@ def find_slots(
     batch: KeyedJagged,
     absent: Tensor,
     slots: Tensor,
-    missing: Tensor,
-    counter: Tensor,
+    misses: Misses,
 ) -> None:
     """Finds the slots of all keys of the plan's features.
 
@@ -140,8 +147,7 @@ def find_slots(
       batch: keys and offsets, on the device.
       absent: [T] int32, what an absent key of a table gets.
       slots: [N] int32, written by position; those of other stores' keys are left alone.
-      missing: [N] int64, gets the positions of absent keys, in no particular order.
-      counter: [1] int64, rises by their number.
+      misses: get the absent keys, of which there must be none yet.
 
     Effects: on the current stream, without synchronisation.
     """
@@ -151,7 +157,7 @@ def find_slots(
     launch(
         _find_kernel,
         programs_for(plan, num_keys, _KEYS),
-        search_arguments(index, plan, batch, absent, slots, missing, counter),
+        search_arguments(index, plan, batch, absent, slots, misses),
         KEYS=_KEYS,
         num_warps=_WARPS,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from penstock.kernels.device import is_interpreted
 from penstock.kernels.index.claim import claim_kernel
-from penstock.kernels.index.find import IndexView, probe_slots, store_slots
+from penstock.kernels.index.find import IndexView, Misses, probe_slots, store_slots
 from penstock.kernels.index.probe import (
     BUCKET,
     ERASED,
@@ -65,15 +65,6 @@ class KeyBatch(NamedTuple):
         """[n] int64: the tables of keys at `places` [n] int64."""
         begins = self.offsets[:: self.batch_size][1:].contiguous()
         return self.tables.long()[torch.searchsorted(begins, places, right=True)]
-
-
-class Misses(NamedTuple):
-    """Keys that were not found."""
-
-    places: Tensor
-    """[N] int64: the first `number` are places of keys in their call, in no particular order."""
-    number: Tensor
-    """[1] int64 how many."""
 
 
 class Claims(NamedTuple):

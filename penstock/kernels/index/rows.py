@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.device import is_interpreted
-from penstock.kernels.index.index import Claims, Index, KeyBatch, Misses
+from penstock.kernels.index.find import Misses
+from penstock.kernels.index.index import Claims, Index, KeyBatch
 from penstock.kernels.index.probe import PAYLOAD_BITS, initial_values, narrowed, row_seed, table_of
 from penstock.kernels.launch import launch
 from penstock.kernels.update.occurrences import RowArrays
@@ -48,11 +49,23 @@ class Count(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where new rows go: rank r takes `free[r]`, beyond those `first_unused` and following."""
+    """Slots of new rows: rank r takes `free[r]`, beyond those `first_unused` and following."""
 
     free: Tensor
     """[n] int64."""
     first_unused: int
+
+
+class Destination(NamedTuple):
+    """Where new rows go, and where they are counted."""
+
+    slots: Slots
+    """Which must be usable."""
+    rows: RowArrays
+    of_table: Tensor
+    """[T] int64, rises by the rows of each table."""
+    report: Count
+    """Is written for the host."""
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_keys", "num_free", "first_unused", "number"])
@@ -161,12 +174,9 @@ def make_rows(
     batch: KeyBatch,
     misses: Misses,
     claims: Claims,
-    slots: Slots,
     found: Tensor,
-    rows_of_table: Tensor,
-    rows: RowArrays,
+    to: Destination,
     initial: Initial,
-    count: Count,
 ) -> None:
     """Gives rows to the winners of `claims`, and their slots to all keys that met them.
 
@@ -175,16 +185,14 @@ def make_rows(
       batch: keys and tables.
       misses: as given to `Index.claim`.
       claims: from `Index.claim`.
-      slots: where the rows go; they must be usable.
       found: [N] int32 gets the slots.
-      rows_of_table: [T] int64, rises by the rows of each.
-      rows: where.
+      to: where the rows go.
       initial: what they begin with.
-      count: is written for the host.
     """
     num_keys = batch.keys.numel()
     if not num_keys:
         return
+    slots, rows, rows_of_table, count = to
     dims = [part.shape[1] for part in rows]
     of_slots = slots.free, slots.free.numel(), slots.first_unused
     launch(

@@ -78,6 +78,19 @@ class GradientPart(NamedTuple):
     """Where the columns of `grad` are, if not where the plan of all parts has them."""
 
 
+class UpdateRules(NamedTuple):
+    """How the rows of a store are updated, the same at every step."""
+
+    rule: int
+    """Number of the optimizer."""
+    clips: bool = True
+    """Whether the clip norm of any table is above 0."""
+    deterministic: bool = False
+    """The bits of csrc/rows/row_kernels.cc, whatever the order of the samples."""
+    usage: UsageRules | None = None
+    """Where rows have marks of use."""
+
+
 class RuleOptions(NamedTuple):
     """What decides how the kernels of updates are compiled."""
 

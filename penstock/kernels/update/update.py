@@ -48,7 +48,7 @@ from penstock.kernels.update.occurrences import (
     Grouping,
     RowArrays,
     RuleOptions,
-    UsageRules,
+    UpdateRules,
 )
 from penstock.kernels.update.reference import step_seed
 from penstock.kernels.update.rules import step_rows
@@ -234,12 +234,8 @@ def apply_gradients(
     plan: DevicePlan,
     parts: Sequence[GradientPart],
     hypers: Tensor,
-    *,
-    rule: int,
     step: int,
-    clips: bool = True,
-    deterministic: bool = False,
-    usage_rules: UsageRules | None = None,
+    rules: UpdateRules,
 ) -> Tensor:
     """One optimizer step of each row of the look-ups' slots, on the sum of its gradients.
 
@@ -248,11 +244,8 @@ def apply_gradients(
       plan: of all parts, but for columns that a part has elsewhere.
       parts: look-ups with their gradients. If there are several, gradients are copied together.
       hypers: [T, HYPER_FIELDS] float32, or [1, HYPER_FIELDS] where all tables have the same.
-      rule: number of the optimizer.
       step: number of the update; it decides how narrow values are rounded.
-      clips: whether the clip norm of any table is above 0.
-      deterministic: the bits of csrc/rows/row_kernels.cc, whatever the order of the samples.
-      usage_rules: where rows have marks of use.
+      rules: of the rows.
 
     Returns:
       [] int32, rows updated, on the device.
@@ -260,7 +253,8 @@ def apply_gradients(
     Effects: on the current stream, without synchronisation.
     """
     words = rows.usage.shape[1]
-    assert (words > 0) == (usage_rules is not None)
+    rule, clips, deterministic, usage = rules
+    assert (words > 0) == (usage is not None)
     options = RuleOptions(rule, clips, deterministic, hypers.size(0) == 1, words)
     grouping = parts[0].grouping if len(parts) == 1 else None
     if grouping is None:
@@ -268,7 +262,7 @@ def apply_gradients(
         grouping = group_keys(plan, parts, needs_tables=options.needs_tables, one_hot=one_hot)
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad.view(-1) for part in parts])
     bits = sum_bits(sum(part.slots.numel() for part in parts))
-    numbers = (bits, hypers, _signed_word(step_seed(step)), *(usage_rules or (hypers, hypers)))
+    numbers = (bits, hypers, _signed_word(step_seed(step)), *(usage or (hypers, hypers)))
     if grouping.sources.numel():
         _step(rows, plan.dim, grouping, grad, numbers, options)
     return grouping.counts[3]
