@@ -13,14 +13,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from penstock import _core
-from penstock.cli_data import ForceOption, add_history, inspect_data
+from penstock.cli_data import ForceOption, add_history, grouped, inspect_data
 from penstock.errors import ConfigError, Interrupted, JobNote, PenstockError
 from penstock.interruption import Interruption, interruption
 from penstock.report.terminal import (
@@ -279,17 +279,26 @@ def compare(
         show(part)
 
 
+@dataclass(frozen=True)
+class SyntheticColumns:
+    """Columns of a synthetic log."""
+
+    num_categorical: Annotated[int, typer.Option(min=1, help="Columns c0, c1, ...")] = 8
+    num_numeric: Annotated[int, typer.Option(min=0, help="Columns n0, n1, ...")] = 4
+    keys_per_feature: Annotated[
+        int, typer.Option(min=1, help="Different ids of each categorical column.")
+    ] = 100_000
+
+
 @data_app.command("synth")
-def synthesize(  # noqa: PLR0913 (each is an option)
+@grouped
+def synthesize(
     context: typer.Context,
+    *,
     out: Annotated[Path, typer.Option(help="File to write.")],
     rows: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 400_000,
     seed: Annotated[int, typer.Option(help="Another seed, another teacher and other rows.")] = 0,
-    num_categorical: Annotated[int, typer.Option(min=1, help="Columns c0, c1, ...")] = 8,
-    num_numeric: Annotated[int, typer.Option(min=0, help="Columns n0, n1, ...")] = 4,
-    keys_per_feature: Annotated[
-        int, typer.Option(min=1, help="Different ids of each categorical column.")
-    ] = 100_000,
+    columns: SyntheticColumns,
     file_format: Annotated[
         FileFormat | None,
         typer.Option("--format", help="Default: by the file's name.", show_default=False),
@@ -310,13 +319,7 @@ def synthesize(  # noqa: PLR0913 (each is an option)
 
     context.obj.output.failed = ignored
     chosen = file_format or FileFormat.of(out)
-    config = SyntheticSource(
-        rows=rows,
-        seed=seed,
-        num_categorical=num_categorical,
-        num_numeric=num_numeric,
-        keys_per_feature=keys_per_feature,
-    )
+    config = SyntheticSource(rows=rows, seed=seed, **asdict(columns))
     write_synthetic(config, out, chosen.value, overwrite=force)
     say(f"{rows:,} rows: {out}")
 

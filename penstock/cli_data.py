@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 
@@ -77,14 +79,61 @@ ForceOption = Annotated[
 ]
 
 
-def inspect_data(  # noqa: PLR0913 (each is an option)
-    files: FilesArgument,
-    file_format: FormatOption = None,
-    columns: ColumnsOption = None,
+@dataclass(frozen=True)
+class FilesGiven:
+    """Files to read, and as what."""
+
+    files: FilesArgument
+    file_format: FormatOption = None
+    columns: ColumnsOption = None
+
+
+@dataclass(frozen=True)
+class RolesGiven:
+    """Columns whose role is not to be guessed."""
+
+    label: LabelOption = None
+    item: ItemOption = None
+    event_time: EventTimeOption = None
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for Typer whose parameters that are dataclasses are given field by field."""
+    groups, parameters = {}, []
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not is_dataclass(hints[name]):
+            parameters.append(_option(name, hints[name], parameter.default))
+            continue
+        groups[name] = cast("type[Any]", hints[name])
+        of_fields = get_type_hints(hints[name], include_extras=True)
+        for field in fields(groups[name]):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            parameters.append(_option(field.name, of_fields[field.name], default))
+
+    def spread(**given: Any) -> None:
+        for name, group in groups.items():
+            of_group = {field.name: given.pop(field.name) for field in fields(group)}
+            given[name] = group(**of_group)
+        command(**given)
+
+    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {each.name: each.annotation for each in parameters}
+    return spread
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:  # noqa: ANN401 (a type)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, annotation=annotation, default=default)
+
+
+@grouped
+def inspect_data(
+    *,
+    given: FilesGiven,
     rows: RowsOption = None,
-    label: LabelOption = None,
-    item: ItemOption = None,
-    event_time: EventTimeOption = None,
+    roles: RolesGiven,
     out: OutOption = None,
     job: JobOption = None,
     force: ForceOption = False,
@@ -112,7 +161,7 @@ def inspect_data(  # noqa: PLR0913 (each is an option)
     from penstock.report.display import show, stages
     from penstock.survey.survey import survey_data
 
-    source = _source(files, file_format, columns)
+    files, source = given.files, _source(given)
     written = []
     with ExitStack() as outputs:
         if job is not None:
@@ -123,9 +172,9 @@ def inspect_data(  # noqa: PLR0913 (each is an option)
             survey = survey_data(
                 source,
                 max_rows=rows,
-                label=label,
-                items=_names(item) or (),
-                event_time=event_time,
+                label=roles.label,
+                items=_names(roles.item) or (),
+                event_time=roles.event_time,
                 progress=progress,
             )
         if out is not None:
@@ -138,10 +187,11 @@ def inspect_data(  # noqa: PLR0913 (each is an option)
         show(shown)
 
 
-def _source(files: Sequence[str], file_format: str | None, columns: str | None) -> AnyFileSource:
+def _source(given: FilesGiven) -> AnyFileSource:
     """The configuration of the source that the arguments describe."""
     from penstock.config import FILE_FORMATS, FILE_SOURCES, format_of_path
 
+    files, file_format, columns = given.files, given.file_format, given.columns
     known = ", ".join(FILE_FORMATS)
     if file_format is not None and file_format not in FILE_FORMATS:
         raise ConfigError(f"--format {file_format!r}: no format of files; give one of {known}")
