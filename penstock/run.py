@@ -38,7 +38,7 @@ from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING
 from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
 from penstock.training.checkpoint.initial import initialise
 from penstock.training.evaluation import Evaluator, scored
-from penstock.training.feed import Fed, Feed
+from penstock.training.feed import Fed, Feed, steps_of
 from penstock.training.forward_state import ForwardState
 from penstock.training.prediction import write_scores
 from penstock.training.setup import build
@@ -93,12 +93,13 @@ def _train_to_the_end(run: Run, job: Job, stop: Interruption) -> None:
     if run.state.step and run.is_due(job.evaluation.every_steps):
         run.evaluate()  # which a signal cut short; otherwise it is there
     with run.remaining_batches() as batches:
-        for batch in islice(run.clock.waiting_for(batches, stop), run.steps_left()):
-            if run.begins_epoch(batch) and job.evaluates_epochs:
+        fed = run.clock.waiting_for(batches, stop)
+        for group in islice(steps_of(fed, job.training.accumulate_batches), run.steps_left()):
+            if run.begins_epoch(group) and job.evaluates_epochs:
                 run.evaluate()
             if run.is_stopped_early():
                 break
-            run.step(batch)
+            run.step(group)
             if run.is_due(job.report.every_steps):
                 run.log()
             if run.is_due(job.evaluation.every_steps):
@@ -206,14 +207,16 @@ def planned_steps(job: Job, dataset: Dataset, stages: Stages) -> int:
     """Steps of the whole run, if no row is quarantined. Reads text once to count its rows."""
     training = job.training
     samples = dataset.num_samples("train", stages)
-    steps = training.epochs * -(-samples // training.batch_size)
+    batches = -(-samples // training.batch_size)
+    steps = training.epochs * -(-batches // training.accumulate_batches)
     return steps if training.max_steps is None else min(steps, training.max_steps)
 
 
 def planned_samples(job: Job, dataset: Dataset) -> RowCount | None:
     """Samples that the whole run will see, if no row is quarantined, as far as they are known."""
     expected, steps = dataset.expected_samples("train"), job.training.max_steps
-    most = None if steps is None else steps * job.training.batch_size
+    per_step = job.training.batch_size * job.training.accumulate_batches
+    most = None if steps is None else steps * per_step
     if expected is None:
         return None if most is None else RowCount(most, is_exact=False)
     samples = expected.rows * job.training.epochs
@@ -303,9 +306,9 @@ class Run:
         """Whether something that happens every so many steps happens after this one."""
         return every_steps is not None and self.state.step % every_steps == 0
 
-    def begins_epoch(self, fed: Fed) -> bool:
-        """Whether a batch is the first of another epoch than that of the steps before."""
-        return self.state.step > 0 and fed.batch.end.epoch != self.state.position.epoch
+    def begins_epoch(self, group: Sequence[Fed]) -> bool:
+        """Whether batches are the first of another epoch than that of the steps before."""
+        return self.state.step > 0 and group[0].batch.end.epoch != self.state.position.epoch
 
     def is_stopped_early(self) -> bool:
         """Whether evaluations have not become better for so long that training ends; tells so."""
@@ -326,18 +329,18 @@ class Run:
             "(training.early_stopping)"
         )
 
-    def step(self, fed: Fed) -> None:
-        """Trains on one batch and moves on."""
-        state, batch = self.state, fed.batch
+    def step(self, group: Sequence[Fed]) -> None:
+        """Trains on the batches of one step and moves on."""
+        state = self.state
         self._is_whole = False
         self._forward.keep()
         try:
-            result = train_step(
+            results = train_step(
                 state.model,
                 self.objective,
                 state.collection,
                 self.trainer,
-                fed.there,
+                [fed.there for fed in group],
                 state.step,
                 self.clock,
             )
@@ -346,11 +349,12 @@ class Run:
                 self._forward.put_back()
                 self._is_whole = True
             raise
-        self.window.add(batch, result.outputs, result.loss)
+        for fed, result in zip(group, results, strict=True):
+            self.window.add(fed.batch, result.outputs, result.loss)
+            self._samples += fed.batch.batch_size
         state.step += 1
-        state.position = batch.end
+        state.position = group[-1].batch.end
         self._is_saved, self._is_whole = False, True
-        self._samples += batch.batch_size
         self.report.advance(state.step, state.position.samples)
 
     def reach(self, end: Position | None) -> None:

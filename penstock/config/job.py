@@ -98,6 +98,10 @@ class TrainingConfig(Config):
     """What is learnt from the data, step by step."""
 
     batch_size: Annotated[int, Field(gt=0, le=1 << 24), MAY_CHANGE] = 1024
+    accumulate_batches: Annotated[int, Field(gt=0, le=1 << 16), MAY_CHANGE] = 1
+    """Batches of a step: their gradients of dense weights and rows are summed, weighted by their
+    samples, and one update follows, as of one batch of them all. Fewer at the end of an epoch.
+    """
     epochs: Annotated[PositiveInt, MAY_CHANGE] = 1
     max_steps: Annotated[PositiveInt | None, MAY_CHANGE] = None
     optimizer: DenseOptimizer = DenseOptimizer()

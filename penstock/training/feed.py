@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
@@ -105,6 +105,21 @@ class Feed:
             return
         except BaseException as error:
             self._channel.fail(error)
+
+
+def steps_of(batches: Iterable[Fed], per_step: int) -> Iterator[list[Fed]]:
+    """Batches by step: so many each, and fewer at the end of an epoch."""
+    taken: list[Fed] = []
+    for fed in batches:
+        if taken and fed.batch.end.epoch != taken[-1].batch.end.epoch:
+            yield taken
+            taken = []
+        taken.append(fed)
+        if len(taken) == per_step:
+            yield taken
+            taken = []
+    if taken:
+        yield taken
 
 
 def on_device(batch: Batch, collection: EmbeddingCollection) -> Batch:

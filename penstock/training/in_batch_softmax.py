@@ -37,7 +37,13 @@ class InBatchSoftmax:
     def __init__(self, label: Label) -> None:
         self.tasks: tuple[Task, ...] = (BinaryTask(label, gives_logits=False),)
 
-    def __call__(self, model: nn.Module, inputs: tuple[Tensor, ...], batch: Batch) -> Outcome:
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, ...],
+        batch: Batch,
+        totals: Tensor | None = None,
+    ) -> Outcome:
         """See `Objective`; also counts the batch's items in the model's frequencies."""
         assert isinstance(model, TwoTower)
         dense, embeddings = inputs
@@ -49,8 +55,14 @@ class InBatchSoftmax:
         logits_BB = logits_BB.masked_fill(is_other_of_same, -math.inf)
         losses = logits_BB.logsumexp(1) - logits_BB.diagonal()
         weights = batch.labels if batch.weights is None else batch.labels * batch.weights
-        total = weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        total = weights.sum() if totals is None else totals[0]
+        total = total.clamp_min(torch.finfo(torch.float32).tiny)
         return Outcome((losses * weights).sum() / total, scores_BB.diagonal())
+
+    def total_weights(self, batch: Batch) -> Tensor:
+        """See `Objective`; the weights of positives."""
+        weights = batch.labels if batch.weights is None else batch.labels * batch.weights
+        return weights.sum(dtype=torch.float32).reshape(1)
 
     def metrics(self) -> RunningMetrics:
         """Mean loss, and the AUC of the pairs' scores where there are negatives."""

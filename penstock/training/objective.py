@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from penstock.errors import ConfigError
@@ -43,8 +44,25 @@ class Objective(Protocol):
     tasks: tuple[Task, ...]
     """In the order of the labels."""
 
-    def __call__(self, model: nn.Module, inputs: tuple[Tensor, ...], batch: Batch) -> Outcome:
-        """Runs the model on its inputs and compares what it gives with the labels."""
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, ...],
+        batch: Batch,
+        totals: Tensor | None = None,
+    ) -> Outcome:
+        """Runs the model on its inputs and compares what it gives with the labels.
+
+        Args:
+          model: what is trained.
+          inputs: of its `forward`.
+          batch: with the labels.
+          totals: sums of `total_weights` of all batches of a step, of which the loss then is the
+            share of this one; None: it is the only one.
+        """
+
+    def total_weights(self, batch: Batch) -> Tensor:
+        """[L] float32 weights of the samples that each task's loss is a mean of."""
 
     def metrics(self) -> RunningMetrics:
         """Empty metrics of training steps."""
@@ -76,20 +94,38 @@ class SumOfTasks:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tuple(tasks)
 
-    def __call__(self, model: nn.Module, inputs: tuple[Tensor, ...], batch: Batch) -> Outcome:
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, ...],
+        batch: Batch,
+        totals: Tensor | None = None,
+    ) -> Outcome:
         """See `Objective`."""
         outputs = model(*inputs)
         check_outputs(outputs, batch)
         if len(self.tasks) == 1:
-            return Outcome(self.tasks[0].loss(outputs, batch.labels, batch.weights), outputs)
+            total = None if totals is None else totals[0]
+            loss = self.tasks[0].loss(outputs, batch.labels, batch.weights, total)
+            return Outcome(loss, outputs)
         losses = [
             task.weight
             * task.loss(
-                output_of_task(outputs, number), output_of_task(batch.labels, number), batch.weights
+                output_of_task(outputs, number),
+                output_of_task(batch.labels, number),
+                batch.weights,
+                None if totals is None else totals[number],
             )
             for number, task in enumerate(self.tasks)
         ]
         return Outcome(sum(losses[1:], losses[0]), outputs)
+
+    def total_weights(self, batch: Batch) -> Tensor:
+        """See `Objective`."""
+        return torch.stack([
+            task.total_weight(output_of_task(batch.labels, number), batch.weights)
+            for number, task in enumerate(self.tasks)
+        ])
 
     def metrics(self) -> RunningMetrics:
         """Those of each task."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from penstock.training.objective import Objective
 from penstock.types import Batch
 
 Item = TypeVar("Item")
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -69,12 +70,22 @@ def steps_s(seconds: Mapping[str, float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step saw, before its update."""
+    """What one step saw of a batch, before its update."""
 
     loss: float
-    """Of the objective."""
+    """Of the objective; where a step has several batches, of several tasks its share of theirs."""
     outputs: Tensor
     """[B] or [B, L] float32 of the model, detached, on the CPU."""
+
+
+class _Doing:
+    """What a step is at, for the error that ends it."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.what = "the look-up of its keys"
+        self.batch = batch
+        self.is_whole = True
+        """Whether nothing was updated yet."""
 
 
 def train_step(
@@ -82,11 +93,14 @@ def train_step(
     objective: Objective,
     collection: EmbeddingCollection,
     trainer: DenseTrainer,
-    batch: Batch,
+    batches: Sequence[Batch],
     step: int,
     clock: Clock,
-) -> StepResult:
+) -> list[StepResult]:
     """Trains on one batch: forward, backward, one update of dense weights and touched rows.
+
+    Several batches are trained on as if they were one: the gradients are summed, and the loss is
+    the mean over all of their samples.
 
     The embeddings enter the model as a leaf, so that the backward pass of the dense model and that
     of the embeddings run, and are timed, one after the other; the gradients are the same.
@@ -96,7 +110,7 @@ def train_step(
       objective: from the model and the batch to the loss.
       collection: the embedding tables; in training mode.
       trainer: updates the model's parameters.
-      batch: the samples, on the collection's device (`feed.on_device`).
+      batches: the samples, on the collection's device (`feed.on_device`).
       step: number of this step, from 0.
       clock: gets the time spent.
 
@@ -105,43 +119,73 @@ def train_step(
       BatchError: something else was raised, by the model or for lack of memory. Says whether
         anything was updated.
     """
-    doing, is_whole = "the look-up of its keys", True
+    doing = _Doing(batches[0])
+    results = []
     try:
-        with clock.measure("embedding"):
-            if batch.event_time is not None:
-                collection.observe_times(batch.event_time)
-            pooled = look_up(collection, batch)
+        totals = None
+        if len(batches) > 1:
+            weights = torch.stack([objective.total_weights(batch) for batch in batches])
+            totals = weights.sum(0)
+        for number, batch in enumerate(batches):
+            doing.batch = batch
+            value, outputs = _add_gradients(
+                model, objective, collection, batch, totals, step, clock, doing
+            )
+            if totals is not None and len(totals) == 1:
+                # The share as the batch's own mean.
+                value *= float(totals[0] / weights[number, 0].clamp_min(_TINY))
+            results.append(StepResult(value, outputs))
         with clock.measure("dense"):
-            doing = "the model's forward pass"
-            leaf = pooled.detach().requires_grad_()
-            loss, outputs = objective(model, model_inputs(collection, batch, leaf), batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise NonFiniteError(f"step {step}: the loss is {value}")
-            doing = "the backward pass"
-            torch.autograd.backward(loss)
-        with clock.measure("embedding"):
-            if leaf.grad is not None and pooled.requires_grad:
-                pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
-            try:
-                collection.check_gradients()
-            except NonFiniteError as error:
-                raise NonFiniteError(f"step {step}: {error}") from None
-        with clock.measure("dense"):
-            doing, is_whole = "the update of the dense weights", False
+            doing.what, doing.is_whole = "the update of the dense weights", False
             trainer.step(step)
         with clock.measure("embedding"):
-            doing = "the update of the embeddings"
+            doing.what = "the update of the embeddings"
             collection.apply_gradients()
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error}; {_place(batch)}") from None
+        raise NonFiniteError(f"{error}; {_place(doing.batch)}") from None
     # A user's model may raise anything.
     except Exception as error:
-        raise batch_error(f"step {step}: {doing}", batch, error, is_whole=is_whole) from error
+        what = f"step {step}: {doing.what}"
+        raise batch_error(what, doing.batch, error, is_whole=doing.is_whole) from error
     finally:
         # Of a step that failed: they are not the next one's.
         collection.discard_gradients()
-    return StepResult(value, outputs.detach().cpu())
+    return results
+
+
+def _add_gradients(
+    model: nn.Module,
+    objective: Objective,
+    collection: EmbeddingCollection,
+    batch: Batch,
+    totals: Tensor | None,
+    step: int,
+    clock: Clock,
+    doing: _Doing,
+) -> tuple[float, Tensor]:
+    """Forward and backward of one batch; returns its loss, and the outputs on the CPU."""
+    doing.what = "the look-up of its keys"
+    with clock.measure("embedding"):
+        if batch.event_time is not None:
+            collection.observe_times(batch.event_time)
+        pooled = look_up(collection, batch)
+    with clock.measure("dense"):
+        doing.what = "the model's forward pass"
+        leaf = pooled.detach().requires_grad_()
+        loss, outputs = objective(model, model_inputs(collection, batch, leaf), batch, totals)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(f"step {step}: the loss is {value}")
+        doing.what = "the backward pass"
+        torch.autograd.backward(loss)
+    with clock.measure("embedding"):
+        if leaf.grad is not None and pooled.requires_grad:
+            pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        try:
+            collection.check_gradients()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {step}: {error}") from None
+    return value, outputs.detach().cpu()
 
 
 def batch_error(doing: str, batch: Batch, error: Exception, *, is_whole: bool = True) -> BatchError:
@@ -156,7 +200,10 @@ def batch_error(doing: str, batch: Batch, error: Exception, *, is_whole: bool = 
     if not is_whole:
         words.append("this update may be half done; the last checkpoint stays good")
     elif isinstance(error, MemoryError | torch.OutOfMemoryError):
-        words.append("a smaller batch needs less memory (training.batch_size)")
+        words.append(
+            "several batches may make a step (training.accumulate_batches), and a smaller batch "
+            "needs less memory (training.batch_size)"
+        )
     elif size == 1:
         words.append(
             "batch normalisation cannot train on one sample: choose a training.batch_size that "

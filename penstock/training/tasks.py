@@ -35,19 +35,33 @@ class Task(ABC):
         """What metrics and scores go by."""
         return self.label.title
 
-    def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def loss(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        total: Tensor | None = None,
+    ) -> Tensor:
         """Weighted mean over the samples whose label is known; 0 where there is none.
 
         Args:
           outputs: [B] float32, of the model.
           labels: [B] float32; NaN where missing, if the label may be missing.
           weights: [B] float32, or None for all 1.
+          total: [] by which the weighted sum is divided, in place of the sum of the weights.
         """
         if self.label.missing == "ignore":
             known = ~labels.isnan()
             labels = torch.where(known, labels, 0.0)
             weights = known.to(outputs.dtype) if weights is None else weights * known
-        return self._mean_loss(outputs, labels, weights)
+        if total is not None and weights is None:
+            weights = torch.ones_like(outputs)
+        return self._mean_loss(outputs, labels, weights, total)
+
+    def total_weight(self, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """[] float32 sum of the weights of the samples whose label is known."""
+        known = labels.isfinite() if self.label.missing == "ignore" else torch.ones_like(labels)
+        return (known if weights is None else weights * known).sum(dtype=torch.float32)
 
     def known(
         self, outputs: Tensor, labels: Tensor, weights: Tensor | None
@@ -64,7 +78,9 @@ class Task(ABC):
         return scores[known], labels[known], None if weights is None else weights[known], known
 
     @abstractmethod
-    def _mean_loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor: ...
+    def _mean_loss(
+        self, outputs: Tensor, labels: Tensor, weights: Tensor | None, total: Tensor | None
+    ) -> Tensor: ...
 
     @abstractmethod
     def metrics(self, max_bins: int | None = MAX_BINS) -> SampleMetrics:
@@ -106,11 +122,13 @@ class BinaryTask(Task):
         """Log loss."""
         return metrics["log_loss"] if metrics["samples"] else 0.0
 
-    def _mean_loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def _mean_loss(
+        self, outputs: Tensor, labels: Tensor, weights: Tensor | None, total: Tensor | None
+    ) -> Tensor:
         if weights is None:
             return binary_cross_entropy_with_logits(outputs, labels)
         losses = binary_cross_entropy_with_logits(outputs, labels, weights, reduction="sum")
-        return losses / _at_least_tiny(weights.sum())
+        return losses / _at_least_tiny(weights.sum() if total is None else total)
 
 
 class RegressionTask(Task):
@@ -132,11 +150,13 @@ class RegressionTask(Task):
         """Mean squared error over the square of the scale."""
         return (metrics["rmse"] / self.label.scale) ** 2 if metrics["samples"] else 0.0
 
-    def _mean_loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def _mean_loss(
+        self, outputs: Tensor, labels: Tensor, weights: Tensor | None, total: Tensor | None
+    ) -> Tensor:
         squares = (outputs - (labels - self.label.offset) / self.label.scale).square()
         if weights is None:
             return squares.mean()
-        return (squares * weights).sum() / _at_least_tiny(weights.sum())
+        return (squares * weights).sum() / _at_least_tiny(weights.sum() if total is None else total)
 
 
 def tasks_of(labels: Sequence[Label], weights: Mapping[str, float]) -> tuple[Task, ...]:

@@ -65,10 +65,10 @@ def test_nothing_is_updated(poisoned, tmp_path, quiet):
                 batch = fed.batch
                 if batch.start.samples <= BAD_ROWS.start < batch.end.samples:
                     break
-                run.step(fed)
+                run.step([fed])
         before = snapshot(run.state)
         with pytest.raises(NonFiniteError):
-            run.step(fed)
+            run.step([fed])
         after = snapshot(run.state)
     assert before["step"] == after["step"]
     assert all(torch.equal(a, b) for a, b in zip(before["dense"], after["dense"], strict=True))
@@ -94,10 +94,10 @@ def test_a_step_after_one_that_failed_is_that_of_its_batch_alone(small_job, tmp_
                 else:
                     hook = run.trainer.optimizer.register_step_pre_hook(broken)
                 with pytest.raises(error):
-                    run.step(fed)
+                    run.step([fed])
                 hook.remove()
                 run.state.model.zero_grad()
-            run.step(fed)
+            run.step([fed])
             found.append(snapshot(run.state)["rows"])
     for name, rows in found[0].items():
         assert all(torch.equal(row, found[1][name][key]) for key, row in rows.items())
