@@ -8,6 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+version: str
+"""Of the package that the core was built for."""
+built_from: str
+"""See `built_core.digest`."""
+
 class Status(enum.Enum):
     OK = 0
     OUT_OF_MEMORY = 1

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import typer
 
-from penstock import _core
 from penstock.cli_data import ForceOption, add_history, grouped, inspect_data
 from penstock.errors import ConfigError, Interrupted, JobNote, PenstockError
 from penstock.interruption import Interruption, interruption
@@ -367,7 +366,6 @@ def main() -> None:
     # Idle threads of torch's operators sleep instead of spinning: readers and the store want the
     # cores too, and on a busy machine spinning costs ten times the work. Must precede torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _core.keep_freed_memory()
     warnings.simplefilter("always", JobNote)
     warnings.showwarning = _show_note(warnings.showwarning)
     is_stopped = False
@@ -388,6 +386,9 @@ def main() -> None:
 def _call(process: Process) -> int:
     """Runs the command that the arguments name; returns the exit status."""
     try:
+        from penstock import _core  # which may be of other sources
+
+        _core.keep_freed_memory()
         app(obj=process)
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 0

@@ -12,6 +12,10 @@ class PenstockError(Exception):
     """Base of all of them; the command line prints its text and exits with 2."""
 
 
+class CoreError(PenstockError, ImportError):
+    """The C++ core is not built, or is not that of the package's sources."""
+
+
 class ConfigError(PenstockError, ValueError):
     """A job or a constructor argument is wrong."""
 

@@ -404,6 +404,8 @@ void bind_host_store(nb::module_& m) {
 NB_MODULE(_core, m) {
   // Plans in caches live until the interpreter ends, and then are not taken down one by one.
   nb::set_leak_warnings(false);
+  m.attr("version") = kVersion;
+  m.attr("built_from") = kBuiltFrom;
   bind_columns(m);
   bind_host_store(m);
   bind_launcher(m);

@@ -60,6 +60,10 @@ NewArray<T> make_array(size_t n, T** data) {
   return NewArray<T>(memory, {n}, owner);
 }
 
+// Of the package, and of all sources: see penstock/built_core.py, which writes them.
+extern const char* const kVersion;
+extern const char* const kBuiltFrom;
+
 // Column functions of the data plane.
 void bind_columns(nb::module_& m);
 

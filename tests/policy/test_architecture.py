@@ -22,6 +22,7 @@ STORES = {
 # file; the longest name counts. A name covers the rooms below it, so "data" is all of `data/`.
 MAY_IMPORT = {
     "errors": set(),
+    "built_core": {"errors"},
     "locking": set(),
     "types": {"errors"},
     "events": {"errors"},
