@@ -41,6 +41,7 @@ from penstock.training.evaluation import Evaluator, scored
 from penstock.training.feed import Fed, Feed, steps_of
 from penstock.training.forward_state import ForwardState
 from penstock.training.prediction import write_scores
+from penstock.training.pretrained import Loaded, load_vectors, transforms_of
 from penstock.training.setup import build
 from penstock.training.step import Clock, steps_s, train_step
 from penstock.training.trained import newest_of_run, open_trained, read_newest
@@ -275,6 +276,7 @@ class Run:
                 )
             except CheckpointError as error:
                 raise CheckpointError(f"training.init_from: {error}") from None
+        loaded = [] if resume else self._pretrained()
         if resume:
             self.checkpoints.restore(newest_of_run(self.folder.path), self.state)
             self.dataset.take_up_quarantine(self.state.position)
@@ -284,6 +286,19 @@ class Run:
         self.report.start(self.state.step, self.state.position, window_is_open)
         for line in unmatched:
             self.report.warn(f"training.init_from: {line}: begins with initial values")
+        for one in loaded:
+            self.report.tell("pretrained", self.state.step, one._asdict())
+
+    def _pretrained(self) -> list[Loaded]:
+        """Gives tables the vectors that the job names."""
+        return [
+            load_vectors(
+                one,
+                self.state.collection,
+                transforms_of(one, self.dataset.transforms_of(one.table)),
+            )
+            for one in self.job.training.pretrained
+        ]
 
     def remaining_batches(self) -> Feed:
         """The batches from the current position to the end of the last epoch."""

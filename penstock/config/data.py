@@ -140,6 +140,9 @@ class NumericColumns(Config):
     """Applied in order, after `missing`."""
 
 
+KeyTransform = Annotated[Hash | Hex | Bucketize, Field(discriminator="kind")]
+
+
 class FeatureColumns(Config):
     """Categorical inputs: each matching column becomes a feature of its name.
 
@@ -165,7 +168,7 @@ class FeatureColumns(Config):
     """
     missing: Literal["empty"] | Int64 = "empty"
     """What a null reads as: an empty bag, or this key."""
-    transforms: tuple[Annotated[Hash | Hex | Bucketize, Field(discriminator="kind")], ...] = ()
+    transforms: tuple[KeyTransform, ...] = ()
     """Applied in order; string columns need one, unless `separator` is given."""
     separator: Annotated[str, Field(min_length=1, max_length=16)] | None = None
     """The columns are texts of keys with this between them (`Action|Comedy`), and read as lists of

@@ -17,7 +17,7 @@ from penstock.config.base import (
     PositiveInt,
     Probability,
 )
-from penstock.config.data import CrossedFeature, DataConfig, FeatureColumns
+from penstock.config.data import CrossedFeature, DataConfig, FeatureColumns, KeyTransform
 from penstock.config.explain import explain
 from penstock.config.models import (
     CustomModel,
@@ -94,6 +94,20 @@ class InitFrom(Config):
     """
 
 
+class PretrainedVectors(Config):
+    """Vectors by key that a table begins with; read when the run begins, not when it is resumed."""
+
+    table: str
+    path: str
+    """Parquet file, folder or glob."""
+    key: str = "key"
+    """Column of the keys: integers, or texts where `transforms` has `hash`."""
+    vector: str = "vector"
+    """Column of lists of floats, as many as the table's `dim`."""
+    transforms: tuple[KeyTransform, ...] | None = None
+    """Of the keys; null: those of the features that read the table."""
+
+
 class TrainingConfig(Config):
     """What is learnt from the data, step by step."""
 
@@ -114,6 +128,10 @@ class TrainingConfig(Config):
     """
     init_from: InitFrom | None = None
     """null: all begins with initial values. A text is the run: `init_from: RUN`."""
+    pretrained: tuple[PretrainedVectors, ...] = ()
+    """Vectors by key that tables begin with; after `init_from`, whose rows of these keys keep their
+    optimizer states.
+    """
     early_stopping: Annotated[EarlyStopping | None, MAY_CHANGE] = None
     """null: training goes on to the end of the data, or to `max_steps`."""
     seed: Int64 = 0

@@ -16,6 +16,7 @@ from penstock.data.columns.schema import (
     resolve_columns,
     resolve_features,
 )
+from penstock.data.columns.transforms import KeyTransform
 from penstock.data.files import common_file
 from penstock.data.formats.opening import open_source
 from penstock.data.identity import WholeTags, check_files
@@ -58,6 +59,15 @@ class Dataset:
         self._tags = {part: WholeTags(rows.source) for part, rows in parts.items()}
         self._checked: tuple[FileTag, ...] = ()
         """Files of a position that were found to be those of the training part."""
+
+    def transforms_of(self, table: str) -> list[tuple[str, tuple[KeyTransform, ...]]]:
+        """Name and transforms of each feature that reads a table; not of crosses."""
+        tables = {feature.name: feature.table for feature in self.features}
+        return [
+            (column.name, column.config.transforms)
+            for column in self._columns.features
+            if tables[column.name] == table
+        ]
 
     @classmethod
     def open(

@@ -183,6 +183,14 @@ KINDS: Mapping[str, Kind] = {
     "start": Kind(
         "A process begins to train, at step 0 or where a checkpoint ends.", {"samples": _SAMPLES}
     ),
+    "pretrained": Kind(
+        "A table begins with vectors by key from files.",
+        {
+            "table": Quantity(Unit.TEXT, "its name"),
+            "rows": Quantity(Unit.ROWS, "read, one a key"),
+            "kept": Quantity(Unit.ROWS, "that the table holds, within its `max_bytes`"),
+        },
+    ),
     "train": Kind(
         "The steps since the last event of this kind; metrics are of each batch before its update.",
         {

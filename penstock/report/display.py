@@ -80,6 +80,7 @@ class Display:
         """Shows an event, if it is for people."""
         show = {
             "start": self._start,
+            "pretrained": self._pretrained,
             "train": self._training,
             "evaluation": self._evaluation,
             "warning": self._warning,
@@ -130,6 +131,10 @@ class Display:
                 share = f"{'' if total.is_exact else '~'}{_percent(samples, total.rows)} %"
                 self._progress.update(self._task, total=max(total.rows, samples), share=share)
         self._progress.update(self._task, completed=samples, step=step)
+
+    def _pretrained(self, step: int, values: Mapping[str, Any]) -> None:
+        kept = "" if values["kept"] == values["rows"] else f", {values['kept']:,} of them kept"
+        self._line(f"table {values['table']}: {values['rows']:,} pretrained vectors{kept}")
 
     def _training(self, step: int, metrics: Mapping[str, Any]) -> None:
         samples = metrics["samples"]

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.checks import check_keys
+from penstock.embedding.collection.by_key import RowsByKey
 from penstock.embedding.collection.graph_operator import (
     check_features,
     look_up_in_graph,
@@ -56,13 +57,11 @@ from penstock.embedding.shapes.forms import BatchLike, Output, OutputShape, read
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
-    FindResult,
     PoolingPlan,
     Store,
-    TableRows,
 )
 from penstock.errors import ConfigError
-from penstock.types import JaggedVectors, KeyedJagged, as_keys
+from penstock.types import JaggedVectors, KeyedJagged
 
 
 class LookUp(NamedTuple):
@@ -78,7 +77,7 @@ class LookUp(NamedTuple):
     """Of every store: where its columns of `out` are."""
 
 
-class EmbeddingCollection(TableModule):
+class EmbeddingCollection(RowsByKey, TableModule):
     """Pooled embeddings of every feature of a batch, and the optimizer step of their tables.
 
     In training mode a new key gets a row, if its table admits it. In evaluation mode, or under
@@ -313,39 +312,6 @@ class EmbeddingCollection(TableModule):
             lengths = arrangement.sequence_lengths(sparse).to(self.device)
         return lengths[self._sequences].t().contiguous()
 
-    def find(self, table: str, keys: Tensor) -> FindResult:
-        """Reads the rows of keys, [n] int64 of any value; makes none.
-
-        Returns:
-          Values [n, D] and optimizer states [n, S] float32, where a key has no row those that it
-          would read; and whether it has one. Copies, on the tables' device.
-        """
-        store, number = self._stores.find_table(table)
-        return store.find(number, as_keys(keys).to(self.device))
-
-    def erase(self, table: str, keys: Tensor) -> int:
-        """Removes the rows of keys and returns how many there were; absent keys are no error.
-
-        Gradients of them that are not applied yet are dropped in tables with rules; in others the
-        next update makes the rows anew.
-        """
-        store, number = self._stores.find_table(table)
-        return store.erase(number, as_keys(keys).to(self.device))
-
-    def export_table(self, table: str, batch_rows: int = 1 << 18) -> Iterator[TableRows]:
-        """Copies every row of a table once to the CPU, in batches, in no particular order.
-
-        Raises:
-          StaleExportError: a row was added, removed or changed meanwhile.
-        """
-        store, number = self._stores.find_table(table)
-        cursor = CURSOR_START
-        while True:
-            rows, cursor = store.export_batch(number, cursor, batch_rows)
-            if not len(rows.keys):
-                return
-            yield TableRows(*(None if part is None else part.cpu() for part in rows))  # type: ignore[arg-type]
-
     def export_candidates(self, table: str, batch_keys: int = 1 << 20) -> Iterator[Candidates]:
         """Copies the counted keys of a table, as `export_table` does its rows."""
         store, number = self._stores.find_table(table)
@@ -370,11 +336,6 @@ class EmbeddingCollection(TableModule):
         """Inverse of `retention_state`; before rows are imported."""
         store, number = self._stores.find_table(table)
         store.set_retention_state(number, state)
-
-    def import_rows(self, table: str, rows: TableRows) -> int:
-        """Writes rows into a table; returns how many keys were new. Equal keys: the last stays."""
-        store, number = self._stores.find_table(table)
-        return store.insert_or_assign(number, rows)
 
     def like_new(self, *, seed: int) -> EmbeddingCollection:
         """Makes an empty collection of the same tables, features and settings."""
