@@ -7,10 +7,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from penstock.config.base import Config, PositiveFloat, PositiveInt, Repeats, Width
+from penstock.config.base import Config, PositiveFloat, PositiveInt, Probability, Repeats, Width
 
 
-class DLRMConfig(Config):
+class Regularized(Config):
+    """Fields of all models but those of the user's own."""
+
+    dropout: Probability = 0.0
+    """In training, this share of the outputs of each hidden layer of the model's MLPs is 0, and the
+    others are larger by as much.
+    """
+    batch_norm: bool = False
+    """Whether hidden layers of the model's MLPs are normalized over the batch, before their
+    activation. A batch of one sample is normalized as in evaluation, by what was seen before.
+    """
+
+
+class DLRMConfig(Regularized):
     """DLRM (arXiv:1906.00091).
 
     Bottom MLP on numbers, pairwise dot products with the embeddings, top MLP.
@@ -23,7 +36,7 @@ class DLRMConfig(Config):
     """Hidden widths of the top MLP; its output is one logit."""
 
 
-class DCNConfig(Config):
+class DCNConfig(Regularized):
     """DCN-v2: cross layers beside a deep MLP (arXiv:2008.13535)."""
 
     kind: Literal["dcn_v2"] = "dcn_v2"
@@ -38,7 +51,7 @@ class DCNConfig(Config):
     """
 
 
-class DeepFMConfig(Config):
+class DeepFMConfig(Regularized):
     """DeepFM (arXiv:1703.04247).
 
     A factorization machine and a deep MLP over the same vectors. All features have one dim D: the
@@ -52,7 +65,7 @@ class DeepFMConfig(Config):
     """Width of the vectors of numeric columns where there is no feature; else it is D - 1."""
 
 
-class WideDeepConfig(Config):
+class WideDeepConfig(Regularized):
     """Wide & Deep (arXiv:1606.07792): a linear model beside a deep MLP.
 
     The last column of a wide feature is its weight in the linear model, and the columns before are
@@ -66,7 +79,7 @@ class WideDeepConfig(Config):
     """Names or globs of the features that are wide."""
 
 
-class AutoIntConfig(Config):
+class AutoIntConfig(Regularized):
     """AutoInt (arXiv:1810.11921): layers of attention among the fields.
 
     A field is a feature or a numeric column.
@@ -90,7 +103,7 @@ class AutoIntConfig(Config):
         return self
 
 
-class XDeepFMConfig(Config):
+class XDeepFMConfig(Regularized):
     """xDeepFM (arXiv:1803.05170).
 
     A compressed interaction network, a deep MLP and a linear term of the same fields. All features
@@ -107,7 +120,7 @@ class XDeepFMConfig(Config):
     """Width of the vectors of numeric columns where there is no feature; else it is D - 1."""
 
 
-class FinalMLPConfig(Config):
+class FinalMLPConfig(Regularized):
     """FinalMLP (arXiv:2304.00902): two MLPs of gated inputs, joined by a bilinear form."""
 
     kind: Literal["final_mlp"] = "final_mlp"
@@ -136,7 +149,7 @@ class FinalMLPConfig(Config):
         return self
 
 
-class MaskNetConfig(Config):
+class MaskNetConfig(Regularized):
     """MaskNet (arXiv:2102.07619): blocks that multiply what they read by a mask of all inputs."""
 
     kind: Literal["masknet"] = "masknet"
@@ -152,7 +165,7 @@ class MaskNetConfig(Config):
     """Width of the vectors of numeric columns where there is no feature; else it is theirs."""
 
 
-class MultiTask(Config):
+class MultiTask(Regularized):
     """Fields of the models that predict several labels (`data.label` is a list)."""
 
     task_weights: Mapping[str, PositiveFloat] = {}
@@ -215,7 +228,7 @@ class ESMMConfig(MultiTask):
     """Hidden widths of the MLP of each label."""
 
 
-class DINConfig(Config):
+class DINConfig(Regularized):
     """DIN, deep interest network (arXiv:1706.06978).
 
     A small MLP compares the candidate with each key of a sequence, what the user has had before,
@@ -234,7 +247,7 @@ class DINConfig(Config):
     """Hidden widths of the deep MLP; its output is one logit."""
 
 
-class HSTUConfig(Config):
+class HSTUConfig(Regularized):
     """HSTU, hierarchical sequential transducer (arXiv:2402.17152).
 
     Layers of attention without softmax over a sequence, with the candidate as its last position; a
@@ -253,7 +266,7 @@ class HSTUConfig(Config):
     """Hidden widths of the deep MLP; its output is one logit."""
 
 
-class TwoTowerConfig(Config):
+class TwoTowerConfig(Regularized):
     """Two towers, for retrieval: one MLP of the user, one of the item, and their similarity.
 
     Learns by a softmax over the items of the batch, corrected for how often each item comes

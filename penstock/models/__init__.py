@@ -28,6 +28,7 @@ from penstock.config import (
     MMoEConfig,
     Model,
     PLEConfig,
+    Regularized,
     SharedBottomConfig,
     TwoTowerConfig,
     WideDeepConfig,
@@ -51,6 +52,7 @@ from penstock.models.networks.masknet import MaskNet
 from penstock.models.networks.two_tower import TwoTower
 from penstock.models.networks.wide_deep import WideDeep
 from penstock.models.networks.xdeepfm import XDeepFM
+from penstock.models.parts.mlp import MLP, BatchNorm
 from penstock.types import FeatureShape
 
 __all__ = [
@@ -124,10 +126,26 @@ def build_model(
     if isinstance(config, CustomModel):
         return build_custom(config, num_numeric, features, num_tasks)
     if type(config) in _OF_SEVERAL_LABELS:
-        return _OF_SEVERAL_LABELS[type(config)](config, num_numeric, features, num_tasks)
+        model = _OF_SEVERAL_LABELS[type(config)](config, num_numeric, features, num_tasks)
+        return _regularized(model, config)
     if num_tasks > 1:
         raise ConfigError(
             f"model {config.kind} predicts one label, but data.label names {num_tasks}; use model "
             "kind shared_bottom, mmoe, ple or esmm"
         )
-    return _OF_ONE_LABEL[type(config)](config, num_numeric, features)
+    return _regularized(_OF_ONE_LABEL[type(config)](config, num_numeric, features), config)
+
+
+def _regularized(model: nn.Module, config: Regularized) -> nn.Module:
+    """The model with dropout and batch norm in its MLPs, as its configuration wants."""
+    if not config.dropout and not config.batch_norm:
+        return model
+    for part in model.modules():
+        if isinstance(part, MLP) and not part.is_gate:
+            part.regularize(config.dropout, batch_norm=config.batch_norm)
+    if not any(isinstance(part, nn.Dropout | BatchNorm) for part in model.modules()):
+        raise ConfigError(
+            "model: dropout and batch_norm are of hidden layers, and this one has none; give it "
+            "some, or remove them"
+        )
+    return model

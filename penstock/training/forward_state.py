@@ -43,8 +43,9 @@ class ForwardState:
             self._kept = [buffer.clone() for buffer in self._buffers()]
         self._clock = replace(self._collection.row_clock)
         self._generator = torch.get_rng_state()
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            self._gpu_generator = torch.cuda.get_rng_state()
+        device = self._collection.device
+        if device.type == "cuda":
+            self._gpu_generator = torch.cuda.get_rng_state(device)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -53,7 +54,7 @@ class ForwardState:
             module._buffers[name] = kept
         torch.set_rng_state(self._generator)
         if self._gpu_generator is not None:
-            torch.cuda.set_rng_state(self._gpu_generator)
+            torch.cuda.set_rng_state(self._gpu_generator, self._collection.device)
         self._collection.row_clock.set_state(self._clock.state())
         self._collection.discard_gradients()
         self._model.zero_grad(set_to_none=True)

@@ -10,7 +10,7 @@ from torch.nn.functional import batch_norm
 
 from penstock.config import DINConfig
 from penstock.models.parts.inputs import CandidateAndSequence
-from penstock.models.parts.mlp import glorot_linear
+from penstock.models.parts.mlp import glorot_linear, regularized
 from penstock.types import FeatureShape
 
 _EPS = 1e-8
@@ -43,13 +43,21 @@ class Dice(nn.Module):
         return x * (gate + (1 - gate) * self.slope)
 
 
-def activated_mlp(inputs: int, widths: Sequence[int], activation: str) -> nn.Sequential:
+def activated_mlp(
+    inputs: int,
+    widths: Sequence[int],
+    activation: str,
+    dropout: float = 0.0,
+    *,
+    batch_norm: bool = False,
+) -> nn.Sequential:
     """Linear layers, each followed by Dice or PReLU, then one linear output: -> [N, 1]."""
     layers: list[nn.Module] = []
     for width in widths:
         layers += [glorot_linear(inputs, width)]
         layers += [Dice(width) if activation == "dice" else nn.PReLU(width)]
         inputs = width
+    layers = regularized(layers, dropout, batch_norm=batch_norm)
     return nn.Sequential(*layers, glorot_linear(inputs, 1))
 
 
@@ -72,7 +80,9 @@ class DIN(nn.Module):
         dim = self.inputs.dim
         self.attention = activated_mlp(4 * dim, config.attention, config.activation)
         width = 2 * dim + num_numeric + self.inputs.others.numel()
-        self.deep = activated_mlp(width, config.deep, config.activation)
+        self.deep = activated_mlp(
+            width, config.deep, config.activation, config.dropout, batch_norm=config.batch_norm
+        )
 
     def forward(self, dense: Tensor, embeddings: Tensor, lengths: Tensor) -> Tensor:
         """(dense [B, n], embeddings [B, W], lengths [B, 1]) -> logits [B]."""

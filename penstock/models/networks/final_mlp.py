@@ -38,7 +38,7 @@ class InputGate(nn.Module):
         if not columns.numel():
             # Not zero, where the ReLU behind it would never learn.
             self.constant = nn.Parameter(torch.randn(_LEARNT_CONTEXT) * _LEARNT_CONTEXT**-0.5)
-        self.hidden = MLP(columns.numel() or _LEARNT_CONTEXT, hidden)
+        self.hidden = MLP(columns.numel() or _LEARNT_CONTEXT, hidden, is_gate=True)
         self.weights = glorot_linear(self.hidden.outputs, width)
 
     def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:

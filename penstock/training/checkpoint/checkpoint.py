@@ -245,7 +245,7 @@ class Checkpoints:
                 best.load((manifest.best or {})[name])
         state.step = manifest.step
         state.position = position
-        set_random_state(random)
+        set_random_state(random, state.collection.device)
         self._own_step = manifest.step
 
     def _given_up(self, step: int) -> list[Path]:
@@ -288,7 +288,7 @@ class Checkpoints:
             files[OPTIMIZER] = write_tensors(directory / OPTIMIZER, tensors)
         if state.metrics is not None:
             files[_METRICS] = write_tensors(directory / _METRICS, state.metrics.state_dict())
-        files[_RANDOM] = write_durably(directory / _RANDOM, random_state())
+        files[_RANDOM] = write_durably(directory / _RANDOM, random_state(state.collection.device))
         files[INPUT] = write_durably(directory / INPUT, input_files(state.position))
         manifest = Manifest(
             step=state.step,

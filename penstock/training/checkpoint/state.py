@@ -113,10 +113,10 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def random_state() -> bytes:
+def random_state(device: torch.device) -> bytes:
     """State of the global generators of torch, numpy and Python, as JSON.
 
-    Of the current GPU too, where one is in use.
+    Of the GPU that `device` is, too, which dropout there draws from.
     """
     version, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
@@ -127,19 +127,19 @@ def random_state() -> bytes:
         "numpy": {**numpy_state, "state": inner},
         "python": [version, list(words), gauss],
     }
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        content["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    if device.type == "cuda":
+        content["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
     return json.dumps(content).encode() + b"\n"
 
 
-def set_random_state(raw: bytes) -> None:
-    """Inverse of `random_state`."""
+def set_random_state(raw: bytes, device: torch.device) -> None:
+    """Inverse of `random_state`; the state of a GPU is that of `device`, if it is one."""
     content = json.loads(raw)
     state = bytearray.fromhex(content["torch"])
     torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
-    if "cuda" in content and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if "cuda" in content and device.type == "cuda":
         state = bytearray.fromhex(content["cuda"])
-        torch.cuda.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
+        torch.cuda.set_rng_state(torch.frombuffer(state, dtype=torch.uint8), device)
     inner = content["numpy"]["state"]
     key = np.array(inner["key"], dtype=np.uint32)
     np.random.set_state({**content["numpy"], "state": {**inner, "key": key}})
