@@ -19,10 +19,12 @@ from pydantic import BaseModel
 
 from penstock.config import Job, parse_job
 from penstock.config.explain import fields_at
+from penstock.config.moved import bring_up_to_date, place_now
 from penstock.errors import ConfigError, JobNote
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+_MOST_VALUES = 1_000_000
 _TAGS = ("kind", "format", "by", "policy")
 """Fields that say which member of a union a mapping is."""
 
@@ -48,19 +50,36 @@ def load_job(reference: str | Path, overrides: Sequence[str] = ()) -> Job:
         fields: Any = job.model_dump(mode="json")
     else:
         fields = read_fields(Path(reference))
-    return parse_job(override(fields, overrides), origin=name)
+    return parse_job(override(_up_to_date(fields, name), overrides), origin=name)
 
 
 def override(fields: Any, overrides: Sequence[str]) -> Any:
     """A copy of the fields of a job with single ones replaced, see `load_job`.
 
+    A field is found by its place of before, too, in the fields and in the overrides.
+
     Raises:
       ConfigError: an override is not of the form `a.b=c`, or its path leads nowhere.
     """
     fields = copy.deepcopy(fields)
+    if overrides and isinstance(fields, dict):
+        fields = dict(bring_up_to_date(fields)[0])
     for one in overrides:
         fields = _apply(fields, one)
     return fields
+
+
+def _up_to_date(fields: Any, origin: str) -> Any:
+    """Puts moved fields into their places, and says so."""
+    if not isinstance(fields, dict):
+        return fields
+    try:
+        fields, moved = bring_up_to_date(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    for note in moved:
+        warnings.warn(f"{origin}: {note}", JobNote, stacklevel=3)
+    return dict(fields)
 
 
 def read_fields(path: Path) -> Any:
@@ -83,13 +102,17 @@ def _extended(path: Path, extending: tuple[Path, ...]) -> Any:
     if path.resolve() in [one.resolve() for one in extending]:
         chain = " extends ".join(str(one) for one in (*extending, path))
         raise ConfigError(f"{extending[-1]}: extends: {chain}; a job cannot extend itself")
-    fields = _read(path)
+    try:
+        fields = _read(path)
+    except ConfigError as error:
+        raise ConfigError(" extends ".join(map(str, (*extending, error)))) from None
     if not isinstance(fields, dict) or "extends" not in fields:
         return fields
     other = fields.pop("extends")
     if not isinstance(other, str) or not other:
         raise ConfigError(f"{path}: extends: expected the path of a job file, got {other!r}")
     below = _extended(path.parent / other, (*extending, path))
+    below, fields = _up_to_date(below, str(path.parent / other)), _up_to_date(fields, str(path))
     if not isinstance(below, dict):
         held = type(below).__name__
         raise ConfigError(f"{path}: extends {other}, which holds a {held} and no fields of a job")
@@ -112,7 +135,7 @@ def _fitting(
     """The fields that stay where `change` makes the mapping at `location` another kind."""
     for tag in _TAGS:
         kind = change.get(tag)
-        if kind is None or fields.get(tag) == kind:
+        if not isinstance(kind, str) or fields.get(tag) == kind:
             continue
         known = fields_at(Job, (*location, kind))
         dropped = [name for name in fields if known and name not in known]
@@ -133,7 +156,11 @@ def _read(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such job file{_similar_files(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: byte {error.start} is no UTF-8 ({error.reason}); save the job file as UTF-8"
+        ) from None
+    except OSError as error:
         raise ConfigError(f"{path}: cannot read the job file: {error}") from None
     return parse_yaml(text, str(path))
 
@@ -157,7 +184,11 @@ def parse_yaml(text: str, origin: str) -> Any:
         ) from None
     loader.name = origin
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {}, origin)
+        return loader.construct_document(node)
     except RecursionError:
         raise ConfigError(f"{origin}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
@@ -169,12 +200,43 @@ def parse_yaml(text: str, origin: str) -> Any:
         loader.dispose()
 
 
+def _count_values(node: yaml.Node, known: dict[yaml.Node, int | None], origin: str) -> int:
+    """Values below a node, those of an alias again each time; refused where they are too many."""
+    if node not in known:
+        known[node] = None
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        items = node.value if isinstance(node, yaml.SequenceNode) else ()
+        below = [*items, *(one for pair in pairs for one in pair)]
+        known[node] = 1 + sum(_count_values(one, known, origin) for one in below)
+    count, line = known[node], node.start_mark.line + 1
+    if count is None:
+        raise ConfigError(f"{origin}:{line}: an anchor holds itself; write out what is meant")
+    if count > _MOST_VALUES:
+        raise ConfigError(
+            f"{origin}:{line}: more than {_MOST_VALUES:,} values here, aliases written out; a job "
+            "has no use for so many"
+        )
+    return count
+
+
 class _JobLoader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
-    """Safe YAML that refuses duplicate keys, and reads 1e-3 and `no` as YAML 1.2 does."""
+    """Safe YAML that refuses duplicate keys, and reads 1e-3, `no` and 1:30 as YAML 1.2 does."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag == _INT and _LEADING_ZERO.match(node.value):
+            digits = node.value.lstrip("+-0_")
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{node.value} is octal to some and decimal to others; write {digits or 0}, or "
+                f"0o{digits or 0}, or as a text '{node.value}'",
+                node.start_mark,
+            )
         try:
-            return super().construct_object(node, deep=deep)
+            value = super().construct_object(node, deep=deep)
+            if isinstance(value, str):
+                value.encode()
+            return value
         except (ValueError, KeyError, AttributeError):
             # PyYAML's scalars are not checked before they are read. An error of what is within a
             # mapping or list has its own words.
@@ -200,19 +262,24 @@ class _JobLoader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
 
 
 # In YAML 1.1 no, off, y and their like are false and true: columns and countries have such names.
-_BOOL = "tag:yaml.org,2002:bool"
+# And 1:30 is 90, and 010 is 8.
+_BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float"))
+_LEADING_ZERO = re.compile(r"^[-+]?0[0-9_]+$")
 _JobLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag != _BOOL]
+    first: [(tag, pattern) for tag, pattern in found if tag not in {_BOOL, _INT, _FLOAT}]
     for first, found in _JobLoader.yaml_implicit_resolvers.items()
 }
-_JobLoader.add_implicit_resolver(
-    _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_JobLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+for _tag, _pattern, _first in (
+    (_BOOL, r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    (_INT, r"[-+]?([0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)", "-+0123456789"),
+    (
+        _FLOAT,
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _JobLoader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list(_first))
 
 
 def _call(name: str) -> Job:
@@ -241,9 +308,11 @@ def _call(name: str) -> Job:
 def _apply(fields: Any, override: str) -> Any:
     """Returns `fields` with one override applied (in place where they are mappings)."""
     path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {override}: expected a.b=value, for instance training.epochs=2")
+    keys = place_now(path).split(".")
+    if keys != path.split("."):
+        warnings.warn(f"--set {override}: {path} is now {place_now(path)}", JobNote, stacklevel=2)
     value = parse_yaml(text, f"--set {path}")
     if fields is None:
         fields = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from datetime import date
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from penstock.config.base import MAY_CHANGE, Config, Fraction, Int64, PositiveInt
+from penstock.config.base import MAY_CHANGE, Config, FiniteFloat, Fraction, Int64, PositiveInt
 from penstock.config.labels import Label, LabelOrLabels, check_labels
 from penstock.config.sources import Source
 from penstock.config.tables import Pooling
@@ -71,9 +72,7 @@ class Bucketize(Config):
     """
 
     kind: Literal["bucketize"] = "bucketize"
-    boundaries: Annotated[
-        tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=1)
-    ]
+    boundaries: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
     """Ascending."""
 
     @model_validator(mode="after")
@@ -97,20 +96,28 @@ class Clip(Config):
     low: float | None = None
     high: float | None = None
 
+    @model_validator(mode="after")
+    def _low_is_low(self) -> Clip:
+        low = -math.inf if self.low is None else self.low
+        high = math.inf if self.high is None else self.high
+        if not low <= high:
+            raise ValueError(f"low {low:g} is not at or below high {high:g}; mend one of them")
+        return self
+
 
 class Scale(Config):
     """(x - offset) * factor."""
 
     kind: Literal["scale"] = "scale"
-    offset: float = 0.0
-    factor: float = 1.0
+    offset: FiniteFloat = 0.0
+    factor: FiniteFloat = 1.0
 
 
 class FillNumber(Config):
     """A missing number (null or NaN) reads as `value`."""
 
     policy: Literal["fill"] = "fill"
-    value: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    value: FiniteFloat = 0.0
 
 
 class FailOnMissing(Config):

@@ -23,22 +23,36 @@ def explain(
     for item in error.errors():
         path = ".".join(str(part) for part in _without_tags(item, given))
         where = f"{origin}: {path}" if origin and path else path or origin or model.__name__
-        if item["type"] == "extra_forbidden":
-            lines.append(
-                f"{where}: unknown key{_suggestion(str(item['loc'][-1]), item['loc'], model)}"
-            )
-        elif item["type"] == "missing":
-            lines.append(f"{where}: required, but not given")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            shown = repr(item["input"])
-            value = (
-                f" (got {shown})"
-                if not isinstance(item["input"], Mapping) and len(shown) <= 80
-                else ""
-            )
-            lines.append(f"{where}: {message[0].lower()}{message[1:]}{value}")
+        lines.append(f"{where}: {_what_is_wrong(item, model)}")
     return ConfigError("\n".join(lines))
+
+
+def _what_is_wrong(item: ErrorDetails, model: type[BaseModel]) -> str:
+    kind, value = item["type"], item["input"]
+    if kind == "extra_forbidden":
+        known = fields_at(model, item["loc"][:-1])
+        return f"unknown key{_suggestion(str(item['loc'][-1]), known)}"
+    if kind == "missing":
+        return "required, but not given"
+    if kind in {"model_type", "model_attributes_type"}:
+        return f"expected fields, as in `a: 1`{_shown(value)}; give some, or leave it out"
+    if kind == "tuple_type":
+        remedy = f"; write [{value}]" if isinstance(value, str | int | float) else ""
+        return f"expected a list{_shown(value)}{remedy}"
+    if kind.startswith("union_tag_"):
+        tag = item["ctx"]["discriminator"].strip("'")
+        known = tags_at(model, item["loc"])
+        if kind == "union_tag_not_found":
+            return f"{tag} is not given; it is one of {', '.join(sorted(known))}"
+        return f"unknown {tag} {item['ctx']['tag']!r}{_suggestion(item['ctx']['tag'], known)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}{_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """The value that was given, if it is short."""
+    shown = "" if isinstance(value, Mapping) else repr(value)
+    return f" (got {shown})" if 0 < len(shown) <= 80 else ""
 
 
 def _without_tags(item: ErrorDetails, given: Any) -> Iterator[int | str]:
@@ -55,12 +69,12 @@ def _without_tags(item: ErrorDetails, given: Any) -> Iterator[int | str]:
             given = given[part]
 
 
-def _suggestion(key: str, location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    known = sorted(fields_at(model, location[:-1]))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+def _suggestion(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    near = [name for name in known if name == key.strip().lower().replace("-", "_")] or near
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; known keys: {', '.join(known)}" if known else ""
+    return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
 def fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
@@ -68,6 +82,17 @@ def fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[st
 
     The last part of a location may be the tag of a union's member: `("model", "dcn_v2")`.
     """
+    return {name for one in _reached(model, location) for name in one.get("properties", {})}
+
+
+def tags_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    """Tags of the union that lies at `location`, as `fields_at`."""
+    unions = [one["discriminator"] for one in _reached(model, location) if "discriminator" in one]
+    return {tag for union in unions for tag in union["mapping"]}
+
+
+def _reached(model: type[BaseModel], location: tuple[int | str, ...]) -> list[_Node]:
+    """What lies at a location: a node of the schema, and the members of the union that it is."""
     schema = model.model_json_schema()
     node = schema
     for part in location:
@@ -75,10 +100,9 @@ def fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[st
         # The name of a union's member, where the schema has the members without their names.
         is_tag = found is None and isinstance(part, str) and bool(_members(schema, node))
         if found is None and not is_tag:
-            return set()
+            return []
         node = found or node
-    reached = [node, *_members(schema, node)]
-    return {name for one in reached for name in one.get("properties", {})}
+    return [node, *_members(schema, node)]
 
 
 def _below(schema: _Node, node: _Node, part: int | str) -> _Node | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from penstock.config.base import Config, PositiveFloat
+from penstock.config.base import Config, FiniteFloat, PositiveFloat
 
 
 class Label(Config):
@@ -22,11 +21,11 @@ class Label(Config):
     column: str
     """A list column reads as its value where it holds one and as missing where it is empty."""
     task: Literal["binary", "regression"] = "binary"
-    at_least: float | None = None
+    at_least: FiniteFloat | None = None
     """Binary alone: the label is 1 where the column is at least this; null: the column must hold
     0 and 1 alone.
     """
-    offset: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    offset: FiniteFloat = 0.0
     """Regression alone: what the model learns is (value - offset) / scale, best near 0 and of size
     1. Metrics and scores are in the column's unit all the same.
     """
@@ -52,7 +51,7 @@ class Label(Config):
 
 
 def _one_or_several(given: Any) -> str:
-    return "one" if isinstance(given, Mapping | Label) else "several"
+    return "several" if isinstance(given, list | tuple) else "one"
 
 
 LabelOrLabels: TypeAlias = Annotated[

@@ -157,7 +157,7 @@ class MaskNetConfig(Regularized):
     """`parallel`: every block reads the normalized fields; `serial`: the block before."""
     blocks: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 64)
     """Outputs of each block."""
-    reduction: Annotated[float, Field(gt=0, le=64)] = 2.0
+    reduction: Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)] = 2.0
     """Hidden width of the MLP of a mask, over its output."""
     deep: tuple[Width, ...] = (64,)
     """Hidden widths of the MLP on the blocks (the paper's serial model has none: `[]`)."""

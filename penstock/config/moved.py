@@ -49,6 +49,14 @@ def bring_up_to_date(fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], list
     return fields, notes
 
 
+def place_now(place: str) -> str:
+    """Where a field, or a field of what has moved, lies now."""
+    for old, new in MOVED.items():
+        if place == old or place.startswith(f"{old}."):
+            return new + place.removeprefix(old)
+    return place
+
+
 def _group(fields: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
     """The fields at a place like `data.shuffle`; None: there are none."""
     group: Any = fields

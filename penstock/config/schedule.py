@@ -25,7 +25,7 @@ class Schedule(Config):
     """Steps of the decay, counted from the end of the warm-up; required unless `decay` is
     constant. `end`: those that are left to the end of the run.
     """
-    end_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
+    end_factor: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.01
     """Factor reached after `decay_steps`, and kept."""
 
     def factor(self, step: int) -> float:

@@ -179,7 +179,7 @@ class SyntheticSource(Config):
     num_categorical: Annotated[int, Field(gt=0, le=10_000)] = 8
     num_numeric: Annotated[int, Field(ge=0, le=10_000)] = 4
     keys_per_feature: PositiveInt = 100_000
-    exponent: Annotated[float, Field(gt=0, le=4)] = 1.2
+    exponent: Annotated[float, Field(gt=0, le=4, allow_inf_nan=False)] = 1.2
     """Power-law exponent of the keys: the r-th most frequent key has weight r ** -exponent."""
     seed: Int64 = 0
 

@@ -9,6 +9,7 @@ from pydantic import ByteSize, Field, model_validator
 from penstock.config.base import (
     MAY_CHANGE,
     Config,
+    FiniteFloat,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
@@ -137,7 +138,7 @@ class Constant(Config):
     """The same value in every column."""
 
     kind: Literal["constant"] = "constant"
-    value: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    value: FiniteFloat = 0.0
 
 
 Initializer = Annotated[Uniform | Normal | Constant, Field(discriminator="kind")]

@@ -372,7 +372,9 @@ def test_another_kind_drops_the_fields_that_it_lacks_by_name(job_file):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_job(str(job_file), ["model.kind=dlrm"])
-    assert "input tag 'dlmr'" in refusal(load_job, str(job_file), ["model.kind=dlmr"])
+    assert "unknown kind 'dlmr'; did you mean 'dlrm'?" in refusal(
+        load_job, str(job_file), ["model.kind=dlmr"]
+    )
 
 
 def test_what_a_run_wrote_of_its_job_is_read_without_a_word():
