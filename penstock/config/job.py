@@ -134,6 +134,11 @@ class TrainingConfig(Config):
     """
     early_stopping: Annotated[EarlyStopping | None, MAY_CHANGE] = None
     """null: training goes on to the end of the data, or to `max_steps`."""
+    autocast: Annotated[Literal["bfloat16"] | None, MAY_CHANGE] = None
+    """Computes the dense part in two bytes a number where that is safe (torch.autocast), in
+    evaluation and prediction too. Weights, gradients, losses and tables keep their types. null:
+    float32.
+    """
     seed: Int64 = 0
     deterministic: bool = False
     """Embedding updates have the same bits for any order of the samples of a batch, and on any

@@ -20,6 +20,7 @@ from penstock.training.checkpoint.checkpoint import TrainState
 from penstock.training.dense import DenseTrainer
 from penstock.training.in_batch_softmax import InBatchSoftmax
 from penstock.training.objective import Objective, SumOfTasks
+from penstock.training.precision import autocast
 from penstock.training.tasks import tasks_of
 from penstock.types import Position
 
@@ -82,6 +83,8 @@ def build(job: Job, dataset: Dataset, steps: int | None = None) -> Untrained:
         raise CapacityError(
             "no memory for the parameters of the model; give it narrower layers (model)"
         ) from None
+    if job.training.autocast is not None:
+        autocast(model, collection.device, getattr(torch, job.training.autocast))
     trainer = DenseTrainer(
         model,
         job.training.optimizer,
