@@ -215,6 +215,11 @@ class EmbeddingCollection(RowsByKey, TableModule):
             self.check_batch(sparse)
             pooled = self.anchor.new_empty(sparse.batch_size, self.width)
         elif is_traced:
+            if torch.compiler.is_exporting():
+                raise ConfigError(
+                    "torch.export of a collection with pooling max or none, inputs or padding: "
+                    "what it reads depends on the keys; export the model behind its vectors"
+                )
             pooled, ragged = _look_up_apart(self, sparse)
         else:
             pooled, ragged = self._look_up_eagerly(sparse)

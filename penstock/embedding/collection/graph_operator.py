@@ -8,6 +8,7 @@ works without it.
 from __future__ import annotations
 
 import itertools
+import secrets
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ from penstock.types import KeyedJagged
 if TYPE_CHECKING:
     from penstock.embedding.collection.collection import EmbeddingCollection, LookUp
 
-# Of this process. Numbers are never used again, so that a graph cannot reach another collection.
-_NUMBERS = itertools.count()
+# Numbers are never used again, nor by another process that loads a graph, so that none reaches
+# another collection.
+_NUMBERS = itertools.count(secrets.randbits(62))
 _COLLECTIONS: weakref.WeakValueDictionary[int, EmbeddingCollection] = weakref.WeakValueDictionary()
 # Look-ups of collections whose ticket is alive: a graph saves it for its backward pass.
 _LOOKUPS: dict[int, LookUp] = {}
@@ -34,6 +36,17 @@ def register(collection: EmbeddingCollection) -> int:
     number = next(_NUMBERS)
     _COLLECTIONS[number] = collection
     return number
+
+
+def _collection_of(number: int) -> EmbeddingCollection:
+    collection = _COLLECTIONS.get(number)
+    if collection is None:
+        raise ConfigError(
+            "a compiled or exported graph looks up an EmbeddingCollection that is not in this "
+            "process: the graph does not hold the tables; export the model again where they are, "
+            "and keep it alive"
+        )
+    return collection
 
 
 def collections_by_anchor() -> dict[int, EmbeddingCollection]:
@@ -51,10 +64,21 @@ def check_features(sparse: KeyedJagged, inputs: tuple[str, ...]) -> None:
 
 
 def look_up_in_graph(collection: EmbeddingCollection, sparse: KeyedJagged) -> Tensor:
-    """As `EmbeddingCollection.forward`, where batches are read as they are; to be traced."""
+    """As `EmbeddingCollection.forward`, where batches are read as they are; to be traced.
+
+    Raises:
+      ConfigError: other columns; an export of the training form.
+    """
     check_features(sparse, collection.inputs)
     trains = collection.training and torch.is_grad_enabled() and collection.anchor.requires_grad
     weights = sparse.weights
+    if torch.compiler.is_exporting() and (
+        trains or (weights is not None and weights.requires_grad)
+    ):
+        raise ConfigError(
+            "torch.export of a collection that is to be trained: the graph has no update; call "
+            "eval() first, and give weights that require no gradient"
+        )
     learns_weights = weights is not None and weights.requires_grad and torch.is_grad_enabled()
     out: Tensor
     out, _ = _pooled_lookup(
@@ -78,7 +102,7 @@ def _pooled_lookup(
     flags: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     trains, learns_weights, is_checked, is_one_hot = flags
-    collection = _COLLECTIONS[number]
+    collection = _collection_of(number)
     sparse = KeyedJagged(collection.inputs, values, offsets, weights, is_checked, is_one_hot)
     collection.check_batch(sparse)
     arranged = collection.arrangement.arrange(sparse)
@@ -99,7 +123,7 @@ def _(
     number: int,
     flags: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    collection = _COLLECTIONS[number]
+    collection = _collection_of(number)
     size = (offsets.numel() - 1) // max(1, len(collection.inputs))
     return anchor.new_empty(size, collection.width), torch.empty(1, dtype=torch.int64)
 
@@ -108,7 +132,7 @@ def _(
 def _keep_gradient(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
     # A copy: a compiler uses the memory of what an operator was given again.
     found = _LOOKUPS[int(ticket)]
-    _COLLECTIONS[number].keep_gradient(found.lookups, found.plans, grad.clone(), zeros_to_come=1)
+    _collection_of(number).keep_gradient(found.lookups, found.plans, grad.clone(), zeros_to_come=1)
     # That of the anchor: an output, so that no compiler takes the operator for needless.
     return grad.new_zeros(1)
 
@@ -122,7 +146,7 @@ def _(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
 def _weight_gradient(grad: Tensor, ticket: Tensor, weights: Tensor, number: int) -> Tensor:
     vectors = _LOOKUPS[int(ticket)].vectors
     assert vectors is not None
-    return vectors.gradient(grad.to(_COLLECTIONS[number].device)).to(weights)
+    return vectors.gradient(grad.to(_collection_of(number).device)).to(weights)
 
 
 @_weight_gradient.register_fake
