@@ -135,7 +135,8 @@ class KeyedJagged:
         if not columns:
             return cls((), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         sizes = {name: column.offsets.numel() - 1 for name, column in columns.items()}
-        if len(set(sizes.values())) != 1:
+        # Not by a set: a size that torch.export leaves open has no hash.
+        if any(size != next(iter(sizes.values())) for size in sizes.values()):
             raise ConfigError(f"features of one batch differ in batch size: {sizes}")
         devices = {name: str(column.values.device) for name, column in columns.items()}
         if len(set(devices.values())) != 1:
