@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         SGD,
         Adagrad,
         Adam,
+        AdamW,
         AdmitAtRandom,
         AdmitFrequent,
         Constant,
@@ -46,8 +47,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "penstock.config.schedule": "Schedule",
     "penstock.config.tables": (
-        "FTRL LAMB SGD Adagrad Adam AdmitAtRandom AdmitFrequent Constant Eviction FeatureConfig "
-        "MomentumSGD Normal RowWiseAdagrad RowWiseAdam TableConfig Uniform"
+        "FTRL LAMB SGD Adagrad Adam AdamW AdmitAtRandom AdmitFrequent Constant Eviction "
+        "FeatureConfig MomentumSGD Normal RowWiseAdagrad RowWiseAdam TableConfig Uniform"
     ),
     "penstock.embedding.collection.clipping": "clip_grad_norm_",
     "penstock.embedding.collection.collection": "EmbeddingCollection",
@@ -64,6 +65,7 @@ __all__ = [
     "__version__",
     "Adagrad",
     "Adam",
+    "AdamW",
     "AdmitAtRandom",
     "AdmitFrequent",
     "CapacityError",

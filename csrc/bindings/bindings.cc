@@ -77,7 +77,7 @@ void check_bytes(const Values& values, ValueType type) {
 }
 
 const Hyper* hypers_of(const InRows& hypers) { return reinterpret_cast<const Hyper*>(hypers.data()); }
-constexpr size_t kHyperFields = 10;
+constexpr size_t kHyperFields = 11;
 static_assert(sizeof(Hyper) == kHyperFields * sizeof(float));
 
 constexpr size_t kRetentionNumbers = sizeof(RetentionNumbers) / sizeof(int64_t);
@@ -141,7 +141,7 @@ std::tuple<Status, double> py_gradient_norm(HostStore& self, std::shared_ptr<con
 std::tuple<Status, int64_t> py_apply_gradients(HostStore& self, std::shared_ptr<const SharedPlan> plan,
                                                const Gradients& gradients, InRows hypers, uint64_t step,
                                                bool is_order_free) {
-  check_rows(hypers, self.num_tables(), kHyperFields, "hypers: expected [tables, 10]");
+  check_rows(hypers, self.num_tables(), kHyperFields, "hypers: expected [tables, 11]");
   std::vector<LookupGradient> parts = checked_gradients(self, plan, gradients);
   int64_t rows = 0;
   Status status;
@@ -207,7 +207,7 @@ void bind_host_store(nb::module_& m) {
              uint64_t max_bytes, const std::string& most_isa, uint64_t scan_from) {
             check(dim >= 1 && dim <= kMostDim, "dim: out of range");
             check(value_type >= 0 && value_type <= static_cast<int>(ValueType::kFloat16), "value_type: unknown");
-            check(optimizer >= 0 && optimizer <= static_cast<int>(OptimizerKind::kLamb), "optimizer: unknown");
+            check(optimizer >= 0 && optimizer <= static_cast<int>(OptimizerKind::kAdamW), "optimizer: unknown");
             check(state_dim == state_dim_of(static_cast<OptimizerKind>(optimizer), dim), "state_dim: not of the optimizer");
             check(usage_dim <= 2, "usage_dim: 0, 1 or 2");
             check(!tables.empty() && tables.size() <= kMaxTables, "tables: 1 to 65535");

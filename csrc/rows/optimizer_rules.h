@@ -44,6 +44,17 @@ inline T towards(T old, T next, float one_minus_beta) {
   return old + one_minus_beta * (next - old);
 }
 
+// Keeps a row within [-most, most]; NaN stays.
+template <typename S>
+inline void bound_row(const S& shape, float* value, float most) {
+  const Lanes high = Lanes{} + most;
+  for (int c = 0; c < num_chunks(shape); ++c) {
+    const Lanes w = load(shape, value, c);
+    const Lanes below = w > high ? high : w;
+    store(shape, value, c, below < -high ? -high : below);
+  }
+}
+
 struct Sgd {
   template <typename S>
   static void step(const S& shape, float* value, float*, const Lanes* grad, const Hyper& h) {
@@ -109,6 +120,24 @@ struct Adam {
       store(shape, mean, c, m);
       store(shape, variance, c, v);
       store(shape, value, c, or_nan(w - h.learning_rate * m / (square_root(v) + h.eps), v));
+    }
+  }
+};
+
+// weight_decay holds the share of the value that a step takes off.
+struct AdamW {
+  template <typename S>
+  static void step(const S& shape, float* value, float* state, const Lanes* grad, const Hyper& h) {
+    float* const mean = state;
+    float* const variance = mean + shape.dim();
+    for (int c = 0; c < num_chunks(shape); ++c) {
+      const Lanes w = load(shape, value, c);
+      const Lanes m = towards(load(shape, mean, c), grad[c], h.one_minus_beta1);
+      const Lanes v = towards(load(shape, variance, c), grad[c] * grad[c], h.one_minus_beta2);
+      store(shape, mean, c, m);
+      store(shape, variance, c, v);
+      const Lanes kept = w - h.weight_decay * w;
+      store(shape, value, c, or_nan(kept - h.learning_rate * m / (square_root(v) + h.eps), v));
     }
   }
 };

@@ -280,6 +280,7 @@ template <int D, typename Optimizer, typename SumOf>
       value = widened;
     }
     Optimizer::step(shape, value, rows.state(slot), grad, hyper);
+    if (hyper.weight_bound > 0.0f) [[unlikely]] bound_row(shape, value, hyper.weight_bound);
     if (is_narrow) [[unlikely]] round_row(shape, rows.type, widened, keys, static_cast<uint16_t*>(rows.value(slot)));
   }
 }
@@ -416,9 +417,11 @@ RowKernels kernels_of(OptimizerKind optimizer) {
     case OptimizerKind::kFtrl:
       return kKernels<D, Ftrl>;
     case OptimizerKind::kLamb:
+      return kKernels<D, Lamb>;
+    case OptimizerKind::kAdamW:
       break;
   }
-  return kKernels<D, Lamb>;
+  return kKernels<D, AdamW>;
 }
 
 template <int D>

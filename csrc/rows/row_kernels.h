@@ -24,6 +24,7 @@ enum class OptimizerKind : int32_t {
   kRowWiseAdam = 5,
   kFtrl = 6,
   kLamb = 7,
+  kAdamW = 8,
 };
 
 // Floats of state of a row, behind which its marks of use lie.
@@ -41,6 +42,7 @@ constexpr uint32_t state_dim_of(OptimizerKind optimizer, uint32_t dim) {
     case OptimizerKind::kAdam:
     case OptimizerKind::kFtrl:
     case OptimizerKind::kLamb:
+    case OptimizerKind::kAdamW:
       break;
   }
   return 2 * dim;
@@ -51,7 +53,7 @@ constexpr uint32_t kMostDim = 4096;
 // Settings of one table's optimizer at one step; those that its rule has no use for are 0.
 struct Hyper {
   float learning_rate;  // with the schedule's factor; for Adam also with the bias corrections
-  float weight_decay;
+  float weight_decay;   // for AdamW times the learning rate
   float clip_norm;  // largest L2 norm of a row's gradient; 0: any
   float eps;
   float momentum;
@@ -60,6 +62,7 @@ struct Hyper {
   float l1;
   float inverse_bias1;
   float inverse_bias2;
+  float weight_bound;  // largest absolute value of a row; 0: any
 };
 
 // Rows by slot, in two arrays: a look-up touches values alone, and a value of 16 floats is one cache line.

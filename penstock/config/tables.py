@@ -25,9 +25,15 @@ class Rule(Config):
     """Fields of every embedding optimizer. lr is the learning rate times the schedule's factor."""
 
     weight_decay: Annotated[NonNegativeFloat, MAY_CHANGE] = 0.0
-    """L2 penalty, added to the gradient of the rows that a batch touches."""
+    """L2 penalty of the rows that a batch touches, once a row: weight_decay * w is added to the
+    gradient (that of weight_decay / 2 times the sum of squares).
+    """
     clip_norm: Annotated[PositiveFloat | None, MAY_CHANGE] = None
     """Largest L2 norm of the gradient of one row and batch; null: any."""
+    weight_bound: Annotated[float | None, Field(ge=2**-14, allow_inf_nan=False), MAY_CHANGE] = None
+    """Values of a row are kept within [-bound, bound] by every update of it; null: any. In a table
+    of two bytes it is the largest such number up to this.
+    """
     schedule: Annotated[Schedule, MAY_CHANGE] = Schedule()
 
 
@@ -77,6 +83,22 @@ class Adam(Rule):
     eps: PositiveFloat = 1e-8
 
 
+class AdamW(Rule):
+    """Lazy Adam with decoupled weight decay: w -= lr * weight_decay * w beside Adam's step.
+
+    As torch.optim.AdamW (arXiv:1711.05101), but only the rows that a batch touches decay and move:
+    a row decays as often as it is trained, whatever else is.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: LearningRate = 1e-3
+    beta1: Probability = 0.9
+    beta2: Probability = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[NonNegativeFloat, MAY_CHANGE] = 0.01
+    """No part of the gradient: what it takes off a row does not depend on its moments."""
+
+
 class RowWiseAdam(Rule):
     """Lazy Adam with one variance a row, of mean(g * g): half the state."""
 
@@ -115,7 +137,7 @@ class LAMB(Rule):
 
 
 Optimizer = Annotated[
-    SGD | MomentumSGD | Adagrad | RowWiseAdagrad | Adam | RowWiseAdam | FTRL | LAMB,
+    SGD | MomentumSGD | Adagrad | RowWiseAdagrad | Adam | AdamW | RowWiseAdam | FTRL | LAMB,
     Field(discriminator="kind"),
 ]
 

@@ -282,10 +282,11 @@ class DictStore:
                 self._insert(table, [key])
             row = held.default if key is None else held.rows[key]
             rule = self.tables[table].optimizer
-            optimizer.update_row(rule, row.value, row.state, total, step, rate_factor)
-            if self.layout.value_type != "float32":
+            value_type = self.layout.value_type
+            optimizer.update_row(rule, row.value, row.state, total, step, rate_factor, value_type)
+            if value_type != "float32":
                 new = row.value.astype(np.float32)[None, :]
-                row.value = round_update(new, self.layout.value_type, step)[0].double().numpy()
+                row.value = round_update(new, value_type, step)[0].double().numpy()
             held.use(row)
         return len(sums)
 

@@ -127,6 +127,7 @@ class GpuStore:
         self._update_rules = UpdateRules(
             optimizer.rule_of(tables[0].optimizer).code,
             clips=any(table.optimizer.clip_norm for table in tables),
+            bounds=any(table.optimizer.weight_bound for table in tables),
             deterministic=deterministic,
             usage=usage,
         )

@@ -13,6 +13,7 @@ from penstock.config import (
     SGD,
     Adagrad,
     Adam,
+    AdamW,
     Constant,
     MomentumSGD,
     RowWiseAdagrad,
@@ -184,6 +185,8 @@ RULES = {
     "momentum_sgd": MomentumSGD(learning_rate=0.05, weight_decay=0.01),
     "row_wise_adam": RowWiseAdam(learning_rate=0.01, weight_decay=0.01),
     "ftrl": FTRL(learning_rate=0.1, l1=0.3, weight_decay=0.01),
+    "adamw": AdamW(learning_rate=0.01, weight_decay=0.5),
+    "bounded": SGD(learning_rate=0.1, weight_bound=0.07),
     "lamb": LAMB(learning_rate=0.01, weight_decay=0.01),
 }
 

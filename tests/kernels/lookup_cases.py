@@ -8,6 +8,7 @@ from penstock.kernels.plan import MEAN, SEQUENCE, SQRT_N, SUM, DevicePlan, Featu
 from penstock.kernels.update.occurrences import (
     ADAGRAD,
     ADAM,
+    ADAMW,
     FTRL,
     HYPER_FIELDS,
     LAMB,
@@ -94,6 +95,7 @@ STATE_DIMS = {
     ROW_WISE_ADAM: lambda dim: dim + 1,
     FTRL: lambda dim: 2 * dim,
     LAMB: lambda dim: 2 * dim,
+    ADAMW: lambda dim: 2 * dim,
 }
 
 
@@ -105,13 +107,13 @@ def make_rows(rule, dim, num_rows, seed, device, *, dtype=torch.float32, words=0
     return RowArrays(values.to(device), state.to(device), usage.to(device))
 
 
-def make_hypers(device, *, tables=NUM_TABLES, clip=0.0, decay=0.01):
+def make_hypers(device, *, tables=NUM_TABLES, clip=0.0, decay=0.01, bound=0.0):
     """Rates differ by table."""
     hypers = torch.zeros(tables, HYPER_FIELDS)
     hypers[:, 0] = 0.1 + 0.05 * torch.arange(tables)
     hypers[:, 1] = decay
     hypers[:, 2] = clip
-    hypers[:, 3:] = torch.tensor([1e-3, 0.9, 0.1, 0.01, 1e-3, 1.5, 2.5])
+    hypers[:, 3:] = torch.tensor([1e-3, 0.9, 0.1, 0.01, 1e-3, 1.5, 2.5, bound])
     return hypers.to(device)
 
 

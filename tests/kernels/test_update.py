@@ -27,6 +27,7 @@ RULES = {
     "row_wise_adam": kinds.ROW_WISE_ADAM,
     "ftrl": kinds.FTRL,
     "lamb": kinds.LAMB,
+    "adamw": kinds.ADAMW,
 }
 
 
@@ -112,6 +113,19 @@ def test_clipping(deterministic, device):
     rows = make_rows(kinds.SGD, 20, 90, 2, device)
     check([make_part(lookup, 3)], lookup.plan, rows, make_hypers(device, clip=0.2),
           rule=kinds.SGD, deterministic=deterministic)  # fmt: skip
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bounded_weights(deterministic, device):
+    lookup = make_lookup(20, 17, 1, device)
+    rows = make_rows(kinds.SGD, 20, 90, 2, device)
+    rows.values[:] *= 4
+    hypers = make_hypers(device, bound=0.3)
+    hypers[1, 10] = 0.0  # one table without
+    expected = check([make_part(lookup, 3)], lookup.plan, rows, hypers, rule=kinds.SGD,
+                     deterministic=deterministic)  # fmt: skip
+    of_bound = (expected.values.abs() == hypers[0, 10]).sum()
+    assert of_bound > 20 and (expected.values.abs() > 0.3).sum() > 20
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -46,7 +46,7 @@ def gradient_norm(
         part._replace(slots=of_part, grouping=None)
         for part, of_part in zip(parts, torch.split(numbers, sizes), strict=True)
     ]
-    rules = UpdateRules(SGD, clips=False, deterministic=deterministic)
+    rules = UpdateRules(SGD, clips=False, bounds=False, deterministic=deterministic)
     apply_gradients(rows, plan, renumbered, hypers, 0, rules)
     norm: Tensor = torch.linalg.vector_norm(values, norm_type)
     return norm

@@ -20,12 +20,15 @@ from penstock.config import (
     SGD,
     Adagrad,
     Adam,
+    AdamW,
     MomentumSGD,
     Optimizer,
     RowWiseAdagrad,
     RowWiseAdam,
     TableConfig,
+    ValueType,
 )
+from penstock.embedding.rules.rounding import largest_within
 
 FloatArray = NDArray[np.float64]
 
@@ -44,6 +47,8 @@ class Hyper(NamedTuple):
     l1: float = 0.0
     inverse_bias1: float = 0.0
     inverse_bias2: float = 0.0
+    weight_bound: float = 0.0
+    """Largest absolute value; 0: any."""
 
 
 class OptimizerRule(ABC):
@@ -132,7 +137,7 @@ class _Adam(OptimizerRule):
         return 2 * dim
 
     @staticmethod
-    def hyper(config: Adam | RowWiseAdam, common: Hyper, step: int) -> Hyper:
+    def hyper(config: Adam | AdamW | RowWiseAdam, common: Hyper, step: int) -> Hyper:
         moments = _moments(config, common)
         bias1, bias2 = 1.0 - config.beta1 ** (step + 1), 1.0 - config.beta2 ** (step + 1)
         return moments._replace(learning_rate=common.learning_rate * math.sqrt(bias2) / bias1)
@@ -229,6 +234,25 @@ class _Lamb(OptimizerRule):
         w -= h.learning_rate * (norms[0] / norms[1] if all(norms) else 1.0) * step
 
 
+class _AdamW(OptimizerRule):
+    """`weight_decay` holds the share of the value that a step takes off: lr * weight_decay."""
+
+    config, code = AdamW, 8
+    follows_steps = True
+    state_dim = staticmethod(_Adam.state_dim)
+
+    @staticmethod
+    def hyper(config: AdamW, common: Hyper, step: int) -> Hyper:
+        share = common.learning_rate * common.weight_decay
+        return _Adam.hyper(config, common, step)._replace(weight_decay=share)
+
+    @staticmethod
+    def update(w: FloatArray, s: FloatArray, g: FloatArray, h: Hyper) -> None:
+        decay = h.weight_decay * w
+        _Adam.update(w, s, g, h._replace(weight_decay=0.0))
+        w -= decay
+
+
 _ALL: tuple[type[OptimizerRule], ...] = (
     _Sgd,
     _Adagrad,
@@ -238,6 +262,7 @@ _ALL: tuple[type[OptimizerRule], ...] = (
     _RowWiseAdam,
     _Ftrl,
     _Lamb,
+    _AdamW,
 )
 _RULES = {rule.config: rule for rule in _ALL}
 
@@ -252,14 +277,21 @@ def initial_state(optimizer: Optimizer) -> float:
     return optimizer.initial_accumulator if isinstance(optimizer, Adagrad | RowWiseAdagrad) else 0.0
 
 
-def hyper_at(optimizer: Optimizer, step: int, rate_factor: float = 1.0) -> Hyper:
+def hyper_at(
+    optimizer: Optimizer, step: int, rate_factor: float = 1.0, dtype: ValueType = "float32"
+) -> Hyper:
     """Settings of an optimizer for the update number `step`, counted from 0.
 
-    `rate_factor` is of the learning rate, beside the schedule's.
+    `rate_factor` is of the learning rate, beside the schedule's; `dtype` is of the rows.
     """
+    bound = optimizer.weight_bound
     rate = optimizer.learning_rate * optimizer.schedule.factor(step) * rate_factor
     common = Hyper(rate, optimizer.weight_decay, optimizer.clip_norm or 0.0)
-    return rule_of(optimizer).hyper(optimizer, common, step)
+    settings = rule_of(optimizer).hyper(optimizer, common, step)
+    if bound is None:
+        return settings
+    # A number that rows can hold, so that none is rounded to beyond it.
+    return settings._replace(weight_bound=largest_within(bound, dtype))
 
 
 def update_row(
@@ -269,13 +301,16 @@ def update_row(
     grad: FloatArray,
     step: int,
     rate_factor: float = 1.0,
+    dtype: ValueType = "float32",
 ) -> None:
     """One optimizer step of one row, in place, in float64: the reference of all kernels."""
-    hyper = hyper_at(optimizer, step, rate_factor)
+    hyper = hyper_at(optimizer, step, rate_factor, dtype)
     norm = float(np.linalg.norm(grad))
     if hyper.clip_norm and norm > hyper.clip_norm:
         grad = grad * (hyper.clip_norm / norm)
     rule_of(optimizer).update(value, state, grad, hyper)
+    if hyper.weight_bound:
+        np.clip(value, -hyper.weight_bound, hyper.weight_bound, out=value)
 
 
 class Hypers:
@@ -294,6 +329,7 @@ class Hypers:
             for each in self._distinct
         )
         """Every step has the same settings."""
+        self._dtype = tables[0].dtype if tables else "float32"
         self._constant: tuple[float, NDArray[np.float32]] | None = None
 
     def at(self, step: int, rate_factor: float = 1.0) -> NDArray[np.float32]:
@@ -304,7 +340,7 @@ class Hypers:
         if self._constant is not None and self._constant[0] == rate_factor:
             return self._constant[1]
         distinct = np.array(
-            [hyper_at(each, step, rate_factor) for each in self._distinct], dtype=np.float32
+            [hyper_at(each, step, rate_factor, self._dtype) for each in self._distinct], np.float32
         )
         hypers = np.ascontiguousarray(distinct[self._of_table])
         if self.are_constant:
@@ -312,7 +348,7 @@ class Hypers:
         return hypers
 
 
-def _moments(config: Adam | RowWiseAdam | LAMB, common: Hyper) -> Hyper:
+def _moments(config: Adam | AdamW | RowWiseAdam | LAMB, common: Hyper) -> Hyper:
     return common._replace(
         eps=config.eps,
         one_minus_beta1=1.0 - config.beta1,

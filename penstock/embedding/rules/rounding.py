@@ -61,6 +61,16 @@ def round_update(values: NDArray[np.float32], dtype: ValueType, step: int) -> Te
     return torch.from_numpy(rounded.astype(np.uint16).view(np.int16)).view(DTYPES[dtype])
 
 
+def largest_within(bound: float, dtype: ValueType) -> float:
+    """The largest number of a table's dtype that is not above `bound`, which is at least 2^-14."""
+    nearest = torch.tensor(bound, dtype=torch.float64).to(DTYPES[dtype])
+    if not nearest.double() <= bound:
+        bits = torch.int32 if dtype == "float32" else torch.int16
+        # Of positive numbers the next lower one.
+        nearest = (nearest.view(bits) - 1).view(DTYPES[dtype])
+    return float(nearest)
+
+
 def _subnormal_half(
     magnitude: NDArray[np.uint32], random: NDArray[np.uint32]
 ) -> NDArray[np.uint32]:

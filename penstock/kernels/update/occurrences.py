@@ -9,11 +9,11 @@ from torch import Tensor
 from penstock.kernels.plan import DevicePlan
 from penstock.types import KeyedJagged
 
-SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM, MOMENTUM_SGD, ROW_WISE_ADAM, FTRL, LAMB = range(8)
+SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM, MOMENTUM_SGD, ROW_WISE_ADAM, FTRL, LAMB, ADAMW = range(9)
 """Numbers of the rules, as in csrc/rows/row_kernels.h."""
-HYPER_FIELDS = 10
+HYPER_FIELDS = 11
 """Learning rate, weight decay, clip norm, eps, momentum, 1 - beta1, 1 - beta2, l1, 1 / bias1,
-1 / bias2: the order of csrc/rows/row_kernels.h."""
+1 / bias2, weight bound: the order of csrc/rows/row_kernels.h."""
 WINDOW = 64
 """Places of a grouping: segments are cut where windows end, so that the order of sums depends on
 the slots alone, and no program has much more to sum than another."""
@@ -85,6 +85,8 @@ class UpdateRules(NamedTuple):
     """Number of the optimizer."""
     clips: bool = True
     """Whether the clip norm of any table is above 0."""
+    bounds: bool = True
+    """Whether the weight bound of any table is above 0."""
     deterministic: bool = False
     """The bits of csrc/rows/row_kernels.cc, whatever the order of the samples."""
     usage: UsageRules | None = None
@@ -96,6 +98,7 @@ class RuleOptions(NamedTuple):
 
     rule: int
     clips: bool
+    bounds: bool
     exact: bool
     one_hyper: bool
     """All tables have the same settings."""
@@ -112,6 +115,7 @@ class RuleOptions(NamedTuple):
             "TABLES": self.needs_tables,
             "RULE": self.rule,
             "CLIPPED": self.clips,
+            "BOUNDED": self.bounds,
             "EXACT": self.exact,
             "ONE_HYPER": self.one_hyper,
             "WORDS": self.usage_words,

@@ -56,6 +56,8 @@ def apply_gradients(
     total = clipped(total, hyper[2])
     value, state = rows.values[unique].double(), rows.state[unique].double()
     stepped(rule, value, state, total, hyper)
+    bound = torch.where(hyper[10] > 0, hyper[10], torch.inf)
+    value = torch.minimum(torch.maximum(value, -bound), bound)
     new = value.float()
     rows.values[unique] = (
         new if rows.values.dtype == torch.float32 else narrowed(new, rows.values.dtype, step)
@@ -77,7 +79,7 @@ def stepped(rule: int, w: Tensor, s: Tensor, g: Tensor, hyper: Sequence[Tensor])
 
     Source: penstock/embedding/rules/optimizer.py, here for many rows.
     """
-    rate, decay, _, eps, momentum, away1, away2, l1, inverse1, inverse2 = hyper
+    rate, decay, _, eps, momentum, away1, away2, l1, inverse1, inverse2, _ = hyper
     dim = w.shape[1]
     first, second = s[:, :dim], s[:, dim:]
     if rule == kinds.FTRL:
@@ -87,7 +89,7 @@ def stepped(rule: int, w: Tensor, s: Tensor, g: Tensor, hyper: Sequence[Tensor])
         next_value = -(first - first.sign() * l1) / ((eps + root) / rate + decay)
         w.copy_(torch.where(first.abs() > l1, next_value, 0.0))
         return
-    if rule != kinds.LAMB:
+    if rule not in {kinds.LAMB, kinds.ADAMW}:
         g = g + decay * w
     squares = g * g
     if rule == kinds.SGD:
@@ -104,6 +106,8 @@ def stepped(rule: int, w: Tensor, s: Tensor, g: Tensor, hyper: Sequence[Tensor])
         first += away1 * (g - first)
         second += away2 * (squares - second)
         if rule != kinds.LAMB:
+            if rule == kinds.ADAMW:
+                w -= decay * w
             w -= rate * first / (second.sqrt() + eps)
             return
         change = inverse1 * first / ((inverse2 * second).sqrt() + eps) + decay * w

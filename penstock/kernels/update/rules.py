@@ -19,6 +19,7 @@ ADAM: tl.constexpr = tl.constexpr(kinds.ADAM)
 MOMENTUM_SGD: tl.constexpr = tl.constexpr(kinds.MOMENTUM_SGD)
 ROW_WISE_ADAM: tl.constexpr = tl.constexpr(kinds.ROW_WISE_ADAM)
 FTRL: tl.constexpr = tl.constexpr(kinds.FTRL)
+ADAMW: tl.constexpr = tl.constexpr(kinds.ADAMW)
 LANES: tl.constexpr = tl.constexpr(16)
 HYPER_FIELDS: tl.constexpr = tl.constexpr(kinds.HYPER_FIELDS)
 _LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
@@ -76,6 +77,14 @@ def clipped(grad, most, EXACT: tl.constexpr):
     is_over = (most > 0.0) & (norm > most)
     factor = or_nan(divide(most, tl.where(is_over, norm, 1.0), EXACT), norm)
     return tl.where(is_over, grad * factor, grad)
+
+
+@triton.jit
+def bounded(new, most):
+    """Rows of `new` within [-most, most] [R, 1]; 0: any. NaN stays."""
+    over = (most > 0.0) & (new > most)
+    under = (most > 0.0) & (new < -most)
+    return tl.where(over, most, tl.where(under, -most, new))
 
 
 @triton.jit
@@ -158,6 +167,21 @@ def adam(w, grad, state, slot, is_row, column, hypers, table,
     _store_state(state, slot, is_row, D, D, 2 * D, column, v)
     divisor = square_root(v, EXACT) + _hyper(hypers, table, 3)
     return or_nan(w - divide(_hyper(hypers, table, 0) * m, divisor, EXACT), v)
+
+
+@triton.jit
+def adamw(w, grad, state, slot, is_row, column, hypers, table,
+          D: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """New values; state: mean [D], variance [D]. Setting 1 is the share that a step takes off."""
+    m = _load_state(state, slot, is_row, 0, D, 2 * D, column)
+    v = _load_state(state, slot, is_row, D, D, 2 * D, column)
+    m = towards(m, grad, _hyper(hypers, table, 5))
+    v = towards(v, grad * grad, _hyper(hypers, table, 6))
+    _store_state(state, slot, is_row, 0, D, 2 * D, column, m)
+    _store_state(state, slot, is_row, D, D, 2 * D, column, v)
+    divisor = square_root(v, EXACT) + _hyper(hypers, table, 3)
+    kept = w - _hyper(hypers, table, 1) * w
+    return or_nan(kept - divide(_hyper(hypers, table, 0) * m, divisor, EXACT), v)
 
 
 @triton.jit
@@ -273,6 +297,31 @@ def mark_used(usage, slot, is_row, table, now, half_life, WORDS: tl.constexpr):
 
 
 @triton.jit
+def ruled(w, grad, state, slot, is_row, column, hypers, numbers,
+          D: tl.constexpr, RULE: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """New values by the rule of the store."""
+    if RULE == SGD:
+        new = sgd(w, grad, hypers, numbers)
+    elif RULE == MOMENTUM_SGD:
+        new = momentum_sgd(w, grad, state, slot, is_row, column, hypers, numbers, D)
+    elif RULE == ADAGRAD:
+        new = adagrad(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
+    elif RULE == ROW_WISE_ADAGRAD:
+        new = row_wise_adagrad(w, grad, state, slot, is_row, hypers, numbers, D, EXACT)
+    elif RULE == ADAM:
+        new = adam(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
+    elif RULE == ROW_WISE_ADAM:
+        new = row_wise_adam(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
+    elif RULE == ADAMW:
+        new = adamw(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
+    elif RULE == FTRL:
+        new = ftrl(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
+    else:
+        new = lamb(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
+    return new
+
+
+@triton.jit
 def step_rows(
     values,
     state,
@@ -290,6 +339,7 @@ def step_rows(
     COLUMNS: tl.constexpr,
     RULE: tl.constexpr,
     CLIPPED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     EXACT: tl.constexpr,
     ONE_HYPER: tl.constexpr,
     WORDS: tl.constexpr,
@@ -300,22 +350,9 @@ def step_rows(
     numbers = tl.zeros((1,), tl.int32) if ONE_HYPER else table
     if CLIPPED:
         grad = clipped(grad, _hyper(hypers, numbers, 2), EXACT)
-    if RULE == SGD:
-        new = sgd(w, grad, hypers, numbers)
-    elif RULE == MOMENTUM_SGD:
-        new = momentum_sgd(w, grad, state, slot, is_row, column, hypers, numbers, D)
-    elif RULE == ADAGRAD:
-        new = adagrad(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
-    elif RULE == ROW_WISE_ADAGRAD:
-        new = row_wise_adagrad(w, grad, state, slot, is_row, hypers, numbers, D, EXACT)
-    elif RULE == ADAM:
-        new = adam(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
-    elif RULE == ROW_WISE_ADAM:
-        new = row_wise_adam(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
-    elif RULE == FTRL:
-        new = ftrl(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
-    else:
-        new = lamb(w, grad, state, slot, is_row, column, hypers, numbers, D, EXACT)
+    new = ruled(w, grad, state, slot, is_row, column, hypers, numbers, D, RULE, EXACT)
+    if BOUNDED:
+        new = bounded(new, _hyper(hypers, numbers, 10))
     TYPE: tl.constexpr = values.dtype.element_ty
     if tl.float32 != TYPE:
         new = narrowed(new, column, step_seed, TYPE)

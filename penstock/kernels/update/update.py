@@ -78,8 +78,8 @@ def _step_pieces(
     program, programs, sum_bits, hypers, step_seed, now, half_life,
     D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BACK: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr, TABLES: tl.constexpr,
-    RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr, ONE_HYPER: tl.constexpr,
-    WORDS: tl.constexpr,
+    RULE: tl.constexpr, CLIPPED: tl.constexpr, BOUNDED: tl.constexpr, EXACT: tl.constexpr,
+    ONE_HYPER: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """This program's part of one of the two lists."""
     column = tl.arange(0, COLUMNS)
@@ -124,7 +124,7 @@ def _step_pieces(
         gradient = from_units(total, most[:, None], sum_bits) if EXACT else total
         step_rows(
             values, state, usage, slot, is_whole, w, gradient, table, hypers, step_seed, now,
-            half_life, D, COLUMNS, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+            half_life, D, COLUMNS, RULE, CLIPPED, BOUNDED, EXACT, ONE_HYPER, WORDS,
         )  # fmt: skip
         kind, place, slot, table = next_kind, next_place, next_slot, next_table
         source = next_source
@@ -140,8 +140,8 @@ def _pieces_kernel(
     other_programs, sum_bits, hypers, step_seed, now, half_life,
     D: tl.constexpr, COLUMNS: tl.constexpr, SHORT_ROWS: tl.constexpr, SHORT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr,
-    TABLES: tl.constexpr, RULE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr,
-    ONE_HYPER: tl.constexpr, WORDS: tl.constexpr,
+    TABLES: tl.constexpr, RULE: tl.constexpr, CLIPPED: tl.constexpr, BOUNDED: tl.constexpr,
+    EXACT: tl.constexpr, ONE_HYPER: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     # Programs are started in order: those of the other pieces first, which differ in length, some
     # pieces each, so that whoever is done early takes the next; then those of the short ones, which
@@ -152,15 +152,15 @@ def _pieces_kernel(
             values, state, usage, grad, scratch, largest, sources, factors, pieces,
             tl.load(counts + 1), num_keys, program, other_programs, sum_bits, hypers, step_seed,
             now, half_life, D, COLUMNS, ROWS, KEYS, True, WINDOW, FACTORS, TABLES, RULE, CLIPPED,
-            EXACT, ONE_HYPER, WORDS,
+            BOUNDED, EXACT, ONE_HYPER, WORDS,
         )  # fmt: skip
     else:
         _step_pieces(
             values, state, usage, grad, scratch, largest, sources, factors, pieces,
             tl.load(counts), num_keys, program - other_programs,
             tl.num_programs(0) - other_programs, sum_bits, hypers, step_seed, now, half_life, D,
-            COLUMNS, SHORT_ROWS, SHORT, False, WINDOW, FACTORS, TABLES, RULE, CLIPPED, EXACT,
-            ONE_HYPER, WORDS,
+            COLUMNS, SHORT_ROWS, SHORT, False, WINDOW, FACTORS, TABLES, RULE, CLIPPED, BOUNDED,
+            EXACT, ONE_HYPER, WORDS,
         )  # fmt: skip
 
 
@@ -194,6 +194,7 @@ def _long_kernel(
     TABLES: tl.constexpr,
     RULE: tl.constexpr,
     CLIPPED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     EXACT: tl.constexpr,
     ONE_HYPER: tl.constexpr,
     WORDS: tl.constexpr,
@@ -225,7 +226,7 @@ def _long_kernel(
             gradient = from_units(total, most[:, None], sum_bits)
         step_rows(
             values, state, usage, slot, is_row, w, gradient, table, hypers, step_seed, now,
-            half_life, D, COLUMNS, RULE, CLIPPED, EXACT, ONE_HYPER, WORDS,
+            half_life, D, COLUMNS, RULE, CLIPPED, BOUNDED, EXACT, ONE_HYPER, WORDS,
         )  # fmt: skip
 
 
@@ -253,9 +254,9 @@ def apply_gradients(
     Effects: on the current stream, without synchronisation.
     """
     words = rows.usage.shape[1]
-    rule, clips, deterministic, usage = rules
+    rule, clips, bounds, deterministic, usage = rules
     assert (words > 0) == (usage is not None)
-    options = RuleOptions(rule, clips, deterministic, hypers.size(0) == 1, words)
+    options = RuleOptions(rule, clips, bounds, deterministic, hypers.size(0) == 1, words)
     grouping = parts[0].grouping if len(parts) == 1 else None
     if grouping is None:
         one_hot = parts[0].batch.is_one_hot

@@ -10,6 +10,7 @@ from penstock.config import (
     SGD,
     Adagrad,
     Adam,
+    AdamW,
     FeatureConfig,
     MomentumSGD,
     RowWiseAdagrad,
@@ -33,6 +34,8 @@ RULES = {
     "momentum_sgd": MomentumSGD(learning_rate=2e-3, weight_decay=1e-3, schedule=SCHEDULE),
     "row_wise_adam": RowWiseAdam(learning_rate=5e-4, eps=1e-4, clip_norm=2.0, schedule=SCHEDULE),
     "ftrl": FTRL(learning_rate=0.05, l1=0.05, weight_decay=1e-3, clip_norm=3.0),
+    "adamw": AdamW(learning_rate=1e-3, eps=1e-4, weight_decay=0.1, schedule=SCHEDULE),
+    "bounded": SGD(learning_rate=0.05, weight_bound=0.03),
     "lamb": LAMB(learning_rate=1e-3, eps=1e-4, weight_decay=1e-3, schedule=SCHEDULE),
 }
 
@@ -70,7 +73,7 @@ class Reference:
         g = total[touched]
         if rule.clip_norm:
             g = g * np.minimum(1, rule.clip_norm / np.linalg.norm(g, axis=1, keepdims=True))
-        if rule.kind not in {"ftrl", "lamb"}:
+        if rule.kind not in {"ftrl", "lamb", "adamw"}:
             g = g + rule.weight_decay * w
         rate = rule.learning_rate * rule.schedule.factor(step)
         if rule.kind == "sgd":
@@ -92,6 +95,10 @@ class Reference:
             w[:] = np.where(np.abs(z) > rule.l1, (np.sign(z) * rule.l1 - z) / scale, 0)
         else:
             w -= self.adaptive_step(rule, w, s, g, rate, step)
+        if rule.kind == "adamw":
+            w -= rate * rule.weight_decay * self.value[touched]
+        if rule.weight_bound:
+            w = w.clip(-rule.weight_bound, rule.weight_bound)
         self.value[touched], self.state[touched] = w, s
 
     def adaptive_step(self, rule, w, s, g, rate, step):
@@ -166,6 +173,7 @@ CHANGES = {
     "learning_rate": 0.2,
     "weight_decay": 0.1,
     "clip_norm": 0.3,
+    "weight_bound": 0.03,
     "eps": 0.1,
     "initial_accumulator": 0.5,
     "beta1": 0.5,
@@ -190,7 +198,7 @@ def settings_that_change(rule):
     yield from ({"schedule": Schedule(**schedule)} for schedule in schedules)
 
 
-@pytest.mark.parametrize("rule", [type(rule) for rule in RULES.values()])
+@pytest.mark.parametrize("rule", dict.fromkeys(type(rule) for rule in RULES.values()))
 def test_every_hyper_parameter_changes_the_result(rule):
     results = {}
     for setting in [{}, *settings_that_change(rule)]:
