@@ -58,7 +58,7 @@ def differences(
       saved_job: fields of the job in the manifest.
       saved: `resolve` of the checkpoint.
       job: the job that wants to go on from it.
-      resolved: `resolve` of that job.
+      resolved: `resolve` of that job; or `saved`, where it is not asked what the job comes to.
 
     Returns:
       One line for each field that differs and must not; empty: the checkpoint fits.
@@ -83,7 +83,7 @@ def resolved_differences(saved: Mapping[str, Any], resolved: Mapping[str, Any]) 
         lines.append(_line("widths of numeric columns", before, after))
     for kind in ("feature", "table"):
         old = {item["name"]: _renewed(kind, item) for item in saved[f"{kind}s"]}
-        new = {item["name"]: item for item in resolved[f"{kind}s"]}
+        new = {item["name"]: _renewed(kind, item) for item in resolved[f"{kind}s"]}
         lines += [f"{kind} {name}: only in the checkpoint" for name in old if name not in new]
         lines += [f"{kind} {name}: only in the job" for name in new if name not in old]
         common = [name for name in old if name in new]
