@@ -170,6 +170,11 @@ class DictStore:
         """See `Store.num_rows`."""
         return len(self._tables[table].rows)
 
+    def set_learning_rate(self, table: int, learning_rate: float) -> None:
+        """See `Store.set_learning_rate`."""
+        checks.check_table(table, self.tables)
+        self.tables = optimizer.with_learning_rate(self.tables, table, learning_rate)
+
     def advance(self, clock: Clock) -> None:
         """See `Store.advance`."""
         for table in self._tables:

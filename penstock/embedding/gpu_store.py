@@ -205,6 +205,14 @@ class GpuStore:
             self._retained.changed()
 
     @alone
+    def set_learning_rate(self, table: int, learning_rate: float) -> None:
+        """See `Store.set_learning_rate`."""
+        checks.check_table(table, self.tables)
+        self.tables = optimizer.with_learning_rate(self.tables, table, learning_rate)
+        self._hypers = HypersOnDevice(self.tables, self.device)
+        self._needs_tables = self.layout.usage_dim > 0 or not self._hypers.are_one
+
+    @alone
     def num_candidates(self, table: int) -> int:
         """See `Store.num_candidates`."""
         checks.check_table(table, self.tables)
@@ -352,9 +360,11 @@ class GpuStore:
             on_gpu = self._plans.get(plan, num_packed)
             own = None if lookup.plan == plan else self._plans.get(lookup.plan, num_packed)
             self._retained.refresh(on_gpu, lookup)
-            is_grouped = grouped and len(gradients) == 1 and lookup.grouping is not None
+            # One made before a table's rate was another's may not know the tables.
+            usable = grouped and (lookup.knows_tables or not self._needs_tables)
+            is_grouped = usable and len(gradients) == 1 and lookup.grouping is not None
             batch = lookup.batch if is_grouped else lookup.batch_again(keys=False)
-            grouping = lookup.grouped() if grouped else None
+            grouping = lookup.grouped() if usable else None
             parts.append(GradientPart(batch, lookup.slots, grad.to(self.device), grouping, own))
         return (on_gpu if plan.features else None), parts
 

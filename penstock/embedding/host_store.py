@@ -213,6 +213,12 @@ class HostStore:
         checks.check_table(table, self.tables)
         return int(self._core.num_rows(table))
 
+    def set_learning_rate(self, table: int, learning_rate: float) -> None:
+        """See `Store.set_learning_rate`."""
+        checks.check_table(table, self.tables)
+        self.tables = optimizer.with_learning_rate(self.tables, table, learning_rate)
+        self._hypers = optimizer.Hypers(self.tables)
+
     def advance(self, clock: Clock) -> None:
         """See `Store.advance`."""
         raise_for(self, self._core.advance(clock.step, clock.seconds), "evicting rows")

@@ -274,6 +274,13 @@ class Store(Protocol):
     def num_rows(self, table: int) -> int:
         """Rows of a table."""
 
+    def set_learning_rate(self, table: int, learning_rate: float) -> None:
+        """Changes the rate of one table, from the next update on, of earlier look-ups too.
+
+        Raises:
+          ConfigError: it is no number above 0; nothing has changed then.
+        """
+
     def advance(self, clock: Clock) -> None:
         """Moves the time on (never back). Rows beyond their `ttl` leave, counts are halved."""
 

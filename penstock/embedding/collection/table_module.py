@@ -167,6 +167,23 @@ class TableModule(nn.Module):
         if self._attachment is not None:
             self._attachment.show(zeros_to_come=zeros_to_come)
 
+    def set_learning_rate(self, table: str, learning_rate: float) -> None:
+        """Changes the learning rate of one table, from its next step on.
+
+        As if its optimizer had been configured so: its schedule goes on, copies have it, and of an
+        attached collection the group's `lr` multiplies it as before. A `state_dict` holds no rates.
+
+        Raises:
+          ConfigError: no such table, or a rate that is no number above 0.
+        """
+        collection = self._collection
+        store, number = collection._stores.find_table(table)
+        store.set_learning_rate(number, learning_rate)
+        changed = store.tables[number]
+        collection.tables = tuple(
+            changed if each.name == table else each for each in collection.tables
+        )
+
     def scale_gradients(self, factor: Tensor | float) -> None:
         """Multiplies the gradients that are not applied yet by one number."""
         self._settle()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed, nn
 
+from penstock.embedding.collection.table_state import TableKind
 from penstock.embedding.retention import retains
 from penstock.errors import ConfigError
 
@@ -67,7 +68,11 @@ def average_tables(averaged: nn.Module, model: nn.Module, weight: float) -> None
     if not 0 <= weight <= 1:
         raise ConfigError(f"weight {weight} of new rows; expected 0 to 1")
     pairs = _collections(averaged), _collections(model)
-    if [each.tables for each in pairs[0]] != [each.tables for each in pairs[1]]:
+    kinds = [
+        [[(table.name, TableKind.of(table)) for table in each.tables] for each in part]
+        for part in pairs
+    ]
+    if kinds[0] != kinds[1]:
         raise ConfigError("the averaged model has other tables than the model; make it as a copy")
     for old, new in zip(*pairs, strict=True):
         for table in new.tables:

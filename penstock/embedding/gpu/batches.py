@@ -91,6 +91,9 @@ class GpuLookup(PooledLookup):
             slots = torch.where(is_ours, slots, 0)
         return slots.clamp(min=0).long()
 
+    knows_tables = False
+    """Whether the grouping has the numbers of tables."""
+
     @property
     def grouping(self) -> Grouping | None:
         """What `group_ahead` made; it may not be done."""
@@ -113,6 +116,7 @@ class GpuLookup(PooledLookup):
           counts: [4] int32 zeros, nobody else's, made on the current stream.
           needs_tables: see `group_keys`.
         """
+        self.knows_tables = needs_tables
 
         def group() -> Grouping:
             return group_keys(

@@ -277,6 +277,20 @@ def initial_state(optimizer: Optimizer) -> float:
     return optimizer.initial_accumulator if isinstance(optimizer, Adagrad | RowWiseAdagrad) else 0.0
 
 
+def with_learning_rate(
+    tables: Sequence[TableConfig], number: int, learning_rate: float
+) -> tuple[TableConfig, ...]:
+    """The same tables, but for the learning rate of one.
+
+    Raises:
+      ConfigError: it is no number above 0.
+    """
+    table = tables[number]
+    settings = {**table.optimizer.model_dump(), "learning_rate": learning_rate}
+    changed = table.model_copy(update={"optimizer": type(table.optimizer)(**settings)})
+    return (*tables[:number], changed, *tables[number + 1 :])
+
+
 def hyper_at(
     optimizer: Optimizer, step: int, rate_factor: float = 1.0, dtype: ValueType = "float32"
 ) -> Hyper:

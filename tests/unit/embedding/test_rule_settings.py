@@ -1,4 +1,7 @@
-"""Rows are kept within a bound by every update; decoupled decay is torch's, of touched rows."""
+"""Settings of rules: bounds of rows, decoupled decay, rates that are set while training."""
+
+import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from penstock import (
     TableConfig,
     Uniform,
 )
+from penstock.embedding.collection.torch_idioms import average_tables
 from penstock.embedding.interop import import_weights
 from penstock.embedding.rules.rounding import DTYPES, largest_within
 from penstock.errors import ConfigError
@@ -108,3 +112,54 @@ def test_adamw_leaves_rows_alone_that_no_batch_touches():
 def test_a_bound_that_two_bytes_cannot_hold_is_refused():
     with pytest.raises(ConfigError, match="weight_bound"):
         SGD(weight_bound=1e-5)
+
+
+def two_tables():
+    tables = [TableConfig(name=n, dim=1, optimizer=SGD(learning_rate=1.0)) for n in "ab"]
+    features = [FeatureConfig(name=n, table=n) for n in "ab"]
+    return EmbeddingCollection(tables, features)
+
+
+def steps_of(collection, step):
+    """What a step takes off a row of each table, for a gradient of 1."""
+    keys = torch.tensor([3])
+    before = [collection.find(name, keys).values.item() for name in "ab"]
+    batch = KeyedJagged.pack({name: Jagged.from_dense(keys) for name in "ab"})
+    collection(batch).sum().backward()
+    step()
+    after = [collection.find(name, keys).values.item() for name in "ab"]
+    return [round(b - a, 5) for b, a in zip(before, after, strict=True)]
+
+
+def test_the_rate_of_a_table_is_set_while_it_is_trained():
+    collection = two_tables()
+    assert steps_of(collection, collection.apply_gradients) == [1.0, 1.0]
+    collection.set_learning_rate("b", 0.25)
+    assert steps_of(collection, collection.apply_gradients) == [1.0, 0.25]
+    for twin in (copy.deepcopy(collection), pickle.loads(pickle.dumps(collection))):
+        twin.detach_optimizer()
+        assert steps_of(twin, twin.apply_gradients) == [1.0, 0.25]
+    with pytest.raises(ConfigError, match="no table 'c'"):
+        collection.set_learning_rate("c", 1.0)
+
+
+def test_the_groups_rate_multiplies_what_is_set():
+    collection = two_tables()
+    optimizer = torch.optim.SGD(collection.parameters(), lr=1.0)
+    collection.attach(optimizer)
+    collection.set_learning_rate("b", 0.25)
+    assert steps_of(collection, optimizer.step) == [1.0, 0.25]
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+    assert steps_of(collection, optimizer.step) == [0.5, 0.125]
+
+
+def test_averages_go_on_where_a_rate_has_changed():
+    collection = two_tables()
+    steps_of(collection, collection.apply_gradients)
+    averaged = copy.deepcopy(collection)
+    collection.set_learning_rate("b", 0.5)
+    steps_of(collection, collection.apply_gradients)
+    average_tables(averaged, collection, 1.0)
+    keys = torch.tensor([3])
+    assert averaged.find("a", keys).values == collection.find("a", keys).values
