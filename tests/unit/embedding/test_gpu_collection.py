@@ -145,3 +145,70 @@ def test_a_full_gpu_is_an_error_that_leaves_the_store_whole():
     store.find_or_insert(0, torch.arange(200, 204))
     assert store.num_rows(0) == 10
     store.check_invariants()
+
+
+SHAPED = [
+    FeatureConfig(name="top", table="user", pooling="max", padding_key=0),
+    FeatureConfig(name="again", table="item", input="top"),
+    FeatureConfig(
+        name="kept",
+        table="item",
+        pooling="sequence",
+        max_keys=3,
+        padding_key=0,
+        holes="keep",
+    ),
+    FeatureConfig(name="each", table="user", input="kept", pooling="none"),
+]
+
+
+@needs_triton
+def test_shapes_have_the_same_bits_as_on_the_cpu():
+    """Bags longer from batch to batch, whose gradients are applied together."""
+    both = [
+        EmbeddingCollection(
+            TABLES, SHAPED, seed=3, deterministic=True, device=device, output="by_feature"
+        )
+        for device in ("cpu", "cuda")
+    ]
+    kept = torch.tensor([[0, 1, 2], [3, 0, 4]])
+    for longest in (2, 5):
+        top = Jagged.from_starts(
+            torch.tensor([1, 0, 2, *[3, 4, 5] * longest]), torch.tensor([0, 3])
+        )
+        outs = [embeddings({"top": top, "kept": kept}) for embeddings in both]
+        # A batch that is on the device already, too.
+        there = KeyedJagged.pack({"top": top, "kept": Jagged.from_dense(kept)}).to(both[1].device)
+        ahead = both[1].eval()(both[1].to_device(there))
+        both[1].train()
+        for name, one in outs[0].items():
+            if name == "each":
+                assert torch.equal(one.offsets, outs[1][name].offsets.cpu())
+            own, other, again = (
+                each.values if name == "each" else each
+                for each in (one, outs[1][name], ahead[name])
+            )
+            assert torch.equal(own, other.cpu())
+            assert torch.equal(other, again)
+            own.square().sum().backward(retain_graph=True)
+            other.square().sum().backward(retain_graph=True)
+    for embeddings in both:
+        embeddings.apply_gradients()
+    left, right = (tables(embeddings) for embeddings in both)
+    for table in left:
+        assert all(map(torch.equal, left[table], right[table]))
+
+
+@needs_triton
+def test_columns_on_the_device_are_packed_there():
+    device = EmbeddingCollection(TABLES, FEATURES, device="cuda").device
+    columns = {
+        name: Jagged(BAGS[name].values.to(device), BAGS[name].offsets.to(device))
+        for name in BAGS.features
+    }
+    columns["u"] = columns["u"]._replace(weights=torch.ones(3, device=device))
+    packed = KeyedJagged.pack(columns)
+    assert packed.values.device == packed.weights.device == device
+    assert torch.equal(packed.offsets.cpu(), BAGS.offsets)
+    starts = Jagged.from_starts(columns["seen"].values, columns["seen"].offsets[:-1])
+    assert torch.equal(starts.offsets, columns["seen"].offsets)
