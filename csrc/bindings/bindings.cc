@@ -171,12 +171,13 @@ void bind_host_store(nb::module_& m) {
           "__init__",
           [](RetentionPolicy* self, bool retains, bool refuses, float default_value, uint64_t admission_seed,
              uint64_t admit_below, uint32_t min_count, uint64_t count_half_life, uint64_t max_rows, uint64_t max_candidates,
-             bool evicts, bool by_uses, bool in_seconds, uint64_t ttl, uint64_t half_life) {
+             bool evicts, bool by_uses, bool counts_uses, bool in_seconds, uint64_t ttl, uint64_t half_life) {
             new (self) RetentionPolicy{retains, refuses, default_value, admission_seed, admit_below, min_count, count_half_life,
-                                       max_rows, max_candidates, evicts, by_uses, in_seconds, ttl, half_life};
+                                       max_rows, max_candidates, evicts, by_uses, counts_uses,
+                                       in_seconds, ttl, half_life};
           },
           nb::kw_only(), "retains"_a, "refuses"_a, "default_value"_a, "admission_seed"_a, "admit_below"_a, "min_count"_a,
-          "count_half_life"_a, "max_rows"_a, "max_candidates"_a, "evicts"_a, "by_uses"_a, "in_seconds"_a, "ttl"_a,
+          "count_half_life"_a, "max_rows"_a, "max_candidates"_a, "evicts"_a, "by_uses"_a, "counts_uses"_a, "in_seconds"_a, "ttl"_a,
           "half_life"_a);
 
   nb::class_<BufferPool>(m, "BufferPool")
@@ -214,7 +215,7 @@ void bind_host_store(nb::module_& m) {
             check(num_threads >= 1, "num_threads: at least 1");
             std::vector<TableRules> rules;
             for (const auto& [kind, scale, state, seed, retention] : tables) {
-              check(usage_dim == 2 || !retention.by_uses, "usage_dim: 2 where rows leave by their uses");
+              check(usage_dim == 2 || !(retention.by_uses || retention.counts_uses), "usage_dim: 2 where rows leave by their uses");
               check(usage_dim >= 1 || !retention.evicts, "usage_dim: at least 1 where rows leave");
               rules.push_back({{static_cast<InitializerKind>(kind), scale, state, seed}, retention});
             }

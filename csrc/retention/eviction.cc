@@ -101,7 +101,7 @@ void Eviction::mark_used(const uint32_t* slots, int64_t count, uint32_t table) c
   const uint64_t now = static_cast<uint64_t>(clock_.now(table));
   for (int64_t i = 0; i < count; ++i) {
     uint32_t* const marks = rows.usage(slots[i]);
-    if (rows.usage_dim == 2) {
+    if (policy.counts_uses) {
       const uint32_t uses = policy.aged_uses(marks[1], marks[0], now);
       marks[1] = uses + (uses != ~0u);
     }

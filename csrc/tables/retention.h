@@ -28,7 +28,8 @@ struct RetentionPolicy {
   uint64_t max_candidates;
 
   bool evicts;
-  bool by_uses;
+  bool by_uses;      // rows leave by a number beside the time of their last use
+  bool counts_uses;  // which an update counts up; else it is a score, and stays as it is
   bool in_seconds;
   uint64_t ttl;        // 0: none
   uint64_t half_life;  // 0: none

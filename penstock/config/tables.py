@@ -209,9 +209,10 @@ class Eviction(Config):
     key.
     """
 
-    order: Literal["lru", "lfu"] = "lru"
+    order: Literal["lru", "lfu", "score"] = "lru"
     """lru: the row that was not used for longest; lfu: the least often used one, of equals the one
-    not used for longest.
+    not used for longest; score: the row of the lowest score, of equals likewise. Scores are the
+    user's (`EmbeddingCollection.set_scores`), 0 of rows that were given none.
     """
     unit: Literal["steps", "seconds"] = "steps"
     """Of `ttl` and `half_life`. Seconds are those of the rows' event time where the job names its
@@ -221,6 +222,11 @@ class Eviction(Config):
     """Rows not used for longer than this leave, within a 16th of it; null: never."""
     half_life: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """lfu: numbers of uses are halved every so often; null: never."""
+
+    @property
+    def has_uses(self) -> bool:
+        """Whether rows have a number beside the time of their last use: uses, or a score."""
+        return self.order != "lru"
 
     @model_validator(mode="after")
     def _half_life_is_of_lfu(self) -> Eviction:
@@ -257,8 +263,11 @@ class TableConfig(Config):
         if self.eviction is not None and self.max_bytes is None:
             if self.eviction.ttl is None:
                 raise ValueError("eviction needs `max_bytes` or a `ttl`; else no row ever leaves")
-            if self.eviction.order == "lfu":
-                raise ValueError("order lfu says which rows leave a full table: set `max_bytes`")
+            if self.eviction.order != "lru":
+                raise ValueError(
+                    f"order {self.eviction.order} says which rows leave a full table: set "
+                    "`max_bytes`"
+                )
         return self
 
 

@@ -155,7 +155,7 @@ class DictTable:
 
     def _rank(self, key: int, row: DictRow) -> tuple[int, int, int]:
         assert self.config.eviction is not None
-        uses = self.aged_uses(row) if self.config.eviction.order == "lfu" else 0
+        uses = self.aged_uses(row) if self.config.eviction.has_uses else 0
         return uses, row.last_use, _precedence(key)
 
     def _evict(self, keys: list[int]) -> None:

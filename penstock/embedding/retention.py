@@ -126,7 +126,7 @@ class RetentionState:
         now = self.numbers["now"]
         last_use = usage[:, 0].numpy()
         uses = np.zeros_like(last_use)
-        if table.eviction.order == "lfu":
+        if table.eviction.has_uses:
             half_life = table.eviction.half_life
             uses = usage[:, 1].numpy()
             if half_life is not None:
@@ -202,7 +202,7 @@ def usage_dim(table: TableConfig) -> int:
     """
     if table.eviction is None:
         return 0
-    return 2 if table.eviction.order == "lfu" else 1
+    return 2 if table.eviction.has_uses else 1
 
 
 def overhead_bytes(table: TableConfig) -> int:
@@ -289,7 +289,8 @@ def policy_of(table: TableConfig, seed: int, limits: Limits) -> dict[str, Any]:
         "max_rows": limits.max_rows,
         "max_candidates": limits.max_candidates,
         "evicts": eviction is not None,
-        "by_uses": eviction is not None and eviction.order == "lfu",
+        "by_uses": eviction is not None and eviction.has_uses,
+        "counts_uses": eviction is not None and eviction.order == "lfu",
         "in_seconds": eviction is not None and eviction.unit == "seconds",
         "ttl": (eviction and eviction.ttl) or 0,
         "half_life": (eviction and eviction.half_life) or 0,

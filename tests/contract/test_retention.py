@@ -169,7 +169,40 @@ def test_lfu_evicts_the_least_used_and_ages(open_store):
     assert 1 in held(store)  # 8 >> 3 == 1 is more than the 3 >> 3 of key 2 and than none
 
 
-@pytest.mark.parametrize("order", ["lru", "lfu"])
+def scored(store, table, scores, now):
+    """Writes rows with scores, as used at a time."""
+    keys = torch.tensor(list(scores))
+    usage = torch.tensor([[now, score] for score in scores.values()])
+    rows = TableRows(keys, torch.ones(len(keys), 1), torch.zeros(len(keys), 0), usage)
+    store.insert_or_assign(table, rows)
+
+
+def test_the_lowest_score_leaves_first_and_training_changes_none(open_store):
+    """Beside a table by uses in the same store, whose numbers training counts up."""
+    rules = [table(rows=4, eviction=Eviction(order=order)) for order in ("score", "lfu")]
+    store = open_store([rules[0], rules[1].model_copy(update={"name": "u"})])
+    for number in range(2):
+        scored(store, number, {1: 5, 2: 2**32 - 1, 3: 1}, 0)
+    for step in range(1, 4):
+        train(store, [3, 3, 1], step)
+    rows, _ = store.export_batch(0, CURSOR_START, 10)
+    marks = dict(zip(rows.keys.tolist(), rows.usage.tolist(), strict=True))
+    assert marks == {1: [3, 5], 2: [0, 2**32 - 1], 3: [3, 1]}
+    # A new row has none: it is the next to leave, but for the batch at hand.
+    train(store, [7], 4)
+    train(store, [8], 5)
+    assert held(store) == {1, 2, 3, 8}
+    train(store, [9, 8], 6)
+    assert held(store) == {1, 2, 8, 9}
+    # Of equal scores the one that was not used for longest.
+    train(store, [9], 7)
+    train(store, [4], 8)
+    assert held(store) == {1, 2, 9, 4}
+    rows, _ = store.export_batch(1, CURSOR_START, 10)
+    assert dict(zip(rows.keys.tolist(), rows.usage[:, 1].tolist(), strict=True))[1] == 5
+
+
+@pytest.mark.parametrize("order", ["lru", "lfu", "score"])
 def test_rows_of_the_batch_at_hand_stay(open_store, order):
     store = open_store([table(rows=4, eviction=Eviction(order=order))])
     for step, keys in enumerate([[1], [2], [3], [4]]):
@@ -476,9 +509,10 @@ def test_candidates_stay_within_their_share_of_the_budget(open_store):
     [
         {"rows": 300, "eviction": Eviction(order="lfu", half_life=6, ttl=100)},
         {"rows": 300, "eviction": Eviction()},
+        {"rows": 300, "eviction": Eviction(order="score")},
         {"admission": AdmitFrequent(min_count=3, half_life_steps=9), "eviction": Eviction(ttl=15)},
     ],
-    ids=["lfu", "lru", "count"],
+    ids=["lfu", "lru", "score", "count"],
 )
 def test_the_same_bits_for_any_threads_and_order_of_samples(fields):
     """Deterministic mode holds with evictions."""

@@ -96,6 +96,7 @@ RULES = {
     "full": {"max_bytes": 900 * BUDGETED},
     "lru": {"max_bytes": 900 * BUDGETED, "eviction": Eviction()},
     "lru, ttl": {"max_bytes": 2500 * BUDGETED, "eviction": Eviction(ttl=20)},
+    "score": {"max_bytes": 900 * BUDGETED, "eviction": Eviction(order="score")},
     "lfu": {"max_bytes": 900 * BUDGETED, "eviction": Eviction(order="lfu")},
     "lfu, aged": {
         "admission": AdmitFrequent(min_count=2),

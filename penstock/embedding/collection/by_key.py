@@ -70,6 +70,37 @@ class RowsByKey(nn.Module):
         state = torch.where(before.found[:, None], before.state, start)
         return store.insert_or_assign(number, TableRows(keys, values, state))
 
+    def set_scores(self, table: str, keys: Tensor, scores: Tensor) -> int:
+        """Sets the scores of rows, by which they leave a full table: the lowest first.
+
+        It counts as a use now.
+
+        Args:
+          table: with eviction of the order `score`.
+          keys: [n] integers, distinct; those without a row are left alone.
+          scores: [n] integers, 0 to 2^32 - 1.
+
+        Returns:
+          How many of the keys have a row.
+
+        Raises:
+          ConfigError: another order; scores of another shape, or out of range.
+        """
+        store, number = self._stores.find_table(table)
+        eviction = store.tables[number].eviction
+        if eviction is None or eviction.order != "score":
+            order = None if eviction is None else eviction.order
+            raise ConfigError(f"scores of table {table!r}, whose eviction has order {order}: score")
+        keys, scores = as_keys(keys).to(self.device), as_keys(scores, "scores").to(self.device)
+        if scores.shape != keys.shape:
+            raise ConfigError(f"{list(scores.shape)} scores for keys {list(keys.shape)}")
+        found = store.find(number, keys)
+        now = torch.full_like(scores, store.retention_state(number).numbers["now"])
+        rows = TableRows(keys, found.values, found.state, torch.stack([now, scores], 1))
+        present = [None if part is None else part[found.found] for part in rows]
+        store.insert_or_assign(number, TableRows(*present))  # type: ignore[arg-type]
+        return int(found.found.sum())
+
     def erase(self, table: str, keys: Tensor) -> int:
         """Removes the rows of keys and returns how many there were; absent keys are no error.
 

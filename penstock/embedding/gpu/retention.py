@@ -98,14 +98,15 @@ class Rules:
             at_random = isinstance(admission, AdmitAtRandom)
             thresholds.append(admission_threshold(admission) if at_random else UNLIMITED)  # type: ignore[arg-type]
             least.append(admission.min_count if isinstance(admission, AdmitFrequent) else 0)
-            halves.append((eviction and eviction.half_life) or 0)
+            is_scored = eviction is not None and eviction.order == "score"
+            halves.append(-1 if is_scored else (eviction and eviction.half_life) or 0)
             seeds.append(admission_seed(seed, table.name))
         self._admit_below = _words(thresholds, device) ^ _LOWEST
         self._draws = torch.tensor([one != UNLIMITED for one in thresholds], device=device)
         self._seeds = _words(seeds, device)
         self._min_counts = torch.tensor(least, device=device)
         self._by_uses = torch.tensor(
-            [table.eviction is not None and table.eviction.order == "lfu" for table in tables],
+            [table.eviction is not None and table.eviction.has_uses for table in tables],
             device=device,
         )
         self._ttls = torch.tensor(

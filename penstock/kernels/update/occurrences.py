@@ -38,7 +38,7 @@ class UsageRules(NamedTuple):
     now: Tensor
     """[T] int64 time, in the unit of the table's eviction."""
     half_life: Tensor
-    """[T] int64 of the number of uses; 0: none."""
+    """[T] int64 of the number of uses; 0: none; -1: it is a score, and stays as it is."""
 
 
 class Grouping(NamedTuple):

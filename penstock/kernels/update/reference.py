@@ -174,7 +174,7 @@ def mark_used(usage: Tensor, slots: Tensor, table: Tensor, rules: UsageRules) ->
         halvings = now // half_life.clamp(min=1) - marks[:, 0] // half_life.clamp(min=1)
         aged = torch.where(halvings > 31, 0, marks[:, 1] >> halvings.clamp(0, 31))
         uses = torch.where(half_life > 0, aged, marks[:, 1])
-        usage[slots, 1] = _signed(torch.where(uses == _WORD, uses, uses + 1))
+        usage[slots, 1] = _signed(torch.where((uses == _WORD) | (half_life < 0), uses, uses + 1))
     usage[slots, 0] = _signed(now & _WORD)
 
 

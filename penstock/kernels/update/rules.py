@@ -291,7 +291,7 @@ def mark_used(usage, slot, is_row, table, now, half_life, WORDS: tl.constexpr):
         halvings = time // divisor - last // divisor
         aged = tl.where(halvings > 31, 0, uses >> tl.minimum(tl.maximum(halvings, 0), 31))
         uses = tl.where(life > 0, aged, uses)
-        uses = tl.where(uses == 0xFFFFFFFF, uses, uses + 1)
+        uses = tl.where((uses == 0xFFFFFFFF) | (life < 0), uses, uses + 1)
         tl.store(place + 1, uses.to(tl.int32), mask=is_row)
     tl.store(place, time.to(tl.int32), mask=is_row)
 

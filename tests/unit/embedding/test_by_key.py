@@ -77,6 +77,46 @@ def test_export_of_what_changed_since():
     assert exported(embeddings, since=since)[0].tolist() == [4]
 
 
+def test_a_users_scores_say_which_rows_leave():
+    embeddings = collection(max_bytes=400, eviction=Eviction(order="score"))
+    train(embeddings, *range(6))
+    scores = torch.tensor([30, 10, 20, 50, 40, 5, 9])
+    assert embeddings.set_scores("t", torch.arange(7), scores) == 6
+    before = embeddings.find("t", torch.arange(6))
+    train(embeddings, 100, 101, 102)
+    found = embeddings.find("t", torch.tensor([*range(6), 100, 101, 102])).found
+    assert found[[3, 4, 6, 7, 8]].all()
+    assert not found[5]
+    kept = found[:6]
+    assert kept.sum() < 6
+    assert scores[:6][kept].min() > scores[:6][~kept].max()
+    after = embeddings.find("t", torch.arange(6))
+    assert torch.equal(after.values[kept], before.values[kept])
+    assert torch.equal(after.state[kept], before.state[kept])
+    restored = collection(max_bytes=400, eviction=Eviction(order="score"))
+    restored.load_state_dict(embeddings.state_dict())
+    for one in (embeddings, restored):
+        train(one, 200)
+    gone, also = (one.find("t", torch.arange(201)).found for one in (embeddings, restored))
+    assert torch.equal(gone, also)
+
+
+def test_scores_that_do_not_fit_are_named():
+    plain = collection(max_bytes=400, eviction=Eviction())
+    with pytest.raises(ConfigError, match="whose eviction has order lru: score"):
+        plain.set_scores("t", torch.tensor([1]), torch.tensor([1]))
+    with pytest.raises(ConfigError, match="order None"):
+        collection().set_scores("t", torch.tensor([1]), torch.tensor([1]))
+    embeddings = collection(max_bytes=400, eviction=Eviction(order="score"))
+    train(embeddings, 1)
+    with pytest.raises(ConfigError, match=r"\[2\] scores for keys \[1\]"):
+        embeddings.set_scores("t", torch.tensor([1]), torch.tensor([1, 2]))
+    with pytest.raises(ConfigError, match="-1 is no time or number of uses"):
+        embeddings.set_scores("t", torch.tensor([1]), torch.tensor([-1]))
+    with pytest.raises(ConfigError, match="scores of torch.float32"):
+        embeddings.set_scores("t", torch.tensor([1]), torch.tensor([1.0]))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -33,7 +33,13 @@ def collection(rows, eviction, counts=0):
 
 
 @pytest.mark.parametrize(
-    "eviction", [Eviction(), Eviction(order="lfu"), Eviction(order="lfu", half_life=10)]
+    "eviction",
+    [
+        Eviction(),
+        Eviction(order="lfu"),
+        Eviction(order="lfu", half_life=10),
+        Eviction(order="score"),
+    ],
 )
 def test_rows_beyond_the_budget_leave_in_the_order_of_eviction(tmp_path, eviction, monkeypatch):
     monkeypatch.setattr("penstock.embedding.collection.table_files.SHARD_BYTES", 2048)
@@ -56,7 +62,7 @@ def test_rows_beyond_the_budget_leave_in_the_order_of_eviction(tmp_path, evictio
     rank = []
     for key, marks in zip(keys.tolist(), usage.tolist(), strict=True):
         uses = 0
-        if eviction.order == "lfu":
+        if eviction.order != "lru":
             uses = marks[1] >> (10 - marks[0] // 10 if eviction.half_life else 0)
         hashed = int(retention.precedence(np.array([key]))[0])
         rank.append((uses, marks[0], hashed, key, marks[0]))
