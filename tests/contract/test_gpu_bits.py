@@ -11,12 +11,18 @@ from tests.contract.test_store_contract import RULES, assert_equal_bits, permute
 from tests.contract.test_weighted_lookups import FEATURES, mixed_plan, random_gradient, train
 
 pytestmark = WITHOUT_TRITON
+INTERPRETED = {
+    ("adam", 3),
+    ("bounded", 3),
+    ("row_wise_adagrad", 16),
+    ("lamb", 33),
+}
 CASES = [
     (rule, dim, dtype)
     for rule in RULES
     for dim, dtype in ([(1, "float32"), (3, "float16"), (16, "bfloat16"), (33, "float32")])
     # The interpreter takes its time.
-    if ON_GPU or (rule, dim) in {("adam", 3), ("row_wise_adagrad", 16), ("lamb", 33)}
+    if ON_GPU or (rule, dim) in INTERPRETED
 ]
 
 

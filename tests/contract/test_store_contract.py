@@ -186,7 +186,7 @@ RULES = {
     "row_wise_adam": RowWiseAdam(learning_rate=0.01, weight_decay=0.01),
     "ftrl": FTRL(learning_rate=0.1, l1=0.3, weight_decay=0.01),
     "adamw": AdamW(learning_rate=0.01, weight_decay=0.5),
-    "bounded": SGD(learning_rate=0.1, weight_bound=0.07),
+    "bounded": AdamW(learning_rate=0.01, weight_decay=0.5, weight_bound=0.05),
     "lamb": LAMB(learning_rate=0.01, weight_decay=0.01),
 }
 
