@@ -47,7 +47,7 @@ void check(bool is_right, const char* what) {
   if (!is_right) throw nb::value_error(what);
 }
 
-void check_table(const HostStore& store, uint32_t table) { check(table < store.num_tables(), "table: not of this store"); }
+void check_table(const HostStore& store, uint32_t table) { check(table < store.layout().num_tables, "table: not of this store"); }
 
 template <typename Rows>
 void check_rows(const Rows& rows, size_t count, size_t width, const char* what) {
@@ -96,7 +96,7 @@ Status py_pooled_lookup(HostStore& self, std::shared_ptr<const SharedPlan> plan,
   const PackedKeys batch = packed(keys, offsets, weights, batch_size);
   check(plan != nullptr, "plan: none");
   const int64_t features = batch_size == 0 ? std::numeric_limits<int64_t>::max() : batch.num_features;
-  check(plan->fits(features, self.num_tables(), self.layout().dim), "plan: not of this batch and store");
+  check(plan->fits(features, self.layout().num_tables, self.layout().dim), "plan: not of this batch and store");
   check_rows(out, static_cast<size_t>(batch_size), static_cast<size_t>(plan->view().stride), "out: expected [B, stride]");
   check(lookup.store == 0, "lookup: used before");
   const nb::gil_scoped_release release;
@@ -141,7 +141,7 @@ std::tuple<Status, double> py_gradient_norm(HostStore& self, std::shared_ptr<con
 std::tuple<Status, int64_t> py_apply_gradients(HostStore& self, std::shared_ptr<const SharedPlan> plan,
                                                const Gradients& gradients, InRows hypers, uint64_t step,
                                                bool is_order_free) {
-  check_rows(hypers, self.num_tables(), kHyperFields, "hypers: expected [tables, 11]");
+  check_rows(hypers, self.layout().num_tables, kHyperFields, "hypers: expected [tables, 11]");
   std::vector<LookupGradient> parts = checked_gradients(self, plan, gradients);
   int64_t rows = 0;
   Status status;
@@ -346,7 +346,7 @@ void bind_host_store(nb::module_& m) {
       .def(
           "counters",
           [](const HostStore& self, Out<int64_t> rows, Out<int64_t> candidates, Out<int64_t> numbers) {
-            const size_t tables = self.num_tables();
+            const size_t tables = self.layout().num_tables;
             check(rows.size() == tables && candidates.size() == tables, "rows, candidates: expected [tables]");
             check(numbers.size() == tables * kRetentionNumbers, "numbers: expected one of each, by table");
             const nb::gil_scoped_release release;
@@ -397,7 +397,7 @@ void bind_host_store(nb::module_& m) {
                      const nb::gil_scoped_release release;
                      return self.content_version();
                    })
-      .def_prop_ro("isa", [](const HostStore& self) { return std::string(self.isa()); });
+      .def_prop_ro("isa", [](const HostStore& self) { return std::string(self.layout().isa); });
 }
 
 }  // namespace

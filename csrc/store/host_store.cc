@@ -143,7 +143,7 @@ RetentionNumbers HostStore::retention(uint32_t table, float* value, float* state
 
 void HostStore::counters(int64_t* rows, int64_t* candidates, RetentionNumbers* numbers) const {
   const std::lock_guard<ForkSafeMutex> guard(call_);
-  for (uint32_t table = 0; table < num_tables(); ++table) {
+  for (uint32_t table = 0; table < rows_.tables.size(); ++table) {
     rows[table] = static_cast<int64_t>(num_rows(table));
     candidates[table] = static_cast<int64_t>(rows_.tables.candidates[table]);
     numbers[table] = rows_.tables.retains ? clock_.numbers(table) : RetentionNumbers{};
@@ -190,7 +190,7 @@ StoreMemory HostStore::memory() const {
   const uint64_t slots = rows_.slots.capacity();
   const uint64_t row_bytes = rows_.layout.value_bytes() + rows_.layout.state_bytes();
   StoreMemory memory{0, rows_.slots.num_free(), slots, rows_.index.memory_bytes() + lists_.memory_bytes(), slots * row_bytes};
-  for (uint32_t table = 0; table < num_tables(); ++table) memory.rows += num_rows(table);
+  for (uint32_t table = 0; table < rows_.tables.size(); ++table) memory.rows += num_rows(table);
   return memory;
 }
 
@@ -198,13 +198,13 @@ std::string HostStore::check_invariants() const {
   const std::lock_guard<ForkSafeMutex> guard(call_);
   if (!rows_.index.is_consistent()) return "an index entry cannot be reached from its home, or counts differ";
   std::vector<uint8_t> uses(rows_.slots.end());
-  std::vector<uint64_t> rows_of_table(num_tables()), candidates_of_table(num_tables());
+  std::vector<uint64_t> rows_of_table(rows_.tables.size()), candidates_of_table(rows_.tables.size());
   const Entry* const entries = rows_.entries();
   for (uint64_t place = 0; place < rows_.num_places(); ++place) {
     const Entry& entry = entries[place];
     if (entry.is_empty()) continue;
     const uint32_t table = entry.table();
-    if (table >= num_tables()) return "an index entry names an unknown table";
+    if (table >= rows_.tables.size()) return "an index entry names an unknown table";
     if (entry.is_candidate()) {
       if (entry.count() == 0) return "a key is counted that never occurred";
       ++candidates_of_table[table];
@@ -221,7 +221,7 @@ std::string HostStore::check_invariants() const {
   if (std::any_of(uses.begin(), uses.end(), [](uint8_t n) { return n != 1; })) {
     return "a slot is used twice or lost: rows + free slots != slots handed out";
   }
-  for (uint32_t table = 0; table < num_tables(); ++table) {
+  for (uint32_t table = 0; table < rows_.tables.size(); ++table) {
     const RetentionPolicy& policy = rows_.tables.policies[table];
     if (rows_of_table[table] != num_rows(table)) return "the row count of a table is wrong";
     if (candidates_of_table[table] != rows_.tables.candidates[table]) return "the number of counted keys is wrong";

@@ -34,6 +34,12 @@ struct StoreMemory {
   uint64_t row_bytes;
 };
 
+// What never changes of a store.
+struct StoreLayout : RowLayout {
+  size_t num_tables;
+  const char* isa;  // instruction set of its kernels
+};
+
 // The verbs of a store, one at a time; the parts do the work.
 class HostStore {
  public:
@@ -98,9 +104,7 @@ class HostStore {
   bool row_slots(uint32_t table, uint32_t* slots, size_t count) const;
   StoreMemory memory() const;
   uint64_t longest_probe() const;
-  const char* isa() const { return rows_.isa; }
-  const RowLayout& layout() const { return rows_.layout; }
-  size_t num_tables() const { return rows_.tables.size(); }
+  StoreLayout layout() const { return {rows_.layout, rows_.tables.size(), rows_.isa}; }
 
   // Empty, or what is wrong: every entry reachable, slots used once, rows + free slots = slots handed out.
   std::string check_invariants() const;

@@ -7,7 +7,10 @@ started by Triton; from then on `_core.KernelLauncher` finds it by what it depen
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,13 +34,15 @@ def launch(
     """Starts a kernel on the current stream of the device of its first argument.
 
     Args:
-      kernel: made by `triton.jit`; its constants come last.
+      kernel: made by `triton.jit`; its constants come last. A parameter whose annotation is a
+        NamedTuple takes as many of the arguments as that has fields.
       grid: numbers of programs, none 0.
-      arguments: all that are no constants, in order; the first is a tensor.
+      arguments: all that are no constants, in order, those of groups one by one; the first is a
+        tensor.
       constants: by name, and options of the compiler.
     """
     if not isinstance(kernel, JITFunction):
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*nested(kernel, arguments), **constants)
         return
     first = arguments[0]
     assert isinstance(first, Tensor)
@@ -51,6 +56,35 @@ def launch(
         _start_first(kernel, grid, arguments, constants, number)
 
 
+def nested(kernel: Any, arguments: tuple[Tensor | int, ...]) -> list[Any]:
+    """The arguments as a kernel takes them: those of its named groups together."""
+    left, taken = iter(arguments), []
+    for group in _groups(kernel.fn):
+        taken.append(next(left) if group is None else group(*islice(left, len(group._fields))))
+    return [*taken, *left]
+
+
+@lru_cache(maxsize=256)
+def _groups(function: Any) -> tuple[Any, ...]:
+    """Of each parameter up to the last group: its class, or None."""
+    found = [
+        function.__globals__.get(parameter.annotation)
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+    groups = [each if hasattr(each, "_fields") else None for each in found]
+    while groups and groups[-1] is None:
+        groups.pop()
+    return tuple(groups)
+
+
+def _flat(types: Iterable[Any]) -> Iterator[str]:
+    for each in types:
+        if isinstance(each, tuple):
+            yield from _flat(each)
+        else:
+            yield each
+
+
 def _start_first(
     kernel: Any,
     grid: tuple[int, ...],
@@ -59,11 +93,11 @@ def _start_first(
     number: int,
 ) -> None:
     """Compiles the form for these arguments, starts it, and notes it where it is a plain one."""
-    made = kernel[grid](*arguments, **constants)
+    made = kernel[grid](*nested(kernel, arguments), **constants)
     metadata = made.metadata
     scratch = metadata.global_scratch_size + getattr(metadata, "profile_scratch_size", 0)
     if scratch or metadata.num_ctas != 1:
         return
-    types = list(made.src.signature.values())[: len(arguments)]
+    types = list(_flat(made.src.signature.values()))[: len(arguments)]
     threads = metadata.num_warps * metadata.target.warp_size
     _launcher().add(number, arguments, types, made.function, threads, metadata.shared)

@@ -5,6 +5,9 @@ A program takes some neighbouring samples of one feature, whose keys lie side by
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -72,36 +75,46 @@ def _vectors(values, slots, weights, place, inside, D: tl.constexpr, COLUMNS: tl
     return vector
 
 
+class _OfFeatures(NamedTuple):
+    """Arrays of a `DevicePlan`."""
+
+    packed_feature: Tensor
+    pooling: Tensor
+    column: Tensor
+    max_keys: Tensor
+
+
+class _PoolForm(NamedTuple):
+    """Constants: columns, and of a tile; bags and keys of a program; what the batch is like."""
+
+    D: int
+    COLUMNS: int
+    BAGS: int
+    KEYS: int
+    ONE_HOT: bool
+    WEIGHTED: bool
+    SCALED: bool
+    SEQUENCES: bool
+
+
 @triton.jit(do_not_specialize=["batch_size"])
 def _pool_kernel(
-    out,
-    values,
-    slots,
-    weights,
-    scales,
-    offsets,
-    packed_feature,
-    pooling,
-    column_of,
-    max_keys,
-    batch_size,
-    stride,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BAGS: tl.constexpr,
-    KEYS: tl.constexpr,
-    ONE_HOT: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    SCALED: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-):
+    out, values, slots, weights, scales, offsets, plan: _OfFeatures, batch_size, stride,
+    form: tl.constexpr,
+):  # fmt: skip
     """Pools the bags of this program: samples of axis 0, feature of axis 1."""
+    packed_feature, pooling, column_of, max_keys = plan
+    D: tl.constexpr = form.D
+    COLUMNS: tl.constexpr = form.COLUMNS
+    BAGS: tl.constexpr = form.BAGS
+    KEYS: tl.constexpr = form.KEYS
+    WEIGHTED: tl.constexpr = form.WEIGHTED
     feature = tl.program_id(1)
     sample = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
     is_sample = sample < batch_size
     bag = tl.load(packed_feature + feature).to(tl.int64) * batch_size + sample
     kind = tl.load(pooling + feature)
-    if ONE_HOT:
+    if form.ONE_HOT:
         first, last = bag, tl.where(is_sample, bag + 1, bag)
     else:
         first = tl.load(offsets + bag, mask=is_sample, other=0)
@@ -111,7 +124,7 @@ def _pool_kernel(
     target = out + sample * stride + tl.load(column_of + feature)
     is_pooled = is_sample
     longest = tl.max(size)
-    if SEQUENCES:
+    if form.SEQUENCES:
         # All positions are written; other poolings have none.
         most = tl.load(max_keys + feature)
         is_pooled = sample < tl.where(most == 0, batch_size, 0)
@@ -128,7 +141,7 @@ def _pool_kernel(
         for k in tl.static_range(KEYS):
             place = first + n + k
             total += _vectors(values, slots, weights, place, place < last, D, COLUMNS, WEIGHTED)
-    if SCALED:
+    if form.SCALED:
         if WEIGHTED:
             scale = tl.load(scales + bag, mask=is_sample, other=0.0)[:, None]
             total = tl.where(scale == 0.0, 0.0, total * scale)
@@ -163,6 +176,20 @@ def bag_scales(plan: DevicePlan, batch: KeyedJagged) -> Tensor | None:
     return scales
 
 
+@lru_cache(maxsize=256)
+def _pool_form(
+    dim: int, few: bool, one_hot: bool, weighted: bool, scaled: bool, sequences: bool
+) -> tuple[_PoolForm, int]:
+    """And the number of warps; `few`: bags have one key at most, on average."""
+    columns = power_of_two(dim)
+    vectors, num_warps = warp_tile(columns)
+    # About as many keys at once as a bag has: more would be masked, fewer wait for one another.
+    keys = 1 if few else min(4, vectors)
+    bags = max(1, vectors // 2 if keys == 1 else vectors // keys)
+    form = _PoolForm(dim, columns, bags, keys, one_hot, weighted, scaled, sequences)
+    return form, num_warps
+
+
 def pooled_forward(
     values: Tensor,
     plan: DevicePlan,
@@ -188,15 +215,12 @@ def pooled_forward(
     if not size or not plan.num_features:
         return
     scales = bag_scales(plan, batch)
-    columns = power_of_two(plan.dim)
-    vectors, num_warps = warp_tile(columns)
-    per_bag = batch.values.numel() / (batch.offsets.numel() - 1)
-    # About as many keys at once as a bag has: more would be masked, fewer wait for one another.
-    keys = 1 if one_hot or per_bag <= 1 else min(4, vectors)
-    bags = max(1, vectors // 2 if keys == 1 else vectors // keys)
+    few = one_hot or batch.values.numel() <= batch.offsets.numel() - 1
+    weighted = batch.weights is not None
+    form, num_warps = _pool_form(plan.dim, few, one_hot, weighted, plan.divides, plan.has_sequences)
     launch(
         _pool_kernel,
-        (-(-size // bags), plan.num_features),
+        (-(-size // form.BAGS), plan.num_features),
         (
             out,
             values,
@@ -211,13 +235,6 @@ def pooled_forward(
             size,
             plan.stride,
         ),
-        D=plan.dim,
-        COLUMNS=columns,
-        BAGS=bags,
-        KEYS=keys,
-        ONE_HOT=one_hot,
-        WEIGHTED=batch.weights is not None,
-        SCALED=plan.divides,
-        SEQUENCES=plan.has_sequences,
+        form=form,
         num_warps=num_warps,
     )

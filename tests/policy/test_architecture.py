@@ -184,7 +184,12 @@ CORE_MAY_INCLUDE = {
 MAX_FOLDER_FILES = 16
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 80
+MAX_METHODS = 25
+MAX_ARGUMENTS = 8
+MAX_KERNEL_ARGUMENTS = 16
 BANNED_NAMES = {"utils", "util", "helpers", "common", "base_classes", "manager", "misc"}
+
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def modules():
@@ -294,7 +299,7 @@ def test_modules_and_functions_stay_small():
         if lines > MAX_MODULE_LINES:
             wrong.append(f"{path.relative_to(ROOT)}: {lines} lines > {MAX_MODULE_LINES}")
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(node, FUNCTIONS):
                 size = node.end_lineno - node.lineno + 1
                 if size > MAX_FUNCTION_LINES:
                     wrong.append(
@@ -304,6 +309,86 @@ def test_modules_and_functions_stay_small():
         lines = path.read_text(encoding="utf-8").count("\n")
         if lines > MAX_MODULE_LINES:
             wrong.append(f"{path.relative_to(ROOT)}: {lines} lines > {MAX_MODULE_LINES}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_class_does_everything():
+    """Functions in the body of a class count: methods, properties, private and dunder ones."""
+    wrong = []
+    for path, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                methods = sum(isinstance(each, FUNCTIONS) for each in node.body)
+                if methods > MAX_METHODS:
+                    wrong.append(f"{path.relative_to(ROOT)}: {node.name} has {methods} methods")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_class_of_the_core_does_everything():
+    """Functions declared in a class count, but for constructors and destructors."""
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name} has {len(methods)} functions: {', '.join(methods)}"
+        for path in core_files()
+        for name, methods in core_classes(path.read_text(encoding="utf-8")).items()
+        if len(methods) > MAX_METHODS
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def core_classes(text):
+    """The names of the functions that each class and struct of a C++ file declares."""
+    text = re.sub(r'//[^\n]*|"(\\.|[^"\\\n])*"|^[ \t]*#[^\n]*', "", text, flags=re.MULTILINE)
+    found = {}
+    for head in re.finditer(r"\b(?:class|struct)\s+(?:alignas\(\w+\)\s+)?(\w+)[^;{}()]*\{", text):
+        # What is in braces or brackets of its own is no part of a declaration.
+        body, depth, at = "", 1, head.end()
+        while depth and at < len(text):
+            depth += (text[at] in "{(") - (text[at] in "})")
+            if depth == 1:
+                body += ";" if text[at] == "}" else "()" if text[at] == ")" else text[at]
+            at += 1
+        statements = re.sub(r"\b(public|private|protected)\s*:|alignas\(\)", ";", body).split(";")
+        calls = [re.match(r"[^()=]*?(operator\S+|\w+)\s*\(\)", each) for each in statements]
+        names = [call.group(1) for call in calls if call]
+        found[head.group(1)] = [name for name in names if name != head.group(1)]
+    return found
+
+
+def test_what_counts_as_a_function_of_a_class_of_the_core():
+    text = """
+    class Two : public One {
+     public:
+      explicit Two(int a) : a_(a), b_{2} {}
+      ~Two();
+      int first() const { return call(a_); }  // not(this)
+      template <typename Visit>
+      void second(const Visit& visit, std::function<void(int)> other) const;
+      bool operator==(const Two&) const = default;
+
+     private:
+      struct Inner {
+        int third() { return 3; }
+      };
+      int a_ = f(1);
+      std::vector<int> b_;
+    };
+    """
+    assert core_classes(text) == {"Two": ["first", "second", "operator=="], "Inner": ["third"]}
+
+
+def test_functions_take_few_arguments():
+    """`self` and `cls` aside. Kernels take what they read: more, in as few groups as they can."""
+    wrong = []
+    for path, tree in modules():
+        for node in ast.walk(tree):
+            if not isinstance(node, FUNCTIONS):
+                continue
+            names = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
+            number = len(names) + len(node.args.kwonlyargs) - (names[:1] in (["self"], ["cls"]))
+            is_kernel = any("triton.jit" in ast.unparse(each) for each in node.decorator_list)
+            most = MAX_KERNEL_ARGUMENTS if is_kernel else MAX_ARGUMENTS
+            if number > most:
+                wrong.append(f"{path.relative_to(ROOT)}: {node.name} has {number} arguments")
     assert not wrong, "\n".join(wrong)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from penstock.kernels.index.find import (
     IndexView,
     Misses,
+    keys_of_feature,
     probe_slots,
     programs_for,
     search_arguments,
@@ -147,13 +148,9 @@ def _find_or_claim_kernel(
     slots, missing, counter, entries, num_buckets, salt, keys, offsets, packed_feature, table_of,
     absent, batch_size, winner, num_keys, allocated, KEYS: tl.constexpr,
 ):  # fmt: skip
-    feature = tl.program_id(1)
-    first_bag = tl.load(packed_feature + feature).to(tl.int64) * batch_size
-    begin = tl.load(offsets + first_bag)
-    end = tl.load(offsets + first_bag + batch_size)
-    table = tl.load(table_of + feature)
-    tables = tl.zeros((KEYS,), tl.int32) + table
-    instead = tl.load(absent + table)
+    begin, end, tables, instead = keys_of_feature(
+        offsets, packed_feature, table_of, absent, batch_size, KEYS
+    )
     step = tl.num_programs(0).to(tl.int64) * KEYS
     for first in range(begin + tl.program_id(0).to(tl.int64) * KEYS, end, step):
         place = first + tl.arange(0, KEYS)

@@ -77,6 +77,21 @@ def store_slots(slots, missing, counter, place, is_key, slot, instead):
         tl.store(missing + rank, place, mask=is_missing)
 
 
+@triton.jit
+def keys_of_feature(
+    offsets, packed_feature, table_of, absent, batch_size, KEYS: tl.constexpr
+):  # fmt: skip
+    """First and last key of this program's feature; [KEYS] its table; what absent keys get."""
+    feature = tl.program_id(1)
+    first_bag = tl.load(packed_feature + feature).to(tl.int64) * batch_size
+    begin = tl.load(offsets + first_bag)
+    end = tl.load(offsets + first_bag + batch_size)
+    table = tl.load(table_of + feature)
+    tables = tl.zeros((KEYS,), tl.int32) + table
+    instead = tl.load(absent + table)
+    return begin, end, tables, instead
+
+
 @triton.jit(do_not_specialize=["batch_size"])
 def _find_kernel(
     slots,
@@ -93,13 +108,9 @@ def _find_kernel(
     batch_size,
     KEYS: tl.constexpr,
 ):
-    feature = tl.program_id(1)
-    first_bag = tl.load(packed_feature + feature).to(tl.int64) * batch_size
-    begin = tl.load(offsets + first_bag)
-    end = tl.load(offsets + first_bag + batch_size)
-    table = tl.load(table_of + feature)
-    tables = tl.zeros((KEYS,), tl.int32) + table
-    instead = tl.load(absent + table)
+    begin, end, tables, instead = keys_of_feature(
+        offsets, packed_feature, table_of, absent, batch_size, KEYS
+    )
     step = tl.num_programs(0).to(tl.int64) * KEYS
     for first in range(begin + tl.program_id(0).to(tl.int64) * KEYS, end, step):
         place = first + tl.arange(0, KEYS)

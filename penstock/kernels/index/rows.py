@@ -68,13 +68,47 @@ class Destination(NamedTuple):
     """Is written for the host."""
 
 
+class _Keys(NamedTuple):
+    """The arrays of a `KeyBatch`."""
+
+    keys: Tensor
+    offsets: Tensor
+    tables: Tensor
+
+
+class _Counters(NamedTuple):
+    """What rises with the rows made."""
+
+    of_table: Tensor
+    allocated: Tensor
+    message: Tensor
+
+
+class _RowForm(NamedTuple):
+    """Constants: columns of value, state and marks of use; tiles of them; keys of a program."""
+
+    D: int
+    S: int
+    U: int
+    COLUMNS: int
+    STATES: int
+    BLOCK: int
+
+
 @triton.jit(do_not_specialize=["batch_size", "num_keys", "num_free", "first_unused", "number"])
-def _make_rows(entries, keys, offsets, tables, batch_size, num_features, missing, num_missing,
-               winner, num_keys, free, num_free, first_unused, found, rows_of_table,
-               values, state, usage, kinds, scales, seeds, states, nows, allocated, message,
-               number,
-               D: tl.constexpr, S: tl.constexpr, U: tl.constexpr, COLUMNS: tl.constexpr,
-               STATES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _make_rows(entries, of_call: _Keys, batch_size, num_features, misses: Misses, winner, num_keys,
+               free, num_free, first_unused, found, rows: RowArrays, initial: Initial,
+               counters: _Counters, number, form: tl.constexpr):  # fmt: skip
+    keys, offsets, tables = of_call
+    missing, num_missing = misses
+    values, state, usage = rows
+    rows_of_table, allocated, message = counters
+    D: tl.constexpr = form.D
+    S: tl.constexpr = form.S
+    U: tl.constexpr = form.U
+    COLUMNS: tl.constexpr = form.COLUMNS
+    STATES: tl.constexpr = form.STATES
+    BLOCK: tl.constexpr = form.BLOCK
     entry = winner + num_keys
     rank = entry + num_keys
     count = tl.load(num_missing)
@@ -106,22 +140,22 @@ def _make_rows(entries, keys, offsets, tables, batch_size, num_features, missing
         tl.atomic_add(rows_of_table + highest, tl.sum(of_highest.to(tl.int64), 0), sem="relaxed")
         others = won & (table != highest)
         tl.atomic_add(rows_of_table + table, others.to(tl.int64), mask=others, sem="relaxed")
-        seed = row_seed(key, tl.load(seeds + table))
-        kind, scale = tl.load(kinds + table), tl.load(scales + table)
+        seed = row_seed(key, tl.load(initial.seed + table))
+        kind, scale = tl.load(initial.kind + table), tl.load(initial.scale + table)
         for begin in tl.range(0, D, COLUMNS):
             column = begin + tl.arange(0, COLUMNS)
             value = initial_values(seed[:, None], column[None, :], kind[:, None], scale[:, None])
             inside = won[:, None] & (column < D)[None, :]
             target = values + slot[:, None] * D + column[None, :]
-            tl.store(target, narrowed(value, values.dtype.element_ty), mask=inside)
-        initial = tl.load(states + table)
+            tl.store(target, narrowed(value, values.dtype.element_ty), mask=inside)  # type: ignore[attr-defined]
+        of_state = tl.load(initial.state + table)
         for begin in tl.range(0, S, STATES):
             column = begin + tl.arange(0, STATES)
             inside = won[:, None] & (column < S)[None, :]
             target = state + slot[:, None] * S + column[None, :]
-            tl.store(target, initial[:, None] + tl.zeros((BLOCK, STATES), tl.float32), mask=inside)
+            tl.store(target, of_state[:, None] + tl.zeros((BLOCK, STATES), tl.float32), mask=inside)
         if U > 0:
-            now = tl.load(nows + table)
+            now = tl.load(initial.now + table)
             tl.store(usage + slot * U, now.to(tl.int32), mask=won)
             if U > 1:
                 tl.store(usage + slot * U + 1, tl.zeros((BLOCK,), tl.int32), mask=won)
@@ -192,9 +226,9 @@ def make_rows(
     num_keys = batch.keys.numel()
     if not num_keys:
         return
-    slots, rows, rows_of_table, count = to
-    dims = [part.shape[1] for part in rows]
+    slots, rows, rows_of_table, report = to
     of_slots = slots.free, slots.free.numel(), slots.first_unused
+    counters = rows_of_table, report.allocated, report.message
     launch(
         _make_rows,
         (min(_PROGRAMS, -(-num_keys // _ROWS)),),
@@ -207,17 +241,12 @@ def make_rows(
             num_keys,
             *of_slots,
             found,
-            rows_of_table,
             *rows,
             *initial,
-            *count,
+            *counters,
+            report.number,
         ),
-        D=dims[0],
-        S=dims[1],
-        U=dims[2],
-        COLUMNS=_columns(dims[0]),
-        STATES=_columns(dims[1]),
-        BLOCK=_ROWS,
+        form=_row_form(*(part.shape[1] for part in rows)),
         num_warps=4,
     )
 
@@ -277,3 +306,8 @@ def read_initial(keys: Tensor, table: int, initial: Initial, like: Tensor) -> Te
 @lru_cache(maxsize=64)
 def _columns(dim: int) -> int:
     return min(128, int(triton.next_power_of_2(max(1, dim))))
+
+
+@lru_cache(maxsize=64)
+def _row_form(dim: int, state_dim: int, usage_dim: int) -> _RowForm:
+    return _RowForm(dim, state_dim, usage_dim, _columns(dim), _columns(state_dim), _ROWS)

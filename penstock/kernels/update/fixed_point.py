@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from penstock.kernels.update.group import ENTERS
+from penstock.kernels.update.occurrences import Shares
 
 _LARGEST: tl.constexpr = tl.constexpr(0x7F7FFFFF)
 """Bits of the largest finite float32."""
@@ -101,22 +102,10 @@ def from_units(units, largest, sum_bits):
 
 
 @triton.jit(do_not_specialize=["num_keys"])
-def largest_kernel(
-    largest,
-    grad,
-    sources,
-    factors,
-    pieces,
-    counts,
-    num_keys,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FACTORS: tl.constexpr,
-):
+def largest_kernel(largest, shares: Shares, pieces, counts, num_keys, form: tl.constexpr):
     """Largest magnitude of each piece that is no whole segment, by scratch row."""
+    grad, sources, factors = shares
+    ROWS: tl.constexpr = form.ROWS
     num_short = tl.load(counts)
     count = num_short + tl.load(counts + 1)
     for start in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
@@ -126,8 +115,10 @@ def largest_kernel(
         is_part = kind >= ENTERS
         place = tl.load(pieces + number, mask=is_part, other=0)
         length = tl.where(is_part, kind & (ENTERS - 1), 0)
-        most = largest_share(grad, sources, factors, place, length, D, COLUMNS, KEYS, FACTORS)
-        tl.store(largest + scratch_row(place, kind, WINDOW), most, mask=is_part)
+        most = largest_share(
+            grad, sources, factors, place, length, form.D, form.COLUMNS, form.KEYS, form.FACTORS
+        )
+        tl.store(largest + scratch_row(place, kind, form.WINDOW), most, mask=is_part)
 
 
 @triton.jit

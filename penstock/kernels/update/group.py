@@ -7,6 +7,7 @@ gathered and the model runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -70,37 +71,55 @@ def bag_of(offsets, num_bags, num_keys, position, is_key):
     return last_not_above(offsets, low, high, position, is_key)
 
 
+class _ByPosition(NamedTuple):
+    """What is found of a look-up's keys, by position."""
+
+    sources: Tensor
+    factors: Tensor
+    tables: Tensor
+    words: Tensor
+
+
+class _OfKeys(NamedTuple):
+    """What is known of them."""
+
+    slots: Tensor
+    weights: Tensor
+    scales: Tensor
+    offsets: Tensor
+
+
+class _OfFeatures(NamedTuple):
+    """Arrays of a `DevicePlan`."""
+
+    feature_of_packed: Tensor
+    table: Tensor
+    pooling: Tensor
+    column: Tensor
+
+
+class _DescribeForm(NamedTuple):
+    """Constants: columns; keys of a program; what is wanted."""
+
+    D: int
+    KEYS: int
+    WEIGHTED: bool
+    SCALED: bool
+    SEQUENCES: bool
+    TABLES: bool
+
+
 @triton.jit(do_not_specialize=["num_keys", "batch_size", "num_bags", "first_element"])
 def _describe_kernel(
-    sources,
-    factors,
-    tables,
-    words,
-    slots,
-    weights,
-    scales,
-    offsets,
-    feature_of_packed,
-    table_of,
-    pooling,
-    column_of,
-    num_keys,
-    batch_size,
-    num_bags,
-    stride,
-    first_element,
-    slot_bits,
-    table_mask,
-    D: tl.constexpr,
-    KEYS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    SCALED: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-    TABLES: tl.constexpr,
-):
+    found: _ByPosition, given: _OfKeys, plan: _OfFeatures, num_keys, batch_size, num_bags, stride,
+    first_element, slot_bits, table_mask, form: tl.constexpr,
+):  # fmt: skip
     """By position of the key: the word that it is sorted by, and all that the update asks for."""
+    sources, factors, tables, words = found
+    slots, weights, scales, offsets = given
+    feature_of_packed, table_of, pooling, column_of = plan
     # In 32 bits, as N is: divisions of 64 would take longer than all else.
-    position = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    position = tl.program_id(0) * form.KEYS + tl.arange(0, form.KEYS)
     is_key = position < num_keys
     bag = bag_of(offsets, num_bags, num_keys, position, is_key)
     packed = bag // batch_size
@@ -114,18 +133,18 @@ def _describe_kernel(
     kind = tl.load(pooling + feature, mask=is_served, other=0)
     column = tl.load(column_of + feature, mask=is_served, other=0)
     source = first_element + sample.to(tl.int64) * stride + column
-    if SEQUENCES:
+    if form.SEQUENCES:
         first = tl.load(offsets + bag, mask=is_key, other=0)
-        source += tl.where(kind == _SEQUENCE, position - first, 0) * D
-    tl.store(sources + position, source.to(sources.dtype.element_ty), mask=is_key)
-    if TABLES:
+        source += tl.where(kind == _SEQUENCE, position - first, 0) * form.D
+    tl.store(sources + position, source.to(sources.dtype.element_ty), mask=is_key)  # type: ignore[attr-defined]
+    if form.TABLES:
         tl.store(tables + position, table, mask=is_key)
-    if WEIGHTED:
+    if form.WEIGHTED:
         factor = tl.load(weights + position, mask=is_key, other=0.0)
-        if SCALED:
+        if form.SCALED:
             factor = tl.load(scales + bag, mask=is_key, other=0.0) * factor
         tl.store(factors + position, factor, mask=is_key)
-    elif SCALED:
+    elif form.SCALED:
         first = tl.load(offsets + bag, mask=is_key, other=0)
         last = tl.load(offsets + bag + 1, mask=is_key, other=0)
         tl.store(factors + position, size_scale(kind, last - first), mask=is_key)
@@ -133,10 +152,12 @@ def _describe_kernel(
 
 @triton.jit
 def _source_of(
-    position, is_key, sources, tables, feature_of_packed, column_of, table_of, batch_size, stride,
-    ONE_HOT: tl.constexpr, TABLES: tl.constexpr,
+    position, is_key, unsorted, plan, batch_size, stride, ONE_HOT: tl.constexpr,
+    TABLES: tl.constexpr,
 ):  # fmt: skip
     """Where the gradient of a key begins, int64, and its table."""
+    sources, tables, _ = unsorted
+    feature_of_packed, column_of, table_of = plan
     table = (position * 0).to(tl.int32)
     if ONE_HOT:
         # In 32 bits: a division of 64 takes longer than all else here.
@@ -158,32 +179,53 @@ def _earlier(a, b):
     return tl.minimum(a, b)
 
 
+class _Listed(NamedTuple):
+    """The arrays of a `Grouping`."""
+
+    sources: Tensor
+    factors: Tensor
+    pieces: Tensor
+    long_places: Tensor
+    counts: Tensor
+
+
+class _Unsorted(NamedTuple):
+    """What was found by position."""
+
+    sources: Tensor
+    tables: Tensor
+    factors: Tensor
+
+
+class _Columns(NamedTuple):
+    """Arrays of a `DevicePlan`, for batches of one key a bag."""
+
+    feature_of_packed: Tensor
+    column: Tensor
+    table: Tensor
+
+
+class _ListForm(NamedTuple):
+    """Constants: places of a program, of a window and of a short piece; what is wanted."""
+
+    PLACES: int
+    WINDOW: int
+    SHORT: int
+    ONE_HOT: bool
+    FACTORS: bool
+    TABLES: bool
+
+
 @triton.jit(do_not_specialize=["num_keys", "batch_size"])
 def _list_kernel(
-    sources,
-    factors,
-    pieces,
-    long_places,
-    counts,
-    words,
-    order,
-    unsorted_sources,
-    unsorted_tables,
-    unsorted_factors,
-    feature_of_packed,
-    column_of,
-    table_of,
-    num_keys,
-    batch_size,
-    stride,
-    slot_mask,
-    PLACES: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SHORT: tl.constexpr,
-    ONE_HOT: tl.constexpr,
-    FACTORS: tl.constexpr,
-    TABLES: tl.constexpr,
-):
+    listed: _Listed, words, order, unsorted: _Unsorted, plan: _Columns, num_keys, batch_size,
+    stride, slot_mask, form: tl.constexpr,
+):  # fmt: skip
+    sources, factors, pieces, long_places, counts = listed
+    PLACES: tl.constexpr = form.PLACES
+    WINDOW: tl.constexpr = form.WINDOW
+    SHORT: tl.constexpr = form.SHORT
+    TABLES: tl.constexpr = form.TABLES
     kinds = pieces + num_keys
     slots = kinds + num_keys
     tables = slots + num_keys
@@ -195,12 +237,11 @@ def _list_kernel(
     position = tl.load(order + place, mask=is_key, other=0)
     has_row = word >= 0
     source, table = _source_of(
-        position, has_row, unsorted_sources, unsorted_tables, feature_of_packed, column_of,
-        table_of, batch_size, stride, ONE_HOT, TABLES,
-    )  # fmt: skip
-    tl.store(sources + place, source.to(sources.dtype.element_ty), mask=is_key)
-    if FACTORS:
-        factor = tl.load(unsorted_factors + position, mask=is_key, other=0.0)
+        position, has_row, unsorted, plan, batch_size, stride, form.ONE_HOT, TABLES
+    )
+    tl.store(sources + place, source.to(sources.dtype.element_ty), mask=is_key)  # type: ignore[attr-defined]
+    if form.FACTORS:
+        factor = tl.load(unsorted.factors + position, mask=is_key, other=0.0)
         tl.store(factors + place, factor, mask=is_key)
     slot = word & slot_mask
     is_head = has_row & (word != before)
@@ -313,12 +354,13 @@ def _described(
             slot_bits,
             (1 << table_bits) - 1,
         ),
-        D=plan.dim,
-        KEYS=_KEYS,
-        WEIGHTED=batch.weights is not None,
-        SCALED=plan.divides and factors is not None,
-        SEQUENCES=plan.has_sequences,
-        TABLES=tables is not None,
+        form=_describe_form(
+            plan.dim,
+            batch.weights is not None,
+            plan.divides and factors is not None,
+            plan.has_sequences,
+            tables is not None,
+        ),
     )
 
 
@@ -415,14 +457,21 @@ def _listed(
                 plan.stride,
                 (1 << slot_bits) - 1,
             ),
-            PLACES=_PLACES,
-            WINDOW=WINDOW,
-            SHORT=SHORT,
-            ONE_HOT=is_one_hot,
-            FACTORS=factors is not None,
-            TABLES=needs_tables,
+            form=_list_form(is_one_hot, factors is not None, needs_tables),
         )
     return grouping
+
+
+@lru_cache(maxsize=256)
+def _describe_form(
+    dim: int, weighted: bool, scaled: bool, sequences: bool, tables: bool
+) -> _DescribeForm:
+    return _DescribeForm(dim, _KEYS, weighted, scaled, sequences, tables)
+
+
+@lru_cache(maxsize=16)
+def _list_form(one_hot: bool, factors: bool, tables: bool) -> _ListForm:
+    return _ListForm(_PLACES, WINDOW, SHORT, one_hot, factors, tables)
 
 
 def _source_type(elements: int) -> torch.dtype:

@@ -41,6 +41,33 @@ class UsageRules(NamedTuple):
     """[T] int64 of the number of uses; 0: none; -1: it is a score, and stays as it is."""
 
 
+class RuleNumbers(NamedTuple):
+    """What the rules of an update read, as its kernels take it."""
+
+    hypers: Tensor
+    now: Tensor
+    half_life: Tensor
+
+
+class Shares(NamedTuple):
+    """Where the gradients of keys are, as kernels take them: see `Grouping`."""
+
+    grad: Tensor
+    sources: Tensor
+    factors: Tensor
+
+
+class Pieces(NamedTuple):
+    """The pieces of a grouping, and where the sums of those that are no whole segment go."""
+
+    scratch: Tensor
+    """[2 * windows, D] float32 or int64."""
+    largest: Tensor
+    """[2 * windows] int32: the largest magnitude of each; in deterministic mode."""
+    pieces: Tensor
+    counts: Tensor
+
+
 class Grouping(NamedTuple):
     """The keys of look-ups sorted by row: those of one, a segment, lie side by side.
 
@@ -110,7 +137,7 @@ class RuleOptions(NamedTuple):
         return self.usage_words > 0 or not self.one_hyper
 
     def compiled(self) -> dict[str, int]:
-        """As constants of a kernel, and options of its compiler."""
+        """As constants of a kernel."""
         return {
             "TABLES": self.needs_tables,
             "RULE": self.rule,
@@ -119,6 +146,35 @@ class RuleOptions(NamedTuple):
             "EXACT": self.exact,
             "ONE_HYPER": self.one_hyper,
             "WORDS": self.usage_words,
-            # The host's bits have no fused multiply-add.
-            "enable_fp_fusion": not self.exact,
         }
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the kernels' compiler: the host's bits have no fused multiply-add."""
+        return {"enable_fp_fusion": not self.exact}
+
+
+class UpdateForm(NamedTuple):
+    """How the kernels of an update are compiled: constants."""
+
+    D: int
+    COLUMNS: int
+    """Of a tile: D, rounded up to a power of two."""
+    WINDOW: int
+    SHORT: int
+    SHORT_ROWS: int
+    """Short pieces that a program takes at once."""
+    ROWS: int
+    """Other pieces."""
+    KEYS: int
+    """Places of each of these."""
+    PARTS: int
+    """Pieces of a segment."""
+    FACTORS: int
+    TABLES: int
+    RULE: int
+    CLIPPED: int
+    BOUNDED: int
+    EXACT: int
+    ONE_HYPER: int
+    WORDS: int

@@ -322,41 +322,24 @@ def ruled(w, grad, state, slot, is_row, column, hypers, numbers,
 
 
 @triton.jit
-def step_rows(
-    values,
-    state,
-    usage,
-    slot,
-    is_row,
-    w,
-    grad,
-    table,
-    hypers,
-    step_seed,
-    now,
-    half_life,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RULE: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ONE_HYPER: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+def step_rows(rows, slot, is_row, w, grad, table, numbers, step_seed, form: tl.constexpr):
     """One step of the rows of `slot` [R] whose values are w [R, COLUMNS], in place."""
-    column = tl.arange(0, COLUMNS)
+    values, state, usage = rows
+    hypers = numbers.hypers
+    D: tl.constexpr = form.D
+    EXACT: tl.constexpr = form.EXACT
+    column = tl.arange(0, form.COLUMNS)
     # Where all tables have one setting, [1]: the compiler then keeps it in uniform registers.
-    numbers = tl.zeros((1,), tl.int32) if ONE_HYPER else table
-    if CLIPPED:
-        grad = clipped(grad, _hyper(hypers, numbers, 2), EXACT)
-    new = ruled(w, grad, state, slot, is_row, column, hypers, numbers, D, RULE, EXACT)
-    if BOUNDED:
-        new = bounded(new, _hyper(hypers, numbers, 10))
+    places = tl.zeros((1,), tl.int32) if form.ONE_HYPER else table
+    if form.CLIPPED:
+        grad = clipped(grad, _hyper(hypers, places, 2), EXACT)
+    new = ruled(w, grad, state, slot, is_row, column, hypers, places, D, form.RULE, EXACT)
+    if form.BOUNDED:
+        new = bounded(new, _hyper(hypers, places, 10))
     TYPE: tl.constexpr = values.dtype.element_ty
     if tl.float32 != TYPE:
         new = narrowed(new, column, step_seed, TYPE)
     row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(row, new, mask=is_row[:, None] & (column < D)[None, :])
-    if WORDS > 0:
-        mark_used(usage, slot, is_row, table, now, half_life, WORDS)
+    if form.WORDS > 0:
+        mark_used(usage, slot, is_row, table, numbers.now, numbers.half_life, form.WORDS)

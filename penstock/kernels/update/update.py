@@ -46,8 +46,12 @@ from penstock.kernels.update.occurrences import (
     WINDOW,
     GradientPart,
     Grouping,
+    Pieces,
     RowArrays,
+    RuleNumbers,
     RuleOptions,
+    Shares,
+    UpdateForm,
     UpdateRules,
 )
 from penstock.kernels.update.reference import step_seed
@@ -74,14 +78,17 @@ def _load_pieces(pieces, num_keys, piece, count, BACK: tl.constexpr, TABLES: tl.
 
 @triton.jit
 def _step_pieces(
-    values, state, usage, grad, scratch, largest, sources, factors, pieces, count, num_keys,
-    program, programs, sum_bits, hypers, step_seed, now, half_life,
-    D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BACK: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr, TABLES: tl.constexpr,
-    RULE: tl.constexpr, CLIPPED: tl.constexpr, BOUNDED: tl.constexpr, EXACT: tl.constexpr,
-    ONE_HYPER: tl.constexpr, WORDS: tl.constexpr,
+    rows, shares, work, count, num_keys, program, programs, sum_bits, numbers, step_seed,
+    form: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """This program's part of one of the two lists."""
+    values, _, _ = rows
+    grad, sources, factors = shares
+    scratch, largest, pieces, _ = work
+    D: tl.constexpr = form.D
+    COLUMNS: tl.constexpr = form.COLUMNS
+    FACTORS: tl.constexpr = form.FACTORS
+    TABLES: tl.constexpr = form.TABLES
     column = tl.arange(0, COLUMNS)
     is_column = (column < D)[None, :]
     begin, stride = program * ROWS, programs * ROWS
@@ -99,8 +106,8 @@ def _step_pieces(
         is_whole = (kind > 0) & (kind < ENTERS)
         row = values + slot.to(tl.int64)[:, None] * D + column[None, :]
         w = tl.load(row, mask=is_whole[:, None] & is_column, other=0.0).to(tl.float32)
-        there = scratch_row(place, kind, WINDOW)
-        if EXACT:
+        there = scratch_row(place, kind, form.WINDOW)
+        if form.EXACT:
             most = largest_share(grad, sources, factors, place, length, D, COLUMNS, KEYS, FACTORS)
             most = tl.where(is_whole, most, tl.load(largest + there, mask=kind >= ENTERS, other=0))
             exponent = units_exponent(most, sum_bits)[:, None]
@@ -116,16 +123,13 @@ def _step_pieces(
                 share = share_of(
                     grad, source[k], factors, place + n + k, inside, D, COLUMNS, FACTORS
                 )
-                total += in_units(share, exponent) if EXACT else share
+                total += in_units(share, exponent) if form.EXACT else share
             source = following
         if tl.max(kind) >= ENTERS:
             part = scratch + there[:, None] * D + column[None, :]
             tl.store(part, total, mask=(kind >= ENTERS)[:, None] & is_column)
-        gradient = from_units(total, most[:, None], sum_bits) if EXACT else total
-        step_rows(
-            values, state, usage, slot, is_whole, w, gradient, table, hypers, step_seed, now,
-            half_life, D, COLUMNS, RULE, CLIPPED, BOUNDED, EXACT, ONE_HYPER, WORDS,
-        )  # fmt: skip
+        gradient = from_units(total, most[:, None], sum_bits) if form.EXACT else total
+        step_rows(rows, slot, is_whole, w, gradient, table, numbers, step_seed, form)
         kind, place, slot, table = next_kind, next_place, next_slot, next_table
         source = next_source
         piece += stride
@@ -136,12 +140,8 @@ def _step_pieces(
 
 @triton.jit(do_not_specialize=["num_keys", "other_programs", "sum_bits", "step_seed"])
 def _pieces_kernel(
-    values, state, usage, grad, scratch, largest, sources, factors, pieces, counts, num_keys,
-    other_programs, sum_bits, hypers, step_seed, now, half_life,
-    D: tl.constexpr, COLUMNS: tl.constexpr, SHORT_ROWS: tl.constexpr, SHORT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, FACTORS: tl.constexpr,
-    TABLES: tl.constexpr, RULE: tl.constexpr, CLIPPED: tl.constexpr, BOUNDED: tl.constexpr,
-    EXACT: tl.constexpr, ONE_HYPER: tl.constexpr, WORDS: tl.constexpr,
+    rows: RowArrays, shares: Shares, work: Pieces, num_keys, other_programs, sum_bits,
+    step_seed, numbers: RuleNumbers, form: tl.constexpr,
 ):  # fmt: skip
     # Programs are started in order: those of the other pieces first, which differ in length, some
     # pieces each, so that whoever is done early takes the next; then those of the short ones, which
@@ -149,18 +149,14 @@ def _pieces_kernel(
     program = tl.program_id(0)
     if program < other_programs:
         _step_pieces(
-            values, state, usage, grad, scratch, largest, sources, factors, pieces,
-            tl.load(counts + 1), num_keys, program, other_programs, sum_bits, hypers, step_seed,
-            now, half_life, D, COLUMNS, ROWS, KEYS, True, WINDOW, FACTORS, TABLES, RULE, CLIPPED,
-            BOUNDED, EXACT, ONE_HYPER, WORDS,
+            rows, shares, work, tl.load(work.counts + 1), num_keys, program, other_programs,
+            sum_bits, numbers, step_seed, form, form.ROWS, form.KEYS, True,
         )  # fmt: skip
     else:
         _step_pieces(
-            values, state, usage, grad, scratch, largest, sources, factors, pieces,
-            tl.load(counts), num_keys, program - other_programs,
-            tl.num_programs(0) - other_programs, sum_bits, hypers, step_seed, now, half_life, D,
-            COLUMNS, SHORT_ROWS, SHORT, False, WINDOW, FACTORS, TABLES, RULE, CLIPPED, BOUNDED,
-            EXACT, ONE_HYPER, WORDS,
+            rows, shares, work, tl.load(work.counts), num_keys, program - other_programs,
+            tl.num_programs(0) - other_programs, sum_bits, numbers, step_seed, form,
+            form.SHORT_ROWS, form.SHORT, False,
         )  # fmt: skip
 
 
@@ -175,31 +171,15 @@ def _parts(scratch, first, last, D: tl.constexpr, COLUMNS: tl.constexpr, PARTS: 
 
 @triton.jit(do_not_specialize=["sum_bits", "step_seed"])
 def _long_kernel(
-    values,
-    state,
-    usage,
-    scratch,
-    largest,
-    long_places,
-    counts,
-    sum_bits,
-    hypers,
-    step_seed,
-    now,
-    half_life,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TABLES: tl.constexpr,
-    RULE: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    EXACT: tl.constexpr,
-    ONE_HYPER: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+    rows: RowArrays, scratch, largest, long_places, counts, sum_bits, step_seed,
+    numbers: RuleNumbers, form: tl.constexpr,
+):  # fmt: skip
     """Segments of several pieces: adds their sums and takes the step."""
+    values, _, _ = rows
+    D: tl.constexpr = form.D
+    COLUMNS: tl.constexpr = form.COLUMNS
+    PARTS: tl.constexpr = form.PARTS
+    WINDOW: tl.constexpr = form.WINDOW
     column = tl.arange(0, COLUMNS)
     one = tl.zeros((1,), tl.int32)
     for number in range(tl.program_id(0), tl.load(counts + 2), tl.num_programs(0)):
@@ -218,16 +198,13 @@ def _long_kernel(
             ahead = _parts(scratch, window + PARTS, end, D, COLUMNS, PARTS)
             total += tl.sum(parts, 0)[None, :]
         table = slot
-        if TABLES:
+        if form.TABLES:
             table = tl.load(long_places + 4 * number + 3 + one)
         gradient = total
-        if EXACT:
+        if form.EXACT:
             most = tl.load(largest + (place // WINDOW).to(tl.int64) * 2 + 1)
             gradient = from_units(total, most[:, None], sum_bits)
-        step_rows(
-            values, state, usage, slot, is_row, w, gradient, table, hypers, step_seed, now,
-            half_life, D, COLUMNS, RULE, CLIPPED, BOUNDED, EXACT, ONE_HYPER, WORDS,
-        )  # fmt: skip
+        step_rows(rows, slot, is_row, w, gradient, table, numbers, step_seed, form)
 
 
 def apply_gradients(
@@ -263,7 +240,7 @@ def apply_gradients(
         grouping = group_keys(plan, parts, needs_tables=options.needs_tables, one_hot=one_hot)
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad.view(-1) for part in parts])
     bits = sum_bits(sum(part.slots.numel() for part in parts))
-    numbers = (bits, hypers, _signed_word(step_seed(step)), *(usage or (hypers, hypers)))
+    numbers = (bits, _signed_word(step_seed(step)), hypers, *(usage or (hypers, hypers)))
     if grouping.sources.numel():
         _step(rows, plan.dim, grouping, grad, numbers, options)
     return grouping.counts[3]
@@ -274,11 +251,13 @@ def _signed_word(word: int) -> int:
 
 
 class _Compiled(NamedTuple):
-    """Constants of the kernels of an update."""
+    """How the kernels of an update are compiled, and started."""
 
     other_waves: int
     """How often the programs for other pieces fill the device."""
+    form: UpdateForm
     pieces: dict[str, int]
+    """Options of the compiler; of the others, too."""
     long: dict[str, int]
     largest: dict[str, int]
 
@@ -288,17 +267,26 @@ def _compiled(dim: int, state_dim: int, options: RuleOptions, has_factors: bool)
     columns = power_of_two(dim)
     vectors, num_warps = warp_tile(columns)
     keys = min(8, vectors)
-    tile = {"D": dim, "COLUMNS": columns, "WINDOW": WINDOW}
-    of_pieces = {**tile, "ROWS": vectors // keys, "KEYS": keys, "FACTORS": has_factors}
-    rule = {**options.compiled(), "num_warps": num_warps}
-    if not options.exact and columns <= ELEMENTS_PER_WARP:
-        rule["maxnreg"] = REGISTERS if state_dim <= 1 else WIDE_REGISTERS
-    return _Compiled(
-        8 if columns >= 64 else 4,  # a program takes fewer wide pieces at once
-        {"SHORT_ROWS": max(1, vectors // SHORT), "SHORT": SHORT, **of_pieces, **rule},
-        {"PARTS": 2 * vectors, **tile, **options.compiled(), "num_warps": num_warps},
-        {**of_pieces, "num_warps": num_warps},
+    form = UpdateForm(
+        D=dim,
+        COLUMNS=columns,
+        WINDOW=WINDOW,
+        SHORT=SHORT,
+        SHORT_ROWS=max(1, vectors // SHORT),
+        ROWS=vectors // keys,
+        KEYS=keys,
+        PARTS=2 * vectors,
+        FACTORS=has_factors,
+        **options.compiled(),
     )
+    warps = {"num_warps": num_warps}
+    of_rule = {**options.options, **warps}
+    registers = {}
+    if not options.exact and columns <= ELEMENTS_PER_WARP:
+        registers["maxnreg"] = REGISTERS if state_dim <= 1 else WIDE_REGISTERS
+    # A program takes fewer wide pieces at once.
+    waves = 8 if columns >= 64 else 4
+    return _Compiled(waves, form, {**of_rule, **registers}, of_rule, warps)
 
 
 def _step(
@@ -321,13 +309,14 @@ def _step(
     shares = (grad, sources, sources if factors is None else factors)
     full = full_device(device)
     others = min(compiled.other_waves * full, num_keys // (SHORT + 1) + 1)
-    shorts = min(_SHORT_WAVES * full, -(-num_keys // compiled.pieces["SHORT_ROWS"]))
+    shorts = min(_SHORT_WAVES * full, -(-num_keys // compiled.form.SHORT_ROWS))
     long_grid = (min(windows, _LONG_WAVES * full),)
     if options.exact:
         launch(
             largest_kernel,
             (min(num_keys, 2 * full),),
             (largest, *shares, pieces, counts, num_keys),
+            form=compiled.form,
             **compiled.largest,
         )
         launch(
@@ -340,12 +329,14 @@ def _step(
     launch(
         _pieces_kernel,
         (others + shorts,),
-        (*rows, grad, scratch, largest, *shares[1:], pieces, counts, num_keys, others, *numbers),
+        (*rows, *shares, scratch, largest, pieces, counts, num_keys, others, *numbers),
+        form=compiled.form,
         **compiled.pieces,
     )
     launch(
         _long_kernel,
         long_grid,
         (*rows, scratch, largest, long_places, counts, *numbers),
+        form=compiled.form,
         **compiled.long,
     )
