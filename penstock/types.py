@@ -273,22 +273,22 @@ class FileTag(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """A place between two rows of the input. Rows that are left out count, too."""
+    """Where a reader goes on: between two rows of the input. Rows left out count, too."""
 
     file: int = 0
     """Number in `Position.files`."""
     start: int = 0
-    """Where the split (unit of reading) begins, in the unit of its source: rows, bytes, lines."""
+    """Where the extent (unit of reading) begins, in the unit of its source: rows, bytes, lines."""
     row: int = 0
-    """Rows of the split that lie before."""
+    """Rows of the extent that lie before."""
 
 
 class Piece(NamedTuple):
-    """Rows [first, stop) of a split, those that are left out among them."""
+    """Rows [first, stop) of an extent, those that are left out among them."""
 
     file: int
     start: int
-    """Of the split, as in `Cursor`."""
+    """Of the extent, as in `Cursor`."""
     first: int
     stop: int
 

@@ -343,8 +343,8 @@ def _export(
     """Up to `most` items from a cursor on, of a store of a version."""
     if cursor.version not in {None, version}:
         raise checks.stale_export("store")
-    part = dict(list(held.items())[cursor.position : cursor.position + most])
-    return part, Cursor(cursor.position + len(part), version)
+    part = dict(list(held.items())[cursor.place : cursor.place + most])
+    return part, Cursor(cursor.place + len(part), version)
 
 
 def _shares(

@@ -46,7 +46,7 @@ POOLING_CODES = {"sum": 0, "mean": 1, "sqrt_n": 2, "sequence": 3}
 
 
 _EXPORTED = 2**64 - 1
-"""Position of a cursor behind the last row, as in csrc/store/row_access.h."""
+"""Place of a cursor behind the last row, as in csrc/store/row_access.h."""
 ISAS = ("generic", "avx2", "avx512")
 """Instruction sets that kernels are compiled for, each above the one before."""
 
@@ -168,7 +168,7 @@ class HostStore:
         """See `Store.export_batch`."""
         checks.check_table(table, self.tables)
         current = self._core.content_version
-        if cursor.position == _EXPORTED and cursor.version == current:
+        if cursor.place == _EXPORTED and cursor.version == current:
             # With many small tables, calls are most of an export.
             return self._no_rows, cursor
         version = current if cursor.version is None else cursor.version
@@ -180,8 +180,8 @@ class HostStore:
         values = np.empty((size, self.layout.dim), dtype=np.float32 if is_wide else np.int16)
         state = np.empty((size, self.layout.state_dim), dtype=np.float32)
         usage = np.empty(size * words, dtype=np.int64)
-        status, count, position = self._core.export_batch(
-            table, cursor.position, version, keys, values, state, usage
+        status, count, place = self._core.export_batch(
+            table, cursor.place, version, keys, values, state, usage
         )
         if status != _core.Status.OK:
             raise_for(self, status, f"exporting {size} rows")
@@ -195,7 +195,7 @@ class HostStore:
             torch.from_numpy(state),
             torch.from_numpy(usage.reshape(-1, words)[:count]) if words else None,
         )
-        return rows, Cursor(position, version)
+        return rows, Cursor(place, version)
 
     @cached_property
     def _no_rows(self) -> TableRows:
@@ -236,12 +236,12 @@ class HostStore:
         version = self._core.content_version if cursor.version is None else cursor.version
         max_keys = min(max_keys, self.num_candidates(table))
         keys, counts = np.empty((2, max_keys), dtype=np.int64)
-        status, exported, position = self._core.export_candidates(
-            table, cursor.position, version, keys, counts
+        status, exported, place = self._core.export_candidates(
+            table, cursor.place, version, keys, counts
         )
         raise_for(self, status, f"exporting {max_keys} counts")
         part = Candidates(torch.from_numpy(keys[:exported]), torch.from_numpy(counts[:exported]))
-        return part, Cursor(position, version)
+        return part, Cursor(place, version)
 
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """See `Store.import_candidates`."""

@@ -402,10 +402,12 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Place in an export."""
+    """Where an export goes on."""
 
-    position: int = 0
+    place: int = 0
+    """In the store's own order."""
     version: int | None = None
+    """Of the store's content that it is of; None: the export begins."""
 
 
 CURSOR_START = Cursor()

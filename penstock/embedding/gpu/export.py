@@ -57,18 +57,18 @@ class ExportOrder:
         assert cursor.version is not None
         places = self.places(index, cursor.version, table, sizes)
         if places is not None:
-            after = min(cursor.position + most, len(places))
-            found = index.at(places[cursor.position : after])
+            after = min(cursor.place + most, len(places))
+            found = index.at(places[cursor.place : after])
             return *found, Cursor(after, cursor.version)
-        # A table that is much of the index: by the position in it.
+        # A table that is much of the index: by the place in it.
         parts = [torch.empty(0, dtype=torch.int64, device=index.entries.device)]
-        position, number = cursor.position, 0
-        while position < index.capacity and number < most:
-            last = min(position + min(_ENTRIES_AT_ONCE, most - number), index.capacity)
-            part = (index.tables_at(position, last) == table).nonzero()[:, 0] + position
+        place, number = cursor.place, 0
+        while place < index.capacity and number < most:
+            last = min(place + min(_ENTRIES_AT_ONCE, most - number), index.capacity)
+            part = (index.tables_at(place, last) == table).nonzero()[:, 0] + place
             parts.append(part)
-            position, number = last, number + len(part)
-        return *index.at(torch.cat(parts)), Cursor(position, cursor.version)
+            place, number = last, number + len(part)
+        return *index.at(torch.cat(parts)), Cursor(place, cursor.version)
 
     def drop(self) -> None:
         """Gives the memory back."""
