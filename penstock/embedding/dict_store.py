@@ -108,22 +108,19 @@ class DictStore:
 
     def find(self, table: int, keys: Tensor) -> FindResult:
         """See `Store.find`."""
-        return self._find(table, keys.tolist(), insert=False)
-
-    def find_or_insert(self, table: int, keys: Tensor) -> FindResult:
-        """See `Store.find_or_insert`."""
-        return self._find(table, keys.tolist(), insert=True)
-
-    def _find(self, table: int, keys: list[int], *, insert: bool) -> FindResult:
-        found = [key in self._tables[table].rows for key in keys]
-        if insert:
-            self._insert(table, keys)
-        rows = self._read(table, keys)
+        held, rows = self._tables[table].rows, self._read(table, keys.tolist())
         return FindResult(
             _stack([row.value for row in rows], self.layout.dim),
             _stack([row.state for row in rows], self.layout.state_dim),
-            torch.tensor(found, dtype=torch.bool),
+            torch.tensor([key in held for key in keys.tolist()], dtype=torch.bool),
         )
+
+    def find_or_insert(self, table: int, keys: Tensor) -> FindResult:
+        """See `Store.find_or_insert`."""
+        held = self._tables[table].rows
+        found = torch.tensor([key in held for key in keys.tolist()], dtype=torch.bool)
+        self._insert(table, keys.tolist())
+        return self.find(table, keys)._replace(found=found)
 
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`."""

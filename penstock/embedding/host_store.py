@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +33,7 @@ from penstock.embedding.store import (
     PooledGradient,
     PooledLookup,
     PoolingPlan,
+    RowLayout,
     StoreMemory,
     TableCounters,
     TableRows,
@@ -170,7 +171,7 @@ class HostStore:
         current = self._core.content_version
         if cursor.place == _EXPORTED and cursor.version == current:
             # With many small tables, calls are most of an export.
-            return self._no_rows, cursor
+            return _no_rows(self.layout), cursor
         version = current if cursor.version is None else cursor.version
         size = min(max_rows, int(self._core.num_rows(table)))
         words = self.layout.usage_dim
@@ -196,17 +197,6 @@ class HostStore:
             torch.from_numpy(usage.reshape(-1, words)[:count]) if words else None,
         )
         return rows, Cursor(place, version)
-
-    @cached_property
-    def _no_rows(self) -> TableRows:
-        return TableRows(
-            torch.empty(0, dtype=torch.int64),
-            torch.empty(0, self.layout.dim, dtype=self.layout.dtype),
-            torch.empty(0, self.layout.state_dim),
-            torch.empty(0, self.layout.usage_dim, dtype=torch.int64)
-            if self.layout.usage_dim
-            else None,
-        )
 
     def num_rows(self, table: int) -> int:
         """See `Store.num_rows`."""
@@ -431,6 +421,16 @@ def _opened(store: HostStore, seed: int, **options: Any) -> _core.HostStore:
             for table in store.tables
         ],
         **options,
+    )
+
+
+@lru_cache(maxsize=256)
+def _no_rows(layout: RowLayout) -> TableRows:
+    return TableRows(
+        torch.empty(0, dtype=torch.int64),
+        torch.empty(0, layout.dim, dtype=layout.dtype),
+        torch.empty(0, layout.state_dim),
+        torch.empty(0, layout.usage_dim, dtype=torch.int64) if layout.usage_dim else None,
     )
 
 
