@@ -76,3 +76,16 @@ def test_kill_and_resume_have_the_bits_of_one_run(small_job, tmp_path, quiet, mo
     crash(job, tmp_path / "run", STEPS - 2, monkeypatch, quiet)
     story.train(job, tmp_path / "run", resume=True, console=quiet)
     assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+
+
+def test_dropout_autocast_and_accumulation_resume_with_the_same_bits(
+    small_fields, tmp_path, quiet, monkeypatch
+):
+    small_fields["model"] |= {"dropout": 0.2, "batch_norm": True}
+    job = on(
+        "cuda", parse_job(small_fields), autocast="bfloat16", accumulate_batches=2, batch_size=64
+    )
+    story.train(job, tmp_path / "whole", console=quiet)
+    crash(job, tmp_path / "run", STEPS // 2 + 1, monkeypatch, quiet)
+    story.train(job, tmp_path / "run", resume=True, console=quiet)
+    assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole"))
