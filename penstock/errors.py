@@ -36,6 +36,15 @@ class PartialUpdateError(CapacityError):
     """Memory ran out when a part of the rows had taken the step already; the message says which."""
 
 
+class MalformedRowError(DataError):
+    """A row that cannot be read, where such rows are not left out."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; mend the file or set data.source.on_malformed_row: quarantine")
+        self.what = what
+        """Without the remedy."""
+
+
 class EventError(PenstockError, ValueError):
     """An event, or a quantity of one, that the registry of events does not know."""
 

@@ -25,7 +25,9 @@ from penstock.data.source import RowCount
 from penstock.errors import (
     BatchError,
     CheckpointError,
+    DataError,
     Interrupted,
+    MalformedRowError,
     NonFiniteError,
     PenstockError,
 )
@@ -164,7 +166,13 @@ def predict(
         trained = open_trained(path, data, labels="optional" if has_label else "absent")
         with trained.batches() as batches:
             found = scored(batches, trained.model, trained.collection)
-            return write_scores(found, trained.objective, trained.dataset.labels, part)
+            try:
+                return write_scores(found, trained.objective, trained.dataset.labels, part)
+            except MalformedRowError as error:
+                raise DataError(
+                    f"{error.what}; mend the file or leave the row out of it: in a prediction each "
+                    "row has its score"
+                ) from None
 
 
 @contextmanager
@@ -447,7 +455,8 @@ class Run:
     def kept(self) -> Iterator[None]:
         """Leaves a checkpoint also where a signal or an error ends the block.
 
-        Unless a step is half done, what was trained is diverging, or there is no time.
+        Unless a step is half done, what was trained is diverging, there is no time, or an error
+        came before the first step: what is wrong may be in the job, which a checkpoint would fix.
         """
         try:
             yield
@@ -457,10 +466,12 @@ class Run:
                 raise
             if isinstance(error, Interrupted) and error.is_repeated:
                 raise
-            if self._is_whole:
+            if self._is_whole and (self.state.step or isinstance(error, Interrupted)):
                 self.save()
             if self.checkpoints.latest() is not None:
                 self.report.stopped(self.state.step, is_whole=self._is_whole)
+            else:
+                self.report.not_begun(self.state.step)
             raise
 
     def summary(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import fs
@@ -132,14 +133,17 @@ def _expand(filesystem: fs.FileSystem, path: str, given: str) -> list[str]:
         root = path[: path.rfind("/", 0, glob.start()) + 1]
         base = root.rstrip("/") or ("/" if root else ".")
         if filesystem.get_file_info(base).type != fs.FileType.Directory:
-            raise DataError(f"{given}: no such directory: {base}{_of_home(given)}")
+            where = _of_home(given) or _begins_at(filesystem, base)
+            raise DataError(f"{given}: no such directory: {base}{where}")
         found = _files_below(filesystem, base, deep="/" in path[len(root) :] or "**" in path)
         pattern = glob_pattern(path)
         files = sorted(file for file in found if pattern.fullmatch(file[0]))
         if not files:
-            raise DataError(f"{given}: no file matches{_matching_folder(filesystem, base, path)}")
+            folder = _matching_folder(filesystem, base, path)
+            raise DataError(f"{given}: no file matches{folder or _begins_at(filesystem, path)}")
     else:
-        raise DataError(f"{given}: no such file or directory{_of_home(given)}")
+        where = _of_home(given) or _begins_at(filesystem, path)
+        raise DataError(f"{given}: no such file or directory{where}")
     for file, size in files:
         if size == 0:
             raise DataError(f"{file}: empty file (0 bytes); remove it or name the others")
@@ -148,6 +152,13 @@ def _expand(filesystem: fs.FileSystem, path: str, given: str) -> list[str]:
 
 def _of_home(path: str) -> str:
     return "; a ~ is not expanded here: write the whole path" if path.startswith("~") else ""
+
+
+def _begins_at(filesystem: fs.FileSystem, path: str) -> str:
+    """What an error adds about a relative path: where it begins."""
+    if not isinstance(filesystem, fs.LocalFileSystem) or Path(path).is_absolute():
+        return ""
+    return f"; a relative path begins in the working directory, {Path.cwd()}"
 
 
 def _files_below(

@@ -14,7 +14,7 @@ from penstock.data.output import free_path
 from penstock.errors import ConfigError
 from penstock.report.display import size_text
 from penstock.report.folder import files_of_run
-from penstock.report.plots import MISSING, can_draw, draw_comparison
+from penstock.report.plots import MISSING, can_draw, draw_comparison, is_drawn
 from penstock.report.record import MetricPath, RunRecord, metric_at, metric_words
 from penstock.training.checkpoint.job_difference import leaves
 
@@ -41,7 +41,7 @@ def compare_runs(
     Args:
       paths: at least two run folders.
       picture: PNG file to draw; None: none.
-      overwrite: whether the picture may exist.
+      overwrite: whether a file may be there that is no picture of Penstock's.
 
     Raises:
       ConfigError: fewer than two runs, one is no run folder, or the picture exists or
@@ -51,7 +51,7 @@ def compare_runs(
         raise ConfigError("compare needs two runs or more; `penstock inspect RUN` shows one")
     if picture is not None:
         read = [file for path in paths for file in files_of_run(path)]
-        free_path(picture, reads=read, overwrite=overwrite)
+        free_path(picture, reads=read, overwrite=overwrite or is_drawn(picture))
     runs = {name: RunRecord.read(path) for name, path in _names(paths).items()}
     yield metrics_side_by_side(runs)
     yield job_differences(runs)

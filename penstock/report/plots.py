@@ -29,6 +29,20 @@ _NEAR = 1.96
 """Standard errors of a 95 % interval."""
 
 
+CREATOR = "Penstock"
+"""What a PNG file says that it was made with."""
+_FIRST_BYTES = 4096
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a file is a PNG picture of ours, which another may take the place of."""
+    try:
+        with path.open("rb") as file:
+            return b"tEXtSoftware\0" + CREATOR.encode() in file.read(_FIRST_BYTES)
+    except OSError:
+        return False
+
+
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
     try:
@@ -318,7 +332,9 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """
     with whole_file(path, overwrite=True) as part:
         try:
-            figure.savefig(part, format=path.suffix.removeprefix(".") or "png")
+            kind = path.suffix.removeprefix(".") or "png"
+            mark = {"Software": CREATOR} if kind == "png" else None
+            figure.savefig(part, format=kind, metadata=mark)
         except ValueError as error:
             raise ConfigError(f"{path}: cannot write the picture: {error}") from None
     return path

@@ -143,6 +143,14 @@ class RunReport:
         values = {"is_whole": is_whole, "command": shlex.join([*command, "--resume"])}
         self._tell_at_the_end("stopped", step, values)
 
+    def not_begun(self, step: int) -> None:
+        """Tells that there is no checkpoint, and what becomes of the folder."""
+        text = (
+            "nothing was trained and there is no checkpoint: mend what is wrong, remove "
+            f"{self._folder.path} or name another folder, and train anew"
+        )
+        self._tell_at_the_end("warning", step, {"text": text})
+
     def _tell_at_the_end(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Tells an event where an error is on its way, which no other may take the place of."""
         try:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -145,7 +146,11 @@ def test_a_job_is_not_overwritten_unless_told(penstock, tmp_path):
             ["a.parquet", "--columns", "a,b"],
             "--columns: parquet files name their columns themselves; leave it out",
         ),
-        (["none.parquet"], "none.parquet: no such file or directory"),
+        (
+            ["none.parquet"],
+            "none.parquet: no such file or directory; a relative path begins in the working "
+            f"directory, {Path.cwd()}",
+        ),
     ],
 )
 def test_what_cannot_be_inspected_is_said(penstock, arguments, message):

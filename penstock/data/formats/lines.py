@@ -34,7 +34,7 @@ from penstock.data.formats.row_ends import (
 from penstock.data.identity import tag_of
 from penstock.data.quarantine import MalformedRow
 from penstock.data.source import Chunk, Extent, RowCount, Span
-from penstock.errors import DataError
+from penstock.errors import DataError, MalformedRowError
 from penstock.types import FileTag
 
 BLOCK_BYTES = 8 << 20
@@ -181,9 +181,8 @@ class LineFiles:
                 )
                 if not self._keeps_malformed:
                     row = malformed[0]
-                    raise DataError(
-                        f"{extent.path}:{chunk.malformed_lines[0]}: {row.reason}: {row.shown()}; "
-                        "mend the file or set data.source.on_malformed_row: quarantine"
+                    raise MalformedRowError(
+                        f"{extent.path}:{chunk.malformed_lines[0]}: {row.reason}: {row.shown()}"
                     )
             yield chunk
 
