@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Constant,
         Eviction,
         FeatureConfig,
+        HashStack,
         MomentumSGD,
         Normal,
         RowWiseAdagrad,
@@ -48,7 +49,7 @@ _HOMES = {
     "penstock.config.schedule": "Schedule",
     "penstock.config.tables": (
         "FTRL LAMB SGD Adagrad Adam AdamW AdmitAtRandom AdmitFrequent Constant Eviction "
-        "FeatureConfig MomentumSGD Normal RowWiseAdagrad RowWiseAdam TableConfig Uniform"
+        "FeatureConfig HashStack MomentumSGD Normal RowWiseAdagrad RowWiseAdam TableConfig Uniform"
     ),
     "penstock.embedding.collection.clipping": "clip_grad_norm_",
     "penstock.embedding.collection.collection": "EmbeddingCollection",
@@ -77,6 +78,7 @@ __all__ = [
     "Eviction",
     "FTRL",
     "FeatureConfig",
+    "HashStack",
     "Jagged",
     "KeyedJagged",
     "LAMB",

@@ -235,6 +235,17 @@ class Eviction(Config):
         return self
 
 
+class HashStack(Config):
+    """A key's vector as the sum of `rounds` rows, each chosen among `size` by a hash of its own.
+
+    For vocabularies too large for a row a key: two keys share all of their rows hardly ever.
+    """
+
+    rounds: Annotated[int, Field(ge=1, le=16)] = 2
+    size: Annotated[int, Field(ge=1, le=2**40)]
+    """Rows of each round; the table has at most rounds * size."""
+
+
 class TableConfig(Config):
     """One embedding table: rows by 64-bit key, unbounded. Many features may share it."""
 
@@ -246,6 +257,10 @@ class TableConfig(Config):
     optimizer: Optimizer = Field(default_factory=RowWiseAdagrad)
     initializer: Initializer = Field(default_factory=Uniform)
     """First value of a row: a pure function of (seed, table, key, column)."""
+    hash_stack: HashStack | None = None
+    """null: every key has a row of its own. Poolings are sum, mean and sqrt_n; rows are then known
+    by number, not by key.
+    """
     admission: Admission | None = None
     """Which new keys get a row; null: all. Those refused read the table's default row, which is
     trained on their behalf.

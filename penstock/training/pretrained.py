@@ -45,7 +45,7 @@ def load_vectors(
       transforms: of the keys, as the features of the table have them.
 
     Raises:
-      ConfigError: there is no such table.
+      ConfigError: there is no such table, or it is a hash stack.
       DataError: a file or column is missing or of a wrong type; a null, a vector that is not
         finite or of another length than `dim`, a key twice; says which.
       CapacityError: `max_bytes` of the table holds fewer rows, and it evicts none.
@@ -70,6 +70,11 @@ def load_vectors(
 
 def _table_of(config: PretrainedVectors, collection: EmbeddingCollection) -> TableConfig:
     for table in collection.tables:
+        if table.name == config.table and table.hash_stack is not None:
+            raise ConfigError(
+                f"training.pretrained: table {table.name!r} is a hash_stack, whose rows keys "
+                "share: there is no row for the vector of one key"
+            )
         if table.name == config.table:
             return table
     names = ", ".join(table.name for table in collection.tables)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penstock.config import TableConfig
 from penstock.embedding.collection.table_stores import TableStores
 from penstock.embedding.rules.optimizer import initial_state
 from penstock.embedding.store import CURSOR_START, FindResult, TableRows
@@ -15,8 +16,27 @@ from penstock.errors import ConfigError
 from penstock.types import as_keys
 
 
+def rows_of(table: TableConfig, keys: Tensor) -> Tensor:
+    """The keys themselves; of a hash stack they must be numbers of its rows.
+
+    Raises:
+      ConfigError: it is one, and they are not.
+    """
+    stack = table.hash_stack
+    if stack is not None and bool(((keys < 0) | (keys >= stack.rounds * stack.size)).any()):
+        raise ConfigError(
+            f"table {table.name!r} is a hash stack, whose rows are numbers below "
+            f"{stack.rounds * stack.size} that keys share; stacked_rows(hash_stack, keys) has "
+            "those of keys"
+        )
+    return keys
+
+
 class RowsByKey(nn.Module):
-    """What an `EmbeddingCollection` does to single rows, outside of batches."""
+    """What an `EmbeddingCollection` does to single rows, outside of batches.
+
+    Rows of a table that is a hash stack are known by number; see `shapes.hash_stack.stacked_rows`.
+    """
 
     device: torch.device
     _stores: TableStores
@@ -29,7 +49,7 @@ class RowsByKey(nn.Module):
           would read; and whether it has one. Copies, on the tables' device.
         """
         store, number = self._stores.find_table(table)
-        return store.find(number, as_keys(keys).to(self.device))
+        return store.find(number, rows_of(store.tables[number], as_keys(keys)).to(self.device))
 
     def assign(self, table: str, keys: Tensor, values: Tensor) -> int:
         """Sets the values of keys, and makes rows of those that have none.
@@ -50,7 +70,7 @@ class RowsByKey(nn.Module):
           CapacityError: no memory, or `max_bytes` holds fewer rows.
         """
         store, number = self._stores.find_table(table)
-        keys = as_keys(keys).to(self.device)
+        keys = rows_of(store.tables[number], as_keys(keys)).to(self.device)
         shape = (keys.numel(), store.layout.dim)
         if keys.dim() != 1 or values.shape != shape or not values.is_floating_point():
             raise ConfigError(
@@ -108,7 +128,7 @@ class RowsByKey(nn.Module):
         next update makes the rows anew.
         """
         store, number = self._stores.find_table(table)
-        return store.erase(number, as_keys(keys).to(self.device))
+        return store.erase(number, rows_of(store.tables[number], as_keys(keys)).to(self.device))
 
     def export(
         self, table: str, *, keys: Tensor | None = None, since: int | None = None

@@ -217,8 +217,9 @@ class EmbeddingCollection(RowsByKey, TableModule):
         elif is_traced:
             if torch.compiler.is_exporting():
                 raise ConfigError(
-                    "torch.export of a collection with pooling max or none, inputs or padding: "
-                    "what it reads depends on the keys; export the model behind its vectors"
+                    "torch.export of a collection with pooling max or none, inputs, padding or "
+                    "hash stacks: what it reads depends on the keys; export the model behind its "
+                    "vectors"
                 )
             pooled, ragged = _look_up_apart(self, sparse)
         else:

@@ -18,8 +18,14 @@ import safetensors
 import torch
 from torch import Tensor
 
-from penstock.config import ValueType
-from penstock.embedding.collection.table_state import FORMAT, VERSION, TableKind, check_kinds
+from penstock.config import HashStack, ValueType
+from penstock.embedding.collection.table_state import (
+    FORMAT,
+    VERSION,
+    TableKind,
+    check_kinds,
+    describe_stack,
+)
 from penstock.embedding.durable_files import (
     MANIFEST,
     SEAL,
@@ -295,6 +301,12 @@ class _Saved(NamedTuple):
     def from_json(cls, content: Mapping[str, Any]) -> _Saved:
         """Of a run's checkpoint, or of tables alone."""
         rules = {fields["name"]: fields["optimizer"] for fields in content["resolved"]["tables"]}
+        # Older ones have no word of it.
+        stacks = {
+            fields["name"]: HashStack(**fields["hash_stack"])
+            for fields in content["resolved"]["tables"]
+            if fields.get("hash_stack")
+        }
         records = tuple(TableRecord.from_json(fields) for fields in content["tables"])
         kinds = {
             record.name: TableKind(
@@ -304,6 +316,7 @@ class _Saved(NamedTuple):
                 record.state_dim,
                 record.usage_dim,
                 record.retention is not None,
+                describe_stack(stacks.get(record.name)),
             )
             for record in records
         }

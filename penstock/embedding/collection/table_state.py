@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from penstock.config import TableConfig
+from penstock.config import HashStack, TableConfig
 from penstock.embedding.retention import RetentionState, retains
 from penstock.embedding.store import Candidates, RowLayout, TableRows
 from penstock.errors import CheckpointError
@@ -48,6 +48,8 @@ class TableKind:
     """Columns of marks of use."""
     retains: bool
     """Whether there are a default row and counters."""
+    hash_stack: str = ""
+    """Rounds and size; none: rows are those of single keys."""
 
     @classmethod
     def of(cls, table: TableConfig) -> TableKind:
@@ -60,7 +62,13 @@ class TableKind:
             layout.state_dim,
             layout.usage_dim,
             retains(table),
+            describe_stack(table.hash_stack),
         )
+
+
+def describe_stack(stack: HashStack | None) -> str:
+    """`2 x 1000000`."""
+    return "" if stack is None else f"{stack.rounds} x {stack.size}"
 
 
 def check_kinds(what: str, saved: Mapping[str, TableKind], tables: Sequence[TableConfig]) -> None:

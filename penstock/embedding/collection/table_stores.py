@@ -19,6 +19,7 @@ from penstock.embedding.collection.weight_gradient import ReadVectors
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import Clock, retains
 from penstock.embedding.shapes.arrangement import Arrangement, StoreLayout
+from penstock.embedding.shapes.hash_stack import Stacks
 from penstock.embedding.store import PooledFeature, PoolingPlan, RowLayout, Store
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
@@ -82,7 +83,9 @@ class TableStores:
         self._num_stores = len(stores)
         dim_of = {table.name: table.dim for table in tables}
         dims = [dim_of[feature.table] for feature in features]
-        self.arrangement = Arrangement(features, dims, self._layout_of)
+        stack_of = {table.name: table.hash_stack for table in tables}
+        stacks = Stacks(features, [stack_of[feature.table] for feature in features])
+        self.arrangement = Arrangement(features, dims, self._layout_of, stacks)
         plans = self.arrangement.layout.plans
         self.groups = tuple(
             TableGroup(store, plan, trainable)

@@ -24,6 +24,7 @@ from penstock.embedding.checks import (
     check_sequences,
     check_weights,
 )
+from penstock.embedding.shapes.hash_stack import Stacks
 from penstock.embedding.store import PooledFeature, PoolingPlan
 from penstock.types import JaggedVectors, KeyedJagged
 
@@ -77,6 +78,7 @@ class Arrangement:
         features: Sequence[FeatureConfig],
         dims: Sequence[int],
         layout_of: Callable[[Sequence[FeatureConfig], Sequence[int], int], StoreLayout],
+        stacks: Stacks,
     ) -> None:
         """Of features, whose vectors have `dims` columns.
 
@@ -85,7 +87,9 @@ class Arrangement:
           dims: of each.
           layout_of: plans of the stores for features (of poolings that stores know), the first
             column of each, and columns of the output.
+          stacks: of the features' tables.
         """
+        self._stacks = stacks
         self._features = tuple(features)
         self._dims = tuple(dims)
         self._layout_of = layout_of
@@ -101,6 +105,7 @@ class Arrangement:
         self.is_plain = (
             self._selected is None
             and not self._kinds
+            and not stacks.any
             and all(feature.padding_key is None for feature in features)
         )
         """Whether batches go to the stores, and their outputs to the model, as they are."""
@@ -117,6 +122,12 @@ class Arrangement:
         self._width = sum(dims[f] * (features[f].max_keys or 1) for f in [*plain, *of_kinds])
         self._positions = torch.tensor([feature.max_keys or 1 for feature in features])
         self._layout, self._starts = self._laid_out()
+        is_plain = [kind == _PLAIN for kind in kind_of]
+        widths = [
+            dim * (feature.max_keys or 1) * plain
+            for dim, feature, plain in zip(dims, features, is_plain, strict=True)
+        ]
+        self._factors = stacks.factors_of(widths)
 
     @property
     def layout(self) -> StoreLayout:
@@ -136,6 +147,8 @@ class Arrangement:
         if self.is_plain:
             return Arranged(sparse, None, (), (), (), ())
         sparse, holes = self._without_padding(self._columns(sparse))
+        if self._stacks.any:
+            sparse = self._stacks.spread(sparse)
         if not len(self._kinds):
             return Arranged(sparse, None, (), (), (), ())
         cut = self._cut(sparse)
@@ -165,9 +178,9 @@ class Arrangement:
           [B, W], and of features of pooling `none` their vectors. Differentiable.
         """
         if not arranged.kinds:
-            return raw, {}
+            return self._scaled(raw), {}
         size = len(raw)
-        parts = [raw[:, : arranged.starts[0]]]
+        parts = [self._scaled(raw[:, : arranged.starts[0]])]
         ragged: dict[str, JaggedVectors] = {}
         ends = arranged.starts[1:]
         each = (arranged.kinds, arranged.starts[:-1], ends, arranged.rows, arranged.offsets)
@@ -290,6 +303,10 @@ class Arrangement:
                 given = {"pooling": "sequence", "max_keys": positions[f]}
                 features[f] = features[f].model_copy(update=given)
         return self._layout_of(features, columns, column), (*starts, column)
+
+    def _scaled(self, plain: Tensor) -> Tensor:
+        """Columns of the plain features, where bags of stores have more rows than keys."""
+        return plain * self._factors.to(plain.device) if self._stacks.any else plain
 
     @staticmethod
     def _on(sparse: KeyedJagged, numbers: Tensor) -> Tensor:

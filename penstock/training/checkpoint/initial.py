@@ -101,6 +101,8 @@ def _table_differs(
         return
     if record.dim != table.dim:
         yield f"dim {record.dim} in that run, {table.dim} in the job"
+    if before.get("hash_stack") != table.model_dump(mode="json")["hash_stack"]:
+        yield "hash_stack is another than in that run"
     if config.optimizer_state:
         yield from _rules_differ(record, before, table)
         return
