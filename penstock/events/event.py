@@ -13,6 +13,8 @@ from penstock.events.registry import KINDS, ROLES, Fields, Group, Quantity, Unit
 _INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _FROM_JSON = {None: math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
+_MOST_BITS = 1000
+
 
 class Role(NamedTuple):
     """Which process tells something."""
@@ -74,9 +76,7 @@ def check(event: Event) -> None:
     """Raises `EventError` unless the registry knows all of an event, and its values are such."""
     Role.parse(str(event.role))
     for path, _, quantity, value in measurements(event):
-        # To Python a bool is an int.
-        is_flag = isinstance(value, bool)
-        if not isinstance(value, quantity.unit.types) or is_flag != (quantity.unit is Unit.FLAG):
+        if not _is_in(quantity.unit, value):
             raise EventError(
                 f"event {event.kind!r}, {'/'.join(path)}: {value!r} is no value in "
                 f"{quantity.unit.symbol!r}"
@@ -94,9 +94,15 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def values_from_json(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `to_json`, for values of these fields; others stay as they are."""
-    return {name: _from_json(field_named(fields, name), one) for name, one in values.items()}
+def values_from_json(fields: Fields, values: Any) -> dict[str, Any]:
+    """Inverse of `to_json`, for values of these fields; others stay as they are.
+
+    Raises:
+      EventError: a value is not in the unit of its field: the file was changed, or is damaged.
+    """
+    if not isinstance(values, Mapping):
+        raise EventError(f"{_short(values)} is no group of values")
+    return {name: _from_json(name, field_named(fields, name), one) for name, one in values.items()}
 
 
 def line_of(event: Event) -> dict[str, Any]:
@@ -112,18 +118,20 @@ def event_of(line: Any) -> Event:
       EventError: the line is of an unknown kind, or is none.
     """
     if not isinstance(line, Mapping):
-        raise EventError(f"{line!r} is no event")
-    kind, step = str(line.get("kind")), line.get("step")
-    if kind not in KINDS or not isinstance(step, int):
+        raise EventError(f"{_short(line)} is no event")
+    kind, step, time_s = str(line.get("kind")), line.get("step"), line.get("time_s")
+    if kind not in KINDS or not isinstance(step, int) or not _is_in(Unit.STEPS, _number(step)):
         raise EventError(
-            f"{kind!r} at step {step!r} is no event; was it written by a later version?"
+            f"{_short(kind)} at step {_short(step)} is no event; was it written by a later version?"
         )
+    if time_s is not None and not _is_in(Unit.SECONDS, _number(time_s)):
+        raise EventError(f"{kind!r} at step {step}: time_s: {_short(time_s)} is no time")
     head = {"kind", "step", "time_s", "role"}
     values = {name: value for name, value in line.items() if name not in head}
     return Event(
         kind,
         step,
-        math.nan if line.get("time_s") is None else float(line["time_s"]),
+        math.nan if time_s is None else float(time_s),
         Role.parse(str(line.get("role", "trainer 0"))),
         values_from_json(KINDS[kind].fields, values),
     )
@@ -150,16 +158,40 @@ def _measure(
             )
 
 
-def _from_json(found: tuple[str, Quantity | Group] | None, value: Any) -> Any:
+def _from_json(name: str, found: tuple[str, Quantity | Group] | None, value: Any) -> Any:
     if found is None:
         return value
     field = found[1]
     if isinstance(field, Group):
-        return values_from_json(field.fields, value) if isinstance(value, Mapping) else value
-    if field.unit is Unit.BUCKETS and isinstance(value, list):
-        return [[_number(one) for one in bucket] for bucket in value]
-    return _number(value) if field.unit.is_number else value
+        return values_from_json(field.fields, value)
+    if field.unit is Unit.BUCKETS and _is_table(value, columns=3):
+        read: Any = [[_number(one) for one in bucket] for bucket in value]
+        is_right = all(_is_in(Unit.RATIO, one) for bucket in read for one in bucket)
+    else:
+        read = _number(value) if field.unit.is_number else value
+        is_right = _is_in(field.unit, read) and field.unit is not Unit.BUCKETS
+    if not is_right:
+        raise EventError(f"{name}: {_short(value)} is no value in {field.unit.symbol!r}")
+    return read
+
+
+def _is_in(unit: Unit, value: Any) -> bool:
+    """Whether a value is one in the unit. To Python a bool is an int."""
+    return isinstance(value, unit.types) and isinstance(value, bool) == (unit is Unit.FLAG)
+
+
+def _is_table(value: Any, columns: int) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and len(row) == columns for row in value
+    )
 
 
 def _number(value: Any) -> Any:
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return None  # no float can hold it
     return _FROM_JSON.get(value, value) if value is None or isinstance(value, str) else value
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

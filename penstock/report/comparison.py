@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +68,15 @@ def metrics_side_by_side(runs: Mapping[str, RunRecord]) -> Table:
         _add_metrics(shown, prefix, found)
     shown.add_section()
     for words, read in (
-        ("steps", lambda run, _: f"{_last_step(run):,}"),
-        ("samples", lambda run, _: f"{run.training[-1]['samples']:,}" if run.training else "0"),
-        ("samples/s", lambda _, summary: f"{summary['samples_per_s']:,.0f}"),
-        ("wall time", lambda _, summary: f"{summary['wall_s']:,.1f} s"),
-        ("peak memory", lambda _, summary: size_text(summary["peak_memory_bytes"])),
-        ("embedding rows", lambda _, summary: f"{_total(summary, 'rows'):,}"),
-        ("embedding bytes", lambda _, summary: size_text(_total(summary, "bytes"))),
+        ("steps", lambda run: f"{_last_step(run):,}"),
+        ("samples", lambda run: f"{run.training[-1]['samples']:,}" if run.training else "0"),
+        ("samples/s", lambda run: _of_summary(run, "samples_per_s", "{:,.0f}".format)),
+        ("wall time", lambda run: _of_summary(run, "wall_s", "{:,.1f} s".format)),
+        ("peak memory", lambda run: _of_summary(run, "peak_memory_bytes", size_text)),
+        ("embedding rows", lambda run: _of_tables(run, "rows", "{:,.0f}".format)),
+        ("embedding bytes", lambda run: _of_tables(run, "bytes", size_text)),
     ):
-        needs_summary = words not in {"steps", "samples"}
-        shown.add_row(
-            words,
-            *(
-                _ABSENT if needs_summary and run.summary is None else read(run, run.summary)
-                for run in runs.values()
-            ),
-        )
+        shown.add_row(words, *map(read, runs.values()))
     if any(run.summary is None for run in runs.values()):
         shown.caption = "-: the run has not come to its end"
     return shown
@@ -141,8 +134,15 @@ def _last_step(run: RunRecord) -> int:
     return max((line["step"] for line in (*run.training, *run.evaluations)), default=0)
 
 
-def _total(summary: Mapping[str, Any], quantity: str) -> int:
-    return sum(table[quantity] for table in summary["tables"].values())
+def _of_summary(run: RunRecord, name: str, words: Callable[[float], str]) -> str:
+    value = metric_at(run.summary or {}, (name,))
+    return _ABSENT if value is None else words(value)
+
+
+def _of_tables(run: RunRecord, quantity: str, words: Callable[[float], str]) -> str:
+    tables = (run.summary or {}).get("tables", {})
+    found = [metric_at(tables, (name, quantity)) for name in tables]
+    return _ABSENT if not found or None in found else words(sum(one or 0.0 for one in found))
 
 
 def _table(first: str, runs: Mapping[str, RunRecord]) -> Table:

@@ -284,7 +284,7 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return f"{counts['read']:,} read: {', '.join(parts)}"
 
 
-def size_text(count: int) -> str:
+def size_text(count: float) -> str:
     """A number of bytes in the unit that suits it, powers of 1024."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -154,11 +154,11 @@ class RunFolder:
         """
         try:
             content = json.loads(self.summary_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return values_from_json(KINDS["summary"].fields, content)
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{self.summary_file}: cannot be read: {error}; remove it, and the run writes it"
             ) from None
-        return values_from_json(KINDS["summary"].fields, content)
 
 
 def files_of_run(path: Path) -> list[str]:

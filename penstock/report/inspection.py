@@ -149,7 +149,7 @@ def _files(manifest: Manifest) -> Table:
 
 
 def _metrics(summary: Mapping[str, Any]) -> Table:
-    shown = Table("metric", "value", title=f"measured on the {summary['measured_on']}")
+    shown = Table("metric", "value", title=f"measured on the {summary.get('measured_on')}")
     shown.columns[1].justify = "right"
     for task, found in {"": summary, **summary.get("tasks", {})}.items():
         for name, value in found.items():

@@ -73,6 +73,11 @@ class RunRecord:
             events = read_events(folder.metrics_file)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot read the run folder: {error}") from None
+        if any(event.kind == "train" and "samples" not in event.values for event in events):
+            raise ConfigError(
+                f"{folder.metrics_file}: an event of kind 'train' has no samples; the file was "
+                "changed or is damaged"
+            )
         training, evaluations = (
             [{"step": event.step, **event.values} for event in events if event.kind == kind]
             for kind in ("train", "evaluation")
@@ -115,10 +120,13 @@ class RunRecord:
         lines = [line for line in self.training if "tables" in line]
         names = dict.fromkeys(name for line in lines for name in line["tables"])
         curves = {
-            name: _curve([(line["samples"], line["tables"][name]["rows"]) for line in lines])
+            name: _curve([
+                (line["samples"], metric_at(line, ("tables", name, "rows"))) for line in lines
+            ])
             for name in names
         }
-        ranked = sorted(curves.items(), key=lambda item: -item[1].values[-1])
+        known = [(name, curve) for name, curve in curves.items() if curve.values.size]
+        ranked = sorted(known, key=lambda item: -item[1].values[-1])
         return dict(ranked)
 
     @property
@@ -147,7 +155,8 @@ def metric_at(metrics: Mapping[str, Any], path: MetricPath) -> float | None:
         if not isinstance(found, Mapping) or name not in found:
             return None
         found = found[name]
-    return float(found) if math.isfinite(found) else None
+    is_number = isinstance(found, int | float) and math.isfinite(found)
+    return float(found) if is_number else None
 
 
 def is_metric(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -108,14 +109,14 @@ def _calibration(task: str, buckets: list[list[float]]) -> Table:
     for column in (shown.columns[0], shown.columns[1], shown.columns[3]):
         column.justify = "right"
     for predicted, observed, weight in buckets:
-        ratio = observed / predicted if predicted else 1.0
+        ratio = observed / predicted if predicted else (math.inf if observed else 1.0)
         shown.add_row(f"{predicted:.4f}", f"{observed:.4f}", _deviation(ratio), f"{weight:,.0f}")
     return shown
 
 
 def _deviation(ratio: float) -> Text:
     """`0.80   ◀◀|    `: one mark for each tenth (at most 8) off 1, to the left if below."""
-    marks = min(8, round(abs(ratio - 1) * 10))
+    marks = 0 if math.isnan(ratio) else round(min(8.0, abs(ratio - 1) * 10))
     bar = f"{'◀' * marks:>8}|{'':8}" if ratio < 1 else f"{'':8}|{'▶' * marks:<8}"
     return Text(f"{ratio:5.2f} {bar}")
 
