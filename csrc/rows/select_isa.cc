@@ -3,7 +3,7 @@
 
 namespace penstock {
 
-RowKernels select_row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer, std::string_view most,
+RowKernels select_row_kernels(uint32_t dim, ValueType type, OptimizerKind optimizer, [[maybe_unused]] std::string_view most,
                               const char** isa) {
 #ifdef PENSTOCK_HAS_X86_KERNELS
   if ((most.empty() || most == "avx512") && __builtin_cpu_supports("avx512f") &&
