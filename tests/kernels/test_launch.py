@@ -1,11 +1,14 @@
 """The launcher, with a function in the driver's place that writes down what it is given."""
 
 import ctypes
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from penstock import _core
+from penstock.kernels import launch
 
 LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -87,3 +90,23 @@ def test_arguments_must_fit_their_types():
         launcher.add(0, (3,), ["fp32"], 1, 32, 0)
     with pytest.raises(AttributeError, match="no attribute"):
         launcher.launch(0, 0, (1,), (3.0,))
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+def test_a_kernel_gets_its_arguments_in_its_groups():
+    def kernel(one, two: "Pair", three, four: "Pair", five, form):
+        pass
+
+    arguments = (1, 2, 3, 4, 5, 6, 7)
+    grouped = [1, Pair(2, 3), 4, Pair(5, 6), 7]
+    assert launch.nested(SimpleNamespace(fn=kernel), arguments) == grouped
+    assert list(launch._flat(["*fp32", Pair("i32", "constexpr"), "i64"])) == [
+        "*fp32",
+        "i32",
+        "constexpr",
+        "i64",
+    ]
