@@ -38,7 +38,6 @@ from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.run_report import RunReport
 from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING
 from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
-from penstock.training.checkpoint.initial import initialise
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.feed import Fed, Feed, steps_of
 from penstock.training.forward_state import ForwardState
@@ -46,7 +45,7 @@ from penstock.training.prediction import write_scores
 from penstock.training.pretrained import Loaded, load_vectors, transforms_of
 from penstock.training.setup import build
 from penstock.training.step import Clock, steps_s, train_step
-from penstock.training.trained import newest_of_run, open_trained, read_newest
+from penstock.training.trained import begin_from, newest_of_run, open_trained
 from penstock.types import Position
 
 
@@ -276,14 +275,8 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Starts at step 0 or, with `resume`, where the newest checkpoint ends."""
-        config, unmatched = self.job.training.init_from, []
-        if config is not None and not resume:
-            try:
-                unmatched = read_newest(
-                    Path(config.run), lambda path: initialise(path, config, self.state)
-                )
-            except CheckpointError as error:
-                raise CheckpointError(f"training.init_from: {error}") from None
+        config = self.job.training.init_from
+        unmatched = [] if config is None or resume else begin_from(config, self.state)
         loaded = [] if resume else self._pretrained()
         if resume:
             self.checkpoints.restore(newest_of_run(self.folder.path), self.state)
@@ -342,15 +335,7 @@ class Run:
 
     def _no_better(self) -> str | None:
         stopping, best = self.job.training.early_stopping, self.state.best.get(OF_STOPPING)
-        if stopping is None or best is None or best.misses < stopping.patience:
-            return None
-        since = f"{best.metric} was best at step {best.step:,} ({best.value:g})"
-        if best.value is None:
-            since = f"{best.metric} was never defined"
-        return (
-            f"{since}, and the {best.misses} evaluations since were no better "
-            "(training.early_stopping)"
-        )
+        return None if stopping is None or best is None else best.no_better(stopping.patience)
 
     def step(self, group: Sequence[Fed]) -> None:
         """Trains on the batches of one step and moves on."""

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from penstock.config import (
+    InitFrom,
     Job,
     JsonLinesSource,
     Source,
@@ -29,12 +30,14 @@ from penstock.errors import CheckpointError, ConfigError
 from penstock.training.checkpoint.best import OF_CHECKPOINTS
 from penstock.training.checkpoint.checkpoint import (
     BEST,
+    TrainState,
     checkpoint_of_step,
     latest_checkpoint,
     load_tables_and_model,
     read_manifest,
 )
 from penstock.training.checkpoint.files import Manifest, read_position
+from penstock.training.checkpoint.initial import initialise
 from penstock.training.checkpoint.job_difference import describe, differences
 from penstock.training.evaluation import Evaluator
 from penstock.training.objective import Objective
@@ -124,6 +127,14 @@ def open_trained(
         return Trained(job, state.collection, state.model, objective, dataset, part)
 
     return read_newest(path, load)
+
+
+def begin_from(config: InitFrom, state: TrainState) -> list[str]:
+    """Puts what another run has learnt into one that begins, see `initialise`."""
+    try:
+        return read_newest(Path(config.run), lambda path: initialise(path, config, state))
+    except CheckpointError as error:
+        raise CheckpointError(f"training.init_from: {error}") from None
 
 
 def _read_description(checkpoint: Path) -> tuple[Manifest, Position]:

@@ -53,6 +53,18 @@ class BestSoFar:
         self.misses += 1
         return False
 
+    def no_better(self, patience: int) -> str | None:
+        """In words, that so many evaluations in a row were no better; None: it is fewer."""
+        if self.misses < patience:
+            return None
+        since = f"{self.metric} was never defined"
+        if self.value is not None:
+            since = f"{self.metric} was best at step {self.step:,} ({self.value:g})"
+        return (
+            f"{since}, and the {self.misses} evaluations since were no better "
+            "(training.early_stopping)"
+        )
+
     def state(self) -> dict[str, Any]:
         """As plain data."""
         names = ("metric", "mode", "value", "step", "measured", "misses")

@@ -33,6 +33,24 @@ def test_equals_a_plain_loop_and_is_saved_anywhere(values, mode, min_delta, cut)
         assert (best.value, best.step, best.misses) == (value, step, misses)
 
 
+def test_why_it_ends():
+    best = BestSoFar("auc", "max")
+    best.take(10, {"auc": math.nan})
+    assert best.no_better(2) is None
+    best.take(20, {"auc": math.nan})
+    assert best.no_better(2) == (
+        "auc was never defined, and the 2 evaluations since were no better "
+        "(training.early_stopping)"
+    )
+    best.take(30, {"auc": 0.75})
+    assert best.no_better(1) is None
+    best.take(40, {"auc": 0.75})
+    assert best.no_better(1) == (
+        "auc was best at step 30 (0.75), and the 1 evaluations since were no better "
+        "(training.early_stopping)"
+    )
+
+
 def test_another_metric_begins_anew():
     best = BestSoFar("auc", "max")
     best.take(3, {"auc": 0.7})
