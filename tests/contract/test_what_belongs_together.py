@@ -212,9 +212,10 @@ def test_one_update_takes_lookups_of_several_layouts(open_store, kind):
         assert int(store.apply_gradients(plans[0], gradients, 0)) > 0
         rows = [store.find(table, torch.arange(15)) for table in range(2)]
         results.append([torch.tensor(norm), *(part for row in rows for part in row)])
+    # On a GPU the order of a row's sum is that of slots, which differ from run to run.
     for other in results[1:]:
         for one, same in zip(results[0], other, strict=True):
-            assert torch.equal(one, same)
+            torch.testing.assert_close(one, same, rtol=1e-5, atol=2e-6)
 
 
 def test_a_lookup_without_rows_may_take_a_gradient(open_store):
