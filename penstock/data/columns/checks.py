@@ -64,6 +64,24 @@ def vector_width(group: NumericColumns, kind: pa.DataType) -> int | None:
     return group.width
 
 
+def number_remedy(kind: pa.DataType, width: int | None) -> str | None:
+    """What to do about the type of a numeric column; None if it is fine.
+
+    `width`: numbers of each row, where it holds vectors.
+    """
+    if width is not None and is_text(kind):
+        return "vectors are lists of numbers; write them to Parquet, Arrow or JSON"
+    if not is_number(kind):
+        return "numeric columns are numbers; list it under `features` (transform hash)"
+    if width is None or pa.types.is_null(kind):
+        return None
+    if not is_list(kind):
+        return f"with width {width} its rows are lists of numbers; remove the width"
+    if pa.types.is_fixed_size_list(kind) and kind.list_size != width:
+        return f"but its width is {width}; mend the file, or data.numeric"
+    return None
+
+
 def is_time(kind: pa.DataType) -> bool:
     """Whether values are moments, or integers or text that stand for them."""
     return bool(

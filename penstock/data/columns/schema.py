@@ -33,6 +33,7 @@ from penstock.data.columns.checks import (
     is_time,
     key_remedy,
     nearest,
+    number_remedy,
     vector_width,
 )
 from penstock.data.columns.negatives import NegativeColumns, negative_columns
@@ -452,16 +453,9 @@ def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -
         if number is not None and not is_number(schema.field(number).type):
             raise wrong(number, "labels and weights are numbers; convert it")
     for name in columns.numeric_names:
-        if not is_number(schema.field(name).type):
-            raise wrong(
-                name, "numeric columns are numbers; list it under `features` (transform hash)"
-            )
-    for name, width in columns.numeric_widths.items():
-        kind = schema.field(name).type
-        if not is_list(kind) and not pa.types.is_null(kind):
-            raise wrong(name, f"with width {width} its rows are lists of numbers; remove the width")
-        if pa.types.is_fixed_size_list(kind) and kind.list_size != width:
-            raise wrong(name, f"but its width is {width}; mend the file, or data.numeric")
+        remedy = number_remedy(schema.field(name).type, columns.numeric_widths.get(name))
+        if remedy is not None:
+            raise wrong(name, remedy)
     if columns.event_time is not None and not is_time(schema.field(columns.event_time).type):
         raise wrong(columns.event_time, "event times are timestamps, dates or integers (ms)")
     for feature in columns.features:

@@ -214,6 +214,17 @@ def test_types_that_are_no_vectors(numeric, text, tmp_path):
     )
 
 
+def test_text_has_no_vectors(tmp_path):
+    (tmp_path / "x.csv").write_text("label,item,v\n1,2,0.5|1|2\n", encoding="utf-8")
+    job = job_of(
+        tmp_path / "x.csv", "csv", [{"columns": ["v"], "width": 3}], types={"item": "int64"}
+    )
+    assert refusal(DataError, lambda: Dataset.open(job)) == (
+        f"{tmp_path}/x.csv: column 'v' is string; vectors are lists of numbers; write them to "
+        "Parquet, Arrow or JSON"
+    )
+
+
 def test_without_a_width_the_error_names_it(tmp_path):
     path = write("parquet", tmp_path / "x.parquet", table(vectors(holes=False)))
     job = job_of(path, numeric=[{"columns": ["v"]}])
