@@ -111,7 +111,8 @@ class RowsByKey(nn.Module):
         if eviction is None or eviction.order != "score":
             order = None if eviction is None else eviction.order
             raise ConfigError(f"scores of table {table!r}, whose eviction has order {order}: score")
-        keys, scores = as_keys(keys).to(self.device), as_keys(scores, "scores").to(self.device)
+        keys = rows_of(store.tables[number], as_keys(keys)).to(self.device)
+        scores = as_keys(scores, "scores").to(self.device)
         if scores.shape != keys.shape:
             raise ConfigError(f"{list(scores.shape)} scores for keys {list(keys.shape)}")
         found = store.find(number, keys)
@@ -151,7 +152,7 @@ class RowsByKey(nn.Module):
             )
         store, number = self._stores.find_table(table)
         if keys is not None:
-            given = as_keys(keys).to(self.device)
+            given = rows_of(store.tables[number], as_keys(keys)).to(self.device)
             found = store.find(number, given)
             rows = TableRows(given, found.values, found.state)
             return iter([_on_cpu(rows, found.found)])

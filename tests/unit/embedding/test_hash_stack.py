@@ -175,6 +175,10 @@ def test_poolings_of_single_vectors_are_refused(pooling):
 def test_keys_are_no_rows_of_a_stack(key):
     collection = collection_of()
     assert not collection.find("t", torch.tensor([149])).found
-    for verb in (collection.find, collection.erase):
+    for verb in (
+        collection.find,
+        collection.erase,
+        lambda t, keys: collection.export(t, keys=keys),
+    ):
         with pytest.raises(ConfigError, match="rows are numbers below 150"):
             verb("t", torch.tensor([key]))
