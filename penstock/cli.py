@@ -13,6 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -361,8 +362,9 @@ def main() -> None:
         os.execv(sys.executable, sys.orig_argv)
     # Jobs and models named `module:function` are found in the folder one stands in, as with
     # `python -m`; an entry point alone would look only in its own folder.
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    with suppress(FileNotFoundError):  # that folder is gone
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
     # Idle threads of torch's operators sleep instead of spinning: readers and the store want the
     # cores too, and on a busy machine spinning costs ten times the work. Must precede torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -386,6 +388,7 @@ def main() -> None:
 def _call(process: Process) -> int:
     """Runs the command that the arguments name; returns the exit status."""
     try:
+        _refuse_bytes(sys.argv[1:])
         from penstock import _core  # which may be of other sources
 
         _core.keep_freed_memory()
@@ -398,6 +401,17 @@ def _call(process: Process) -> int:
         complain(f"error: {error}")
         return 2
     return 0
+
+
+def _refuse_bytes(arguments: list[str]) -> None:
+    """Raises `ConfigError` for an argument that is no text: names of files in jobs are."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{argument!r}: this argument is no UTF-8; rename the file, or go by a link to it"
+            ) from None
 
 
 def _end(number: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from penstock.errors import PenstockError
@@ -60,26 +61,35 @@ class EventStream:
         """
         event = Event(kind, step, self._clock(), self._role, values)
         check(event)
-        errors = []
-        with self._lock:
-            for sink in list(self._sinks):
-                try:
-                    sink.take(event)
-                except PenstockError as error:
-                    self._sinks.remove(sink)
-                    self._failed.append(sink)
-                    errors.append(error)
+        errors: list[PenstockError] = []
+        with self._lock, ExitStack() as rest:
+            for sink in reversed(self._sinks):  # called from the last on, whatever one raises
+                rest.callback(self._give, sink, event, errors)
         if errors:
             raise errors[0]
         return event
+
+    def _give(self, sink: Sink, event: Event, errors: list[PenstockError]) -> None:
+        """Gives an event to a sink, which gets no more if it raises anything."""
+        has_it = False
+        try:
+            sink.take(event)
+            has_it = True
+        except PenstockError as error:
+            errors.append(error)
+        finally:
+            if not has_it:
+                self._sinks.remove(sink)
+                self._failed.append(sink)
 
     def close(self) -> None:
         """Closes all sinks; the first to come is the last to go."""
         with self._lock:
             sinks = [*self._sinks, *self._failed]
             self._sinks, self._failed = [], []
-        for sink in reversed(sinks):
-            sink.close()
+        with ExitStack() as rest:
+            for sink in sinks:
+                rest.callback(sink.close)
 
 
 class Latest:

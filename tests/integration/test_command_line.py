@@ -121,3 +121,29 @@ def test_data_history_adds_what_was_before(penstock, tmp_path):
     )
     assert penstock(*call, "--last", 1, "--force")[0] == 0
     assert pq.read_table(out)["i_history"].to_pylist() == [[], [], [5], [7]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_arguments_that_are_no_text_are_refused_before_anything_is_made(
+    penstock, command, tmp_path, monkeypatch
+):
+    # As Python gives them where a file's name is bytes that are no UTF-8.
+    monkeypatch.chdir(tmp_path)
+    code, shown, errors = penstock(*command, "--out", "r_\udcff")
+    assert (code, shown) == (2, "")
+    assert errors == (
+        "error: 'r_\\udcff': this argument is no UTF-8; rename the file, or go by a link to it\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_working_folder_that_is_gone_ends_no_command_that_needs_none(tmp_path):
+    code = (
+        "import os; from penstock.cli import main; "
+        f"folder = {str(tmp_path / 'gone')!r}; os.mkdir(folder); os.chdir(folder); "
+        "os.rmdir(folder); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "schema"], capture_output=True, text=True, check=True
+    )
+    assert "$defs" in json.loads(done.stdout)

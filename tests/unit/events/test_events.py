@@ -155,6 +155,32 @@ def test_a_sink_that_fails_gets_no_more_and_the_others_do():
     assert failing.closed == other.closed == 1
 
 
+class Faulty(Recorder):
+    """A sink with a fault of its own, in every call."""
+
+    def take(self, event):
+        raise RuntimeError(f"fault at {event.kind}")
+
+    def close(self):
+        super().close()
+        raise RuntimeError("fault at the end")
+
+
+def test_a_fault_of_one_sink_takes_nothing_from_the_others():
+    faulty, full, others = Faulty(), Recorder(fails_at=0), [Recorder() for _ in range(3)]
+    stream = EventStream(TRAINER)
+    stream.add(others[0], faulty, others[1], full, others[2])
+    with pytest.raises(RuntimeError, match="fault at start"):
+        stream.tell("start", 0, {"samples": 0})
+    stream.tell("failed", 0, {"text": "fault at start"})  # nothing stands in its way
+    for other in others:
+        assert [one.kind for one in other.taken] == ["start", "failed"]
+    assert full.taken == []
+    with pytest.raises(RuntimeError, match="fault at the end"):
+        stream.close()
+    assert [one.closed for one in (*others, faulty, full)] == [1] * 5
+
+
 def test_threads_may_tell_at_once():
     one, two = Recorder(), Recorder()
     stream = EventStream(TRAINER)
