@@ -41,6 +41,8 @@ class PoolingPlan:
         column: Sequence[int],
         stride: int,
     ) -> None: ...
+    @staticmethod
+    def by_key(tables: int, dim: int) -> PoolingPlan: ...
 
 class Lookup:
     def __init__(self) -> None: ...
@@ -76,6 +78,14 @@ class HostStore:
         offsets: NDArray[np.int64],
         weights: NDArray[np.float32] | None,
         batch_size: int,
+        insert: bool,
+        out: NDArray[np.float32],
+        lookup: Lookup,
+    ) -> Status: ...
+    def look_up_keys(
+        self,
+        keys: NDArray[np.int64],
+        offsets: NDArray[np.int64],
         insert: bool,
         out: NDArray[np.float32],
         lookup: Lookup,

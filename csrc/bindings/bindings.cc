@@ -103,6 +103,17 @@ Status py_pooled_lookup(HostStore& self, std::shared_ptr<const SharedPlan> plan,
   return self.pooled_lookup(std::move(plan), batch, insert, out.data(), &lookup);
 }
 
+Status py_look_up_keys(HostStore& self, In<int64_t> keys, In<int64_t> offsets, bool insert, OutRows out, Lookup& lookup) {
+  const int64_t count = static_cast<int64_t>(keys.size());
+  check(offsets.size() == self.num_tables() + 1, "offsets: expected tables + 1");
+  std::shared_ptr<const SharedPlan> plan = SharedPlan::by_key(offsets.data(), self.num_tables(), count, self.layout().dim);
+  check_rows(out, keys.size(), self.layout().dim, "out: expected [keys, dim]");
+  check(lookup.store == 0, "lookup: used before");
+  const nb::gil_scoped_release release;
+  if (plan == nullptr) return Status::kBadOffsets;
+  return self.pooled_lookup(std::move(plan), {keys.data(), nullptr, 1, count, count, nullptr, true}, insert, out.data(), &lookup);
+}
+
 using Gradients = std::vector<std::tuple<std::shared_ptr<Lookup>, InRows>>;
 
 // The gradients of look-ups of a store that read as one plan does, none of them applied yet.
@@ -115,7 +126,7 @@ std::vector<LookupGradient> checked_gradients(const HostStore& self, const std::
     check(lookup != nullptr && self.made(*lookup), "lookup: of another store");
     check(!lookup->is_applied, "lookup: applied already");
     check(lookup->plan == plan || lookup->plan->reads_as(*plan), "lookup: of another plan");
-    check_rows(grad, static_cast<size_t>(lookup->batch_size), static_cast<size_t>(lookup->plan->view().stride),
+    check_rows(grad, static_cast<size_t>(lookup->num_outputs()), static_cast<size_t>(lookup->plan->view().stride),
                "grad: expected [B, stride]");
     for (const LookupGradient& part : parts) check(part.lookup != lookup.get(), "lookup: given twice");
     parts.push_back({lookup.get(), lookup->batch(), grad.data()});
@@ -196,7 +207,13 @@ void bind_host_store(nb::module_& m) {
   m.def("buffer_pool", [] { return std::make_shared<BufferPool>(kMaxIdleBytes); });
 
   nb::class_<SharedPlan>(m, "PoolingPlan")
-      .def(nb::new_(&make_plan), "packed_feature"_a, "table"_a, "pooling"_a, "max_keys"_a, "column"_a, "stride"_a);
+      .def(nb::new_(&make_plan), "packed_feature"_a, "table"_a, "pooling"_a, "max_keys"_a, "column"_a, "stride"_a)
+      .def_static(
+          "by_key",
+          [](uint32_t tables, uint32_t dim) {
+            return SharedPlan::by_key(std::vector<int64_t>(size_t{tables} + 1).data(), tables, 0, dim);
+          },
+          "tables"_a, "dim"_a);
 
   nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing).def_ro("is_applied", &Lookup::is_applied);
 
@@ -227,6 +244,8 @@ void bind_host_store(nb::module_& m) {
           "most_isa"_a, "scan_from"_a)
       .def("pooled_lookup", &py_pooled_lookup, "plan"_a, "keys"_a.noconvert(), "offsets"_a.noconvert(),
            "weights"_a.noconvert().none(), "batch_size"_a, "insert"_a, "out"_a.noconvert(), "lookup"_a)
+      .def("look_up_keys", &py_look_up_keys, "keys"_a.noconvert(), "offsets"_a.noconvert(), "insert"_a, "out"_a.noconvert(),
+           "lookup"_a)
       .def(
           "read_looked_up",
           [](HostStore& self, const Lookup& lookup, OutRows vectors) {

@@ -112,6 +112,7 @@ struct PoolingPlan {
   const int64_t* column;  // first column of the output
   int64_t stride;         // columns of the output
   const int64_t* by_table;  // the plan's features, those of one table side by side, in order
+  const int64_t* samples = nullptr;  // bags of each feature; null: as many as the batch has samples
 };
 
 // A packed batch of B samples: bag (f, b) holds keys[offsets[f * B + b] .. offsets[f * B + b + 1]).
@@ -126,6 +127,16 @@ struct PackedKeys {
 
   [[gnu::always_inline]] int64_t num_bags() const { return num_features * batch_size; }
   [[gnu::always_inline]] int64_t begin(int64_t bag) const { return is_one_hot ? bag : offsets[bag]; }
+
+  // Of a feature of a plan: its first bag, its bags and its keys.
+  int64_t first_bag(const PoolingPlan& plan, int64_t feature) const { return plan.packed_feature[feature] * batch_size; }
+  int64_t samples(const PoolingPlan& plan, int64_t feature) const {
+    return plan.samples == nullptr ? batch_size : plan.samples[feature];
+  }
+  int64_t count(const PoolingPlan& plan, int64_t feature) const {
+    const int64_t bag = first_bag(plan, feature);
+    return begin(bag + samples(plan, feature)) - begin(bag);
+  }
 };
 
 // A rectangle of a batch: features [first_feature, last_feature) of the plan, samples [begin, end).

@@ -90,7 +90,7 @@ void BatchCopies::take_keys(const PoolingPlan& plan, const PackedKeys& batch, co
 // Makes the look-up's arrays, and copies all but the keys. Where there are no weights there is no array for them, nor for
 // offsets where every bag has one key.
 Status BatchCopies::take(const PoolingPlan& plan, const PackedKeys& given, Lookup* lookup) {
-  const bool has_offsets = !is_one_hot(given), has_weights = given.weights != nullptr;
+  const bool has_offsets = !given.is_one_hot && !is_one_hot(given), has_weights = given.weights != nullptr;
   const size_t keys = static_cast<size_t>(given.num_keys), offsets = has_offsets ? given.num_bags() + 1 : 0;
   const size_t key_bytes = sizeof(int64_t) + sizeof(uint32_t) + (has_weights ? sizeof(float) : 0);
   lookup->memory = memory_->take(keys * key_bytes + offsets * sizeof(int64_t));

@@ -27,6 +27,9 @@ struct Lookup {
   bool is_applied = false;
   std::unique_ptr<BufferPool::Loan> memory;  // of the arrays
 
+  // Rows of what it read, and of its gradient.
+  int64_t num_outputs() const { return plan->is_by_key() ? num_keys : batch_size; }
+
   PackedKeys batch() const {
     return {keys, offsets, batch_size, num_features, num_keys, weights, offsets == nullptr};
   }
@@ -37,7 +40,7 @@ constexpr uint64_t kMostUpdateKeys = (uint64_t{1} << 31) - 1;  // of all look-up
 struct LookupGradient {
   Lookup* lookup;
   PackedKeys batch;  // the look-up's own
-  const float* grad;  // [B, stride of the look-up's plan]
+  const float* grad;  // [outputs of the look-up, stride of its plan]
 };
 
 }  // namespace penstock

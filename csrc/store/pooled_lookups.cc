@@ -12,21 +12,20 @@ constexpr size_t kStreamBytes = 1 << 20;  // an output larger than this will not
 }  // namespace
 
 std::vector<Tile> PooledLookups::tiles_of(const PoolingPlan& plan, const PackedKeys& batch) const {
-  const int64_t size = batch.batch_size;
   if (plan.num_features == 0) return {};  // tables that no feature of this batch reads
   const int64_t keys_per_tile = std::clamp<int64_t>(kTileBytes / int64_t{rows_.layout.value_bytes()}, 64, 2048);
   // Whole cache lines are written feature by feature, so that one table's hot rows stay in the cache; where features
   // share cache lines of the output, all features of a few samples go together.
-  const int64_t features = rows_.layout.dim % 16 == 0 ? 1 : plan.num_features;
-  const int64_t for_balance = size * plan.num_features / features / (int64_t{8} * rows_.pool.num_threads()) + 1;
+  const bool by_feature = rows_.layout.dim % 16 == 0 || plan.samples != nullptr;
+  const int64_t features = by_feature ? 1 : plan.num_features;
+  int64_t bags = 0;
+  for (int64_t f = 0; f < plan.num_features; ++f) bags += batch.samples(plan, f);
+  const int64_t for_balance = bags / features / (int64_t{8} * rows_.pool.num_threads()) + 1;
   std::vector<Tile> tiles;
   for (int64_t first = 0; first < plan.num_features; first += features) {
-    const int64_t last = std::min(first + features, plan.num_features);
+    const int64_t last = std::min(first + features, plan.num_features), size = batch.samples(plan, first);
     int64_t keys = 0;
-    for (int64_t f = first; f < last; ++f) {
-      const int64_t bag = plan.packed_feature[f] * size;
-      keys += batch.begin(bag + size) - batch.begin(bag);
-    }
+    for (int64_t f = first; f < last; ++f) keys += batch.count(plan, f);
     const int64_t per_sample = std::max<int64_t>(1, keys / std::max<int64_t>(1, size));
     const int64_t samples = std::clamp<int64_t>(keys_per_tile / per_sample, 1, for_balance);
     for (int64_t b = 0; b < size; b += samples) tiles.push_back({first, last, b, std::min(b + samples, size)});
@@ -99,8 +98,7 @@ Status PooledLookups::look_up(const PoolingPlan& plan, const PackedKeys& given, 
   std::vector<SlotSpan> in_use;
   if (rows_.tables.retains) {
     for (int64_t f = 0; f < plan.num_features; ++f) {
-      const int64_t bag = plan.packed_feature[f] * batch.batch_size, first = batch.begin(bag);
-      in_use.push_back({plan.table[f], slots + first, batch.begin(bag + batch.batch_size) - first});
+      in_use.push_back({plan.table[f], slots + batch.begin(batch.first_bag(plan, f)), batch.count(plan, f)});
     }
   }
   const Status status = insertion_.insert(false, in_use);
@@ -125,8 +123,8 @@ void PooledLookups::read(const Lookup& lookup, float* vectors) {
   constexpr int64_t kMostKeys = 2048;
   std::vector<Run> runs;
   for (int64_t f = 0; f < plan.num_features; ++f) {
-    const int64_t bag = plan.packed_feature[f] * batch.batch_size, last = batch.begin(bag + batch.batch_size);
-    for (int64_t first = batch.begin(bag); first < last; first += kMostKeys) {
+    const int64_t begin = batch.begin(batch.first_bag(plan, f)), last = begin + batch.count(plan, f);
+    for (int64_t first = begin; first < last; first += kMostKeys) {
       runs.push_back({f, first, std::min(kMostKeys, last - first)});
     }
   }

@@ -26,15 +26,17 @@ Status Updates::refresh(LookupGradient& gradient) {
   // Beside those of before, so that nothing has changed if there is no memory.
   std::vector<uint32_t> slots(static_cast<size_t>(lookup.num_keys));
   std::vector<int64_t> dropped(rows_.tables.size());
-  const Tile everything{0, plan.num_features, 0, gradient.batch.batch_size};
-  finder_.find_tile(plan, gradient.batch, everything, slots.data(), 0);
+  for (int64_t f = 0; f < plan.num_features; ++f) {
+    const Tile all{f, f + 1, 0, gradient.batch.samples(plan, f)};
+    finder_.find_tile(plan, gradient.batch, all, slots.data(), 0);
+  }
   std::vector<Miss>& misses = finder_.misses(0);
   if (rows_.tables.retains) {
     for (int64_t f = 0; f < plan.num_features; ++f) {
       const uint32_t default_slot = rows_.tables.default_slots[plan.table[f]];
       if (default_slot == kNoSlot) continue;
-      const int64_t bag = plan.packed_feature[f] * gradient.batch.batch_size;
-      for (int64_t i = gradient.batch.begin(bag), end = gradient.batch.begin(bag + gradient.batch.batch_size); i < end; ++i) {
+      const int64_t first = gradient.batch.begin(gradient.batch.first_bag(plan, f));
+      for (int64_t i = first, end = first + gradient.batch.count(plan, f); i < end; ++i) {
         if (lookup.slots[i] == default_slot) slots[i] = default_slot;
       }
     }
@@ -69,8 +71,7 @@ std::vector<Updates::Unit> Updates::units_of(const PoolingPlan& plan,
     int64_t count = 0;
     for (last = first; last < plan.num_features && plan.table[plan.by_table[last]] == table; ++last) {
       for (const LookupGradient& gradient : gradients) {
-        const int64_t bag = plan.packed_feature[plan.by_table[last]] * gradient.batch.batch_size;
-        count += gradient.batch.begin(bag + gradient.batch.batch_size) - gradient.batch.begin(bag);
+        count += gradient.batch.count(gradient.lookup->plan->view(), plan.by_table[last]);
       }
     }
     total += count;
@@ -111,18 +112,18 @@ int64_t Updates::collect(const std::vector<LookupGradient>& gradients, const Uni
     const uint32_t* const slots = lookup->slots;
     for (int64_t i = unit.first; i < unit.last; ++i) {
       const int64_t f = plan.by_table[i];
-      const int64_t first_bag = plan.packed_feature[f] * batch.batch_size;
+      const int64_t first_bag = batch.first_bag(plan, f), samples = batch.samples(plan, f);
       const float* const column = grad + plan.column[f];
       const bool is_plain = batch.weights == nullptr && plan.pooling[f] != Pooling::kSequence;
       if (is_plain && batch.is_one_hot) {
-        for (int64_t first = 0; first < batch.batch_size; first += kMinUnitKeys) {
-          const int64_t last = std::min(first + kMinUnitKeys, batch.batch_size);
+        for (int64_t first = 0; first < samples; first += kMinUnitKeys) {
+          const int64_t last = std::min(first + kMinUnitKeys, samples);
           make_room(last - first);
           for (int64_t b = first; b < last; ++b) add(column + b * plan.stride, slots[first_bag + b], 1.0f);
         }
         continue;
       }
-      for (int64_t b = 0; b < batch.batch_size; ++b) {
+      for (int64_t b = 0; b < samples; ++b) {
         const int64_t begin = batch.begin(first_bag + b), end = batch.begin(first_bag + b + 1);
         const float* source = column + b * plan.stride;
         make_room(end - begin);

@@ -162,7 +162,16 @@ def check_lookup(
             f"a plan of packed features and tables up to {features - 1} and {tables - 1}, for a "
             f"batch of {num_features} features and a store of {num_tables} tables"
         )
-    shape = (num_bags // num_features if num_features else 0, plan.stride)
+    if plan.is_by_key:
+        if features != num_features or num_bags != num_features or batch.weights is not None:
+            raise ConfigError(
+                f"a batch by key of {num_features} features, {num_bags} bags and "
+                f"{'no' if batch.weights is None else 'with'} weights, of a store of {num_tables} "
+                "tables: expected a bag for each table, and no weights"
+            )
+        shape = (batch.values.numel(), dim)
+    else:
+        shape = (num_bags // num_features if num_features else 0, plan.stride)
     is_there = out.dtype is torch.float32 and out.shape == shape and out.device == device
     if not is_there or not out.is_contiguous():
         raise ConfigError(
@@ -205,7 +214,7 @@ def check_gradients(
             raise ConfigError("the gradient of a look-up by another plan than this update's")
         if batch is not None:
             check_same(lookup, batch)
-        wanted = (lookup.batch_size, lookup.plan.stride)
+        wanted = (lookup.num_outputs, lookup.plan.stride)
         is_near = grad.is_cpu or grad.device == device
         if grad.dtype != torch.float32 or grad.shape != wanted or not is_near:
             or_device = "" if device.type == "cpu" else f" or {device}"

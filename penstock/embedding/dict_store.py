@@ -243,7 +243,7 @@ class DictStore:
         lookup = DictLookup(self, plan, batch)
         keys_of: dict[int, list[int]] = {feature.table: [] for feature in plan.features}
         for feature in plan.features:
-            for keys, _ in _bags(batch, feature):
+            for _, keys, _ in _bags(plan, batch, feature):
                 keys_of[feature.table] += keys.tolist()
         for table, all_keys in keys_of.items():
             if insert:
@@ -253,13 +253,13 @@ class DictStore:
             if refuses(self.tables[table]):
                 lookup.on_default |= {(table, key) for key in absent}
         for feature in plan.features:
-            for sample, (keys, factors) in enumerate(_bags(batch, feature)):
+            for row_of_out, keys, factors in _bags(plan, batch, feature):
                 rows = self._read(feature.table, keys.tolist())
                 vectors = np.zeros((feature.max_keys or 1, self.layout.dim))
                 for n, (row, factor) in enumerate(zip(rows, factors, strict=True)):
                     vectors[n if feature.max_keys else 0] += factor * row.value
                 last = feature.column + vectors.size
-                out[sample, feature.column : last] = torch.from_numpy(vectors.reshape(-1))
+                out[row_of_out, feature.column : last] = torch.from_numpy(vectors.reshape(-1))
         return lookup
 
     def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
@@ -354,9 +354,9 @@ def _shares(
     last = feature.column + dim * (feature.max_keys or 1)
     part = grad[:, feature.column : last].double().numpy()
     part = part.reshape(len(part), feature.max_keys or 1, dim)
-    for sample, (keys, factors) in enumerate(_bags(lookup.batch, feature)):
+    for row, keys, factors in _bags(lookup.plan, lookup.batch, feature):
         for n, (key, factor) in enumerate(zip(keys.tolist(), factors, strict=True)):
-            share = factor * part[sample, n if feature.max_keys else 0]
+            share = factor * part[row, n if feature.max_keys else 0]
             if (feature.table, key) in lookup.on_default:
                 yield None, share
             elif key not in held.rows and retains(held.config):
@@ -365,11 +365,16 @@ def _shares(
                 yield key, share
 
 
-def _bags(batch: KeyedJagged, feature: PooledFeature) -> Iterator[tuple[Tensor, FloatArray]]:
-    """Of each sample the keys [n], and by what factor each key's vector counts."""
+def _bags(
+    plan: PoolingPlan, batch: KeyedJagged, feature: PooledFeature
+) -> Iterator[tuple[int, Tensor, FloatArray]]:
+    """Of each row of the output the keys [n], and by what factor each key's vector counts."""
     first_bag = feature.packed_feature * batch.batch_size
     offsets = batch.offsets[first_bag : first_bag + batch.batch_size + 1].tolist()
-    for first, last in pairwise(offsets):
+    first_row = 0
+    if plan.is_by_key:
+        first_row, offsets = offsets[0], list(range(offsets[0], offsets[1] + 1))
+    for row, (first, last) in enumerate(pairwise(offsets), first_row):
         weights = np.ones(last - first)
         if batch.weights is not None:
             weights = batch.weights[first:last].double().numpy()
@@ -379,7 +384,7 @@ def _bags(batch: KeyedJagged, feature: PooledFeature) -> Iterator[tuple[Tensor, 
         elif feature.pooling == "sqrt_n":
             divisor = sum(weights * weights) ** 0.5
         is_zero = abs(divisor) < SMALLEST_DIVISOR
-        yield batch.values[first:last], weights * 0.0 if is_zero else weights / divisor
+        yield row, batch.values[first:last], weights * 0.0 if is_zero else weights / divisor
 
 
 def _stack(rows: list[FloatArray], width: int) -> Tensor:

@@ -302,7 +302,12 @@ class GpuStore:
             self._keyed.lend(keys_of(on_gpu, batch), slots, misses, lookup.num_missing)
             if lookup.num_missing:
                 lookup.own_keys()
-        pooled_forward(self._rows.values, on_gpu, batch, slots, out, one_hot=batch.is_one_hot)
+        if plan.is_by_key:
+            # As the sum of a bag of one: 0 + -0 is 0.
+            torch.add(self._rows.values[slots.clamp(min=0).long()], 0.0, out=out)
+            out.masked_fill_(slots[:, None] < 0, 0.0)
+        else:
+            pooled_forward(self._rows.values, on_gpu, batch, slots, out, one_hot=batch.is_one_hot)
         return lookup
 
     @alone

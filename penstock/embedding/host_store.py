@@ -273,20 +273,25 @@ class HostStore:
         """See `Store.pooled_lookup`."""
         lookup = HostLookup(self, plan, batch)
         try:
-            status = self._core.pooled_lookup(
-                _core_plan(plan),
-                batch.values.numpy(),
-                batch.offsets.numpy(),
-                None if batch.weights is None else batch.weights.numpy(),
-                lookup.batch_size,
-                insert,
-                out.numpy(),
-                lookup.core,
-            )
+            if plan.is_by_key:
+                # The core knows tables alone, not what else the batch may have.
+                checks.check_lookup(plan, batch, out, device=_CPU, **self._fit)
+                keys, offsets = batch.values.numpy(), batch.offsets.numpy()
+                status = self._core.look_up_keys(keys, offsets, insert, out.numpy(), lookup.core)
+            else:
+                status = self._core.pooled_lookup(
+                    _core_plan(plan),
+                    batch.values.numpy(),
+                    batch.offsets.numpy(),
+                    None if batch.weights is None else batch.weights.numpy(),
+                    lookup.batch_size,
+                    insert,
+                    out.numpy(),
+                    lookup.core,
+                )
         except (TypeError, ValueError):
             # The core has checked all arrays; this says what is wrong with them.
-            fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
-            checks.check_lookup(plan, batch, out, device=_CPU, **fit)
+            checks.check_lookup(plan, batch, out, device=_CPU, **self._fit)
             raise
         if status == _core.Status.BAD_OFFSETS:
             ends = int(batch.offsets[0]), int(batch.offsets[-1])
@@ -297,6 +302,10 @@ class HostStore:
             raise ConfigError("the batch changed while it was looked up")
         raise_for(self, status, f"looking up {batch.values.numel()} keys")
         return lookup
+
+    @property
+    def _fit(self) -> dict[str, int]:
+        return {"dim": self.layout.dim, "num_tables": len(self.tables)}
 
     def read_looked_up(self, lookup: PooledLookup) -> Tensor:
         """See `Store.read_looked_up`."""
@@ -437,6 +446,8 @@ def _no_rows(layout: RowLayout) -> TableRows:
 @lru_cache(maxsize=256)
 def _core_plan(plan: PoolingPlan) -> _core.PoolingPlan:
     features = plan.features
+    if plan.is_by_key:
+        return _core.PoolingPlan.by_key(len(features), plan.stride)
     return _core.PoolingPlan(
         packed_feature=[feature.packed_feature for feature in features],
         table=[feature.table for feature in features],

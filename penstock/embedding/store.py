@@ -140,6 +140,8 @@ class PoolingPlan:
 
     features: tuple[PooledFeature, ...]
     stride: int
+    is_by_key: bool = False
+    """Every key is a row of the output, by its place in the batch: see `by_key`."""
     _hash: int = field(init=False, repr=False, compare=False)
     _reads: tuple[tuple[int, int, Pooling], ...] = field(init=False, repr=False, compare=False)
 
@@ -160,16 +162,27 @@ class PoolingPlan:
             )
 
         # Plans are looked up twice a step, and have as many features as the model.
-        object.__setattr__(self, "_hash", hash((self.features, self.stride)))
+        object.__setattr__(self, "_hash", hash((self.features, self.stride, self.is_by_key)))
         reads = tuple((each.packed_feature, each.table, each.pooling) for each in self.features)
         object.__setattr__(self, "_reads", reads)
+
+    @classmethod
+    def by_key(cls, num_tables: int, dim: int) -> PoolingPlan:
+        """Rows as they are: below pooling.
+
+        Its batches have a feature for each table, in order, one sample, and no weights: a bag holds
+        all keys that are wanted of a table. Output and gradient are [N, dim], a row a key.
+        """
+        features = tuple(PooledFeature(table, table, "sum", 0) for table in range(num_tables))
+        return cls(features, dim, is_by_key=True)
 
     def __hash__(self) -> int:
         return self._hash
 
     def reads_as(self, other: PoolingPlan) -> bool:
         """Whether it is of the same features, tables and poolings, wherever their columns are."""
-        return self is other or self._reads == other._reads
+        is_alike = self.is_by_key == other.is_by_key and self._reads == other._reads
+        return self is other or is_alike
 
 
 class PooledLookup:
@@ -187,6 +200,8 @@ class PooledLookup:
         self.batch_size = batch.batch_size
         self.num_keys = batch.values.numel()
         self.is_weighted = batch.weights is not None
+        self.num_outputs = self.num_keys if plan.is_by_key else self.batch_size
+        """Rows of the output, and of its gradient."""
 
     @property
     def num_missing(self) -> int:
@@ -209,7 +224,7 @@ class PooledGradient(NamedTuple):
     nothing of it is read again.
     """
     grad: Tensor
-    """[B, stride of the look-up's plan] float32, contiguous."""
+    """[B, stride of the look-up's plan] float32, contiguous; by key [N, dim]."""
 
 
 class Store(Protocol):
@@ -308,6 +323,8 @@ class Store(Protocol):
         self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
     ) -> PooledLookup:
         """Pools every bag of the plan's features into `out` [B, plan.stride] float32.
+
+        A plan by key reads rows instead, [N, dim].
 
         Args:
           plan: features, tables, columns.

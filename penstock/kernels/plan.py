@@ -50,6 +50,8 @@ class DevicePlan(NamedTuple):
     has_sequences: bool
     serves_all: bool
     """Whether all features of the packed batch are this store's."""
+    is_by_key: bool = False
+    """Whether every key is a row of the output; see `PoolingPlan.by_key`."""
 
     @classmethod
     def make(

@@ -213,7 +213,7 @@ class PlanCache:
                 stride=plan.stride,
                 dim=self._dim,
                 device=self._device,
-            )
+            )._replace(is_by_key=plan.is_by_key)
         return self._made[name]
 
 

@@ -387,6 +387,9 @@ def group_keys(
     Effects: on the current stream, without synchronisation.
     """
     device = parts[0].slots.device
+    if plan.is_by_key:
+        rows = _rows_of(plan, parts, needs_tables=needs_tables)
+        return _listed(plan, rows, 31, 1, counts, needs_tables=needs_tables)
     if one_hot and plan.serves_all and len(parts) == 1 and parts[0].batch.weights is None:
         slots, batch_size = parts[0].slots, parts[0].batch.batch_size
         words = _Arrays(slots, None, None, None)
@@ -412,6 +415,23 @@ def group_keys(
         start, first = start + size, first + more
     size = parts[0].batch.batch_size
     return _listed(plan, whole, slot_bits, size, counts, needs_tables=needs_tables)
+
+
+def _rows_of(plan: DevicePlan, parts: Sequence[GradientPart], *, needs_tables: bool) -> _Arrays:
+    """Keys by place: each has a row of the gradient."""
+    slots = torch.cat([part.slots for part in parts])
+    num_keys, device = slots.numel(), slots.device
+    places = torch.arange(num_keys, dtype=_source_type(num_keys * plan.dim), device=device)
+    tables = None
+    if needs_tables:
+        of_parts = [
+            torch.repeat_interleave(
+                plan.table, part.batch.offsets.diff(), output_size=part.slots.numel()
+            )
+            for part in parts
+        ]
+        tables = torch.cat(of_parts)
+    return _Arrays(slots, places * plan.dim, tables, None)
 
 
 def _listed(
