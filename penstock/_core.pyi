@@ -56,6 +56,29 @@ class RetentionPolicy:
 
     def __init__(self, **rules: float) -> None: ...
 
+class BagSums:
+    def __init__(self, dim: int, num_threads: int) -> None: ...
+    def pool(
+        self,
+        plan: PoolingPlan,
+        offsets: NDArray[np.int64],
+        weights: NDArray[np.float32] | None,
+        batch_size: int,
+        numbers: NDArray[np.uint32],
+        rows: NDArray[np.float32],
+        out: NDArray[np.float32],
+    ) -> None: ...
+    def sum(
+        self,
+        plan: PoolingPlan,
+        offsets: NDArray[np.int64],
+        weights: NDArray[np.float32] | None,
+        batch_size: int,
+        numbers: NDArray[np.uint32],
+        grad: NDArray[np.float32],
+        sums: NDArray[np.float32],
+    ) -> None: ...
+
 class HostStore:
     def __init__(
         self,

@@ -49,6 +49,10 @@ class EventError(PenstockError, ValueError):
     """An event, or a quantity of one, that the registry of events does not know."""
 
 
+class GroupError(PenstockError, RuntimeError):
+    """Ranks of a process group are at different calls, or one is gone; the message says which."""
+
+
 class StaleExportError(PenstockError, RuntimeError):
     """Rows or counts changed while they were exported."""
 

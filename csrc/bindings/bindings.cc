@@ -43,16 +43,7 @@ std::shared_ptr<const SharedPlan> make_plan(std::vector<int64_t> packed_feature,
                                             std::move(max_keys), std::move(column), stride);
 }
 
-void check(bool is_right, const char* what) {
-  if (!is_right) throw nb::value_error(what);
-}
-
 void check_table(const HostStore& store, uint32_t table) { check(table < store.layout().num_tables, "table: not of this store"); }
-
-template <typename Rows>
-void check_rows(const Rows& rows, size_t count, size_t width, const char* what) {
-  check(rows.shape(0) == count && rows.shape(1) == width, what);
-}
 
 // Features: of the packed batch, served or not.
 PackedKeys packed(const In<int64_t>& keys, const In<int64_t>& offsets, const std::optional<In<float>>& weights,
@@ -429,4 +420,5 @@ NB_MODULE(_core, m) {
   bind_columns(m);
   bind_host_store(m);
   bind_launcher(m);
+  bind_bag_sums(m);
 }

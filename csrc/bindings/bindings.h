@@ -22,6 +22,15 @@ using Out = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using InRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+inline void check(bool is_right, const char* what) {
+  if (!is_right) throw nb::value_error(what);
+}
+
+template <typename Rows>
+void check_rows(const Rows& rows, size_t count, size_t width, const char* what) {
+  check(rows.shape(0) == count && rows.shape(1) == width, what);
+}
+
 template <typename T>
 using NewArray = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
 
@@ -68,6 +77,7 @@ extern const char* const kBuiltFrom;
 void bind_columns(nb::module_& m);
 
 // Launches of GPU kernels.
+void bind_bag_sums(nb::module_& m);
 void bind_launcher(nb::module_& m);
 
 }  // namespace penstock

@@ -280,7 +280,7 @@ class HostStore:
                 status = self._core.look_up_keys(keys, offsets, insert, out.numpy(), lookup.core)
             else:
                 status = self._core.pooled_lookup(
-                    _core_plan(plan),
+                    core_plan(plan),
                     batch.values.numpy(),
                     batch.offsets.numpy(),
                     None if batch.weights is None else batch.weights.numpy(),
@@ -345,7 +345,7 @@ class HostStore:
                     checks.check_same(part.lookup, part.batch)
             parts = [(part.lookup.core, part.grad.detach().numpy()) for part in gradients]  # type: ignore[attr-defined]
             call = getattr(self._core, verb)
-            status, result = call(_core_plan(plan), parts, *given, self._deterministic)
+            status, result = call(core_plan(plan), parts, *given, self._deterministic)
         except (AttributeError, TypeError, ValueError):
             # As in `pooled_lookup`; a look-up of another kind of store has no core.
             self.check_gradients(plan, gradients)
@@ -444,7 +444,8 @@ def _no_rows(layout: RowLayout) -> TableRows:
 
 
 @lru_cache(maxsize=256)
-def _core_plan(plan: PoolingPlan) -> _core.PoolingPlan:
+def core_plan(plan: PoolingPlan) -> _core.PoolingPlan:
+    """A plan as the core takes it."""
     features = plan.features
     if plan.is_by_key:
         return _core.PoolingPlan.by_key(len(features), plan.stride)

@@ -176,6 +176,11 @@ class PoolingPlan:
         features = tuple(PooledFeature(table, table, "sum", 0) for table in range(num_tables))
         return cls(features, dim, is_by_key=True)
 
+    @classmethod
+    def of_table(cls, table: int, dim: int) -> PoolingPlan:
+        """One feature of one table."""
+        return cls((PooledFeature(0, table, "sum", 0),), dim)
+
     def __hash__(self) -> int:
         return self._hash
 

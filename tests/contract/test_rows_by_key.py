@@ -135,7 +135,9 @@ def test_without_rows_initial_values_are_read(open_store):
     read = store.read_looked_up(lookup)
     assert torch.equal(read.cpu(), out)
     gradient = PooledGradient(lookup, None, torch.ones(5, DIM))
-    assert int(store.apply_gradients(BY_KEY, [gradient], 0)) == store.num_rows(0) + store.num_rows(2)
+    assert int(store.apply_gradients(BY_KEY, [gradient], 0)) == store.num_rows(0) + store.num_rows(
+        2
+    )
 
 
 def test_rows_erased_before_the_update_begin_anew(open_store):
@@ -151,7 +153,10 @@ def test_rows_erased_before_the_update_begin_anew(open_store):
 
 
 WRONG = {
-    "two tables": (KeyedJagged(("a", "b"), torch.arange(2), torch.arange(3)), "batch of 2 features and a store of 3"),
+    "two tables": (
+        KeyedJagged(("a", "b"), torch.arange(2), torch.arange(3)),
+        "batch of 2 features and a store of 3",
+    ),
     "two samples": (KeyedJagged(NAMES, torch.arange(6), torch.arange(7)), "3 features, 6 bags"),
     "weights": (
         KeyedJagged(NAMES, torch.arange(3), torch.arange(4), torch.ones(3)),

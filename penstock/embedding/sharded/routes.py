@@ -1,0 +1,128 @@
+"""Which keys of a batch go to which rank, and how what comes is laid out for a store."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from penstock.embedding.sharded.shard_map import bucket_of
+from penstock.embedding.store import PoolingPlan
+from penstock.types import KeyedJagged
+
+
+class Wanted(NamedTuple):
+    """Keys of a batch, by owner and table."""
+
+    keys: Tensor
+    """[U] int64, those of one owner and table side by side."""
+    counts: Tensor
+    """[ranks, tables] int64."""
+    numbers: Tensor
+    """[N] int64 by place in the packed batch: which of `keys`; 0 for keys of other stores."""
+
+
+class Owners(NamedTuple):
+    """Whose the keys of some tables are."""
+
+    of_bucket: Tensor
+    """[buckets] int64 ranks."""
+    words: Tensor
+    """[T] int64, of the tables; see `shard_map.table_words`."""
+    num_ranks: int
+
+    def of(self, tables: Tensor, keys: Tensor) -> Tensor:
+        """[n] int64 ranks of keys [n] of tables [n]."""
+        return self.of_bucket[bucket_of(self.words[tables], keys)]
+
+
+def wanted_of(plan: PoolingPlan, batch: KeyedJagged, owners: Owners, *, once: bool) -> Wanted:
+    """The keys that a plan reads of a batch.
+
+    Args:
+      plan: not by key.
+      batch: checked.
+      owners: of the tables of the plan's store.
+      once: a key of a table that occurs several times travels once.
+    """
+    num_keys, device = batch.values.numel(), batch.values.device
+    num_tables = owners.words.numel()
+    num_groups = owners.num_ranks * num_tables
+    if not batch.batch_size or not plan.features:
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        counts = torch.zeros(owners.num_ranks, num_tables, dtype=torch.int64)
+        return Wanted(empty, counts, torch.zeros(num_keys, dtype=torch.int64, device=device))
+    of_feature = _tables_of(plan, len(batch.features), device)
+    per_feature = batch.offsets[:: batch.batch_size].diff()
+    tables = torch.repeat_interleave(of_feature, per_feature, output_size=num_keys)
+    keys, places = batch.values, None
+    if len(plan.features) < len(batch.features):
+        places = (tables >= 0).nonzero()[:, 0]
+        keys, tables = keys[places], tables[places]
+    group = owners.of(tables, keys) * num_tables + tables
+    if once:
+        order = torch.argsort(keys, stable=True)
+        order = order[torch.argsort(group[order], stable=True)]
+        keys, group = keys[order], group[order]
+        is_first = torch.ones_like(keys, dtype=torch.bool)
+        is_first[1:] = (keys[1:] != keys[:-1]) | (group[1:] != group[:-1])
+        number = is_first.cumsum(0) - 1
+        keys, group = keys[is_first], group[is_first]
+    else:
+        order = torch.argsort(group, stable=True)
+        keys, group = keys[order], group[order]
+        number = torch.arange(keys.numel(), device=device)
+    own = torch.empty_like(number)
+    own[order] = number
+    if places is not None:
+        own = torch.zeros_like(batch.values).index_copy_(0, places, own)
+    counts = torch.bincount(group, minlength=num_groups).view(owners.num_ranks, num_tables).cpu()
+    return Wanted(keys, counts, own)
+
+
+@lru_cache(maxsize=64)
+def _tables_of(plan: PoolingPlan, num_features: int, device: torch.device) -> Tensor:
+    """[F] int64 table of each packed feature; -1: another store's."""
+    tables = [-1] * num_features
+    for feature in plan.features:
+        tables[feature.packed_feature] = feature.table
+    return torch.tensor(tables, dtype=torch.int64, device=device)
+
+
+class Arrived(NamedTuple):
+    """Keys that ranks want of this one, as its store takes them."""
+
+    block: KeyedJagged
+    """A bag for each table; see `PoolingPlan.by_key`."""
+    order: Tensor
+    """[M] int64: which of the keys, as they came, is at each place of the block."""
+    per_rank: list[int]
+    """Keys of each rank."""
+
+    def as_they_came(self, rows: Tensor) -> Tensor:
+        """Rows of the block [M, ...] in the order in which its keys came."""
+        came = torch.empty_like(rows)
+        came[self.order] = rows
+        return came
+
+    def as_block(self, rows: Tensor) -> Tensor:
+        """Inverse of `as_they_came`."""
+        return rows[self.order]
+
+
+def arrived(names: tuple[str, ...], keys: Tensor, counts: Tensor) -> Arrived:
+    """Lays out keys [M] int64, `counts` [ranks, tables] int64 of each rank and table, as a block.
+
+    Those of one table are in the order of ranks.
+    """
+    num_ranks, num_tables = counts.shape
+    device = keys.device
+    tables = torch.arange(num_tables).repeat(num_ranks)
+    tables = torch.repeat_interleave(tables, counts.flatten(), output_size=keys.numel())
+    order = torch.argsort(tables, stable=True).to(device)
+    offsets = torch.zeros(num_tables + 1, dtype=torch.int64)
+    torch.cumsum(counts.sum(0), 0, out=offsets[1:])
+    block = KeyedJagged(names, keys[order], offsets.to(device), is_checked=True)
+    return Arrived(block, order, counts.sum(1).tolist())

@@ -1,0 +1,303 @@
+"""A store whose rows are spread over the ranks of a process group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from penstock.config import TableConfig
+from penstock.embedding import checks
+from penstock.embedding.retention import Clock, RetentionState, refuses, retains
+from penstock.embedding.sharded.bags import Bags
+from penstock.embedding.sharded.exchange import Exchange
+from penstock.embedding.sharded.routes import Arrived, Owners, arrived, wanted_of
+from penstock.embedding.sharded.shard_map import ShardMap, table_words
+from penstock.embedding.store import (
+    Candidates,
+    Cursor,
+    FindResult,
+    PooledGradient,
+    PooledLookup,
+    PoolingPlan,
+    Store,
+    StoreMemory,
+    TableCounters,
+    TableRows,
+    own_copy,
+)
+from penstock.errors import ConfigError
+from penstock.types import KeyedJagged
+
+Reduction = Literal["mean", "sum"]
+
+
+class _Rows(NamedTuple):
+    """Rows of a look-up that are this rank's."""
+
+    arrived: Arrived
+    lookup: PooledLookup
+    """Of the store that holds them."""
+
+
+class ShardedLookup(PooledLookup):
+    """What an update needs of a look-up over ranks."""
+
+    is_applied = False
+
+    def __init__(
+        self, store: object, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, sent: list[int]
+    ) -> None:
+        super().__init__(store, plan, batch)
+        self.batch = batch
+        """Copied."""
+        self.numbers = numbers
+        """[N] int64 by place: which of the keys sent."""
+        self.sent = sent
+        """Keys sent to each rank."""
+        self.rows: _Rows
+
+    @property
+    def num_missing(self) -> int:
+        """Keys of all ranks read without a row, of those that this rank owns."""
+        return self.rows.lookup.num_missing
+
+
+class ShardedStore:
+    """Satisfies `Store`: every rank holds the rows that are its own, and reads those of all.
+
+    All ranks call `pooled_lookup`, `apply_gradients`, `gradient_norm`, `find` and `erase` in the
+    same order, each with a batch of its own, perhaps an empty one. Whatever else is asked is of
+    this rank's rows: `num_rows`, `export_batch`, `memory`, `counters`. Of rows and counts that are
+    given, a rank takes its own and leaves the others be: give them to all ranks.
+
+    Of each row that any rank's batch touched an update makes one step, on the sum of its gradients
+    over the ranks (`mean`: divided by their number, as DistributedDataParallel does with those of
+    parameters, so that a loss that is the mean of a rank's samples gives the step of all samples'
+    mean).
+    """
+
+    def __init__(
+        self,
+        local: Store,
+        bags: Bags,
+        ranks: Exchange,
+        *,
+        device: torch.device,
+        deterministic: bool,
+        reduction: Reduction,
+    ) -> None:
+        """Over a store that holds this rank's rows, and is empty.
+
+        Args:
+          local: nobody else's; of the same tables in the same order on every rank.
+          bags: of its device.
+          ranks: of the group.
+          device: of `local`.
+          deterministic: `local` is: then bits do not depend on the number of ranks either (with
+            the reduction `sum`, up to 2^22 keys an update). Every occurrence of a key travels.
+          reduction: `mean` or `sum`.
+
+        Raises:
+          ConfigError: a table refuses keys, by admission or a budget of bytes: its default row
+            would be another one on each rank.
+        """
+        refusing = [table.name for table in local.tables if refuses(table)]
+        if refusing and ranks.size > 1:
+            raise ConfigError(
+                f"tables over {ranks.size} ranks cannot refuse keys: {', '.join(refusing)}; leave "
+                "admission and max_bytes out"
+            )
+        self.local, self.layout = local, local.layout
+        self._bags, self._ranks, self._device = bags, ranks, device
+        self._by_key = PoolingPlan.by_key(len(local.tables), self.layout.dim)
+        names = [table.name for table in local.tables]
+        shard_map = ShardMap.even(ranks.size)
+        words = table_words(names).to(device)
+        self._owners = Owners(shard_map.on(device), words, ranks.size)
+        self._names = tuple(names)
+        # What counts how often a key occurs must see every occurrence.
+        self._once = not deterministic and not any(map(retains, local.tables))
+        self._share = 1.0 / ranks.size if reduction == "mean" else 1.0
+
+    @property
+    def tables(self) -> Sequence[TableConfig]:
+        """See `Store.tables`."""
+        return self.local.tables
+
+    def pooled_lookup(
+        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+    ) -> ShardedLookup:
+        """See `Store.pooled_lookup`; `num_missing` counts those of all ranks that this one owns."""
+        fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
+        checks.check_lookup(plan, batch, out, device=self._device, **fit)
+        checks.check_batch(plan, batch)
+        batch = own_copy(batch, self._device)
+        keys, counts, numbers = wanted_of(plan, batch, self._owners, once=self._once)
+        lookup = ShardedLookup(self, plan, batch, numbers, counts.sum(1).tolist())
+        came = self._ranks.headers("look-up", int(insert), counts)
+        block = self._exchange_keys(keys, lookup.sent, came)
+        rows = torch.empty(block.order.numel(), self.layout.dim, device=self._device)
+        own = self.local.pooled_lookup(self._by_key, block.block, insert=insert, out=rows)
+        lookup.rows = _Rows(block, own)
+        back = block.as_they_came(rows)
+        mine = self._ranks.to_all("look-up", back, block.per_rank, lookup.sent)
+        self._bags.pool(plan, batch, numbers, mine, out)
+        return lookup
+
+    def _exchange_keys(self, keys: Tensor, sent: list[int], came: Tensor) -> Arrived:
+        keys = self._ranks.to_all("look-up", keys, sent, came.sum(1).tolist())
+        return arrived(self._names, keys, came)
+
+    def read_looked_up(self, lookup: PooledLookup) -> Tensor:
+        """Not asked for: see `Store.read_looked_up`."""
+        raise ConfigError(
+            "the gradient of per-sample weights is not there for tables over ranks; detach the "
+            "weights"
+        )
+
+    def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
+        """See `Store.check_gradients`."""
+        checks.check_gradients(self, self._device, plan, gradients)
+
+    def apply_gradients(
+        self,
+        plan: PoolingPlan,
+        gradients: Sequence[PooledGradient],
+        step: int,
+        rate_factor: float = 1.0,
+    ) -> int | Tensor:
+        """See `Store.apply_gradients`; the rows are this rank's."""
+        parts = self._own_gradients("update", plan, gradients, step)
+        rows = self.local.apply_gradients(self._by_key, parts, step, rate_factor)
+        for gradient in gradients:
+            gradient.lookup.is_applied = True  # type: ignore[misc]
+        return rows
+
+    def gradient_norm(
+        self, plan: PoolingPlan, gradients: Sequence[PooledGradient], norm_type: float
+    ) -> Tensor:
+        """See `Store.gradient_norm`; of the rows of all ranks, the same number on each."""
+        parts = self._own_gradients("norm", plan, gradients, 0)
+        own = torch.as_tensor(
+            self.local.gradient_norm(self._by_key, parts, norm_type), dtype=torch.float64
+        )
+        if math.isinf(norm_type):
+            return self._ranks.combined("norm", own, largest=True)
+        return self._ranks.combined("norm", own**norm_type) ** (1 / norm_type)
+
+    def _own_gradients(
+        self, call: str, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+    ) -> list[PooledGradient]:
+        """The gradients of all ranks for this rank's rows."""
+        self.check_gradients(plan, gradients)
+        nothing = torch.zeros(self._ranks.size, len(self.tables), dtype=torch.int64)
+        self._ranks.headers(call, len(gradients) << 40 | step, nothing)
+        parts = []
+        for gradient in gradients:
+            lookup = gradient.lookup
+            assert isinstance(lookup, ShardedLookup)
+            sums = self._bags.sums(
+                lookup.plan, lookup.batch, lookup.numbers, gradient.grad, sum(lookup.sent)
+            )
+            if self._share != 1.0:
+                sums *= self._share
+            block, own = lookup.rows
+            came = self._ranks.to_all(call, sums, lookup.sent, block.per_rank)
+            parts.append(PooledGradient(own, None, block.as_block(came).contiguous()))
+        return parts
+
+    def find(self, table: int, keys: Tensor) -> FindResult:
+        """See `Store.find`; each rank may ask for keys of its own."""
+        lookup, block = self._ask("find", table, keys)
+        found = self.local.find(table, block.block.values)
+        parts = []
+        for part in found:
+            back = block.as_they_came(part.to(self._device))
+            wire = back.to(torch.uint8) if back.dtype == torch.bool else back
+            mine = self._ranks.to_all("find", wire, block.per_rank, lookup[1])
+            parts.append(mine[lookup[0]].to(back.dtype))
+        return FindResult(*parts)
+
+    def find_or_insert(self, table: int, keys: Tensor) -> FindResult:
+        """Not there over ranks: look batches up."""
+        raise ConfigError("find_or_insert of a table over ranks: look up a batch with insert=True")
+
+    def erase(self, table: int, keys: Tensor) -> int:
+        """See `Store.erase`; returns how many there were of the keys that all ranks gave."""
+        _, block = self._ask("erase", table, keys)
+        number = self.local.erase(table, block.block.values)
+        return int(self._ranks.combined("erase", torch.tensor(number)))
+
+    def _ask(self, call: str, table: int, keys: Tensor) -> tuple[tuple[Tensor, list[int]], Arrived]:
+        """Sends keys of one table to their owners: which each is of those sent, and what came."""
+        if not 0 <= table < len(self.tables):
+            raise ConfigError(f"table number {table} of a store with {len(self.tables)} tables")
+        offsets = torch.tensor([0, keys.numel()], device=keys.device)
+        batch = KeyedJagged((self._names[table],), keys, offsets)
+        plan = PoolingPlan.of_table(table, self.layout.dim)
+        checks.check_keys(batch, self._device)
+        wanted, counts, numbers = wanted_of(plan, batch.to(self._device), self._owners, once=False)
+        sent = counts.sum(1).tolist()
+        came = self._ranks.headers(call, table, counts)
+        return (numbers, sent), self._exchange_keys(wanted, sent, came)
+
+    def insert_or_assign(self, table: int, rows: TableRows) -> int:
+        """See `Store.insert_or_assign`: rows that are this rank's; it returns how many were new."""
+        keys = rows.keys.to(self._device)
+        tables = torch.full_like(keys, table)
+        own = (self._owners.of(tables, keys) == self._ranks.rank).nonzero()[:, 0]
+        own = own.to(rows.keys.device)
+        return self.local.insert_or_assign(
+            table,
+            TableRows(*(None if part is None else part[own] for part in rows)),  # type: ignore[arg-type]
+        )
+
+    def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
+        """See `Store.export_batch`; this rank's rows."""
+        return self.local.export_batch(table, cursor, max_rows)
+
+    def num_rows(self, table: int) -> int:
+        """See `Store.num_rows`; this rank's."""
+        return self.local.num_rows(table)
+
+    def advance(self, clock: Clock) -> None:
+        """See `Store.advance`."""
+        self.local.advance(clock)
+
+    def num_candidates(self, table: int) -> int:
+        """See `Store.num_candidates`; this rank's."""
+        return self.local.num_candidates(table)
+
+    def export_candidates(
+        self, table: int, cursor: Cursor, max_keys: int
+    ) -> tuple[Candidates, Cursor]:
+        """See `Store.export_candidates`; this rank's."""
+        return self.local.export_candidates(table, cursor, max_keys)
+
+    def import_candidates(self, table: int, candidates: Candidates) -> None:
+        """See `Store.import_candidates`."""
+        self.local.import_candidates(table, candidates)
+
+    def counters(self) -> TableCounters:
+        """See `Store.counters`; this rank's."""
+        return self.local.counters()
+
+    def retention_state(self, table: int) -> RetentionState:
+        """See `Store.retention_state`; this rank's."""
+        return self.local.retention_state(table)
+
+    def set_retention_state(self, table: int, state: RetentionState) -> None:
+        """See `Store.set_retention_state`; this rank's."""
+        self.local.set_retention_state(table, state)
+
+    def memory(self) -> StoreMemory:
+        """See `Store.memory`; this rank's."""
+        return self.local.memory()
+
+    def check_invariants(self) -> None:
+        """See `Store.check_invariants`; this rank's."""
+        self.local.check_invariants()

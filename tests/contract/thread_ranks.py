@@ -1,0 +1,82 @@
+"""Ranks as threads of one process: an exchange that needs no network, and can be late."""
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from penstock.embedding.sharded.exchange import alike_of, check_alike
+from penstock.errors import GroupError
+
+_PATIENCE_S = 60
+
+
+class World:
+    """What threads share; `late` makes each of them wait up to so many seconds, at random."""
+
+    def __init__(self, size, late=0.0, seed=0):
+        self.size = size
+        self.barrier = threading.Barrier(size)
+        self.slots = [None] * size
+        self.late, self.seed = late, seed
+
+    def run(self, of_rank):
+        """What `of_rank(exchange)` returns on each rank; the first error is raised."""
+        with ThreadPoolExecutor(self.size) as threads:
+            made = [threads.submit(self._run, of_rank, rank) for rank in range(self.size)]
+        errors = [one.exception() for one in made if one.exception() is not None]
+        gone = [error for error in errors if "barrier" in str(error)]
+        for error in [one for one in errors if one not in gone] + gone:
+            raise error
+        return [one.result() for one in made]
+
+    def _run(self, of_rank, rank):
+        try:
+            return of_rank(ThreadRank(self, rank))
+        except BaseException:
+            self.barrier.abort()
+            raise
+
+
+class ThreadRank:
+    """An `Exchange` for one thread of a world."""
+
+    def __init__(self, world, rank):
+        self.world, self.rank, self.size = world, rank, world.size
+        self.calls = []
+        self._number = 0
+        self._random = random.Random(world.seed * 1000 + rank)
+
+    def headers(self, call, said, to_each):
+        self._number += 1
+        self.calls.append((self._number, call, tuple(to_each.shape)))
+        alike = alike_of(self._number, call, said)
+        theirs = self._all((alike, to_each))
+        check_alike(self.rank, alike, torch.stack([one for one, _ in theirs]))
+        return torch.stack([each[self.rank] for _, each in theirs])
+
+    def to_all(self, call, rows, sent, wanted):
+        assert len(sent) == len(wanted) == self.size
+        parts = rows.split(list(sent))
+        came = [each[self.rank] for each in self._all(parts)]
+        assert [len(part) for part in came] == list(wanted), (call, wanted)
+        assert {(part.dtype, part.shape[1:]) for part in came} == {(rows.dtype, rows.shape[1:])}
+        return torch.cat(came)
+
+    def combined(self, call, number, *, largest=False):
+        every = torch.stack(list(self._all(number)))
+        return every.amax(0) if largest else every.sum(0)
+
+    def _all(self, mine):
+        if self.world.late:
+            time.sleep(self._random.uniform(0, self.world.late))
+        try:
+            self.world.slots[self.rank] = mine
+            self.world.barrier.wait(_PATIENCE_S)
+            theirs = tuple(self.world.slots)
+            self.world.barrier.wait(_PATIENCE_S)
+        except threading.BrokenBarrierError:
+            raise GroupError("barrier: another rank is gone") from None
+        return theirs
