@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from penstock.embedding.collection.clipping import clip_grad_norm_
     from penstock.embedding.collection.collection import EmbeddingCollection
     from penstock.embedding.collection.torch_idioms import average_tables
+    from penstock.embedding.sharded.store import Ranks
     from penstock.embedding.store import TableRows
     from penstock.errors import (
         CapacityError,
         CheckpointError,
         ConfigError,
         DataError,
+        GroupError,
         NonFiniteError,
         PenstockError,
     )
@@ -53,10 +55,12 @@ _HOMES = {
     ),
     "penstock.embedding.collection.clipping": "clip_grad_norm_",
     "penstock.embedding.collection.collection": "EmbeddingCollection",
+    "penstock.embedding.sharded.store": "Ranks",
     "penstock.embedding.store": "TableRows",
     "penstock.embedding.collection.torch_idioms": "average_tables",
     "penstock.errors": (
-        "CapacityError CheckpointError ConfigError DataError NonFiniteError PenstockError"
+        "CapacityError CheckpointError ConfigError DataError GroupError NonFiniteError "
+        "PenstockError"
     ),
     "penstock.types": "Jagged KeyedJagged",
 }
@@ -95,6 +99,8 @@ __all__ = [
     "Uniform",
     "average_tables",
     "clip_grad_norm_",
+    "Ranks",
+    "GroupError",
 ]
 
 

@@ -96,8 +96,8 @@ Status py_pooled_lookup(HostStore& self, std::shared_ptr<const SharedPlan> plan,
 
 Status py_look_up_keys(HostStore& self, In<int64_t> keys, In<int64_t> offsets, bool insert, OutRows out, Lookup& lookup) {
   const int64_t count = static_cast<int64_t>(keys.size());
-  check(offsets.size() == self.num_tables() + 1, "offsets: expected tables + 1");
-  std::shared_ptr<const SharedPlan> plan = SharedPlan::by_key(offsets.data(), self.num_tables(), count, self.layout().dim);
+  check(offsets.size() == self.layout().num_tables + 1, "offsets: expected tables + 1");
+  std::shared_ptr<const SharedPlan> plan = SharedPlan::by_key(offsets.data(), self.layout().num_tables, count, self.layout().dim);
   check_rows(out, keys.size(), self.layout().dim, "out: expected [keys, dim]");
   check(lookup.store == 0, "lookup: used before");
   const nb::gil_scoped_release release;

@@ -94,6 +94,12 @@ MAY_IMPORT = {
     "embedding/dict_store": STORES | {"embedding/dict_table"},
     "embedding/gpu": STORES | {"kernels"},
     "embedding/gpu_store": STORES | {"kernels", "embedding/gpu"},
+    "embedding/sharded/shard_map": set(),
+    "embedding/sharded/exchange": {"errors"},
+    "embedding/sharded/routes": {"types", "embedding/store", "embedding/sharded/shard_map"},
+    "embedding/sharded/bags": {"types", "_core", "embedding/host_store", "embedding/store"},
+    "embedding/sharded/device_bags": {"types", "kernels", "embedding/gpu", "embedding/store"},
+    "embedding/sharded/store": STORES | {"embedding/sharded"},
     "embedding/shapes": {"errors", "types", "config", "embedding/checks", "embedding/store"},
     "embedding/collection": STORES
     | {
@@ -101,6 +107,7 @@ MAY_IMPORT = {
         "kernels/device",
         "embedding/durable_files",
         "embedding/shapes",
+        "embedding/sharded",
         "embedding/gpu_store",
         "embedding/host_store",
     },

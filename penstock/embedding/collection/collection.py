@@ -30,7 +30,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.checks import check_keys
@@ -54,6 +54,7 @@ from penstock.embedding.collection.weight_gradient import ReadVectors, WeightedL
 from penstock.embedding.retention import RetentionState
 from penstock.embedding.shapes.arrangement import Arranged, Arrangement
 from penstock.embedding.shapes.forms import BatchLike, Output, OutputShape, read_batch
+from penstock.embedding.sharded.store import Ranks
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
@@ -101,6 +102,7 @@ class EmbeddingCollection(RowsByKey, TableModule):
         deterministic: bool = False,
         device: str | torch.device = "cpu",
         output: Output = "concatenated",
+        group: distributed.ProcessGroup | Ranks | None = None,
     ) -> None:
         """Makes empty tables.
 
@@ -114,10 +116,13 @@ class EmbeddingCollection(RowsByKey, TableModule):
           device: where the rows live: `cpu`, or a GPU, `cuda` or `cuda:1`. Batches may be given on
             the CPU all the same; the output is on this device.
           output: the shape of what `forward` returns.
+          group: the ranks over which the tables are spread (docs/torch.md). Every rank makes the
+            same collection, and makes the same calls in the same order. Gradients of the ranks are
+            averaged, as DistributedDataParallel does; given `Ranks(group, "sum")`, added up.
 
         Raises:
           ConfigError: a name twice, or a feature of an unknown table; an output that the features
-            cannot have; or no such GPU, or no Triton.
+            cannot have; no such GPU, or no Triton; tables that cannot be spread.
         """
         super().__init__()
         self.tables = tuple(tables)
@@ -137,6 +142,7 @@ class EmbeddingCollection(RowsByKey, TableModule):
             "num_threads": num_threads or available_cores(),
             "deterministic": deterministic,
             "device": torch.device(device),
+            "ranks": group if group is None or isinstance(group, Ranks) else Ranks(group),
         }
         self._stores = self._make_stores(seed)
         self.device = self._stores.device
@@ -168,6 +174,12 @@ class EmbeddingCollection(RowsByKey, TableModule):
 
     def _make_stores(self, seed: int) -> TableStores:
         return TableStores(self.tables, self.features, seed=seed, **self._options)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Over whom the tables are spread; None: nobody else."""
+        ranks: Ranks | None = self._options["ranks"]
+        return ranks
 
     @property
     def trained(self) -> list[tuple[Store, PoolingPlan]]:
@@ -262,7 +274,8 @@ class EmbeddingCollection(RowsByKey, TableModule):
         sparse = stores.on_device(sparse, layout)
         check_averaged(self)
         if trains:
-            check_alone()
+            if self.ranks is None:
+                check_alone()
             self.check_attached()
             stores.advance(self.row_clock.clock(self.step))
         out, lookups = stores.pooled_lookup(sparse, layout, insert=trains)
@@ -346,7 +359,12 @@ class EmbeddingCollection(RowsByKey, TableModule):
     def like_new(self, *, seed: int) -> EmbeddingCollection:
         """Makes an empty collection of the same tables, features and settings."""
         return EmbeddingCollection(
-            self.tables, self.features, seed=seed, output=self._output.output, **self._options
+            self.tables,
+            self.features,
+            seed=seed,
+            output=self._output.output,
+            group=self.ranks,
+            **{name: value for name, value in self._options.items() if name != "ranks"},
         )
 
     def take_over(self, other: EmbeddingCollection) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,6 +42,7 @@ from penstock.embedding.durable_files import (
     write_tensors,
 )
 from penstock.embedding.retention import RetentionState, limits_of, retains
+from penstock.embedding.sharded.store import Ranks
 from penstock.embedding.store import Candidates, RowLayout, TableRows
 from penstock.errors import CheckpointError
 
@@ -50,6 +54,8 @@ _OF_A_RUN = "penstock checkpoint"
 # The tables are the same in both; what differs is the position in the input.
 _READ = {(FORMAT, VERSION), (_OF_A_RUN, 1), (_OF_A_RUN, 2)}
 _UNFINISHED = ".tmp-"
+_PART = "part-{:05d}-of-{:05d}"
+_ANY_PART = re.compile(r"part-(\d{5})-of-(\d{5})")
 _REPLACED = ".replaced"
 
 SHARD_BYTES = 1 << 27
@@ -208,12 +214,18 @@ def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
         raise CheckpointError(
             f"{final} is there already, and save_tables did not write it; give another path"
         )
-    temporary = final.with_name(f"{final.name}{_UNFINISHED}{os.getpid()}")
+    ranks = collection.ranks
+    token = os.getpid() if ranks is None else ranks.agree(secrets.randbits(60))
+    temporary = final.with_name(f"{final.name}{_UNFINISHED}{token}")
+    mine = temporary if ranks is None else temporary / _PART.format(*ranks.part)
     try:
         try:
-            os.mkdir(temporary)
-            _write(temporary, collection)
-            _commit(temporary, final)
+            with _told_to_all(ranks, final):
+                os.makedirs(mine)
+                _write(mine, collection)
+            with _told_to_all(ranks, final):
+                if ranks is None or ranks.part[0] == 0:
+                    _commit(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -224,6 +236,28 @@ def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
             f"cannot write the tables to {final}: {error.strerror or error}{named}; they need "
             f"about {needed:,} bytes; what was there before stays"
         ) from error
+
+
+@contextmanager
+def _told_to_all(ranks: Ranks | None, final: Path) -> Iterator[None]:
+    """Ends when every rank has done its part; one that could not ends it for all.
+
+    Raises:
+      CheckpointError: another rank could not.
+    """
+    error = None
+    try:
+        yield
+    except OSError as raised:
+        error = raised
+    failed = 0 if ranks is None else ranks.total(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise CheckpointError(
+            f"{failed} other ranks cannot write their tables to {final}, which say why; what was "
+            "there before stays"
+        )
 
 
 def _write(directory: Path, collection: EmbeddingCollection) -> None:
@@ -263,8 +297,9 @@ def _commit(temporary: Path, final: Path) -> None:
 
 
 def _is_of_tables(path: Path) -> bool:
+    parts = _parts_of(path)
     try:
-        content = json.loads((path / MANIFEST).read_bytes())
+        content = json.loads(((parts[0] if parts else path) / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
@@ -277,14 +312,49 @@ def load_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
     if not path.exists() and replaced.exists():
         # Its writer died between two renames.
         path = replaced
-    saved = _read_manifest(path)
-    verify_files(path, saved.files)
-    check_kinds(f"checkpoint {path}", saved.kinds, collection.tables)
-    fresh = collection.like_new(seed=saved.seed)
-    import_tables(path, saved.records, fresh)
-    set_row_clock(fresh, saved.row_clock)
-    fresh.step = saved.step
+    parts = _parts_of(path) or [path]
+    manifests = [_read_manifest(part) for part in parts]
+    for part, saved in zip(parts, manifests, strict=True):
+        verify_files(part, saved.files)
+        check_kinds(f"checkpoint {part}", saved.kinds, collection.tables)
+    first = manifests[0]
+    for part, saved in zip(parts, manifests, strict=True):
+        if (saved.step, saved.seed) != (first.step, first.seed):
+            raise CheckpointError(
+                f"checkpoint {part} is of step {saved.step} and seed {saved.seed}, {parts[0]} of "
+                f"step {first.step} and seed {first.seed}: they are not of one save_tables"
+            )
+    fresh = collection.like_new(seed=first.seed)
+    for part, saved in zip(parts, manifests, strict=True):
+        import_tables(part, saved.records, fresh)
+    set_row_clock(fresh, first.row_clock)
+    fresh.step = first.step
     collection.take_over(fresh)
+
+
+def _parts_of(path: Path) -> list[Path]:
+    """What each rank wrote, in their order; none: one process wrote all.
+
+    Raises:
+      CheckpointError: some are missing.
+    """
+    if not path.is_dir():
+        return []
+    found = {
+        match.groups(): each for each in path.iterdir() if (match := _ANY_PART.fullmatch(each.name))
+    }
+    if not found:
+        return []
+    size = int(next(iter(found))[1])
+    wanted = [_PART.format(rank, size) for rank in range(size)]
+    missing = sorted(set(wanted) - {each.name for each in found.values()})
+    if missing or len(found) != size:
+        raise CheckpointError(
+            f"checkpoint {path}: {', '.join(missing) or 'parts of other ranks'} "
+            f"{'missing' if missing else 'are among those'} of {size} ranks; give load_tables what "
+            "save_tables wrote, whole"
+        )
+    return [path / name for name in wanted]
 
 
 class _Saved(NamedTuple):

@@ -262,6 +262,7 @@ class TableModule(nn.Module):
         load_tables(path, self._collection)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_copies()
         return {**self._state_but_tables(), "_packed": pack_tables(self._collection)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -271,12 +272,20 @@ class TableModule(nn.Module):
         unpack_tables(packed, self._collection)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TableModule:
+        self._refuse_copies()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin._open(copy.deepcopy(self._state_but_tables(), memo))
         copy_tables(self._collection, twin._collection)
         twin.copied_at = twin.anchor._version
         return twin
+
+    def _refuse_copies(self) -> None:
+        if self._collection.ranks is not None:
+            raise ConfigError(
+                "a collection over ranks is not copied or pickled: its process group cannot be; "
+                "make another one, and give it this one's state_dict"
+            )
 
     def _state_but_tables(self) -> dict[str, Any]:
         """Attributes that can be copied: gradients that are not applied yet stay behind."""

@@ -98,6 +98,25 @@ def check_kinds(what: str, saved: Mapping[str, TableKind], tables: Sequence[Tabl
         )
 
 
+def check_part(part: tuple[int, int], collection: EmbeddingCollection) -> None:
+    """Refuses a state of other ranks' rows: those that are not this rank's would be lost.
+
+    Args:
+      part: whose rows they are: a rank and how many ranks there were.
+      collection: that is to hold them.
+
+    Raises:
+      CheckpointError: it is another rank's, or there are not as many.
+    """
+    here = (0, 1) if collection.ranks is None else collection.ranks.part
+    if part[1] > 1 and part != here:
+        raise CheckpointError(
+            f"the state has the rows of rank {part[0]} of {part[1]}, and this is rank {here[0]} of "
+            f"{here[1]}: give each of {part[1]} ranks its own, or go over to another number of "
+            "ranks by save_tables and load_tables. Nothing was changed"
+        )
+
+
 def pack_tables(collection: EmbeddingCollection, *, rows: bool = True) -> Tensor:
     """Copies everything that the tables hold.
 
@@ -120,6 +139,7 @@ def pack_tables(collection: EmbeddingCollection, *, rows: bool = True) -> Tensor
         "row_clock": collection.row_clock.state(),
         "seed": collection.seed,
         "has_rows": rows,
+        "part": (0, 1) if collection.ranks is None else collection.ranks.part,
         "tables": [
             {"name": table.name, **asdict(TableKind.of(table))} for table in collection.tables
         ],
@@ -162,6 +182,7 @@ def unpack_tables(state: object, collection: EmbeddingCollection) -> None:
         for fields in tables
     }
     check_kinds("the state", kinds, collection.tables)
+    check_part(tuple(header.get("part", (0, 1))), collection)
     if not header["has_rows"]:
         if collection.step != header["step"]:
             raise CheckpointError(

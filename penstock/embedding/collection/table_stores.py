@@ -20,6 +20,9 @@ from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import Clock, retains
 from penstock.embedding.shapes.arrangement import Arrangement, StoreLayout
 from penstock.embedding.shapes.hash_stack import Stacks
+from penstock.embedding.sharded.bags import Bags, HostBags
+from penstock.embedding.sharded.exchange import Collective
+from penstock.embedding.sharded.store import Ranks, ShardedStore
 from penstock.embedding.store import PooledFeature, PoolingPlan, RowLayout, Store
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
@@ -46,6 +49,7 @@ class TableStores:
         *,
         num_threads: int,
         device: torch.device,
+        ranks: Ranks | None = None,
         **options: Any,
     ) -> None:
         """Makes empty tables.
@@ -55,6 +59,7 @@ class TableStores:
           features: of these tables.
           num_threads: of a store on the CPU.
           device: where the rows live.
+          ranks: over whom they are spread; None: all are here.
           options: of each store: `seed`, `deterministic`.
 
         Raises:
@@ -79,6 +84,8 @@ class TableStores:
                 store = GpuStore(its_tables, device=device, **options)
             else:
                 store = HostStore(its_tables, num_threads=num_threads, **options)
+            if ranks is not None:
+                store = self._spread(store, ranks, num_threads, options["deterministic"])
             stores.append((store, its_tables[0].trainable))
         self._num_stores = len(stores)
         dim_of = {table.name: table.dim for table in tables}
@@ -90,6 +97,25 @@ class TableStores:
         self.groups = tuple(
             TableGroup(store, plan, trainable)
             for (store, trainable), plan in zip(stores, plans, strict=True)
+        )
+
+    def _spread(
+        self, store: Store, ranks: Ranks, num_threads: int, deterministic: bool
+    ) -> ShardedStore:
+        dim = store.layout.dim
+        bags: Bags = HostBags(dim, num_threads)
+        if self.is_on_gpu:
+            from penstock.embedding.sharded.device_bags import DeviceBags
+
+            bags = DeviceBags(dim, self.device, deterministic=deterministic)
+        exchange = Collective(ranks.group, self.device)
+        return ShardedStore(
+            store,
+            bags,
+            exchange,
+            device=self.device,
+            deterministic=deterministic,
+            reduction=ranks.reduction,
         )
 
     def _layout_of(

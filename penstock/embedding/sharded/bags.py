@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock import _core
@@ -59,7 +60,9 @@ class HostBags:
         return torch.from_numpy(sums)
 
 
-def _arrays(plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor) -> tuple[Any, ...]:
+def _arrays(
+    plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor
+) -> tuple[_core.PoolingPlan, NDArray[Any], NDArray[Any] | None, int, NDArray[np.uint32]]:
     weights = None if batch.weights is None else batch.weights.numpy()
     numbered = numbers.numpy().astype(np.uint32)
     return core_plan(plan), batch.offsets.numpy(), weights, batch.batch_size, numbered

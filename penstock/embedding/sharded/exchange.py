@@ -76,7 +76,8 @@ class Collective:
         self.size = group.size()
         self._device = device
         is_gloo = distributed.get_backend(group) == "gloo"
-        self._wire = torch.device("cpu") if is_gloo else device
+        on_gpu = device if device.type == "cuda" else torch.device("cuda")
+        self._wire = torch.device("cpu") if is_gloo else on_gpu
         self._number = 0
 
     def headers(self, call: str, said: int, to_each: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from penstock.config import TableConfig
 from penstock.embedding import checks
 from penstock.embedding.retention import Clock, RetentionState, refuses, retains
 from penstock.embedding.sharded.bags import Bags
-from penstock.embedding.sharded.exchange import Exchange
+from penstock.embedding.sharded.exchange import Collective, Exchange
 from penstock.embedding.sharded.routes import Arrived, Owners, arrived, wanted_of
 from penstock.embedding.sharded.shard_map import ShardMap, table_words
 from penstock.embedding.store import (
@@ -33,6 +33,28 @@ from penstock.errors import ConfigError
 from penstock.types import KeyedJagged
 
 Reduction = Literal["mean", "sum"]
+
+
+class Ranks(NamedTuple):
+    """Over whom tables are spread."""
+
+    group: distributed.ProcessGroup
+    reduction: Reduction = "mean"
+    """Of gradients; see `ShardedStore`."""
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """This rank's number, and how many there are."""
+        return self.group.rank(), self.group.size()
+
+    def agree(self, number: int) -> int:
+        """The first rank's number, on all of them."""
+        return self.total(number if self.group.rank() == 0 else 0)
+
+    def total(self, number: int) -> int:
+        """The sum over ranks; waits until every rank is there."""
+        exchange = Collective(self.group, torch.device("cpu"))
+        return int(exchange.combined("agreement", torch.tensor(number)))
 
 
 class _Rows(NamedTuple):
