@@ -23,6 +23,13 @@ class OnCpu:
             options = {"device": "cpu", "max_bytes": 1 << 21, **options}
         self.store = GpuStore(tables, poison=True, **options)
 
+    @classmethod
+    def around(cls, store):
+        """The same for another store that lies on a GPU."""
+        made = cls.__new__(cls)
+        made.store = store
+        return made
+
     def __getattr__(self, name):
         return getattr(self.store, name)
 

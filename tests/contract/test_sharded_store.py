@@ -21,6 +21,7 @@ from penstock.embedding.sharded.store import ShardedStore
 from penstock.embedding.store import CURSOR_START, PooledFeature, PooledGradient, PoolingPlan
 from penstock.errors import ConfigError, GroupError
 from penstock.types import KeyedJagged
+from tests.contract.stores import OnCpu
 from tests.contract.thread_ranks import World
 
 DIM = 5
@@ -50,6 +51,16 @@ def sharded(exchange, configs, *, deterministic=True, reduction="sum", **options
         deterministic=deterministic,
         reduction=reduction,
     )
+
+
+def sharded_on_gpu(exchange, configs, **options):
+    from penstock.embedding.gpu_store import GpuStore
+    from penstock.embedding.sharded.device_bags import DeviceBags
+
+    local = GpuStore(configs, deterministic=True, **options)
+    bags = DeviceBags(local.layout.dim, local.device, deterministic=True)
+    made = {"device": local.device, "deterministic": True, "reduction": "sum"}
+    return OnCpu.around(ShardedStore(local, bags, exchange, **made))
 
 
 def samples(size, seed, *, weighted):
@@ -164,6 +175,30 @@ def test_rows_and_outputs_have_the_bits_of_one_store(name, ranks):
     if ranks > 1:
         shares = [sum(store.num_rows(table) for table in range(3)) for store, *_ in made]
         assert min(shares) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_a_gpu_has_the_bits_of_the_host(name, ranks):
+    optimizer, fields, weighted = CASES[name]
+    configs = tables(optimizer, **fields)
+    steps = [samples(n, 31 * n, weighted=weighted) for n in (9, 2, 0, 14, 1)]
+    alone = HostStore(configs, seed=3, deterministic=True)
+    outs, norms = train(alone, [[step] for step in steps])
+
+    def of_rank(exchange):
+        store = sharded_on_gpu(exchange, configs, seed=3)
+        mine = train(store, [[dealt(step, ranks, exchange.rank)] for step in steps])
+        return store, *mine
+
+    made = World(ranks).run(of_rank)
+    for step, out in enumerate(outs):
+        for rank, (_, of_rank_outs, _) in enumerate(made):
+            assert torch.equal(of_rank_outs[step], out[rank::ranks])
+    for _, _, of_rank_norms in made:
+        np.testing.assert_allclose(of_rank_norms, norms, rtol=1e-6)
+    assert rows_of([store for store, *_ in made], configs) == rows_of([alone], configs)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

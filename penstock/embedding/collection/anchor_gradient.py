@@ -71,7 +71,9 @@ class AnchorGradient(torch.Tensor):
             raise ConfigError(
                 f"{func} on the gradient that stands for the tables (of the collection's anchor): "
                 "it can be scaled (mul_, div_, GradScaler), clipped by norm and set to zero; "
-                "change gradients of embeddings in a hook of the output (register_hook)"
+                "change gradients of embeddings in a hook of the output (register_hook). "
+                "DistributedDataParallel, which copies gradients, must leave the anchor out "
+                "(docs/torch.md, Several processes)"
             )
         args, kwargs = pytree.tree_map_only(cls, AnchorGradient.norm, (args, kwargs))
         return func(*args, **kwargs)

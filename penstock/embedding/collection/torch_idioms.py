@@ -28,7 +28,8 @@ def check_alone() -> None:
         raise ConfigError(
             f"training in a process group of {size} ranks: each rank's tables would learn from its "
             "own batches alone and drift apart, whatever DistributedDataParallel does for the "
-            "dense part. Train in one process (evaluation is allowed in any)"
+            "dense part. Give the collection the group, EmbeddingCollection(group=...), or train "
+            "in one process (evaluation is allowed in any)"
         )
 
 

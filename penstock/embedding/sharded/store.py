@@ -81,6 +81,8 @@ class ShardedLookup(PooledLookup):
         self.sent = sent
         """Keys sent to each rank."""
         self.rows: _Rows
+        self.vectors: Tensor | None = None
+        """[U, D] what was read of the keys sent, where the gradient of weights may ask for it."""
 
     @property
     def num_missing(self) -> int:
@@ -134,7 +136,7 @@ class ShardedStore:
                 "admission and max_bytes out"
             )
         self.local, self.layout = local, local.layout
-        self._bags, self._ranks, self._device = bags, ranks, device
+        self._bags, self._ranks, self.device = bags, ranks, device
         self._by_key = PoolingPlan.by_key(len(local.tables), self.layout.dim)
         names = [table.name for table in local.tables]
         shard_map = ShardMap.even(ranks.size)
@@ -155,19 +157,20 @@ class ShardedStore:
     ) -> ShardedLookup:
         """See `Store.pooled_lookup`; `num_missing` counts those of all ranks that this one owns."""
         fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
-        checks.check_lookup(plan, batch, out, device=self._device, **fit)
+        checks.check_lookup(plan, batch, out, device=self.device, **fit)
         checks.check_batch(plan, batch)
-        batch = own_copy(batch, self._device)
+        batch = own_copy(batch, self.device)
         keys, counts, numbers = wanted_of(plan, batch, self._owners, once=self._once)
         lookup = ShardedLookup(self, plan, batch, numbers, counts.sum(1).tolist())
         came = self._ranks.headers("look-up", int(insert), counts)
         block = self._exchange_keys(keys, lookup.sent, came)
-        rows = torch.empty(block.order.numel(), self.layout.dim, device=self._device)
+        rows = torch.empty(block.order.numel(), self.layout.dim, device=self.device)
         own = self.local.pooled_lookup(self._by_key, block.block, insert=insert, out=rows)
         lookup.rows = _Rows(block, own)
         back = block.as_they_came(rows)
         mine = self._ranks.to_all("look-up", back, block.per_rank, lookup.sent)
         self._bags.pool(plan, batch, numbers, mine, out)
+        lookup.vectors = None if batch.weights is None else mine
         return lookup
 
     def _exchange_keys(self, keys: Tensor, sent: list[int], came: Tensor) -> Arrived:
@@ -175,15 +178,15 @@ class ShardedStore:
         return arrived(self._names, keys, came)
 
     def read_looked_up(self, lookup: PooledLookup) -> Tensor:
-        """Not asked for: see `Store.read_looked_up`."""
-        raise ConfigError(
-            "the gradient of per-sample weights is not there for tables over ranks; detach the "
-            "weights"
-        )
+        """See `Store.read_looked_up`; of look-ups with weights."""
+        assert isinstance(lookup, ShardedLookup)
+        assert lookup.vectors is not None
+        vectors, lookup.vectors = lookup.vectors, None
+        return vectors[lookup.numbers]
 
     def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
         """See `Store.check_gradients`."""
-        checks.check_gradients(self, self._device, plan, gradients)
+        checks.check_gradients(self, self.device, plan, gradients)
 
     def apply_gradients(
         self,
@@ -238,7 +241,7 @@ class ShardedStore:
         found = self.local.find(table, block.block.values)
         parts = []
         for part in found:
-            back = block.as_they_came(part.to(self._device))
+            back = block.as_they_came(part.to(self.device))
             wire = back.to(torch.uint8) if back.dtype == torch.bool else back
             mine = self._ranks.to_all("find", wire, block.per_rank, lookup[1])
             parts.append(mine[lookup[0]].to(back.dtype))
@@ -261,15 +264,15 @@ class ShardedStore:
         offsets = torch.tensor([0, keys.numel()], device=keys.device)
         batch = KeyedJagged((self._names[table],), keys, offsets)
         plan = PoolingPlan.of_table(table, self.layout.dim)
-        checks.check_keys(batch, self._device)
-        wanted, counts, numbers = wanted_of(plan, batch.to(self._device), self._owners, once=False)
+        checks.check_keys(batch, self.device)
+        wanted, counts, numbers = wanted_of(plan, batch.to(self.device), self._owners, once=False)
         sent = counts.sum(1).tolist()
         came = self._ranks.headers(call, table, counts)
         return (numbers, sent), self._exchange_keys(wanted, sent, came)
 
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`: rows that are this rank's; it returns how many were new."""
-        keys = rows.keys.to(self._device)
+        keys = rows.keys.to(self.device)
         tables = torch.full_like(keys, table)
         own = (self._owners.of(tables, keys) == self._ranks.rank).nonzero()[:, 0]
         own = own.to(rows.keys.device)

@@ -1,0 +1,200 @@
+"""Whose a row is, and what a collection over ranks refuses."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed
+
+from penstock import (
+    SGD,
+    CheckpointError,
+    ConfigError,
+    EmbeddingCollection,
+    FeatureConfig,
+    Jagged,
+    KeyedJagged,
+    Ranks,
+    TableConfig,
+    _core,
+)
+from penstock.embedding.collection.table_state import check_part
+from penstock.embedding.host_store import HostStore
+from penstock.embedding.sharded.bags import HostBags
+from penstock.embedding.sharded.shard_map import (
+    NUM_BUCKETS,
+    ShardMap,
+    bucket_of,
+    table_word,
+    table_words,
+)
+from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan
+
+EDGES = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 123456789])
+
+
+def plain_bucket(name, key):
+    """MurmurHash3's finalizer of plain integers; the top 12 bits."""
+    mixed = (key ^ table_word(name)) % 2**64
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        mixed = (mixed ^ (mixed >> 33)) * factor % 2**64
+    return (mixed ^ (mixed >> 33)) >> 52
+
+
+def test_buckets_are_those_that_files_know():
+    """Never change the numbers: rows are kept by bucket."""
+    assert [plain_bucket("item", key) for key in EDGES.tolist()] == bucket_of(
+        table_words(["item"]), EDGES
+    ).tolist()
+    assert bucket_of(table_words(["item"]), EDGES).tolist() == FROZEN["item"]
+    assert bucket_of(table_words(["user"]), EDGES).tolist() == FROZEN["user"]
+
+
+FROZEN = {"item": [472, 484, 3582, 1899, 2513, 1309], "user": [1167, 2906, 1385, 3875, 1594, 3917]}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 4096])
+def test_buckets_are_dealt_evenly(ranks):
+    owners = np.bincount(ShardMap.even(ranks).owners, minlength=ranks)
+    assert len(owners) == ranks
+    assert owners.max() - owners.min() <= 1
+
+
+def test_neighbouring_keys_are_spread():
+    """Chi squared of 4,096 buckets stays below 5 standard deviations (sqrt(2 * 4095) = 90)."""
+    buckets = bucket_of(table_words(["t"]), torch.arange(1 << 18))
+    counts = np.bincount(buckets.numpy(), minlength=NUM_BUCKETS)
+    expected = (1 << 18) / NUM_BUCKETS
+    assert abs(((counts - expected) ** 2 / expected).sum() - 4095) < 5 * 90
+    assert (buckets != bucket_of(table_words(["s"]), torch.arange(1 << 18))).float().mean() > 0.99
+
+
+PLAN = PoolingPlan(
+    (
+        PooledFeature(1, 0, "mean", 0),
+        PooledFeature(0, 0, "sequence", 16, 4),
+        PooledFeature(2, 0, "sum", 80),
+    ),
+    96,
+)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bags_have_the_bits_of_a_store(threads, weighted):
+    rng = np.random.default_rng(threads)
+    lengths = rng.integers(0, 5, 3 * 200)
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+    keys = torch.from_numpy(rng.integers(0, 90, int(offsets[-1])))
+    weights = torch.randn(len(keys)) if weighted else None
+    batch = KeyedJagged(("a", "b", "c"), keys, offsets, weights)
+    store = HostStore([TableConfig(name="t", dim=16, optimizer=SGD(learning_rate=1.0))], seed=2)
+    out, same = torch.empty(200, 96), torch.full((200, 96), 5.0)
+    lookup = store.pooled_lookup(PLAN, batch, insert=True, out=out)
+    rows = store.find(0, torch.arange(90)).values
+    bags = HostBags(16, threads)
+    bags.pool(PLAN, batch, keys, rows, same)
+    assert torch.equal(same, out)
+    grad = torch.randn(200, 96)
+    sums = bags.sums(PLAN, batch, keys, grad, 90)
+    store.apply_gradients(PLAN, [PooledGradient(lookup, None, grad)], 0)
+    assert torch.equal(rows - sums, store.find(0, torch.arange(90)).values)
+
+
+def test_no_samples_and_no_rows():
+    bags = HostBags(16, 2)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    batch = KeyedJagged(("a", "b", "c"), nothing, torch.zeros(1, dtype=torch.int64))
+    bags.pool(PLAN, batch, nothing, torch.empty(0, 16), torch.empty(0, 96))
+    assert bags.sums(PLAN, batch, nothing, torch.empty(0, 96), 0).shape == (0, 16)
+    assert (bags.sums(PLAN, batch, nothing, torch.empty(0, 96), 3) == 0).all()
+
+
+WRONG = {
+    "offsets: must rise": {"offsets": np.array([0, 2, 1, 3])},
+    "offsets: expected": {"samples": 2},
+    "longer than its sequence": {"offsets": np.array([0, 5, 5, 5]), "numbers": 5},
+    "numbers: beyond": {"rows": 2},
+    "weights: expected": {"weights": np.ones(2, np.float32)},
+    "rows: expected": {"dim": 8},
+    "out: expected": {"out": 95},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_the_core_refuses_bags_that_do_not_fit(message):
+    given = WRONG[message]
+    numbers = np.arange(given.get("numbers", 3), dtype=np.uint32)
+    plan = _core.PoolingPlan([1, 0, 2], [0, 0, 0], [1, 3, 0], [0, 4, 0], [0, 16, 80], 96)
+    batch_size = given.get("samples", 1)
+    arguments = (
+        plan,
+        given.get("offsets", np.array([0, 1, 2, 3])).astype(np.int64),
+        given.get("weights"),
+        batch_size,
+        numbers,
+    )
+    core = _core.BagSums(16, 1)
+    rows = np.zeros((given.get("rows", 6), given.get("dim", 16)), np.float32)
+    with pytest.raises(ValueError, match=message):
+        core.pool(*arguments, rows, np.zeros((batch_size, given.get("out", 96)), np.float32))
+
+
+@pytest.fixture
+def group(tmp_path):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def collection(**options):
+    tables = [TableConfig(name="t", dim=4, optimizer=SGD(learning_rate=0.5))]
+    return EmbeddingCollection(
+        tables, [FeatureConfig(name="f", table="t", pooling="sum")], **options
+    )
+
+
+def step(embeddings, weights=None):
+    keys = torch.arange(12).view(4, 3) % 5
+    column = Jagged.from_dense(keys)
+    batch = KeyedJagged.pack({"f": Jagged(column.values, column.offsets, weights)})
+    embeddings(batch).square().sum().backward()
+    embeddings.apply_gradients()
+
+
+def test_a_group_of_one_rank_is_as_none(group, tmp_path):
+    one, other = collection(), collection(group=group)
+    factors = [torch.linspace(0, 2, 12, requires_grad=True) for _ in range(2)]
+    for embeddings, weights in zip((one, other), factors, strict=True):
+        step(embeddings)
+        step(embeddings, weights)
+    assert torch.equal(factors[0].grad, factors[1].grad)
+    keys = torch.tensor([*range(6), -1])
+    for a, b in zip(one.find("t", keys), other.find("t", keys), strict=True):
+        assert torch.equal(a, b)
+    again = collection(group=Ranks(group, "sum"))
+    again.load_state_dict(other.state_dict())
+    other.save_tables(tmp_path / "tables")
+    third = collection()
+    third.load_tables(tmp_path / "tables")
+    for made in (again, third):
+        assert torch.equal(made.find("t", keys).values, one.find("t", keys).values)
+        assert made.step == 2
+    other.save_tables(tmp_path / "tables")  # in the place of the former
+
+
+def test_copies_of_a_collection_over_ranks_are_refused(group):
+    embeddings = collection(group=group)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigError, match="not copied or pickled"):
+            copied(embeddings)
+
+
+def test_a_state_goes_back_to_its_rank_alone():
+    with pytest.raises(CheckpointError, match=r"rank 1 of 3, and this is rank 0 of 1"):
+        check_part((1, 3), collection())
+    check_part((0, 1), collection())
