@@ -315,7 +315,7 @@ def test_ranks_at_different_calls_are_named():
         else:
             train(store, [[step]])
 
-    with pytest.raises(GroupError, match=r"rank 0 at call 1 .*look-up.*rank 1 at call 1 .*find"):
+    with pytest.raises(GroupError, match=r"rank . at call 1 .*(look-up.*find|find.*look-up)"):
         World(2).run(of_rank)
 
 

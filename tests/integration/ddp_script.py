@@ -1,6 +1,6 @@
 """A plain DistributedDataParallel script around tables over ranks, for test_ranks.py.
 
-    torchrun --nproc-per-node 2 ddp_script.py OUT [attached] [clipped] [from=OUT] [die]
+    torchrun --nproc-per-node 2 ddp_script.py OUT [attached] [clipped] [from=OUT] [die] [gpu]
 
 Without a launcher it is the same model in one process, on all ranks' samples.
 """
@@ -19,8 +19,11 @@ from penstock import Adagrad, EmbeddingCollection, FeatureConfig, Jagged, KeyedJ
 out, options = sys.argv[1], sys.argv[2:]
 rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 group = None
+device = torch.device("cuda", rank) if "gpu" in options else torch.device("cpu")
 if size > 1:
-    distributed.init_process_group("gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group = distributed.group.WORLD
 torch.manual_seed(0)
 tables = [
@@ -30,11 +33,13 @@ features = [
     FeatureConfig(name="user", table="user", pooling="sum"),
     FeatureConfig(name="seen", table="item", pooling="mean"),
 ]
-embeddings = EmbeddingCollection(tables, features, group=group, num_threads=1)
+embeddings = EmbeddingCollection(tables, features, group=group, num_threads=1, device=device)
 for option in options:
     if option.startswith("from="):
         embeddings.load_tables(f"{option[5:]}/tables")
-head = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+head = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1)).to(
+    device
+)
 head = DistributedDataParallel(head) if size > 1 else head
 optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
 if "attached" in options:
@@ -47,7 +52,7 @@ for step in range(30):
     users = torch.randint(-(2**63), 2**63 - 1, (24,), generator=generator) % 50
     seen = torch.randint(0, 40, (24, 3), generator=generator)
     label = ((users + seen[:, 0]) % 3 == 0).float()
-    mine = slice(rank, None, size)
+    label, mine = label.to(device), slice(rank, None, size)
     columns = {"user": Jagged.from_dense(users[mine]), "seen": Jagged.from_dense(seen[mine])}
     optimizer.zero_grad()
     score = head(embeddings(KeyedJagged.pack(columns)))[:, 0]

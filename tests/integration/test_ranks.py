@@ -120,6 +120,18 @@ def test_a_rank_that_is_gone_ends_the_others_by_name(tmp_path):
     assert "GroupError: rank 0 of 2 could not finish a look-up" in error
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_learn_as_one_process_does(alone, tmp_path):
+    """Matrix products of a GPU round otherwise than those of a CPU."""
+    options = "attached", "clipped"
+    expected = run_alone(tmp_path / "one", *options, f"from={alone[0]}")
+    ended = run_ranks(2, tmp_path / "two", *options, f"from={alone[0]}", "gpu")
+    assert [status for status, _ in ended] == [0, 0], ended
+    losses = torch.load(tmp_path / "two" / "result.pt", map_location="cpu")["losses"]
+    torch.testing.assert_close(losses, expected["losses"], rtol=1e-3, atol=1e-4)
+
+
 def test_missing_and_mixed_parts_are_refused(two, tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()

@@ -163,7 +163,8 @@ class ShardedStore:
         keys, counts, numbers = wanted_of(plan, batch, self._owners, once=self._once)
         lookup = ShardedLookup(self, plan, batch, numbers, counts.sum(1).tolist())
         came = self._ranks.headers("look-up", int(insert), counts)
-        block = self._exchange_keys(keys, lookup.sent, came)
+        keys = self._ranks.to_all("look-up", keys, lookup.sent, came.sum(1).tolist())
+        block = arrived(self._names, keys, came)
         rows = torch.empty(block.order.numel(), self.layout.dim, device=self.device)
         own = self.local.pooled_lookup(self._by_key, block.block, insert=insert, out=rows)
         lookup.rows = _Rows(block, own)
@@ -172,10 +173,6 @@ class ShardedStore:
         self._bags.pool(plan, batch, numbers, mine, out)
         lookup.vectors = None if batch.weights is None else mine
         return lookup
-
-    def _exchange_keys(self, keys: Tensor, sent: list[int], came: Tensor) -> Arrived:
-        keys = self._ranks.to_all("look-up", keys, sent, came.sum(1).tolist())
-        return arrived(self._names, keys, came)
 
     def read_looked_up(self, lookup: PooledLookup) -> Tensor:
         """See `Store.read_looked_up`; of look-ups with weights."""
@@ -268,7 +265,8 @@ class ShardedStore:
         wanted, counts, numbers = wanted_of(plan, batch.to(self.device), self._owners, once=False)
         sent = counts.sum(1).tolist()
         came = self._ranks.headers(call, table, counts)
-        return (numbers, sent), self._exchange_keys(wanted, sent, came)
+        asked = self._ranks.to_all(call, wanted, sent, came.sum(1).tolist())
+        return (numbers, sent), arrived(self._names, asked, came)
 
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`: rows that are this rank's; it returns how many were new."""
@@ -292,6 +290,10 @@ class ShardedStore:
     def advance(self, clock: Clock) -> None:
         """See `Store.advance`."""
         self.local.advance(clock)
+
+    def set_learning_rate(self, table: int, learning_rate: float) -> None:
+        """See `Store.set_learning_rate`; on all ranks alike."""
+        self.local.set_learning_rate(table, learning_rate)
 
     def num_candidates(self, table: int) -> int:
         """See `Store.num_candidates`; this rank's."""
