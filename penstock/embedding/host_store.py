@@ -105,6 +105,7 @@ class HostStore:
             raise ConfigError(f"most_isa: {most_isa!r}; one of {', '.join(ISAS)}")
         self.layout = checks.layout_of(tables)
         self.tables = tuple(tables)
+        self._fit = {"dim": self.layout.dim, "num_tables": len(tables)}
         self._hypers = optimizer.Hypers(tables)
         self._deterministic = deterministic
         try:
@@ -302,10 +303,6 @@ class HostStore:
             raise ConfigError("the batch changed while it was looked up")
         raise_for(self, status, f"looking up {batch.values.numel()} keys")
         return lookup
-
-    @property
-    def _fit(self) -> dict[str, int]:
-        return {"dim": self.layout.dim, "num_tables": len(self.tables)}
 
     def read_looked_up(self, lookup: PooledLookup) -> Tensor:
         """See `Store.read_looked_up`."""
