@@ -193,7 +193,7 @@ def open_run(
     _check_folder(folder, resume)
     with folder.held():
         _check_folder(folder, resume)  # again: a process that has ended may have been at it
-        after = position_of(newest_of_run(out)) if resume else None
+        after = position_of(newest_of_run(out), job) if resume else None
         with stages() as begin:
             dataset = Dataset.open(
                 job, quarantine=folder.quarantine_file, after=after, stages=begin

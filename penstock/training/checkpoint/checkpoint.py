@@ -52,6 +52,7 @@ from penstock.training.checkpoint.job_difference import (
     describe,
     differences,
     no_widths,
+    refuse_other,
     resolve,
     resolved_differences,
 )
@@ -216,12 +217,7 @@ class Checkpoints:
         path = Path(path)
         manifest = _verify_or_suggest(path)
         resolved = self._resolved(state.collection)
-        lines = differences(manifest.job, manifest.resolved, self._job, resolved)
-        if lines:
-            raise CheckpointError(
-                f"checkpoint {path} is of another job:\n{describe(lines)}\n"
-                "resume with the job that wrote it, or train this one in a new run folder"
-            )
+        refuse_other(path, differences(manifest.job, manifest.resolved, self._job, resolved))
         dense = _load_dense(path, state.collection, state.model)
         try:
             check_optimizer(manifest.optimizer, state.optimizer, state.model)
@@ -377,16 +373,20 @@ def checkpoint_of_step(directory: Path, step: int) -> Path:
     return path
 
 
-def position_of(path: Path) -> Position:
-    """Where a run that goes on from a checkpoint begins; for `restore` to verify.
+def position_of(path: Path, job: Job) -> Position:
+    """Where a run of a job that goes on from a checkpoint begins; for `restore` to verify.
 
     Raises:
-      CheckpointError: damaged; names which older checkpoint is whole.
+      CheckpointError: damaged; names which older checkpoint is whole. Or of another job, as far as
+        its fields tell: what the data is opened by.
     """
     try:
-        return read_position(path, read_manifest(path))
+        manifest = read_manifest(path)
+        position = read_position(path, manifest)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_suggest_other(path)}") from None
+    refuse_other(path, differences(manifest.job, manifest.resolved, job, manifest.resolved))
+    return position
 
 
 def load_tables_and_model(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from penstock.config import FeatureConfig, Job, TableConfig, parse_job
 from penstock.config.base import changeable_fields
-from penstock.errors import ConfigError
+from penstock.errors import CheckpointError, ConfigError
 
 MAY_CHANGE = (
     *changeable_fields(Job),
@@ -104,6 +105,15 @@ def _renewed(kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     except ConfigError:
         return fields
     return renewed
+
+
+def refuse_other(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
+    """Raises `CheckpointError` where there are lines of `differences` to the checkpoint `path`."""
+    if lines:
+        raise CheckpointError(
+            f"checkpoint {path} is of another job:\n{describe(lines)}\n"
+            "resume with the job that wrote it, or train this one in a new run folder"
+        )
 
 
 def describe(lines: Sequence[str]) -> str:
