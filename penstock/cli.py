@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
+import penstock
 from penstock.cli_data import ForceOption, add_history, grouped, inspect_data
 from penstock.errors import ConfigError, Interrupted, JobNote, PenstockError
 from penstock.interruption import Interruption, interruption
@@ -59,6 +60,22 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 data_app.command("inspect")(inspect_data)
 data_app.command("history")(add_history)
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"penstock {penstock.__version__}", flush=True)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version),
+    ] = False,
+) -> None:
+    """Options of `penstock` itself; the help is that of the application."""
 
 
 class FileFormat(enum.StrEnum):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import inspect
 import re
 import warnings
 from collections.abc import Hashable, Sequence
@@ -298,6 +299,16 @@ def _call(name: str) -> Job:
         raise ConfigError(
             f"{name}: module {module_name!r} has no function {function_name!r}"
             f"{_did_you_mean(function_name, [key for key in vars(module) if key[0] != '_'])}"
+        )
+    needed = [
+        one.name
+        for one in inspect.signature(function).parameters.values()
+        if one.default is one.empty and one.kind not in {one.VAR_POSITIONAL, one.VAR_KEYWORD}
+    ]
+    if needed:
+        raise ConfigError(
+            f"{name}: needs arguments ({', '.join(needed)}); write a function without any that "
+            "returns the job"
         )
     job = function()
     if not isinstance(job, Job):

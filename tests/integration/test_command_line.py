@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 COMMANDS = (
     ["train"],
@@ -41,8 +44,20 @@ def test_help_lists_what_exists(penstock):
         "compare",
         "data",
         "schema",
+        "version",
         "help",
     ])
+
+
+def test_the_version_is_the_same_wherever_it_stands(penstock):
+    import penstock as package
+
+    code, shown, errors = penstock("--version")
+    assert (code, shown, errors) == (0, f"penstock {package.__version__}\n", "")
+    root = Path(__file__).resolve().parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    citation = yaml.safe_load((root / "CITATION.cff").read_text("utf-8"))
+    assert project["version"] == citation["version"] == package.__version__
 
 
 @pytest.mark.parametrize("arguments", (["--help"], ["train", "--help"], ["schema"]), ids=" ".join)

@@ -242,3 +242,19 @@ def test_a_missing_file_is_told_with_what_extends_it(write):
     assert refusal(path) == (
         f"JOB extends {path.with_name('smal.yaml')}: no such job file; did you mean {path}?"
     ).replace(str(path), "JOB")
+
+
+def test_a_function_that_needs_arguments_is_told(tmp_path, monkeypatch):
+    (tmp_path / "careless_jobs.py").write_text(
+        "from penstock.config import parse_job\n"
+        "from penstock.job_file import parse_yaml\n"
+        f"TEXT = {JOB!r}\n"
+        "def needs(path, *, rows): ...\n"
+        "def fine(rows=1, *more, **named): return parse_job(parse_yaml(TEXT, 'x'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_job("careless_jobs:fine").name == "small"
+    with pytest.raises(
+        ConfigError, match=r"^careless_jobs:needs: needs arguments \(path, rows\); w"
+    ):
+        load_job("careless_jobs:needs")
