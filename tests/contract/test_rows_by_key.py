@@ -112,7 +112,9 @@ def test_a_block_reads_and_trains_as_bags_of_one(open_store, optimizer, dtype, r
             store.advance(Clock(2 * step, 0))
         by_key = step_by_key(made[0], blocks, grads, step)
         by_bag = step_by_bag(made[1], blocks, grads, step)
-        assert by_key[1:] == by_bag[1:]
+        # A norm adds up in the order of the slots, which is the hardware's on a GPU.
+        assert by_key[1] == pytest.approx(by_bag[1], rel=1e-6)
+        assert by_key[2] == by_bag[2]
         for one, other in zip(by_key[0], by_bag[0], strict=True):
             assert torch.equal(one, other)
     wanted = torch.tensor([*range(-12, 12), 2**63 - 1, -(2**63)])
