@@ -345,3 +345,11 @@ def test_tables_that_refuse_keys_are_refused(fields):
     with pytest.raises(ConfigError, match="cannot refuse keys: a, b, c"):
         World(2).run(of_rank)
     World(1).run(of_rank)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_schedules_agree_with_one_store(seed):
+    """Ten thousand of them: tests/soak/random_ranks.py."""
+    from tests.soak import random_ranks
+
+    random_ranks.run(seed)
