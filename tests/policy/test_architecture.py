@@ -96,6 +96,7 @@ MAY_IMPORT = {
     "embedding/gpu_store": STORES | {"kernels", "embedding/gpu"},
     "embedding/sharded/shard_map": set(),
     "embedding/sharded/exchange": {"errors"},
+    "embedding/sharded/agreement": {"errors", "config", "embedding/sharded/exchange"},
     "embedding/sharded/routes": {"types", "embedding/store", "embedding/sharded/shard_map"},
     "embedding/sharded/bags": {"types", "_core", "embedding/host_store", "embedding/store"},
     "embedding/sharded/device_bags": {"types", "kernels", "embedding/gpu", "embedding/store"},

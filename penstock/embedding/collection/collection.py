@@ -54,7 +54,8 @@ from penstock.embedding.collection.weight_gradient import ReadVectors, WeightedL
 from penstock.embedding.retention import RetentionState
 from penstock.embedding.shapes.arrangement import Arranged, Arrangement
 from penstock.embedding.shapes.forms import BatchLike, Output, OutputShape, read_batch
-from penstock.embedding.sharded.store import Ranks
+from penstock.embedding.sharded.agreement import described
+from penstock.embedding.sharded.store import AlikeRanks, Ranks
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
@@ -122,7 +123,8 @@ class EmbeddingCollection(RowsByKey, TableModule):
 
         Raises:
           ConfigError: a name twice, or a feature of an unknown table; an output that the features
-            cannot have; no such GPU, or no Triton; tables that cannot be spread.
+            cannot have; no such GPU, or no Triton; tables that cannot be spread, or that another
+            rank made otherwise.
         """
         super().__init__()
         self.tables = tuple(tables)
@@ -142,7 +144,7 @@ class EmbeddingCollection(RowsByKey, TableModule):
             "num_threads": num_threads or available_cores(),
             "deterministic": deterministic,
             "device": torch.device(device),
-            "ranks": group if group is None or isinstance(group, Ranks) else Ranks(group),
+            "ranks": self._compared(group, seed, deterministic),
         }
         self._stores = self._make_stores(seed)
         self.device = self._stores.device
@@ -175,11 +177,24 @@ class EmbeddingCollection(RowsByKey, TableModule):
     def _make_stores(self, seed: int) -> TableStores:
         return TableStores(self.tables, self.features, seed=seed, **self._options)
 
+    def _compared(
+        self, group: distributed.ProcessGroup | Ranks | None, seed: int, deterministic: bool
+    ) -> Ranks | None:
+        """The ranks, once all of them have said that they make this collection."""
+        # Empty ones that are made of this one, perhaps by one rank alone, need not be compared.
+        if group is None or isinstance(group, AlikeRanks):
+            return group
+        ranks = group if isinstance(group, Ranks) else Ranks(group)
+        options: dict[str, object] = {"seed": seed, "deterministic": deterministic}
+        options |= {"output": self._output.output, "reduction of gradients": ranks.reduction}
+        ranks.check_alike(described(self.tables, self.features, **options))
+        return AlikeRanks(*ranks)
+
     @property
     def ranks(self) -> Ranks | None:
         """Over whom the tables are spread; None: nobody else."""
         ranks: Ranks | None = self._options["ranks"]
-        return ranks
+        return None if ranks is None else Ranks(*ranks)
 
     @property
     def trained(self) -> list[tuple[Store, PoolingPlan]]:
@@ -363,7 +378,7 @@ class EmbeddingCollection(RowsByKey, TableModule):
             self.features,
             seed=seed,
             output=self._output.output,
-            group=self.ranks,
+            group=self._options["ranks"],
             **{name: value for name, value in self._options.items() if name != "ranks"},
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 from penstock.config import TableConfig
 from penstock.embedding import checks
 from penstock.embedding.retention import Clock, RetentionState, refuses, retains
+from penstock.embedding.sharded.agreement import check_made_alike
 from penstock.embedding.sharded.bags import Bags
 from penstock.embedding.sharded.exchange import Collective, Exchange
 from penstock.embedding.sharded.routes import Arrived, Owners, arrived, wanted_of
@@ -53,8 +54,18 @@ class Ranks(NamedTuple):
 
     def total(self, number: int) -> int:
         """The sum over ranks; waits until every rank is there."""
-        exchange = Collective(self.group, torch.device("cpu"))
-        return int(exchange.combined("agreement", torch.tensor(number)))
+        return int(self._exchange().combined("agreement", torch.tensor(number)))
+
+    def check_alike(self, made: Mapping[str, str]) -> None:
+        """See `check_made_alike`."""
+        check_made_alike(self._exchange(), made)
+
+    def _exchange(self) -> Collective:
+        return Collective(self.group, torch.device("cpu"))
+
+
+class AlikeRanks(Ranks):
+    """Ranks that were found to have made the same collection."""
 
 
 class _Rows(NamedTuple):

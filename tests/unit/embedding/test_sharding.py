@@ -187,6 +187,23 @@ def test_a_group_of_one_rank_is_as_none(group, tmp_path):
     other.save_tables(tmp_path / "tables")  # in the place of the former
 
 
+def test_what_a_collection_is_made_of_is_compared_once(group, monkeypatch):
+    compared = []
+    monkeypatch.setattr(Ranks, "check_alike", lambda _, made: compared.append(made))
+    one = collection(group=Ranks(group, "sum"), seed=7, deterministic=True)
+    assert {
+        "seed": "7",
+        "deterministic": "true",
+        "reduction of gradients": '"sum"',
+    }.items() <= compared[0].items()
+    one.load_state_dict(one.state_dict())
+    assert len(compared) == 1
+    collection(group=one.ranks, output="by_feature")
+    assert compared[1]["output"] == '"by_feature"'
+    assert compared[1]["table 't': optimizer learning_rate"] == "0.5"
+    assert compared[1]["feature 'f': pooling"] == '"sum"'
+
+
 def test_copies_of_a_collection_over_ranks_are_refused(group):
     embeddings = collection(group=group)
     for copied in (copy.deepcopy, pickle.dumps):
