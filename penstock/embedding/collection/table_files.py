@@ -6,6 +6,7 @@ manifest of its own (docs/checkpoint_format.md).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -210,20 +211,25 @@ def _joined(path: Path, files: Sequence[str], *names: str) -> list[Tensor]:
 def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -> None:
     """See `EmbeddingCollection.save_tables`."""
     final = Path(path).absolute()
-    if os.path.lexists(final) and not _is_of_tables(final):
-        raise CheckpointError(
-            f"{final} is there already, and save_tables did not write it; give another path"
-        )
     ranks = collection.ranks
+    told = f"write their tables to {final}", "what was there before stays"
+    with _told_to_all(ranks, *told):
+        if os.path.lexists(final) and not _is_of_tables(final):
+            raise CheckpointError(
+                f"{final} is there already, and save_tables did not write it; give another path"
+            )
     token = os.getpid() if ranks is None else ranks.agree(secrets.randbits(60))
     temporary = final.with_name(f"{final.name}{_UNFINISHED}{token}")
     mine = temporary if ranks is None else temporary / _PART.format(*ranks.part)
     try:
         try:
-            with _told_to_all(ranks, final):
+            with _told_to_all(ranks, *told):
                 os.makedirs(mine)
                 _write(mine, collection)
-            with _told_to_all(ranks, final):
+            with _told_to_all(ranks, *told):
+                if ranks is not None:
+                    _check_in_one_place(temporary, final, ranks)
+            with _told_to_all(ranks, *told):
                 if ranks is None or ranks.part[0] == 0:
                     _commit(temporary, final)
         finally:
@@ -239,24 +245,34 @@ def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
 
 
 @contextmanager
-def _told_to_all(ranks: Ranks | None, final: Path) -> Iterator[None]:
-    """Ends when every rank has done its part; one that could not ends it for all.
+def _told_to_all(ranks: Ranks | None, task: str, remains: str) -> Iterator[None]:
+    """Ends when every rank has done its part of a task; one that could not ends it for all.
 
     Raises:
       CheckpointError: another rank could not.
     """
-    error = None
+    error: OSError | CheckpointError | None = None
     try:
         yield
-    except OSError as raised:
+    except (OSError, CheckpointError) as raised:
         error = raised
     failed = 0 if ranks is None else ranks.total(error is not None)
     if error is not None:
         raise error
     if failed:
+        raise CheckpointError(f"{failed} other ranks cannot {task}, which say why; {remains}")
+
+
+def _check_in_one_place(temporary: Path, final: Path, ranks: Ranks) -> None:
+    """Refuses parts that are not beside each other: those elsewhere would be lost."""
+    rank, size = ranks.part
+    parts = [_PART.format(other, size) for other in range(size)]
+    missing = [part for part in parts if not (temporary / part / SEAL).exists()]
+    if missing:
         raise CheckpointError(
-            f"{failed} other ranks cannot write their tables to {final}, which say why; what was "
-            "there before stays"
+            f"rank {rank} does not see {', '.join(missing)} beside its own part of {final}: give "
+            "save_tables the same path on all ranks, in a file system that all of them see; what "
+            "was there before stays"
         )
 
 
@@ -312,24 +328,46 @@ def load_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
     if not path.exists() and replaced.exists():
         # Its writer died between two renames.
         path = replaced
-    parts = _parts_of(path) or [path]
-    manifests = [_read_manifest(part) for part in parts]
-    for part, saved in zip(parts, manifests, strict=True):
-        verify_files(part, saved.files)
-        check_kinds(f"checkpoint {part}", saved.kinds, collection.tables)
+    ranks = collection.ranks
+    with _told_to_all(ranks, f"read the tables of {path}", "nothing was changed"):
+        parts = _parts_of(path) or [path]
+        manifests = [_read_manifest(part) for part in parts]
+        _check_parts(parts, manifests, collection)
+    if ranks is not None:
+        _check_one_for_all(path, manifests, ranks)
     first = manifests[0]
-    for part, saved in zip(parts, manifests, strict=True):
-        if (saved.step, saved.seed) != (first.step, first.seed):
-            raise CheckpointError(
-                f"checkpoint {part} is of step {saved.step} and seed {saved.seed}, {parts[0]} of "
-                f"step {first.step} and seed {first.seed}: they are not of one save_tables"
-            )
     fresh = collection.like_new(seed=first.seed)
     for part, saved in zip(parts, manifests, strict=True):
         import_tables(part, saved.records, fresh)
     set_row_clock(fresh, first.row_clock)
     fresh.step = first.step
     collection.take_over(fresh)
+
+
+def _check_parts(
+    parts: Sequence[Path], manifests: Sequence[_Saved], collection: EmbeddingCollection
+) -> None:
+    first = manifests[0]
+    for part, saved in zip(parts, manifests, strict=True):
+        verify_files(part, saved.files)
+        check_kinds(f"checkpoint {part}", saved.kinds, collection.tables)
+        if (saved.step, saved.seed) != (first.step, first.seed):
+            raise CheckpointError(
+                f"checkpoint {part} is of step {saved.step} and seed {saved.seed}, {parts[0]} of "
+                f"step {first.step} and seed {first.seed}: they are not of one save_tables"
+            )
+
+
+def _check_one_for_all(path: Path, manifests: Sequence[_Saved], ranks: Ranks) -> None:
+    """Refuses, on all ranks, that they read unlike tables: each would keep its rows of its own."""
+    content = [(saved.step, saved.seed, sorted(saved.files.items())) for saved in manifests]
+    digest = hashlib.blake2b(repr(content).encode(), digest_size=7).digest()
+    mine = int.from_bytes(digest, "little")
+    if ranks.total(mine != ranks.agree(mine)):
+        raise CheckpointError(
+            f"the ranks were given unlike tables to load, rank {ranks.part[0]} those of {path}, of "
+            f"step {manifests[0].step}: give load_tables the same on all ranks. Nothing was changed"
+        )
 
 
 def _parts_of(path: Path) -> list[Path]:
