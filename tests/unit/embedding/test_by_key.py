@@ -101,6 +101,17 @@ def test_a_users_scores_say_which_rows_leave():
     assert torch.equal(gone, also)
 
 
+def test_a_score_is_a_use_now_and_makes_no_row():
+    embeddings = collection(max_bytes=400, eviction=Eviction(order="score"))
+    train(embeddings, 1)
+    since = embeddings.step
+    train(embeddings, 2)
+    assert exported(embeddings, since=since)[0].tolist() == [2]
+    assert embeddings.set_scores("t", torch.tensor([1, 9]), torch.tensor([5, 5])) == 1
+    assert sorted(exported(embeddings, since=since)[0].tolist()) == [1, 2]
+    assert embeddings.find("t", torch.tensor([1, 2, 9])).found.tolist() == [True, True, False]
+
+
 def test_scores_that_do_not_fit_are_named():
     plain = collection(max_bytes=400, eviction=Eviction())
     with pytest.raises(ConfigError, match="whose eviction has order lru: score"):

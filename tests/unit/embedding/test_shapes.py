@@ -155,6 +155,19 @@ def test_padding_is_no_key(pooling):
     assert not ours.find("s", torch.tensor([0])).found.any()
 
 
+@pytest.mark.parametrize("pooling", ["sum", "mean", "max"])
+def test_weights_stay_with_the_keys_that_padding_leaves(pooling):
+    features = [FeatureConfig(name="a", table="s", pooling=pooling, padding_key=0), PLAIN[1]]
+    ours, _ = collection(features, {"s": 3, "t": 3})
+    b = jagged([4], [5], weights=torch.tensor([0.5, 0.25]))
+
+    def of(*bags, weights):
+        return ours({"a": jagged(*bags, weights=torch.tensor(weights)), "b": b})
+
+    padded = of([0, 1, 0, 2], [3, 0], weights=[9.0, 2.0, 7.0, 3.0, 5.0, 11.0])
+    assert torch.equal(padded, of([1, 2], [3], weights=[2.0, 3.0, 5.0]))
+
+
 SEQUENCE = {"table": "s", "pooling": "sequence", "max_keys": 4, "padding_key": 0}
 
 
@@ -216,6 +229,15 @@ def test_vectors_of_single_keys_beside_others():
         backward(mine["top"], torch.stack([s[1:4].amax(0), torch.zeros(3), s[4]]))
         backward(mine["other"], torch.stack([t[5], t[6:8].amax(0), t[8]]))
         backward(mine["b"], torch.stack([t[1], t[2], 2 * t[3]]))
+    assert_updated(ours, theirs)
+
+
+def test_a_batch_without_samples_trains_nothing():
+    features = [one for one in MIXED if one.pooling != "none"]
+    ours, theirs = collection(features, {"s": 3, "t": 2})
+    mine = ours({name: torch.zeros(0, dtype=torch.int64) for name in ("top", "b", "other", "seq")})
+    assert mine.shape == (0, 3 + 2 + 2 + 6)
+    mine.sum().backward()
     assert_updated(ours, theirs)
 
 
