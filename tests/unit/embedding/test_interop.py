@@ -118,6 +118,8 @@ def test_weights_become_rows_with_fresh_state():
     assert torch.equal(keys, torch.arange(300_000))
     assert torch.equal(values, weight)
     assert (state == 0.5).all()
+    import_weights(embeddings, "user", weight, state=weight + 1)
+    assert torch.equal(rows_of_many(embeddings, "user")[2], weight + 1)
     import_weights(embeddings, "item", weight[:3].half(), torch.tensor([-5, 9, 2**62]))
     keys, values, _ = rows_of(embeddings, "item")
     assert keys.tolist() == [-5, 9, 2**62]

@@ -142,6 +142,12 @@ def test_no_samples_and_no_keys(torchrec):
     assert empty.offsets.tolist() == [0]
 
 
+def test_of_a_key_that_is_there_twice_the_last_one_counts():
+    packed = from_keyed_jagged_tensor(FakeKjt(["a", "b", "a"], [[1], [2], [3, 4]]), ["b", "a"])
+    assert packed["a"].values.tolist() == [3, 4]
+    assert packed["b"].values.tolist() == [2]
+
+
 def test_batch_sizes_by_key():
     packed = from_keyed_jagged_tensor(FakeKjt(["a", "b"], BAGS, strides=[2, 2]))
     assert packed.batch_size == 2
