@@ -85,6 +85,17 @@ def test_marks_and_counts_go_on(small_job, tmp_path, quiet):
     assert torch.equal(usage, before["tables"][table]["usage"])
 
 
+def test_rows_age_on_by_the_clock_of_that_run(small_fields, tmp_path, quiet):
+    small_fields["data"]["event_time"] = "event_time"
+    small_fields["table_defaults"]["eviction"] = {"ttl": 10**8, "unit": "seconds"}
+    story.train(parse_job(small_fields), tmp_path / "teacher", console=quiet)
+    clock = contents(tmp_path / "teacher")["row_clock"]
+    assert clock["recent_s"]
+    job = job_from(small_fields, tmp_path / "teacher", optimizer_state=True)
+    state = begun(job, tmp_path / "new", quiet)
+    assert state.collection.row_clock.state() == clock
+
+
 def test_parts_alone(small_fields, teacher, tmp_path, quiet):
     job = job_from(small_fields, teacher, tables=["c0"], dense=False)
     state = begun(job, tmp_path / "new", quiet)
@@ -130,6 +141,20 @@ def test_or_skipped_and_told(small_fields, teacher, tmp_path, quiet):
     assert torch.equal(got["values"], contents(teacher)["tables"]["c1"]["values"].bfloat16())
     log = (tmp_path / "new" / "run.log").read_text(encoding="utf-8")
     assert "training.init_from: table new: not in that run: begins with initial values" in log
+
+
+def test_of_weights_that_begin_anew_the_optimizer_knows_nothing(
+    small_fields, teacher, tmp_path, quiet
+):
+    small_fields["model"]["top"] = [8]
+    job = job_from(small_fields, teacher, optimizer_state=True, unmatched="skip")
+    state = begun(job, tmp_path / "new", quiet)
+    known = {name for name, one in state.model.named_parameters() if one in state.optimizer.state}
+    taken = contents(teacher)["dense"]
+    assert known == {
+        name for name, one in state.model.named_parameters() if taken[name].shape == one.shape
+    }
+    assert 0 < len(known) < len(taken)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,10 @@ def test_another_metric_begins_anew():
     other = BestSoFar("log_loss", "min")
     other.load(best.state())
     assert (other.value, other.step) == (None, -1)
+    # The largest value says nothing of the smallest one.
+    other = BestSoFar("auc", "min")
+    other.load(best.state())
+    assert (other.value, other.step) == (None, -1)
 
 
 def test_a_metric_that_is_not_there():

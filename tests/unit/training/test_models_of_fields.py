@@ -198,6 +198,11 @@ def masknet_by_loops(model, dense, embeddings):
     return torch.stack(logits)
 
 
+def test_a_mask_has_a_hidden_column_at_least():
+    model = make(MaskNetConfig(blocks=(3,), deep=(), reduction=0.01, numeric_dim=2), 0, (2, 2))
+    assert model.blocks[0].mask[0].out_features == 1
+
+
 @pytest.mark.parametrize("structure", ["parallel", "serial"])
 @pytest.mark.parametrize(("num_numeric", "dims"), [(2, (4,) * 3), (0, (3,)), (3, ())])
 @pytest.mark.parametrize(("blocks", "deep"), [((5, 4), (6,)), ((5,), ())])
