@@ -7,6 +7,7 @@ from penstock.config import SGD, Eviction
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.sharded.exchange import alike_of, check_alike
 from penstock.embedding.sharded.shard_map import ShardMap, bucket_of, table_words
+from penstock.embedding.sharded.store import on_any_rank
 from penstock.embedding.store import CURSOR_START, PooledGradient
 from penstock.errors import ConfigError, GroupError
 from penstock.types import KeyedJagged
@@ -225,3 +226,33 @@ def test_what_is_wrong_here_is_refused_before_anything_travels(call, calls_befor
         return len(exchange.calls)
 
     assert World(2).run(of_rank) == [calls_before] * 2
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_what_is_so_on_one_rank_is_known_to_all(odd):
+    def of_rank(exchange):
+        store = sharded(exchange, PLAIN)
+        return on_any_rank([store], False), on_any_rank([store], exchange.rank == odd)
+
+    assert World(3).run(of_rank) == [(False, True)] * 3
+    assert not on_any_rank([], False)
+    assert on_any_rank([HostStore(PLAIN)], True)
+
+
+@pytest.mark.parametrize("through", ["table", "factor"])
+def test_unlike_learning_rates_are_refused_on_every_rank(through):
+    def of_rank(exchange):
+        store = sharded(exchange, PLAIN)
+        gradient = look_up(store, samples(4, 9, weighted=False))[1]
+        before = rows_of([store], PLAIN)
+        odd = exchange.rank == 1
+        if through == "table" and odd:
+            store.set_learning_rate(1, 0.25)
+        factor = 0.5 if through == "factor" and odd else 1.0
+        mine = (0.25 if odd else 0.5, "rank 0" if odd else "rank 1")
+        wanted = f"the rate {mine[0]} on rank {exchange.rank} and .* on {mine[1]}"
+        with pytest.raises(GroupError, match=wanted):
+            store.apply_gradients(PLAN, [gradient], 0, factor)
+        assert rows_of([store], PLAIN) == before
+
+    World(3).run(of_rank)

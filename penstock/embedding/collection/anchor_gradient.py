@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from penstock.embedding.sharded.store import on_any_rank
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,8 +100,13 @@ class AnchorGradient(torch.Tensor):
             self._collection.pending.clear()
 
     def check_finite(self, found_inf: Tensor) -> None:
-        """Sets `found_inf`, [1], if the tables' gradients are NaN or infinite."""
-        if self._collection is not None and self._collection.pending.first_non_finite() is not None:
+        """Sets `found_inf`, [1], if the tables' gradients are NaN or infinite, on any rank."""
+        collection = self._collection
+        if collection is None:
+            return
+        is_bad = collection.pending.first_non_finite() is not None
+        # All ranks skip a step or none does: it is made of the gradients of all.
+        if on_any_rank([store for store, _ in collection.trained], is_bad):
             found_inf.fill_(1.0)
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from penstock.errors import GroupError
 
 Result = TypeVar("Result")
-CALLS = ("look-up", "update", "norm", "find", "erase")
+CALLS = ("look-up", "update", "norm", "find", "erase", "check")
 
 
 class Exchange(Protocol):

@@ -30,7 +30,7 @@ from penstock.embedding.store import (
     TableRows,
     own_copy,
 )
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, GroupError
 from penstock.types import KeyedJagged
 
 Reduction = Literal["mean", "sum"]
@@ -147,7 +147,7 @@ class ShardedStore:
                 "admission and max_bytes out"
             )
         self.local, self.layout = local, local.layout
-        self._bags, self._ranks, self.device = bags, ranks, device
+        self._bags, self.ranks, self.device = bags, ranks, device
         self._by_key = PoolingPlan.by_key(len(local.tables), self.layout.dim)
         names = [table.name for table in local.tables]
         shard_map = ShardMap.even(ranks.size)
@@ -173,14 +173,14 @@ class ShardedStore:
         batch = own_copy(batch, self.device)
         keys, counts, numbers = wanted_of(plan, batch, self._owners, once=self._once)
         lookup = ShardedLookup(self, plan, batch, numbers, counts.sum(1).tolist())
-        came = self._ranks.headers("look-up", int(insert), counts)
-        keys = self._ranks.to_all("look-up", keys, lookup.sent, came.sum(1).tolist())
+        came = self.ranks.headers("look-up", int(insert), counts)
+        keys = self.ranks.to_all("look-up", keys, lookup.sent, came.sum(1).tolist())
         block = arrived(self._names, keys, came)
         rows = torch.empty(block.order.numel(), self.layout.dim, device=self.device)
         own = self.local.pooled_lookup(self._by_key, block.block, insert=insert, out=rows)
         lookup.rows = _Rows(block, own)
         back = block.as_they_came(rows)
-        mine = self._ranks.to_all("look-up", back, block.per_rank, lookup.sent)
+        mine = self.ranks.to_all("look-up", back, block.per_rank, lookup.sent)
         self._bags.pool(plan, batch, numbers, mine, out)
         lookup.vectors = None if batch.weights is None else mine
         return lookup
@@ -204,7 +204,8 @@ class ShardedStore:
         rate_factor: float = 1.0,
     ) -> int | Tensor:
         """See `Store.apply_gradients`; the rows are this rank's."""
-        parts = self._own_gradients("update", plan, gradients, step)
+        rates = [table.optimizer.learning_rate * rate_factor for table in self.tables]
+        parts = self._own_gradients("update", plan, gradients, step, rates)
         rows = self.local.apply_gradients(self._by_key, parts, step, rate_factor)
         for gradient in gradients:
             gradient.lookup.is_applied = True  # type: ignore[misc]
@@ -214,21 +215,28 @@ class ShardedStore:
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], norm_type: float
     ) -> Tensor:
         """See `Store.gradient_norm`; of the rows of all ranks, the same number on each."""
-        parts = self._own_gradients("norm", plan, gradients, 0)
+        parts = self._own_gradients("norm", plan, gradients, 0, [0.0] * len(self.tables))
         own = torch.as_tensor(
             self.local.gradient_norm(self._by_key, parts, norm_type), dtype=torch.float64
         )
         if math.isinf(norm_type):
-            return self._ranks.combined("norm", own, largest=True)
-        return self._ranks.combined("norm", own**norm_type) ** (1 / norm_type)
+            return self.ranks.combined("norm", own, largest=True)
+        return self.ranks.combined("norm", own**norm_type) ** (1 / norm_type)
 
     def _own_gradients(
-        self, call: str, plan: PoolingPlan, gradients: Sequence[PooledGradient], step: int
+        self,
+        call: str,
+        plan: PoolingPlan,
+        gradients: Sequence[PooledGradient],
+        step: int,
+        rates: Sequence[float],
     ) -> list[PooledGradient]:
-        """The gradients of all ranks for this rank's rows."""
+        """The gradients of all ranks for this rank's rows; rates by table are alike on all."""
         self.check_gradients(plan, gradients)
-        nothing = torch.zeros(self._ranks.size, len(self.tables), dtype=torch.int64)
-        self._ranks.headers(call, len(gradients) << 40 | step, nothing)
+        bits = torch.tensor(rates, dtype=torch.float64).view(torch.int64)
+        mine = bits.expand(self.ranks.size, -1)
+        theirs = self.ranks.headers(call, len(gradients) << 40 | step, mine)
+        _check_rates(self.ranks.rank, self._names, mine, theirs)
         parts = []
         for gradient in gradients:
             lookup = gradient.lookup
@@ -239,7 +247,7 @@ class ShardedStore:
             if self._share != 1.0:
                 sums *= self._share
             block, own = lookup.rows
-            came = self._ranks.to_all(call, sums, lookup.sent, block.per_rank)
+            came = self.ranks.to_all(call, sums, lookup.sent, block.per_rank)
             parts.append(PooledGradient(own, None, block.as_block(came).contiguous()))
         return parts
 
@@ -251,7 +259,7 @@ class ShardedStore:
         for part in found:
             back = block.as_they_came(part.to(self.device))
             wire = back.to(torch.uint8) if back.dtype == torch.bool else back
-            mine = self._ranks.to_all("find", wire, block.per_rank, lookup[1])
+            mine = self.ranks.to_all("find", wire, block.per_rank, lookup[1])
             parts.append(mine[lookup[0]].to(back.dtype))
         return FindResult(*parts)
 
@@ -263,7 +271,7 @@ class ShardedStore:
         """See `Store.erase`; returns how many there were of the keys that all ranks gave."""
         _, block = self._ask("erase", table, keys)
         number = self.local.erase(table, block.block.values)
-        return int(self._ranks.combined("erase", torch.tensor(number)))
+        return int(self.ranks.combined("erase", torch.tensor(number)))
 
     def _ask(self, call: str, table: int, keys: Tensor) -> tuple[tuple[Tensor, list[int]], Arrived]:
         """Sends keys of one table to their owners: which each is of those sent, and what came."""
@@ -275,15 +283,15 @@ class ShardedStore:
         checks.check_keys(batch, self.device)
         wanted, counts, numbers = wanted_of(plan, batch.to(self.device), self._owners, once=False)
         sent = counts.sum(1).tolist()
-        came = self._ranks.headers(call, table, counts)
-        asked = self._ranks.to_all(call, wanted, sent, came.sum(1).tolist())
+        came = self.ranks.headers(call, table, counts)
+        asked = self.ranks.to_all(call, wanted, sent, came.sum(1).tolist())
         return (numbers, sent), arrived(self._names, asked, came)
 
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`: rows that are this rank's; it returns how many were new."""
         keys = rows.keys.to(self.device)
         tables = torch.full_like(keys, table)
-        own = (self._owners.of(tables, keys) == self._ranks.rank).nonzero()[:, 0]
+        own = (self._owners.of(tables, keys) == self.ranks.rank).nonzero()[:, 0]
         own = own.to(rows.keys.device)
         return self.local.insert_or_assign(
             table,
@@ -339,3 +347,28 @@ class ShardedStore:
     def check_invariants(self) -> None:
         """See `Store.check_invariants`; this rank's."""
         self.local.check_invariants()
+
+
+def _check_rates(rank: int, names: Sequence[str], mine: Tensor, theirs: Tensor) -> None:
+    unlike = (mine != theirs).nonzero().tolist()
+    if unlike:
+        other, table = unlike[0]
+        one, two = (float(each[other, table].view(torch.float64)) for each in (mine, theirs))
+        raise GroupError(
+            f"table {names[table]!r} learns at the rate {one} on rank {rank} and {two} on rank "
+            f"{other}: set rates, and step schedulers, on all ranks alike. None of its rows was "
+            "updated"
+        )
+
+
+def on_any_rank(stores: Sequence[Store], is_so: bool) -> bool:
+    """Whether something is so on any rank over which stores are spread; all of them ask.
+
+    Raises:
+      GroupError: a rank is at another call, or gone.
+    """
+    store = stores[0] if stores else None
+    if not isinstance(store, ShardedStore):
+        return is_so
+    said = torch.full((store.ranks.size, len(store.tables)), int(is_so), dtype=torch.int64)
+    return bool(store.ranks.headers("check", 0, said).any())

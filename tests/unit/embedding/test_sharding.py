@@ -20,6 +20,7 @@ from penstock import (
     TableConfig,
     _core,
 )
+from penstock.embedding.collection import anchor_gradient
 from penstock.embedding.collection.table_state import check_part
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.sharded.bags import HostBags
@@ -202,6 +203,20 @@ def test_what_a_collection_is_made_of_is_compared_once(group, monkeypatch):
     assert compared[1]["output"] == '"by_feature"'
     assert compared[1]["table 't': optimizer learning_rate"] == "0.5"
     assert compared[1]["feature 'f': pooling"] == '"sum"'
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_scaler_skips_the_step_for_another_ranks_gradients(group, monkeypatch, elsewhere):
+    embeddings = collection(group=group)
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+    embeddings.attach(optimizer)
+    monkeypatch.setattr(anchor_gradient, "on_any_rank", lambda _, is_so: is_so or elsewhere)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(embeddings({"f": torch.arange(3)}).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert embeddings.step == (0 if elsewhere else 1)
+    assert scaler.get_scale() == (2.0 if elsewhere else 4.0)
 
 
 def test_copies_of_a_collection_over_ranks_are_refused(group):
