@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from penstock.config import SGD, FeatureConfig, TableConfig
+from penstock.config import SGD, FeatureConfig, HashStack, TableConfig
 from penstock.embedding import EmbeddingCollection
+from penstock.embedding.shapes.arrangement import Arrangement, StoreLayout
+from penstock.embedding.shapes.hash_stack import Stacks
 from penstock.embedding.store import TableRows
 from penstock.errors import ConfigError, NonFiniteError
 from penstock.types import Jagged, KeyedJagged
@@ -230,6 +232,20 @@ def test_vectors_of_single_keys_beside_others():
         backward(mine["other"], torch.stack([t[5], t[6:8].amax(0), t[8]]))
         backward(mine["b"], torch.stack([t[1], t[2], 2 * t[3]]))
     assert_updated(ours, theirs)
+
+
+def test_what_is_known_of_a_batch_is_not_said_of_what_is_made_of_it():
+    """One key a bag: a GPU reads no offsets then."""
+    top = [FeatureConfig(name="f", table="t", pooling="max")]
+    arrangement = Arrangement(
+        top, [3], lambda features, columns, width: StoreLayout((), width), Stacks(top, [None])
+    )
+    arrangement.arrange(KeyedJagged.pack({"f": jagged([1, 2, 3, 4], [])}))
+    one = KeyedJagged(("f",), torch.tensor([1, 2, 3]), torch.arange(4), None, True, True)
+    cut = arrangement.arrange(one).sparse
+    assert cut.offsets.tolist() == [0, 2, 3, 3] and not cut.is_one_hot
+    spread = Stacks([FeatureConfig(name="f", table="t")], [HashStack(rounds=2, size=9)]).spread(one)
+    assert spread.offsets.tolist() == [0, 2, 4, 6] and not spread.is_one_hot
 
 
 def test_a_batch_without_samples_trains_nothing():

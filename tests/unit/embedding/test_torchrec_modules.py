@@ -129,6 +129,8 @@ def test_sequences(torchrec):
     assert torch.equal(found["b"].values, rows)
     plain = TorchRecSequences(same)(FakeKjt(["a", "b"], BAGS))
     assert plain["b"].weights is None
+    weighted = sequences(FakeKjt(["a", "b"], BAGS, torch.rand(5)))
+    assert torch.equal(weighted["b"].values, rows)
 
 
 def test_no_samples_and_no_keys(torchrec):
