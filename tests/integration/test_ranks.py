@@ -117,7 +117,7 @@ def test_a_rank_that_is_gone_ends_the_others_by_name(tmp_path):
     (survivor, error), (gone, _) = run_ranks(2, tmp_path / "out", "die")
     assert gone == 9
     assert survivor == 1
-    assert "GroupError: rank 0 of 2 could not finish a look-up" in error
+    assert "GroupError: rank 0 of 2 could not finish its look-up" in error
 
 
 @pytest.mark.gpu

@@ -111,7 +111,7 @@ class Collective:
             return collective()
         except RuntimeError as error:
             raise GroupError(
-                f"rank {self.rank} of {self.size} could not finish a {call} of its tables: another "
+                f"rank {self.rank} of {self.size} could not finish its {call} of tables: another "
                 f"rank is gone, or did not come within the group's timeout ({error}). Start all "
                 "ranks again from what they saved last"
             ) from error
