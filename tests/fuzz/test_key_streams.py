@@ -9,7 +9,6 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-import penstock.embedding.collection.collection as collection_module
 from penstock.config import (
     FTRL,
     LAMB,
@@ -23,6 +22,7 @@ from penstock.config import (
     TableConfig,
 )
 from penstock.embedding import EmbeddingCollection
+from penstock.embedding.collection import table_stores
 from penstock.embedding.dict_store import DictStore
 from penstock.embedding.store import TableRows
 from penstock.errors import ConfigError
@@ -91,7 +91,7 @@ def make(rules, poolings, tables_of, *, over_dictionaries, threads, deterministi
     ]
     with pytest.MonkeyPatch.context() as patch:
         if over_dictionaries:
-            patch.setattr(collection_module, "HostStore", OverDictionaries)
+            patch.setattr(table_stores, "HostStore", OverDictionaries)
         return EmbeddingCollection(
             tables, features, seed=3, num_threads=threads, deterministic=deterministic
         )

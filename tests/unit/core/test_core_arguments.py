@@ -5,12 +5,12 @@ import pytest
 
 from penstock import _core
 from penstock.config import SGD, Adagrad, TableConfig
-from penstock.embedding.host_store import HostStore, _core_plan
+from penstock.embedding.host_store import HostStore, core_plan
 from penstock.embedding.store import PooledFeature, PoolingPlan
 
 KEYS = np.arange(8)
 OFFSETS = np.arange(9)
-PLAN = _core_plan(PoolingPlan((PooledFeature(0, 0, "sum", 0),), 4))
+PLAN = core_plan(PoolingPlan((PooledFeature(0, 0, "sum", 0),), 4))
 HYPERS = np.zeros((2, 10), np.float32)
 
 
