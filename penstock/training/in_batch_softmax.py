@@ -54,15 +54,14 @@ class InBatchSoftmax:
         logits_BB = scores_BB - model.frequencies.observe(ids)
         logits_BB = logits_BB.masked_fill(is_other_of_same, -math.inf)
         losses = logits_BB.logsumexp(1) - logits_BB.diagonal()
-        weights = batch.labels if batch.weights is None else batch.labels * batch.weights
+        weights = _weights(batch)
         total = weights.sum() if totals is None else totals[0]
         total = total.clamp_min(torch.finfo(torch.float32).tiny)
         return Outcome((losses * weights).sum() / total, scores_BB.diagonal())
 
     def total_weights(self, batch: Batch) -> Tensor:
         """See `Objective`; the weights of positives."""
-        weights = batch.labels if batch.weights is None else batch.labels * batch.weights
-        return weights.sum(dtype=torch.float32).reshape(1)
+        return _weights(batch).sum(dtype=torch.float32).reshape(1)
 
     def metrics(self) -> RunningMetrics:
         """Mean loss, and the AUC of the pairs' scores where there are negatives."""
@@ -102,3 +101,8 @@ class RunningRankingMetrics:
         """Inverse of `state_dict`."""
         self._sums = state["loss_sums"].clone()
         self._ranking.load_state_dict(state)
+
+
+def _weights(batch: Batch) -> Tensor:
+    """[B] of the rows in the loss; 0 of those that are no positives."""
+    return batch.labels if batch.weights is None else batch.labels * batch.weights

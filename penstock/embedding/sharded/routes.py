@@ -117,11 +117,14 @@ def arrived(names: tuple[str, ...], keys: Tensor, counts: Tensor) -> Arrived:
 
     Those of one table are in the order of ranks.
     """
-    num_ranks, num_tables = counts.shape
+    num_tables = counts.shape[1]
     device = keys.device
-    tables = torch.arange(num_tables).repeat(num_ranks)
-    tables = torch.repeat_interleave(tables, counts.flatten(), output_size=keys.numel())
-    order = torch.argsort(tables, stable=True).to(device)
+    # Where each (rank, table) begins among the keys that came, and in the block: no sorting.
+    came = counts.flatten().cumsum(0).view_as(counts) - counts
+    sizes = counts.t().flatten()
+    shifts = came.t().flatten() - (sizes.cumsum(0) - sizes)
+    order = torch.repeat_interleave(shifts, sizes, output_size=keys.numel())
+    order = (order + torch.arange(keys.numel())).to(device)
     offsets = torch.zeros(num_tables + 1, dtype=torch.int64)
     torch.cumsum(counts.sum(0), 0, out=offsets[1:])
     block = KeyedJagged(names, keys[order], offsets.to(device), is_checked=True)

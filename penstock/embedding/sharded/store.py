@@ -275,8 +275,7 @@ class ShardedStore:
 
     def _ask(self, call: str, table: int, keys: Tensor) -> tuple[tuple[Tensor, list[int]], Arrived]:
         """Sends keys of one table to their owners: which each is of those sent, and what came."""
-        if not 0 <= table < len(self.tables):
-            raise ConfigError(f"table number {table} of a store with {len(self.tables)} tables")
+        checks.check_table(table, self.tables)
         offsets = torch.tensor([0, keys.numel()], device=keys.device)
         batch = KeyedJagged((self._names[table],), keys, offsets)
         plan = PoolingPlan.of_table(table, self.layout.dim)
