@@ -293,6 +293,28 @@ class Piece(NamedTuple):
     stop: int
 
 
+class LanePosition(NamedTuple):
+    """Where one lane of the data is: its part of the block being delivered, and behind it."""
+
+    pieces: tuple[Piece, ...] = ()
+    """What its part of the block is made of, if the block was begun."""
+    cursor: Cursor = Cursor()
+    """Where its part of the next block begins."""
+    samples: int = 0
+    """Of its part of the block, if the block was begun."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        pieces = [list(piece) for piece in self.pieces]
+        return {"pieces": pieces, "cursor": self.cursor._asdict(), "samples": self.samples}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LanePosition:
+        """Inverse of `to_dict`."""
+        pieces = tuple(Piece(*map(int, piece)) for piece in fields["pieces"])
+        return cls(pieces, Cursor(**fields["cursor"]), int(fields["samples"]))
+
+
 class Counts(NamedTuple):
     """Rows since the beginning of the run, in all epochs: read = filtered + quarantined + applied.
 
@@ -321,12 +343,9 @@ class Position:
     """Number within the epoch of the block being delivered, or of the next one."""
     block_row: int = 0
     """Samples of the block already delivered."""
-    block_size: int = 0
-    """Samples of the block, if it was begun."""
-    pieces: tuple[Piece, ...] = ()
-    """What the block is made of, if it was begun."""
-    cursor: Cursor = Cursor()
-    """Where the block after it begins, or the next one if none was begun."""
+    lanes: tuple[LanePosition, ...] = ()
+    """Of each part into which the data is divided; empty where nothing was read yet, so that any
+    number of them may begin."""
     samples: int = 0
     """Samples delivered since the beginning of the run."""
     counts: Counts = Counts()
@@ -339,12 +358,21 @@ class Position:
     begins, good rows of it before the block, and rows of the block unless it is the last one.
     """
 
+    @property
+    def block_size(self) -> int:
+        """Samples of the block, if it was begun."""
+        return sum(lane.samples for lane in self.lanes)
+
+    @property
+    def is_in_block(self) -> bool:
+        """Whether the block was begun."""
+        return any(lane.pieces for lane in self.lanes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a manifest."""
         return {
             **asdict(self),
-            "pieces": [list(piece) for piece in self.pieces],
-            "cursor": self.cursor._asdict(),
+            "lanes": [lane.to_dict() for lane in self.lanes],
             "counts": self.counts._asdict(),
             "files": [list(tag) for tag in self.files],
         }
@@ -355,8 +383,7 @@ class Position:
         before = fields["version_1"]
         return cls(**{
             **fields,
-            "pieces": tuple(Piece(*map(int, piece)) for piece in fields["pieces"]),
-            "cursor": Cursor(**fields["cursor"]),
+            "lanes": tuple(map(LanePosition.from_dict, fields["lanes"])),
             "counts": Counts(**fields["counts"]),
             "files": tuple(FileTag(str(p), int(size), str(d)) for p, size, d in fields["files"]),
             "version_1": None if before is None else (before[0], before[1], before[2]),

@@ -9,7 +9,10 @@ from typing import Literal
 
 from penstock.config import FeatureConfig, Job, SyntheticSource, TableConfig, TimeSplit
 from penstock.config import Source as SourceConfig
-from penstock.data.batches.loader import Loader, LoaderPlan
+from penstock.data.batches.agreement import Ranks
+from penstock.data.batches.blocks import FileTags
+from penstock.data.batches.loader import Loader
+from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.columns.schema import (
     Columns,
     default_text_types,
@@ -25,7 +28,7 @@ from penstock.data.plan.parts import Part, PartRows, divide
 from penstock.data.quarantine import Quarantine
 from penstock.data.source import RowCount, Source
 from penstock.errors import ConfigError, DataError
-from penstock.types import FileTag, Position
+from penstock.types import FileTag, LanePosition, Position
 
 
 class Dataset:
@@ -175,6 +178,7 @@ class Dataset:
         start: Position = Position(),  # noqa: B008 (frozen)
         shuffle: bool | None = None,
         groups: bool = False,
+        ranks: Ranks | None = None,
     ) -> Loader:
         """Starts reading a part.
 
@@ -183,10 +187,13 @@ class Dataset:
           batch_size: samples of every batch but the last of an epoch.
           seed: of the shuffling.
           epochs: passes over the part, counted from epoch 0 whatever `start` is.
-          start: where to begin; the `end` of a batch continues exactly after it.
+          start: where to begin; the `end` of a batch continues exactly after it. The part is
+            divided into the lanes that it has; into one, where it has none.
           shuffle: False: in order, and negatives, if there are any, the same in every epoch and
             for every seed, as in evaluation; None: as the job says.
           groups: also read the columns by which metrics are grouped, into `Batch.groups`.
+          ranks: that read the lanes together, each from its own process, in lockstep: every rank
+            has as many batches, of each the samples of its lanes; None: this process reads all.
 
         Returns:
           An iterator of batches with threads of its own; close it, or use it in a `with`.
@@ -195,6 +202,7 @@ class Dataset:
           ConfigError: there is no such part, or it cannot be shuffled.
           DataError: `start` lies outside the data.
         """
+        start = _with_lanes(start, ranks)
         if batch_size <= 0 or epochs <= 0:
             raise ConfigError(f"batch_size {batch_size} and epochs {epochs} must be positive")
         rows = self._rows(part)
@@ -223,8 +231,8 @@ class Dataset:
             run.reader_threads,
             run.prefetch_batches,
             quarantine=self._quarantine,
-            tags=self._tags[part],
-            files=self._files(part, start),
+            files=FileTags(self._files(part, start), self._tags[part], shows=part == "train"),
+            ranks=ranks,
         )
 
     def take_up_quarantine(self, after: Position) -> None:
@@ -291,6 +299,18 @@ class Dataset:
                 f"no {part} rows: nothing is held out; set data.split or data.evaluation_source"
             )
         return self._parts[part]
+
+
+def _with_lanes(start: Position, ranks: Ranks | None) -> Position:
+    if not start.lanes:
+        start = replace(start, lanes=(LanePosition(),))
+    lanes = len(start.lanes)
+    if ranks is not None and ranks.size > lanes:
+        raise ConfigError(
+            f"{ranks.size} ranks, but the data is divided into {lanes} lanes, of which each rank "
+            f"reads some; start at most {lanes} ranks, or set data.lanes for a new run"
+        )
+    return start
 
 
 def paths_of(job: Job) -> list[str]:

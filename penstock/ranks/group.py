@@ -101,9 +101,7 @@ class Processes:
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         every = self.gathered(padded)
-        return [
-            every[rank, :size].numpy().tobytes() for rank, size in enumerate(sizes.tolist())
-        ]
+        return [every[rank, :size].numpy().tobytes() for rank, size in enumerate(sizes.tolist())]
 
     def add(self, values: Tensor) -> None:
         """See `Group.add`."""

@@ -1,4 +1,4 @@
-"""Reads extents ahead in threads, and gives what they read in order.
+"""Reads the extents of one lane ahead in threads, and gives what they read in order.
 
 A position begins a reader anywhere: in the pieces of a block that a former run began, and behind
 them.
@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice, takewhile
 from typing import NamedTuple
 
 from penstock.data.batches.channel import Channel, Closed, Ended
@@ -21,14 +20,16 @@ from penstock.data.columns.decode import Decoder
 from penstock.data.columns.far_times import FarTimes
 from penstock.data.columns.schema import Columns
 from penstock.data.identity import WholeTags
+from penstock.data.plan.lanes import Lane
 from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import LeftOut
 from penstock.data.source import Chunk, Extent
 from penstock.errors import DataError
-from penstock.types import Cursor, FileTag, Piece, Position
+from penstock.types import FileTag, LanePosition, Piece, Position
 
-_CHUNKS_AHEAD = 2
-"""Chunks that a reader may decode ahead of the consumer, for each extent it has open."""
+_CHUNKS_AHEAD, _CHUNKS_AHEAD_IN_LANES = 2, 1
+"""Chunks that a reader may decode ahead of the consumer, for each extent it has open: where there
+is one lane, and where there are several, which are read side by side."""
 
 
 class _Task(NamedTuple):
@@ -42,8 +43,16 @@ class _Task(NamedTuple):
     """Good rows to pass over, in place of `first`, where a checkpoint of version 1 counts them."""
 
 
+class Threads(NamedTuple):
+    """That read one lane."""
+
+    number: int
+    at_work: threading.Semaphore
+    """Lets so many of all lanes read and decode at a time."""
+
+
 class Reader:
-    """Decoded stretches of the rows of a part, from a position on, in order.
+    """Decoded stretches of the rows of a lane of a part, from a position on, in order.
 
     Safe to use from one thread; an error of a reading thread is raised where its rows would come.
     """
@@ -52,9 +61,10 @@ class Reader:
         self,
         part: PartRows,
         columns: Columns,
+        lane: Lane,
         start: Position,
         epochs: int,
-        threads: int,
+        threads: Threads,
         *,
         tags: WholeTags,
         trains: bool,
@@ -64,9 +74,10 @@ class Reader:
         Args:
           part: what to read.
           columns: what to decode.
-          start: where to begin.
+          lane: which of its extents.
+          start: where to begin; it has the lane.
           epochs: passes, counted from epoch 0.
-          threads: how many extents are read side by side.
+          threads: each reads an extent.
           tags: of the part's files.
           trains: stretches say what identifies their file, and rows whose event time cannot be are
             left out.
@@ -75,7 +86,9 @@ class Reader:
           DataError: the data does not have the place at which to start.
         """
         self._part = part
+        self._lane = lane
         self._start = start
+        self._from: LanePosition = start.lanes[lane.number]
         self._epochs = epochs
         self._tags = tags
         self._trains = trains
@@ -86,7 +99,7 @@ class Reader:
         self._columns = columns.names
         self._decoder = Decoder(columns)
         self._file_numbers = {path: number for number, path in enumerate(part.files)}
-        self._begun = [self._task_of(piece) for piece in start.pieces]
+        self._begun = [self._task_of(piece) for piece in self._from.pieces]
         self._first = self._first_tasks()
         self._todo = self._tasks()
         self._draw = threading.Lock()
@@ -94,13 +107,17 @@ class Reader:
         self._open_splits: deque[Channel[Stretch] | None] = deque()
         """None ends an epoch, or the block that was begun."""
         self._split_opened = threading.Condition()
-        self._max_open = threads + 1
+        self._max_open = threads.number + 1
+        self._ahead = _CHUNKS_AHEAD if lane.of == 1 else _CHUNKS_AHEAD_IN_LANES
+        self._at_work = threads.at_work
         self._closed = False
         self._threads = [
             threading.Thread(
-                target=self._read_splits, name=f"penstock-reader-{number}", daemon=True
+                target=self._read_splits,
+                name=f"penstock-reader-{lane.number}-{number}",
+                daemon=True,
             )
-            for number in range(threads)
+            for number in range(threads.number)
         ]
         for thread in self._threads:
             thread.start()
@@ -148,39 +165,39 @@ class Reader:
             self._split_opened.notify_all()
 
     def _first_tasks(self) -> Iterator[_Task]:
-        """What is left of the epoch in which to begin.
-
-        Extents before it are found here; where files are opened to find theirs, others are not yet.
-        """
-        start, extents = self._start, self._part.extents
-        file, at, row = start.cursor
+        """What is left of the epoch in which to begin."""
+        start, (file, at, row) = self._start, self._from.cursor
         if start.version_1 is not None:
             first, good_before, _ = start.version_1
-            if first > len(extents):
+            extents = len(self._part.extents)
+            if first > extents:
                 raise DataError(
-                    f"position in extent {first}, but the data has {len(extents)} extents; it "
+                    f"position in extent {first}, but the data has {extents} extents; it "
                     "is not the data that the checkpoint was taken on"
                 )
             return self._tasks_from(_Task(start.epoch, first, good_before=good_before))
         if row:
             return self._tasks_from(self._task_of(Piece(file, at, row, -1))._replace(stop=None))
-        first = 0
-        if start.cursor > Cursor():
-            first = sum(1 for _ in takewhile(lambda one: self._place(one) < (file, at), extents))
-        return self._tasks_from(_Task(start.epoch, first))
+        return (
+            _Task(start.epoch, number)
+            for number, extent in self._extents()
+            if self._place(extent) >= (file, at)
+        )
 
     def _tasks_from(self, first: _Task) -> Iterator[_Task]:
-        for number, _ in enumerate(
-            islice(self._part.extents, first.extent, None), start=first.extent
-        ):
-            yield first if number == first.extent else _Task(first.epoch, number)
+        for number, _ in self._extents():
+            if number >= first.extent:
+                yield first if number == first.extent else _Task(first.epoch, number)
+
+    def _extents(self) -> Iterator[tuple[int, Extent]]:
+        return self._lane.extents(self._part.extents, self._file_numbers)
 
     def _place(self, extent: Extent) -> tuple[int, int]:
         return self._file_numbers[extent.path], extent.start
 
     def _task_of(self, piece: Piece) -> _Task:
         place = (piece.file, piece.start)
-        for number, extent in enumerate(self._part.extents):
+        for number, extent in self._extents():
             if self._place(extent) == place:
                 return _Task(self._start.epoch, number, piece.first, piece.stop)
             if self._place(extent) > place:
@@ -196,7 +213,7 @@ class Reader:
         """All that is to be read, in order; None behind each part."""
         if self._start.epoch >= self._epochs:
             return
-        if self._start.pieces:
+        if self._from.pieces:
             yield from self._begun
             yield None
         yield from self._first
@@ -237,7 +254,7 @@ class Reader:
                     )
                     if self._closed:
                         return None
-                channel: Channel[Stretch] = Channel(_CHUNKS_AHEAD)
+                channel: Channel[Stretch] = Channel(self._ahead)
                 task: _Task | None = None
                 try:
                     task = next(self._todo)
@@ -257,25 +274,37 @@ class Reader:
 
     def _read(self, task: _Task, channel: Channel[Stretch]) -> None:
         extent = self._part.extents[task.extent]
-        file, start = self._place(extent)
         row, good_before = 0, task.good_before
         with closing(self._part.read(extent, self._columns)) as chunks:
-            for chunk in chunks:
-                begin, end = max(task.first - row, 0), chunk.num_read
-                if task.stop is not None:
-                    end = min(end, task.stop - row)
-                if good_before:
-                    passed = min(good_before, chunk.table.num_rows)
-                    good_before -= passed
-                    begin = _behind(chunk, passed)
-                if begin < end:
-                    if self._far_times is not None:
-                        chunk = self._far_times.leave_out(chunk)  # noqa: PLW2901
-                    passage = Passage(file, start, row, self._tag_of(chunk, extent.path))
-                    channel.put(self._stretch(chunk, extent.path, passage, begin, end))
+            while True:
+                with self._at_work:
+                    chunk = next(chunks, None)
+                    if chunk is None:
+                        return
+                    begin, end = max(task.first - row, 0), chunk.num_read
+                    if task.stop is not None:
+                        end = min(end, task.stop - row)
+                    if good_before:
+                        passed = min(good_before, chunk.table.num_rows)
+                        good_before -= passed
+                        begin = _behind(chunk, passed)
+                    stretch = self._decoded(extent, row, chunk, begin, end)
+                if stretch is not None:
+                    channel.put(stretch)
                 row += chunk.num_read
                 if task.stop is not None and row >= task.stop:
                     return
+
+    def _decoded(
+        self, extent: Extent, row: int, chunk: Chunk, begin: int, end: int
+    ) -> Stretch | None:
+        """Rows [begin, end) of a chunk, before which the extent has `row` rows; None: no row."""
+        if begin >= end:
+            return None
+        if self._far_times is not None:
+            chunk = self._far_times.leave_out(chunk)
+        passage = Passage(*self._place(extent), row, self._tag_of(chunk, extent.path))
+        return self._stretch(chunk, extent.path, passage, begin, end)
 
     def _stretch(self, chunk: Chunk, path: str, passage: Passage, begin: int, end: int) -> Stretch:
         low, high = good_rows_between(chunk, begin, end)

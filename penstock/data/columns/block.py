@@ -122,6 +122,26 @@ class Samples(NamedTuple):
     groups: Sequence[pa.Array]
 
 
+def no_samples(rows: Rows) -> Samples:
+    """A batch without a sample, of the types that `rows`, which are none, have."""
+
+    def none(array: NDArray[Any] | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array)
+
+    has_weights = any(bags.weights is not None for bags in rows.bags)
+    return Samples(
+        torch.from_numpy(rows.dense),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(0) if has_weights else None,
+        torch.from_numpy(rows.labels),
+        none(rows.weights),
+        none(rows.event_time),
+        none(rows.teacher),
+        rows.groups,
+    )
+
+
 class Block:
     """Stretches of several chunks as one run of rows, from which batches are cut."""
 

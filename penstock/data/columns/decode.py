@@ -34,7 +34,7 @@ from penstock.data.columns.transforms import (
     split_texts,
     truncate,
 )
-from penstock.data.source import Chunk, Place
+from penstock.data.source import Chunk, Place, RowPlace
 from penstock.errors import DataError
 
 _AS_VECTOR = "; where each row is a vector, set its `width` in data.numeric"
@@ -98,6 +98,11 @@ class Decoder:
             [plain_values(table.column(name)) for name in columns.groups],
             None if columns.negatives is None else item_rows(table, columns.negatives),
         )
+
+    def nothing(self, schema: pa.Schema) -> Rows:
+        """No rows, of a source of some columns."""
+        table = schema.empty_table().select(list(self._columns.names))
+        return self.decode(Chunk(table, RowPlace("", 0)))
 
     def _read_dense(self, table: pa.Table, place: Place) -> NDArray[np.float32]:
         """[n, numeric columns], filled and transformed."""

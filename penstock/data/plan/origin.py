@@ -50,3 +50,15 @@ class Origin:
         if len(spans) > 2:
             words = f"{spans[0]} to {spans[-1]}"
         return words + (" (shuffled)" if self.shuffled else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Some rows of several lanes."""
+
+    parts: Sequence[Origin]
+
+    def __str__(self) -> str:
+        words = [str(part) for part in self.parts[:2]]
+        more = len(self.parts) - len(words)
+        return " and ".join(words) + (f" and {more} more places" if more > 0 else "")

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 # FORMAT: never change these; see docs/checkpoint_format.md.
 _OF_A_RUN = "penstock checkpoint"
 # The tables are the same in both; what differs is the position in the input.
-_READ = {(FORMAT, VERSION), (_OF_A_RUN, 1), (_OF_A_RUN, 2)}
+_READ = {(FORMAT, VERSION), (_OF_A_RUN, 1), (_OF_A_RUN, 2), (_OF_A_RUN, 3)}
 _UNFINISHED = ".tmp-"
 _PART = "part-{:05d}-of-{:05d}"
 _ANY_PART = re.compile(r"part-(\d{5})-of-(\d{5})")

@@ -23,12 +23,12 @@ from penstock.embedding.durable_files import (
     verify_files,
 )
 from penstock.errors import CheckpointError
-from penstock.types import Counts, Position
+from penstock.types import Counts, LanePosition, Position
 
 # FORMAT: never change these; see docs/checkpoint_format.md.
 FORMAT = "penstock checkpoint"
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
 INPUT = "input.json"
 _PLAIN_BLOCK_ROWS = 8_192
 """Of a block that is not shuffled, in version 1."""
@@ -81,7 +81,10 @@ class Manifest:
         if content["version"] == 1:
             known["position"] = _position_of_version_1(known["position"], known["job"])
         else:
-            known["position"] = Position.from_dict({**known["position"], "files": ()})
+            position = known["position"]
+            if content["version"] == 2:
+                position = _with_one_lane(position)
+            known["position"] = Position.from_dict({**position, "files": ()})
         known["tables"] = tuple(TableRecord.from_json(table) for table in known["tables"])
         known["files"] = {name: FileRecord(**record) for name, record in known["files"].items()}
         return cls(**known)
@@ -138,6 +141,13 @@ def read_position(path: Path, manifest: Manifest) -> Position:
         raise CheckpointError(f"checkpoint {path}: cannot read {INPUT}: {error}") from error
 
 
+def _with_one_lane(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a position of version 2, which knew no lanes, as those of now."""
+    of_lane = {"pieces": "pieces", "cursor": "cursor", "samples": "block_size"}
+    rest = {name: value for name, value in fields.items() if name not in of_lane.values()}
+    return {**rest, "lanes": [{now: fields[before] for now, before in of_lane.items()}]}
+
+
 def _position_of_version_1(fields: Mapping[str, Any], job: Mapping[str, Any]) -> Position:
     """What version 1 says: the extent and good row where the block begins, and no files.
 
@@ -155,6 +165,7 @@ def _position_of_version_1(fields: Mapping[str, Any], job: Mapping[str, Any]) ->
         epoch=int(fields["epoch"]),
         block=int(fields["window"]),
         block_row=int(fields["window_row"]),
+        lanes=(LanePosition(),),
         samples=samples,
         counts=Counts(read=applied, applied=applied),
         version_1=(int(fields["split"]), int(fields["split_row"]), -(-rows // unit) * unit),

@@ -260,7 +260,7 @@ class TestValues:
     def test_an_error_comes_after_the_good_batches(self, parquet_job, monkeypatch):
         monkeypatch.setattr("penstock.data.formats.parquet.CHUNK_ROWS", 2)
         job = parquet_job({"label": [0, 1, 0, 9]}, shuffle={"block_rows": 0})
-        monkeypatch.setattr("penstock.data.batches.loader._PLAIN_BLOCK_ROWS", 1)
+        monkeypatch.setattr("penstock.data.batches.loader_plan._PLAIN_BLOCK_ROWS", 1)
         with Dataset.open(job).batches("train", batch_size=1) as batches:
             assert next(batches).labels.tolist() == [0]
             with pytest.raises(DataError, match="label 9 is not 0 or 1"):

@@ -490,14 +490,14 @@ def test_positions_of_version_1(tmp_path):
     for number, batch in enumerate(batches):
         if batch.start.block_row == 0:
             block = batch.start
-        if block.epoch != batch.start.epoch or block.cursor.file == 3:
+        if block.epoch != batch.start.epoch or block.lanes[0].cursor.file == 3:
             continue
         places = [(part.files.index(one.path), one.start) for one in extents]
-        split = places.index(block.cursor[:2]) if block.cursor > (0, 0, 0) else 0
+        split = places.index(block.lanes[0].cursor[:2]) if block.lanes[0].cursor > (0, 0, 0) else 0
         row = good = 0
         for chunk in part.source.read(extents[split], ["id"]):
             kept = np.arange(chunk.num_read) if chunk.kept is None else chunk.kept
-            good += int((kept + row < block.cursor.row).sum())
+            good += int((kept + row < block.lanes[0].cursor.row).sum())
             row += chunk.num_read
         old = Position(
             epoch=batch.start.epoch,

@@ -1,0 +1,160 @@
+"""What the readers of lanes tell each other: how a block is dealt, and what is in it.
+
+A pure function of what all lanes offer, so that every rank comes to the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from penstock.data.batches.lane_queue import Offer
+from penstock.data.batches.loader_plan import LoaderPlan
+from penstock.data.quarantine import LeftOut
+from penstock.errors import GroupError
+from penstock.types import Counts, FileTag, LanePosition
+
+_UNLIMITED = 2**63 - 1
+
+
+class Ranks(Protocol):
+    """The ranks that read the lanes; all make the same calls in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This one's number."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def gathered_bytes(self, content: bytes) -> list[bytes]:
+        """What each of them says."""
+
+
+class LaneBlock(NamedTuple):
+    """A lane's part of a block."""
+
+    position: LanePosition
+    counts: Counts
+    """Of its rows."""
+    tags: Sequence[tuple[int, FileTag]]
+    """Number and identity of files, as far as they were read for it."""
+    malformed: Sequence[LeftOut]
+
+
+class Agreement:
+    """Between the ranks that read the lanes; alone, one has nothing to ask."""
+
+    def __init__(self, ranks: Ranks | None) -> None:
+        """None: one process reads all lanes."""
+        self._ranks = None if ranks is None or ranks.size == 1 else ranks
+        self._is_over = False
+
+    def offers(self, mine: Mapping[int, Offer]) -> dict[int, Offer]:
+        """Those of all lanes by their number."""
+        if self._ranks is None:
+            return dict(mine)
+        said = [[number, *offer] for number, offer in mine.items()]
+        return {
+            number: Offer(rows, is_last, is_limited)
+            for of_rank in self._told("offers", said)
+            for number, rows, is_last, is_limited in of_rank
+        }
+
+    def blocks(self, mine: Mapping[int, LaneBlock]) -> dict[int, LaneBlock]:
+        """Those of all lanes by their number."""
+        if self._ranks is None:
+            return dict(mine)
+        said = [[number, block.position.to_dict(), *block[1:]] for number, block in mine.items()]
+        return {
+            number: LaneBlock(
+                LanePosition.from_dict(position),
+                Counts(*counts),
+                [(file, FileTag(*tag)) for file, tag in tags],
+                [LeftOut(FileTag(*tag), *rest) for tag, *rest in malformed],
+            )
+            for of_rank in self._told("blocks", said)
+            for number, position, counts, tags, malformed in of_rank
+        }
+
+    def leave(self) -> None:
+        """Tells the others, who wait for it, that nothing more comes from this rank."""
+        if self._ranks is not None and not self._is_over:
+            self._is_over = True
+            self._ranks.gathered_bytes(b"null")
+
+    def _told(self, what: str, said: Any) -> list[Any]:
+        assert self._ranks is not None
+        told = self._ranks.gathered_bytes(json.dumps({what: said}).encode())
+        found = [json.loads(content) for content in told]
+        for rank, content in enumerate(found):
+            if content is None:
+                self._is_over = True
+                raise GroupError(
+                    f"rank {rank} stopped reading its part of the data, and says why; rank "
+                    f"{self._ranks.rank} cannot go on without it"
+                )
+        return [content[what] for content in found]
+
+
+class Dealt(NamedTuple):
+    """How many rows each lane gives to a block."""
+
+    rows: list[int]
+    is_last: list[bool]
+    """Whether they are the last of the lane in the epoch."""
+
+
+def deal(plan: LoaderPlan, offers: Callable[[Sequence[int], int], Sequence[Offer]]) -> Dealt:
+    """Asks the lanes for rows until a block is full, or nothing is left.
+
+    Every lane gives as many; where one has fewer, the others make up for it. Only at the end of an
+    epoch is a block no multiple of whole batches.
+
+    Args:
+      plan: with the size of the block.
+      offers: given the rows wanted of each lane and the memory that each may take, asks all lanes.
+    """
+    lanes, unit = plan.num_lanes, plan.rows_of_whole_batches
+    found = _full(lanes, plan.block_rows, plan.block_bytes // lanes, offers)
+    total = sum(offer.rows for offer in found)
+    if all(offer.is_last for offer in found):
+        return Dealt([offer.rows for offer in found], [True] * lanes)
+    if total < unit:
+        # Not one batch fits into the memory: there is one all the same.
+        found = _full(lanes, unit, _UNLIMITED, offers)
+        total = sum(offer.rows for offer in found)
+        if all(offer.is_last for offer in found):
+            return Dealt([offer.rows for offer in found], [True] * lanes)
+    rows = _without([offer.rows for offer in found], total % unit)
+    return Dealt(rows, [one.is_last and n == one.rows for one, n in zip(found, rows, strict=True)])
+
+
+def _full(
+    lanes: int,
+    rows: int,
+    most_bytes: int,
+    offers: Callable[[Sequence[int], int], Sequence[Offer]],
+) -> Sequence[Offer]:
+    wanted = [rows // lanes + (lane < rows % lanes) for lane in range(lanes)]
+    while True:
+        found = offers(wanted, most_bytes)
+        missing = rows - sum(offer.rows for offer in found)
+        # Each time one lane more has come to its end, or nothing is missing.
+        able = [lane for lane, offer in enumerate(found) if not (offer.is_last or offer.is_limited)]
+        if missing <= 0 or not able:
+            return found
+        for place, lane in enumerate(able):
+            wanted[lane] += missing // len(able) + (place < missing % len(able))
+
+
+def _without(rows: Sequence[int], excess: int) -> list[int]:
+    """Takes some rows off, of each lane in proportion to what it has."""
+    total = sum(rows)
+    left = [n - n * excess // total for n in rows] if excess else list(rows)
+    over = sum(left) - (total - excess)
+    for lane in sorted(range(len(left)), key=lambda lane: (-left[lane], lane))[:over]:
+        left[lane] -= 1
+    return left

@@ -1,0 +1,89 @@
+"""The rows of a lane that were read and are in no block yet."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from penstock.data.batches.loader_plan import LoaderPlan
+from penstock.data.batches.reader import Reader
+from penstock.data.batches.stretches import Stretch, rows_within, take
+from penstock.types import Cursor
+
+
+class Offer(NamedTuple):
+    """What a lane can give to a block: a function of its rows, however they came to be read."""
+
+    rows: int
+    """Good ones."""
+    is_last: bool
+    """Whether these are the lane's last ones of the epoch."""
+    is_limited: bool
+    """Whether there are fewer than were wanted, as more would take too much memory."""
+
+
+class LaneQueue:
+    """Of one lane. Its reader's errors are raised where it reads."""
+
+    def __init__(self, number: int, reader: Reader, plan: LoaderPlan) -> None:
+        self.number = number
+        self._reader, self._plan = reader, plan
+        self._waiting: deque[Stretch] = deque()
+        self._rows = self._memory = 0
+        # One lane's limit is in whole batches; of several, all of them together are.
+        self._unit = plan.rows_of_whole_batches if plan.num_lanes == 1 else 1
+
+    def begin_epoch(self) -> None:
+        """Goes on to the next epoch; the one before must have been taken to its end."""
+        self._stretches = self._reader.stretches()
+        self._has_ended = False
+
+    def rest_of_block(self) -> list[Stretch]:
+        """The rows of the block that a former run began; before the first epoch."""
+        return list(self._reader.stretches())
+
+    def offer(self, wanted: int, most_bytes: int) -> Offer:
+        """What it can give of `wanted` good rows within some memory. Reads on for it.
+
+        Where it has any row, at least one.
+        """
+        while True:
+            size = wanted
+            if self._memory > most_bytes:
+                fit = rows_within(self._waiting, most_bytes)
+                size = min(size, max(fit // self._unit, 1) * self._unit)
+            # A row that is left says where the next block begins.
+            if self._rows >= size + self._plan.rows_to_begin_a_block(size):
+                return Offer(size, False, size < wanted)
+            if self._has_ended:
+                return Offer(self._rows, True, False)
+            self._read()
+
+    def take(self, rows: int) -> list[Stretch]:
+        """Removes the first good rows, and what was left out before the next one."""
+        taken = take(self._waiting, rows)
+        self._rows -= rows
+        self._memory = sum(one.memory for one in self._waiting)
+        return taken
+
+    def take_all(self) -> list[Stretch]:
+        """Removes all that is left of the epoch, which was read to its end."""
+        taken = list(self._waiting)
+        self._waiting.clear()
+        self._rows = self._memory = 0
+        return taken
+
+    @property
+    def begins_at(self) -> Cursor:
+        """Where the next row is, of those that were read; there must be one."""
+        (file, start, _, _), first = self._waiting[0].passage, self._waiting[0].first
+        return Cursor(file, start, first)
+
+    def _read(self) -> None:
+        stretch = next(self._stretches, None)
+        if stretch is None:
+            self._has_ended = True
+            return
+        self._waiting.append(stretch)
+        self._rows += stretch.size
+        self._memory += stretch.memory
