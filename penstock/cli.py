@@ -5,7 +5,6 @@ Commands import what they need when they run, so that help and `schema` answer w
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 import signal
@@ -14,16 +13,29 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import penstock
-from penstock.cli_data import ForceOption, add_history, grouped, inspect_data
-from penstock.errors import ConfigError, Interrupted, JobNote, PenstockError
+from penstock.cli_data import ForceOption, add_history, inspect_data, synthesize
+from penstock.errors import (
+    ConfigError,
+    FailedElsewhere,
+    GroupError,
+    Interrupted,
+    JobNote,
+    PenstockError,
+)
 from penstock.interruption import Interruption, interruption
+from penstock.ranks.environment import (
+    LOST,
+    end_with_launcher,
+    is_started_by_us,
+    leave_words,
+)
 from penstock.report.terminal import (
     YELLOW,
     NobodyReads,
@@ -60,6 +72,7 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 data_app.command("inspect")(inspect_data)
 data_app.command("history")(add_history)
+data_app.command("synth")(synthesize)
 
 
 def _say_version(is_asked: bool) -> None:
@@ -78,25 +91,6 @@ def options(
     """Options of `penstock` itself; the help is that of the application."""
 
 
-class FileFormat(enum.StrEnum):
-    """Formats that `data synth` writes."""
-
-    parquet = "parquet"
-    csv = "csv"
-    tsv = "tsv"
-
-    @classmethod
-    def of(cls, path: Path) -> FileFormat:
-        """The format that a file's name ends with."""
-        ending = path.suffix.removeprefix(".")
-        if ending not in cls.__members__:
-            raise ConfigError(
-                f"{path}: no format is known by {path.suffix!r}; end the name with .parquet, .csv "
-                "or .tsv, or give --format"
-            )
-        return cls(ending)
-
-
 JobArgument = Annotated[
     str,
     typer.Argument(
@@ -112,13 +106,17 @@ RunArgument = Annotated[
 ]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Process:
     """What all commands share."""
 
     output: Stream
     """The standard output."""
     stop: Interruption
+    is_in_group: bool = False
+    """Whether it is a rank among several: then what torch keeps of the group may wait for others
+    that are gone, so that the process ends without it.
+    """
 
 
 @app.command()
@@ -140,6 +138,16 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
     ] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Train over N processes of this machine: tables spread, samples divided. Of GPUs "
+            "(run.device: cuda) each takes one.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Trains a job, evaluates it on the held-out part, and keeps a checkpoint.
 
@@ -155,18 +163,49 @@ def train(
         penstock train jobs/criteo.yaml --set data.source.path=train.parquet --out runs/criteo
         penstock train jobs/synthetic.yaml --set training.epochs=2 --set features.0.pooling=mean
         penstock train runs/criteo/job.yaml --out runs/criteo --resume
+
+    **Over processes.** `--nproc 4` starts four ranks here; `torchrun penstock train JOB`, or
+    any launcher that sets its variables, starts them anywhere (docs/ranks.md). Either is resumed on
+    any number of ranks. One that fails ends all: the error says which it was.
+
+        penstock train jobs/criteo.yaml --nproc 4 --out runs/criteo
+        penstock train runs/criteo/job.yaml --nproc 2 --out runs/criteo --resume
     """
-    from penstock import run
     from penstock.job_file import load_job
-    from penstock.report.folder import RunFolder, default_folder
 
     loaded = load_job(job, sets or ())
     if resume and out is None:
         raise typer.BadParameter("name the run folder to go on with: --out FOLDER --resume")
-    folder = out or default_folder(loaded)
     process: Process = context.obj
-    process.output.failed = RunFolder(folder).note_lost_display
-    run.train(loaded, folder, resume=resume, stop=process.stop)
+    if nproc is not None and nproc > 1 and not is_started_by_us(os.environ):
+        _launch(nproc, process)
+        return
+    from penstock import run
+    from penstock.ranks.join import joined
+    from penstock.ranks.together import from_first
+    from penstock.report.folder import RunFolder, default_folder
+
+    process.is_in_group = "WORLD_SIZE" in os.environ
+    with joined(loaded.run.device) as group:
+        folder = out or Path(from_first(group, lambda: str(default_folder(loaded))))
+        process.output.failed = RunFolder(folder).note_lost_display
+        run.train(loaded, folder, resume=resume, stop=process.stop, group=group)
+
+
+def _launch(size: int, process: Process) -> None:
+    """Runs this very command as ranks; exits with the status of the first that failed."""
+    from penstock.ranks.launch import launch
+
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            f"--nproc {size}, and WORLD_SIZE is {os.environ['WORLD_SIZE']!r}: another launcher "
+            "has started this process as one of its ranks; leave --nproc out, or unset WORLD_SIZE"
+        )
+    ended = launch([sys.executable, *sys.orig_argv[1:]], size, process.stop)
+    if ended.words is not None:
+        complain(ended.words)
+    if ended.status:
+        raise SystemExit(ended.status)
 
 
 @app.command()
@@ -296,51 +335,6 @@ def compare(
         show(part)
 
 
-@dataclass(frozen=True)
-class SyntheticColumns:
-    """Columns of a synthetic log."""
-
-    num_categorical: Annotated[int, typer.Option(min=1, help="Columns c0, c1, ...")] = 8
-    num_numeric: Annotated[int, typer.Option(min=0, help="Columns n0, n1, ...")] = 4
-    keys_per_feature: Annotated[
-        int, typer.Option(min=1, help="Different ids of each categorical column.")
-    ] = 100_000
-
-
-@data_app.command("synth")
-@grouped
-def synthesize(
-    context: typer.Context,
-    *,
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    rows: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 400_000,
-    seed: Annotated[int, typer.Option(help="Another seed, another teacher and other rows.")] = 0,
-    columns: SyntheticColumns,
-    file_format: Annotated[
-        FileFormat | None,
-        typer.Option("--format", help="Default: by the file's name.", show_default=False),
-    ] = None,
-    force: ForceOption = False,
-) -> None:
-    """Writes a synthetic click log whose teacher is known.
-
-    Columns: click, event_time (ms), n0.., c0.., and teacher, the true click probability.
-
-    **Examples**
-
-        penstock data synth --out clicks.parquet --rows 1000000
-        penstock data synth --out clicks.tsv --rows 10000 --seed 7
-    """
-    from penstock.config import SyntheticSource
-    from penstock.data.formats.synthetic import write_synthetic
-
-    context.obj.output.failed = ignored
-    chosen = file_format or FileFormat.of(out)
-    config = SyntheticSource(rows=rows, seed=seed, **asdict(columns))
-    write_synthetic(config, out, chosen.value, overwrite=force)
-    say(f"{rows:,} rows: {out}")
-
-
 @app.command()
 def schema() -> None:
     """Prints the JSON schema of a job, for editors that check YAML as you type.
@@ -361,11 +355,17 @@ def _show_note(otherwise: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, JobNote):
-            complain(f"note: {message}", YELLOW)
+            if not _is_told_by_another():
+                complain(f"note: {message}", YELLOW)
         else:
             otherwise(message, category, *rest)
 
     return show
+
+
+def _is_told_by_another() -> bool:
+    """Whether another process of the same run says what is true of all: its launcher, or rank 0."""
+    return is_started_by_us(os.environ) or os.environ.get("RANK", "0") != "0"
 
 
 def main() -> None:
@@ -373,6 +373,8 @@ def main() -> None:
 
     A `PenstockError` is printed without a traceback.
     """
+    if is_started_by_us(os.environ):
+        end_with_launcher()
     if sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
         # Names of files are UTF-8 to pyarrow and in jobs; Python would refuse their letters.
         os.environ["PYTHONUTF8"] = "1"
@@ -389,12 +391,14 @@ def main() -> None:
     warnings.showwarning = _show_note(warnings.showwarning)
     is_stopped = False
     with standard_streams() as output:
+        process = Process(output, Interruption())
         try:
-            with interruption(_end) as stop:
-                status = _call(Process(output, stop))
+            with interruption(_end) as process.stop:
+                status = _call(process)
         except Interrupted as stopped:
-            complain(str(stopped))
+            _say_why(str(stopped))
             is_stopped, status = True, stopped.exit_status
+    is_stopped |= status != 0 and process.is_in_group
     if is_stopped or any(one.name.startswith("penstock-") for one in threading.enumerate()):
         # All is written. Python would take seconds to take torch apart, and for ever to wait for
         # a thread that is within a read that does not end.
@@ -414,10 +418,20 @@ def _call(process: Process) -> int:
         return done.code if isinstance(done.code, int) else 0
     except NobodyReads:
         return 128 + signal.SIGPIPE
+    except GroupError as error:
+        if not isinstance(error, FailedElsewhere):
+            _say_why(str(error), "error: ")
+        return LOST
     except PenstockError as error:
-        complain(f"error: {error}")
+        _say_why(str(error), "error: ")
         return 2
     return 0
+
+
+def _say_why(words: str, prefix: str = "") -> None:
+    """Says why this process ends. Of ranks that we started the launcher says it, of the first."""
+    if not leave_words(words):
+        complain(f"{prefix}{words}")
 
 
 def _refuse_bytes(arguments: list[str]) -> None:

@@ -1,12 +1,13 @@
-"""`penstock data inspect` and `data history`: parse, call, print."""
+"""`penstock data inspect`, `data history` and `data synth`: parse, call, print."""
 
 from __future__ import annotations
 
+import enum
 import inspect
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
@@ -290,4 +291,67 @@ def add_history(
             overwrite=force,
             progress=lambda done, total: advance(done, done / total),
         )
+    say(f"{rows:,} rows: {out}")
+
+
+class FileFormat(enum.StrEnum):
+    """Formats that `data synth` writes."""
+
+    parquet = "parquet"
+    csv = "csv"
+    tsv = "tsv"
+
+    @classmethod
+    def of(cls, path: Path) -> FileFormat:
+        """The format that a file's name ends with."""
+        ending = path.suffix.removeprefix(".")
+        if ending not in cls.__members__:
+            raise ConfigError(
+                f"{path}: no format is known by {path.suffix!r}; end the name with .parquet, .csv "
+                "or .tsv, or give --format"
+            )
+        return cls(ending)
+
+
+@dataclass(frozen=True)
+class SyntheticColumns:
+    """Columns of a synthetic log."""
+
+    num_categorical: Annotated[int, typer.Option(min=1, help="Columns c0, c1, ...")] = 8
+    num_numeric: Annotated[int, typer.Option(min=0, help="Columns n0, n1, ...")] = 4
+    keys_per_feature: Annotated[
+        int, typer.Option(min=1, help="Different ids of each categorical column.")
+    ] = 100_000
+
+
+@grouped
+def synthesize(
+    context: typer.Context,
+    *,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    rows: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 400_000,
+    seed: Annotated[int, typer.Option(help="Another seed, another teacher and other rows.")] = 0,
+    columns: SyntheticColumns,
+    file_format: Annotated[
+        FileFormat | None,
+        typer.Option("--format", help="Default: by the file's name.", show_default=False),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Writes a synthetic click log whose teacher is known.
+
+    Columns: click, event_time (ms), n0.., c0.., and teacher, the true click probability.
+
+    **Examples**
+
+        penstock data synth --out clicks.parquet --rows 1000000
+        penstock data synth --out clicks.tsv --rows 10000 --seed 7
+    """
+    from penstock.config import SyntheticSource
+    from penstock.data.formats.synthetic import write_synthetic
+
+    context.obj.output.failed = ignored
+    chosen = file_format or FileFormat.of(out)
+    config = SyntheticSource(rows=rows, seed=seed, **asdict(columns))
+    write_synthetic(config, out, chosen.value, overwrite=force)
     say(f"{rows:,} rows: {out}")

@@ -11,6 +11,11 @@ import signal
 class PenstockError(Exception):
     """Base of all of them; the command line prints its text and exits with 2."""
 
+    is_known_to_all = False
+    """Over ranks: whether every one has heard of it, at the same place, and can still take part in
+    what all of them do together.
+    """
+
 
 class CoreError(PenstockError, ImportError):
     """The C++ core is not built, or is not that of the package's sources."""
@@ -51,6 +56,16 @@ class EventError(PenstockError, ValueError):
 
 class GroupError(PenstockError, RuntimeError):
     """Ranks of a process group are at different calls, or one is gone; the message says which."""
+
+
+class FailedElsewhere(GroupError):
+    """Another rank could not do its part, and says why."""
+
+    is_known_to_all = True
+
+
+class CheckpointFailedElsewhere(FailedElsewhere, CheckpointError):
+    """Another rank could not do its part of a checkpoint, and says why."""
 
 
 class StaleExportError(PenstockError, RuntimeError):

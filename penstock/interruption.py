@@ -29,6 +29,7 @@ class Interruption:
         """The first that came."""
         self._raises = True
         self._has_something_to_save = False
+        self._taker: Callable[[int], None] | None = None
         self._was_heard = threading.Event()
         self._is_left = threading.Event()
 
@@ -57,8 +58,25 @@ class Interruption:
         finally:
             self._raises = before
 
+    @contextmanager
+    def handed_to(self, taker: Callable[[int], None]) -> Iterator[None]:
+        """Signals within the block do nothing but call `taker` with their number, each of them.
+
+        One that came before is handed over first.
+        """
+        self._taker = taker
+        try:
+            if self.signal is not None:
+                taker(self.signal)
+            yield
+        finally:
+            self._taker = None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._was_heard.set()
+        if self._taker is not None:
+            self._taker(number)
+            return
         is_first = self.signal is None
         if is_first:
             self.signal = number
@@ -73,7 +91,7 @@ class Interruption:
         """
         count = 0
         while number := os.read(pipe, 1):
-            if number[0] not in _SIGNALS:
+            if number[0] not in _SIGNALS or self._taker is not None:
                 continue
             count += 1
             if count == 1 and self._has_something_to_save:

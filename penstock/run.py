@@ -20,8 +20,6 @@ from rich.console import Console
 from penstock.config import Job, lasts_to_the_end
 from penstock.data.dataset import Dataset
 from penstock.data.output import whole_file
-from penstock.data.plan.counting import Stages
-from penstock.data.source import RowCount
 from penstock.errors import (
     BatchError,
     CheckpointError,
@@ -33,14 +31,18 @@ from penstock.errors import (
 )
 from penstock.interruption import Interruption, interruption
 from penstock.job_file import override
+from penstock.ranks.group import ALONE, Group
+from penstock.ranks.table_totals import over_ranks
+from penstock.ranks.together import from_first, together
 from penstock.report.display import stages
 from penstock.report.folder import RunFolder, files_of_run
-from penstock.report.run_report import RunReport
+from penstock.report.rank_report import Report, held, report_of
 from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING
 from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.feed import Fed, Feed, steps_of
 from penstock.training.forward_state import ForwardState
+from penstock.training.planned import planned_samples, planned_steps
 from penstock.training.prediction import write_scores
 from penstock.training.pretrained import Loaded, load_vectors, transforms_of
 from penstock.training.setup import build
@@ -56,8 +58,12 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     stop: Interruption | None = None,
+    group: Group = ALONE,
 ) -> dict[str, Any]:
     """Trains a job to its end, evaluates it, and leaves checkpoint and summary in `out`.
+
+    Over several ranks each of them calls it, with the same job and folder; the first one writes the
+    folder and the terminal.
 
     SIGINT, SIGTERM or SIGHUP stops after the current step, or while waiting for data or evaluating,
     with a complete checkpoint; a second one leaves at once.
@@ -69,9 +75,10 @@ def train(
         run that was never stopped.
       console: where to print; None: the standard output, as far as it takes words.
       stop: what signals do; None: they are handled while this runs.
+      group: the ranks that train it together.
 
     Returns:
-      The content of summary.json.
+      The content of summary.json, on every rank.
 
     Raises:
       ConfigError, DataError: the job, the folder or the data is wrong.
@@ -80,10 +87,12 @@ def train(
       BatchError: the model raised; unless an update was half done, there is a checkpoint of the
         state before that batch.
       Interrupted: a signal stopped the run.
+      FailedElsewhere: another rank failed, and says why.
+      GroupError: another rank is gone.
     """
     with (
         nullcontext(stop) if stop is not None else interruption() as stop,
-        open_run(job, out, resume=resume, console=console, stop=stop) as run,
+        open_run(job, out, resume=resume, console=console, stop=stop, group=group) as run,
     ):
         run.begin(resume)
         with stop.deferred(), run.kept():
@@ -182,53 +191,38 @@ def open_run(
     resume: bool = False,
     console: Console | None = None,
     stop: Interruption | None = None,
+    group: Group = ALONE,
 ) -> Iterator[Run]:
     """Builds everything that a training run needs; closes it on the way out.
 
-    The folder is this process's alone meanwhile. Nothing is written to it before data, model and
+    The folder is this run's alone meanwhile. Nothing is written to it before data, model and
     checkpoint were found to fit the job.
     """
     folder = RunFolder(out)
-    folder.refuse_data(job)
-    _check_folder(folder, resume)
-    with folder.held():
-        _check_folder(folder, resume)  # again: a process that has ended may have been at it
-        after = position_of(newest_of_run(out), job) if resume else None
-        with stages() as begin:
+    with held(folder, job, group, partial(_check_folder, folder, job, resume)):
+        with together(group, "open the data"), stages() as begin:
+            newest = _newest_of_all(folder, group) if resume else None
+            after = None if newest is None else position_of(newest, job)
             dataset = Dataset.open(
                 job, quarantine=folder.quarantine_file, after=after, stages=begin
             )
             steps = planned_steps(job, dataset, begin) if lasts_to_the_end(job) else None
         planned = partial(planned_samples, job, dataset)
-        with closing(RunReport(folder, job, planned, console)) as report:
-            yield Run(job, dataset, folder, report, stop or Interruption(), steps)
+        with closing(report_of(group, folder, job, planned, console)) as report:
+            yield Run(job, dataset, folder, report, stop or Interruption(), steps, group)
 
 
-def _check_folder(folder: RunFolder, resume: bool) -> None:
+def _check_folder(folder: RunFolder, job: Job, resume: bool) -> None:
+    folder.refuse_data(job)
     if resume:
         newest_of_run(folder.path)
     else:
         folder.refuse_unless_new()
 
 
-def planned_steps(job: Job, dataset: Dataset, stages: Stages) -> int:
-    """Steps of the whole run, if no row is quarantined. Reads text once to count its rows."""
-    training = job.training
-    samples = dataset.num_samples("train", stages)
-    batches = -(-samples // training.batch_size)
-    steps = training.epochs * -(-batches // training.accumulate_batches)
-    return steps if training.max_steps is None else min(steps, training.max_steps)
-
-
-def planned_samples(job: Job, dataset: Dataset) -> RowCount | None:
-    """Samples that the whole run will see, if no row is quarantined, as far as they are known."""
-    expected, steps = dataset.expected_samples("train"), job.training.max_steps
-    per_step = job.training.batch_size * job.training.accumulate_batches
-    most = None if steps is None else steps * per_step
-    if expected is None:
-        return None if most is None else RowCount(most, is_exact=False)
-    samples = expected.rows * job.training.epochs
-    return expected._replace(rows=samples if most is None else min(samples, most))
+def _newest_of_all(folder: RunFolder, group: Group) -> Path:
+    """The newest checkpoint as the first rank sees it."""
+    return folder.checkpoints / from_first(group, lambda: newest_of_run(folder.path).name)
 
 
 class Run:
@@ -239,14 +233,16 @@ class Run:
         job: Job,
         dataset: Dataset,
         folder: RunFolder,
-        report: RunReport,
+        report: Report,
         stop: Interruption,
         steps: int | None = None,
+        group: Group = ALONE,
     ) -> None:
         self.job = job
         self.dataset = dataset
         self.folder = folder
         self.report = report
+        self.group = group
         self.state, self.trainer, self.objective = build(job, dataset, steps)
         self.evaluator = Evaluator(
             dataset, self.state.model, self.objective, self.state.collection, job.evaluation
@@ -259,6 +255,7 @@ class Run:
             job,
             numeric=dataset.numeric,
             numeric_widths=dataset.numeric_widths,
+            group=group,
         )
         self.clock = Clock()
         self._stop = stop
@@ -279,7 +276,7 @@ class Run:
         unmatched = [] if config is None or resume else begin_from(config, self.state)
         loaded = [] if resume else self._pretrained()
         if resume:
-            self.checkpoints.restore(newest_of_run(self.folder.path), self.state)
+            self.checkpoints.restore(_newest_of_all(self.folder, self.group), self.state)
             self.dataset.take_up_quarantine(self.state.position)
             self._is_saved = True
         self._began_at = self.state.position
@@ -396,7 +393,7 @@ class Run:
         """Measures the held-out part, unless there is none or it was measured at this step."""
         if not self.dataset.has_evaluation:
             return
-        before = self.report.measured(self.state.step)
+        before = from_first(self.group, lambda: self.report.measured(self.state.step))
         if before is not None:
             self._compare(before)
             return
@@ -406,7 +403,8 @@ class Run:
             self._stop.at_once(),
             self.dataset.batches("evaluation", batch_size=batch_size, groups=True) as batches,
         ):
-            metrics = self.evaluator.measure(batches)
+            measured = self.evaluator.measure(batches)
+        metrics = from_first(self.group, lambda: measured)
         self.report.tell("evaluation", self.state.step, metrics)
         self._compare(metrics)
 
@@ -431,10 +429,9 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Ends a run that came to its end; one that finds nothing to do leaves it as it is."""
-        if self.state.position == self._began_at and self.report.has_nothing_new(self.state.step):
-            most = self.job.training.max_steps
-            return self.report.nothing_new(self.state.step, most, self._no_better())
-        return self.report.finished(self.summary())
+        summary, has_moved = self.summary(), self.state.position != self._began_at
+        why_done = self.job.training.max_steps, self._no_better()
+        return from_first(self.group, lambda: self.report.ended(summary, has_moved, *why_done))
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -451,20 +448,27 @@ class Run:
                 raise
             if isinstance(error, Interrupted) and error.is_repeated:
                 raise
-            if self._is_whole and (self.state.step or isinstance(error, Interrupted)):
+            can_save = self._is_whole and self._all_are_here(error)
+            if can_save and (self.state.step or isinstance(error, Interrupted)):
                 self.save()
             if self.checkpoints.latest() is not None:
-                self.report.stopped(self.state.step, is_whole=self._is_whole)
+                self.report.stopped(self.state.step, is_whole=can_save)
             else:
                 self.report.not_begun(self.state.step)
             raise
+
+    def _all_are_here(self, error: Interrupted | PenstockError) -> bool:
+        """Whether all ranks heard of an error at the same place; of signals they do."""
+        if isinstance(error, Interrupted):
+            return True
+        return self.group.size == 1 or error.is_known_to_all
 
     def summary(self) -> dict[str, Any]:
         """What the run amounts to; `RunReport.finished` adds versions and hardware."""
         return {
             "steps": self.state.step,
             "samples": self.state.position.samples,
-            **self.report.final_metrics(self.state.step),
+            **from_first(self.group, lambda: self.report.final_metrics(self.state.step)),
             "samples_per_s": self._samples / max(steps_s(self.clock.seconds), 1e-9),
             "seconds": self.clock.seconds,
             "wall_s": time.monotonic() - self._began_s,
@@ -483,7 +487,7 @@ class Run:
     def _state_values(self) -> dict[str, Any]:
         """Sizes of the tables, and what became of the rows that were read."""
         return {
-            "tables": {table.name: table.values() for table in self.state.collection.table_stats()},
+            "tables": over_ranks(self.group, self.state.collection.table_stats()),
             "counts": self.state.position.counts._asdict(),
             "rows_ahead_of_time": self.state.collection.row_clock.rows_ahead,
         }

@@ -98,13 +98,22 @@ def read_sealed(path: Path) -> bytes:
     return raw
 
 
-def verify_files(path: Path, files: Mapping[str, FileRecord]) -> None:
+def verify_files(
+    path: Path, files: Mapping[str, FileRecord], part: tuple[int, int] = (0, 1)
+) -> None:
     """Checks that `path` holds exactly these files and its manifest; reads every byte.
+
+    Args:
+      path: a directory.
+      files: by name.
+      part: this rank and how many divide the reading among them.
 
     Raises:
       CheckpointError: names the file and what is wrong with it.
     """
-    for name, record in files.items():
+    names = sorted(files, key=lambda name: (-files[name].bytes, name)) if part[1] > 1 else files
+    for name in list(names)[part[0] :: part[1]]:
+        record = files[name]
         try:
             with (path / name).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size

@@ -40,6 +40,8 @@ CANDIDATE_SHARE = 8
 MAX_COUNT = 2**16 - 1
 MAX_USES = 2**32 - 1
 _NO_LIMIT = 2**62
+COUNTERS = ("admitted", "refused", "evicted", "evicted_age", "dropped", "ahead")
+"""Of `NUMBERS`: what adds up over parts of a table. The others are the same of every part."""
 # FORMAT: never change; the draws of a resumed run are these.
 _ADMISSION_SALT = 0xD1B54A32D192ED03
 
@@ -109,6 +111,16 @@ class RetentionState:
         given += [0] * (len(NUMBERS) - len(given))
         numbers = dict(zip(NUMBERS, given, strict=True))
         return cls(tensors["default_value"], tensors["default_state"], numbers)
+
+    def add(self, other: RetentionState) -> None:
+        """Adds the counters of another part of the same table."""
+        for name in NUMBERS:
+            mine, theirs = self.numbers[name], other.numbers[name]
+            self.numbers[name] = mine + theirs if name in COUNTERS else max(mine, theirs)
+
+    def forget_counters(self) -> None:
+        """Begins to count anew."""
+        self.numbers |= dict.fromkeys(COUNTERS, 0)
 
     def let_go(self, table: TableConfig, limits: Limits, keys: Tensor, usage: Tensor) -> Tensor:
         """Which rows leave where there are more than the table holds; counts them as evicted.

@@ -1,1 +1,1 @@
-"""The processes that train one job together: how they find each other, and what they tell."""
+"""The processes that train one job together: how they start, find each other, and agree."""

@@ -53,7 +53,8 @@ class Group(Protocol):
 class Alone:
     """One process."""
 
-    rank, size, tables = 0, 1, None
+    rank, size = 0, 1
+    tables: Ranks | None = None
 
     def gathered(self, values: Tensor) -> Tensor:
         """See `Group.gathered`."""

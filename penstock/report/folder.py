@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -100,6 +101,17 @@ class RunFolder:
             if is_new:
                 with suppress(OSError):  # there is something in it
                     self.path.rmdir()
+
+    def check_is_held(self) -> None:
+        """Raises `ConfigError` where the first rank holds the folder and this one does not see it.
+
+        That is: it lies in a file system of another machine's own.
+        """
+        if not (self.path / _LOCK).exists():
+            raise ConfigError(
+                f"{self.path}: this rank, on {socket.gethostname()}, does not see the run folder "
+                "that rank 0 holds: name one in a file system that all machines share (--out)"
+            )
 
     def refuse_data(self, job: Job) -> None:
         """Raises `ConfigError` if the job reads what the run writes, or will."""

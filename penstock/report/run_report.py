@@ -158,6 +158,29 @@ class RunReport:
         except PenstockError as error:
             self._folder.note(str(error))
 
+    def ended(
+        self,
+        summary: Mapping[str, Any],
+        has_moved: bool,
+        max_steps: int | None,
+        no_better: str | None = None,
+    ) -> dict[str, Any]:
+        """Tells that a run came to its end, or that one that had found nothing to do.
+
+        Args:
+          summary: what the run amounts to.
+          has_moved: whether this process has read anything.
+          max_steps: of the job.
+          no_better: why evaluations end the run; None: they do not.
+
+        Returns:
+          The content of summary.json.
+        """
+        step = summary["steps"]
+        if not has_moved and self.has_nothing_new(step):
+            return self.nothing_new(step, max_steps, no_better)
+        return self.finished(summary)
+
     def has_nothing_new(self, step: int) -> bool:
         """Whether the summary is of `step` and of an evaluation that was made before."""
         if "evaluation" in self._told or not self._folder.summary_file.exists():

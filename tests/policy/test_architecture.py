@@ -122,6 +122,10 @@ MAY_IMPORT = {
     },
     "embedding": {"errors", "types"},
     #
+    "ranks/environment": {"errors"},
+    "ranks/launch": {"interruption", "ranks/environment"},
+    "ranks": {"errors", "embedding"},
+    #
     "training/metrics": {
         "errors",
         "types",
@@ -131,7 +135,7 @@ MAY_IMPORT = {
         "embedding",
         "training/items",
     },
-    "training/checkpoint": {"errors", "types", "config", "embedding"},
+    "training/checkpoint": {"errors", "types", "config", "embedding", "ranks"},
     "training": {
         "errors",
         "types",
@@ -140,6 +144,7 @@ MAY_IMPORT = {
         "data",
         "embedding",
         "models",
+        "ranks",
     },
     "report": {
         "errors",
@@ -151,6 +156,7 @@ MAY_IMPORT = {
         "survey",
         "embedding",
         "job_file",
+        "ranks",
         "training",
     },
     "run": {
@@ -162,6 +168,7 @@ MAY_IMPORT = {
         "embedding",
         "training",
         "job_file",
+        "ranks",
         "report",
         "interruption",
     },
@@ -173,6 +180,7 @@ MAY_IMPORT = {
         "data",
         "training",
         "job_file",
+        "ranks",
         "report",
         "run",
         "cli_data",

@@ -438,7 +438,14 @@ def _look_up_apart(
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use: its share, where LOCAL_WORLD_SIZE ranks are on a machine."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    sharing = int(ranks) if ranks.isdecimal() else 1
+    return max(1, cores_of_machine() // max(1, sharing))
+
+
+def cores_of_machine() -> int:
+    """Cores that the system lets this process run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,9 +43,10 @@ from penstock.embedding.durable_files import (
     write_tensors,
 )
 from penstock.embedding.retention import RetentionState, limits_of, retains
+from penstock.embedding.sharded.agreement import told_to_all
 from penstock.embedding.sharded.store import Ranks
 from penstock.embedding.store import Candidates, RowLayout, TableRows
-from penstock.errors import CheckpointError
+from penstock.errors import CheckpointError, CheckpointFailedElsewhere
 
 if TYPE_CHECKING:
     from penstock.embedding.collection.collection import EmbeddingCollection
@@ -98,14 +99,27 @@ class TableRecord:
 
 
 def write_tables(
-    directory: Path, collection: EmbeddingCollection, files: dict[str, FileRecord]
+    directory: Path,
+    collection: EmbeddingCollection,
+    files: dict[str, FileRecord],
+    part: tuple[int, int] = (0, 1),
+    states: Mapping[str, RetentionState] | None = None,
 ) -> Iterator[TableRecord]:
-    """Writes the files of every table into `directory`, and into `files` what they are."""
+    """Writes the files of every table into `directory`, and into `files` what they are.
+
+    Args:
+      directory: where they go.
+      collection: whose tables, or this rank's rows of them.
+      files: gets the records of the files.
+      part: this rank and how many write into one directory: names of files carry it.
+      states: what tables remember, by name; of others nothing is written. None: their own.
+    """
+    of_rank = "" if part[1] == 1 else f"-rank-{part[0]:05d}"
     for number, table in enumerate(collection.tables):
         layout = RowLayout.of(table)
         row_bytes = 8 + layout.row_bytes + 4 * layout.usage_dim
         # The number keeps names apart that differ in case alone, or are cut off here.
-        name = f"table-{number:04d}-{table.name[:100]}"
+        name = f"table-{number:04d}-{table.name[:100]}{of_rank}"
         shards: list[str] = []
         num_rows = 0
         for rows in collection.export_table(table.name, max(1, SHARD_BYTES // row_bytes)):
@@ -124,26 +138,31 @@ def write_tables(
             dtype=layout.value_type,
         )
         if retains(table):
-            record = _write_retention(directory, name, record, collection, files)
+            state = (
+                collection.retention_state(table.name) if states is None else states.get(table.name)
+            )
+            if state is not None:
+                file = f"{name}-retention.safetensors"
+                files[file] = write_tensors(directory / file, state.tensors())
+                record = replace(record, retention=file)
+            counts = _write_counts(directory, name, table.name, collection, files)
+            record = replace(record, counts=counts)
         yield record
 
 
-def _write_retention(
+def _write_counts(
     directory: Path,
     name: str,
-    record: TableRecord,
+    table: str,
     collection: EmbeddingCollection,
     files: dict[str, FileRecord],
-) -> TableRecord:
-    file = f"{name}-retention.safetensors"
-    state = collection.retention_state(record.name)
-    files[file] = write_tensors(directory / file, state.tensors())
+) -> tuple[str, ...]:
     counts: list[str] = []
-    for candidates in collection.export_candidates(record.name, SHARD_BYTES // 16):
+    for candidates in collection.export_candidates(table, SHARD_BYTES // 16):
         shard = f"{name}-counts-{len(counts):05d}.safetensors"
         files[shard] = write_tensors(directory / shard, candidates._asdict())
         counts.append(shard)
-    return replace(record, retention=file, counts=tuple(counts))
+    return tuple(counts)
 
 
 def import_tables(
@@ -170,6 +189,8 @@ def import_tables(
             if counted is not None:
                 stay = ~state.let_counts_go(limits, counted.keys)
                 counted = Candidates(counted.keys[stay], counted.counts[stay])
+            if collection.ranks is not None and collection.ranks.part[0]:
+                state.forget_counters()  # the first rank has them
             collection.set_retention_state(table.name, state)
         first = 0
         for shard in table.shards:
@@ -244,23 +265,14 @@ def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
         ) from error
 
 
-@contextmanager
-def _told_to_all(ranks: Ranks | None, task: str, remains: str) -> Iterator[None]:
-    """Ends when every rank has done its part of a task; one that could not ends it for all.
-
-    Raises:
-      CheckpointError: another rank could not.
-    """
-    error: OSError | CheckpointError | None = None
-    try:
-        yield
-    except (OSError, CheckpointError) as raised:
-        error = raised
-    failed = 0 if ranks is None else ranks.total(error is not None)
-    if error is not None:
-        raise error
-    if failed:
-        raise CheckpointError(f"{failed} other ranks cannot {task}, which say why; {remains}")
+def _told_to_all(ranks: Ranks | None, task: str, remains: str) -> AbstractContextManager[None]:
+    """See `told_to_all`; on ranks that could do their part a `CheckpointError`."""
+    return told_to_all(
+        (lambda number: number) if ranks is None else ranks.total,
+        lambda failed: CheckpointFailedElsewhere(
+            f"{failed} other ranks cannot {task}, which say why; {remains}"
+        ),
+    )
 
 
 def _check_in_one_place(temporary: Path, final: Path, ranks: Ranks) -> None:

@@ -1,17 +1,21 @@
-"""Whether all ranks made the same collection: else rows would be another's, in silence."""
+"""Whether all ranks made the same collection, and did their part of a task: else an error on all.
+
+Rows would be another rank's in silence, or a rank would wait for ever.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.sharded.exchange import Exchange
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, FailedElsewhere, GroupError, PenstockError
 
 _MOST_NAMED = 4
 
@@ -69,6 +73,37 @@ def check_made_alike(exchange: Exchange, made: Mapping[str, str]) -> None:
         f"one group: {_difference(exchange.rank, made, other, theirs)}; make it of the same "
         "tables, features and options on every rank"
     )
+
+
+@contextmanager
+def told_to_all(
+    total: Callable[[int], int], elsewhere: Callable[[int], FailedElsewhere]
+) -> Iterator[None]:
+    """Ends when every rank has done its part of a task; one that could not ends it for all.
+
+    Args:
+      total: the sum over ranks of a number, which waits until every rank has given its own.
+      elsewhere: what to raise on ranks that could, given how many could not.
+
+    Raises:
+      OSError, PenstockError: this rank's own. Where `total` was lost, the `GroupError` of that.
+    """
+    error: OSError | PenstockError | None = None
+    try:
+        yield
+    except (OSError, PenstockError) as raised:
+        error = raised
+    if isinstance(error, PenstockError) and (
+        error.is_known_to_all or isinstance(error, GroupError)
+    ):
+        raise error  # the others know, or are gone
+    failed = total(int(error is not None))
+    if isinstance(error, PenstockError):
+        error.is_known_to_all = True
+    if error is not None:
+        raise error
+    if failed:
+        raise elsewhere(failed)
 
 
 def _to_all(exchange: Exchange, rows: Tensor, sent: list[int], wanted: list[int]) -> Tensor:

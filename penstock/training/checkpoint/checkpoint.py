@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +25,10 @@ from torch import Tensor, nn
 import penstock
 from penstock.config import Job
 from penstock.embedding import EmbeddingCollection
-from penstock.embedding.collection.table_files import import_tables, set_row_clock, write_tables
+from penstock.embedding.collection.table_files import import_tables, set_row_clock
 from penstock.embedding.durable_files import (
     MANIFEST,
     SEAL,
-    FileRecord,
     read_tensors,
     seal,
     sync_directory,
@@ -38,12 +36,21 @@ from penstock.embedding.durable_files import (
     write_tensors,
 )
 from penstock.errors import CheckpointError
+from penstock.ranks.group import ALONE, Group
+from penstock.ranks.together import from_first, of_checkpoint
 from penstock.training.checkpoint.best import OF_CHECKPOINTS, BestSoFar
+from penstock.training.checkpoint.directory import (
+    REPLACED,
+    checkpoint_of_step,
+    latest_checkpoint,
+    list_checkpoints,
+    remove,
+    tidy,
+)
 from penstock.training.checkpoint.files import (
     INPUT,
     Manifest,
     input_files,
-    is_complete,
     read_manifest,
     read_position,
     verify,
@@ -55,6 +62,13 @@ from penstock.training.checkpoint.job_difference import (
     refuse_other,
     resolve,
     resolved_differences,
+)
+from penstock.training.checkpoint.shares import (
+    Share,
+    check_in_one_place,
+    remembered,
+    share_of_all,
+    write_share,
 )
 from penstock.training.checkpoint.state import (
     check_model,
@@ -83,9 +97,6 @@ DENSE = "dense.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 _METRICS = "metrics.safetensors"
 _RANDOM = "random.json"
-_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
-_UNFINISHED = re.compile(r"step-\d{9,}\.tmp-(\d+)")
-_REPLACED = ".replaced"
 BEST = "best"
 """In a run folder, where there is nothing of that name: the checkpoint that is kept as the best."""
 
@@ -121,7 +132,11 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one directory. One process at a time may write there."""
+    """The checkpoints of one run, in one directory. One run at a time may write there.
+
+    Over ranks, all of them call `save` and `restore` at the same place: each writes its own rows,
+    the first one all else, and they have the same verdict.
+    """
 
     def __init__(
         self,
@@ -131,6 +146,7 @@ class Checkpoints:
         *,
         numeric: Sequence[str] = (),
         numeric_widths: Mapping[str, int] = no_widths,
+        group: Group = ALONE,
     ) -> None:
         """Touches nothing on disk.
 
@@ -140,8 +156,10 @@ class Checkpoints:
           job: stored in each checkpoint, and compared by `restore`.
           numeric: names of the numeric columns, in the order of `Batch.dense`; likewise.
           numeric_widths: numbers of a row of those that hold vectors; likewise.
+          group: the ranks over which the tables of the run are spread.
         """
         assert keep_last >= 1
+        self._group = group
         self._directory = Path(directory)
         self._keep_last = keep_last
         self._job = job
@@ -167,39 +185,62 @@ class Checkpoints:
           Its directory `step-<state.step>`. An existing one of that step is replaced.
 
         Raises:
-          CheckpointError: the disk is full or fails (the checkpoints that were there stay), or
-            the directory holds later checkpoints of another run.
+          CheckpointError: the disk is full or fails on any rank (the checkpoints that were there
+            stay), or the directory holds later checkpoints of another run.
+          GroupError: a rank is gone.
 
         Effects: blocks until the disk has everything. Reads the state, the random generators
         included, and changes none of it.
         """
         final = self._directory / f"step-{state.step:09d}"
-        temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-        given_up = self._given_up(state.step)
         try:
-            try:
-                self._make_directory()
-                self._tidy()
-                os.mkdir(temporary)
-                self._write(temporary, state)
-                self._commit(temporary, final, given_up)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            self._save(final, state)
         except OSError as error:
             raise CheckpointError(self._explain_failure(final, state, error)) from error
         self._own_step = state.step
+        with of_checkpoint(self._group, f"clear away what is older than {final}"):
+            if self._group.rank == 0:
+                self._clear_away(final, state.best.get(OF_CHECKPOINTS))
+        return final
+
+    def _save(self, final: Path, state: TrainState) -> None:
+        group, task = self._group, f"write checkpoint {final}"
+        is_first = group.rank == 0
+        pid = from_first(group, os.getpid)
+        temporary = final.with_name(f"{final.name}.tmp-{pid}")
         try:
-            self._tidy()
-            kept = state.best.get(OF_CHECKPOINTS)
-            for step, old in _list(self._directory)[: -self._keep_last]:
+            with of_checkpoint(group, task):
+                given_up = self._given_up(state.step)
+                if is_first:
+                    self._make_directory()
+                    tidy(self._directory)
+                    os.mkdir(temporary)
+            states = remembered(state.collection, group)
+            metrics = None if state.metrics is None else state.metrics.state_dict()
+            with of_checkpoint(group, task):
+                share = write_share(temporary, state.collection, group, states)
+            share = share_of_all(group, share)
+            with of_checkpoint(group, task):
+                if is_first:
+                    check_in_one_place(temporary, share.files)
+                    self._write(temporary, state, share, metrics)
+                    self._commit(temporary, final, given_up)
+        finally:
+            if is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _clear_away(self, final: Path, kept: BestSoFar | None) -> None:
+        """Removes checkpoints that are too many."""
+        try:
+            tidy(self._directory)
+            for step, old in list_checkpoints(self._directory)[: -self._keep_last]:
                 if kept is None or step != kept.step:
-                    _remove(old)
+                    remove(old)
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {final} is complete, but an older one could not be removed: "
                 f"{error}; remove it by hand"
             ) from error
-        return final
 
     def restore(self, path: str | os.PathLike[str], state: TrainState) -> None:
         """Puts a checkpoint's content into `state` and into the global random generators.
@@ -215,17 +256,21 @@ class Checkpoints:
             another job (names the fields), or `state` already holds rows.
         """
         path = Path(path)
-        manifest = _verify_or_suggest(path)
-        resolved = self._resolved(state.collection)
-        refuse_other(path, differences(manifest.job, manifest.resolved, self._job, resolved))
-        dense = _load_dense(path, state.collection, state.model)
-        try:
-            check_optimizer(manifest.optimizer, state.optimizer, state.model)
-        except CheckpointError as error:
-            raise CheckpointError(f"checkpoint {path}: {error}") from None
-        random = (path / _RANDOM).read_bytes()
-        position = read_position(path, manifest)
-        metrics = read_tensors(path / _METRICS) if _METRICS in manifest.files else None
+        group = self._group
+        with of_checkpoint(group, f"read checkpoint {path}"):
+            manifest = _verify_or_suggest(path, (group.rank, group.size))
+            resolved = self._resolved(state.collection)
+            refuse_other(path, differences(manifest.job, manifest.resolved, self._job, resolved))
+            dense = _load_dense(path, state.collection, state.model)
+            try:
+                check_optimizer(manifest.optimizer, state.optimizer, state.model)
+            except CheckpointError as error:
+                raise CheckpointError(f"checkpoint {path}: {error}") from None
+            random = (path / _RANDOM).read_bytes()
+            position = read_position(path, manifest)
+            # Of samples of all ranks: they must not be counted by each.
+            has_metrics = _METRICS in manifest.files and group.rank == 0
+            metrics = read_tensors(path / _METRICS) if has_metrics else None
 
         import_tables(path, manifest.tables, state.collection)
         set_row_clock(state.collection, manifest.row_clock)
@@ -246,7 +291,7 @@ class Checkpoints:
 
     def _given_up(self, step: int) -> list[Path]:
         """Checkpoints that this run has left behind by restoring an earlier one."""
-        existing = _list(self._directory)
+        existing = list_checkpoints(self._directory)
         if existing and self._own_step is None:
             raise CheckpointError(
                 f"{self._directory} already holds {existing[-1][1].name}, which this run was not "
@@ -261,29 +306,22 @@ class Checkpoints:
             self._directory.mkdir(parents=True, exist_ok=True)
             sync_directory(self._directory.parent)
 
-    def _tidy(self) -> None:
-        """Removes what writers left that died, and finishes a replacement that one began."""
-        for path in self._directory.iterdir():
-            unfinished = _UNFINISHED.fullmatch(path.name)
-            if unfinished and not _is_other_process(int(unfinished[1])):
-                shutil.rmtree(path)
-            elif _NAME.fullmatch(path.name) and path.name.endswith(_REPLACED):
-                final = path.with_name(path.name.removesuffix(_REPLACED))
-                if final.exists():
-                    _remove(path)
-                else:
-                    os.rename(path, final)
-
-    def _write(self, directory: Path, state: TrainState) -> None:
-        files: dict[str, FileRecord] = {}
-        tables = tuple(write_tables(directory, state.collection, files))
+    def _write(
+        self,
+        directory: Path,
+        state: TrainState,
+        share: Share,
+        metrics: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Writes all but the tables, which are there, and then the manifest of everything."""
+        files = dict(share.files)
         files[DENSE] = write_tensors(directory / DENSE, state.model.state_dict())
         optimizer = None
         if state.optimizer is not None:
             optimizer, tensors = optimizer_state(state.optimizer, state.model)
             files[OPTIMIZER] = write_tensors(directory / OPTIMIZER, tensors)
-        if state.metrics is not None:
-            files[_METRICS] = write_tensors(directory / _METRICS, state.metrics.state_dict())
+        if metrics is not None:
+            files[_METRICS] = write_tensors(directory / _METRICS, metrics)
         files[_RANDOM] = write_durably(directory / _RANDOM, random_state(state.collection.device))
         files[INPUT] = write_durably(directory / INPUT, input_files(state.position))
         manifest = Manifest(
@@ -300,7 +338,7 @@ class Checkpoints:
             },
             job=self._job.model_dump(mode="json"),
             resolved=self._resolved(state.collection),
-            tables=tables,
+            tables=share.tables,
             optimizer=optimizer,
             files=files,
             row_clock=state.collection.row_clock.state(),
@@ -314,8 +352,8 @@ class Checkpoints:
         """Makes the written directory a checkpoint; on OSError the one of its step is as it was."""
         # First, so that the newest one is of this run whenever the process dies.
         for path in given_up:
-            _remove(path)
-        replaced = final.with_name(final.name + _REPLACED)
+            remove(path)
+        replaced = final.with_name(final.name + REPLACED)
         done: list[tuple[Path, Path]] = []
         renames = [(temporary, final)]
         if final.exists():
@@ -346,31 +384,6 @@ class Checkpoints:
             f"{_needed_bytes(state):,} bytes, {free:,} bytes are free on its file system; "
             f"{remedy}"
         )
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a directory of them; None where there is none.
-
-    Whether its files are undamaged is for `restore` to say. A directory of a checkpoint's name
-    without a readable manifest is passed over with a warning in the log.
-    """
-    for _, path in reversed(_list(directory)):
-        if is_complete(path):
-            return path
-        _log.warning("%s is not a complete checkpoint: no readable %s", path, MANIFEST)
-    return None
-
-
-def checkpoint_of_step(directory: Path, step: int) -> Path:
-    """The checkpoint of a step.
-
-    Raises:
-      CheckpointError: it is not there, or not complete.
-    """
-    path = dict(_list(directory)).get(step)
-    if path is None or not is_complete(path):
-        raise CheckpointError(f"{directory}: the checkpoint of step {step:,} is gone")
-    return path
 
 
 def position_of(path: Path, job: Job) -> Position:
@@ -421,37 +434,6 @@ def load_tables_and_model(
     return manifest
 
 
-def _list(directory: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of each checkpoint, by step; complete ones, unless damaged since."""
-    found: dict[int, Path] = {}
-    # By name, `step-1.replaced` comes after `step-1`, which is the newer of the two.
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match:
-            found.setdefault(int(match[1]), path)
-    return sorted(found.items())
-
-
-def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint so that half of one never bears its name."""
-    name = checkpoint.name.removesuffix(_REPLACED)
-    doomed = checkpoint.with_name(f"{name}.tmp-{os.getpid()}")
-    os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)
-
-
-def _is_other_process(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _needed_bytes(state: TrainState) -> int:
     tensors: Iterable[Tensor] = state.model.state_dict().values()
     if state.optimizer is not None:
@@ -476,15 +458,15 @@ def _load_dense(path: Path, collection: EmbeddingCollection, model: nn.Module) -
     return dense
 
 
-def _verify_or_suggest(path: Path) -> Manifest:
+def _verify_or_suggest(path: Path, part: tuple[int, int] = (0, 1)) -> Manifest:
     try:
-        return verify(path)
+        return verify(path, part)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_suggest_other(path)}") from None
 
 
 def _suggest_other(path: Path) -> str:
-    others = [other for _, other in _list(path.parent) if other.name != path.name]
+    others = [other for _, other in list_checkpoints(path.parent) if other.name != path.name]
     for other in reversed(others):
         try:
             verify(other)

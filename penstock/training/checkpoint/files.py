@@ -172,15 +172,15 @@ def _position_of_version_1(fields: Mapping[str, Any], job: Mapping[str, Any]) ->
     )
 
 
-def verify(path: str | os.PathLike[str]) -> Manifest:
+def verify(path: str | os.PathLike[str], part: tuple[int, int] = (0, 1)) -> Manifest:
     """Checks that exactly the files of the manifest are there, with their sizes and checksums.
 
-    Reads every byte of the checkpoint.
+    Reads every byte of the checkpoint; `part`: a rank of so many its share of them.
 
     Raises:
       CheckpointError: names the file and what is wrong with it.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    verify_files(path, manifest.files)
+    verify_files(path, manifest.files, part)
     return manifest

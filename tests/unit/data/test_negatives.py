@@ -14,7 +14,7 @@ from penstock.data import Dataset
 from penstock.data.columns.negatives import ItemRows, NegativeColumns, draw_rows
 from penstock.data.columns.transforms import cross
 from penstock.errors import ConfigError, DataError, JobNote
-from penstock.run import planned_samples
+from penstock.training.planned import planned_samples
 from tests.contract.data_cases import assert_resumes_everywhere, assert_same_batches, read_all
 
 ROWS = 230

@@ -15,7 +15,7 @@ from penstock.data.source import RowCount
 from penstock.errors import DataError
 from penstock.events.event import Event, Role
 from penstock.report.display import Display
-from penstock.run import planned_samples
+from penstock.training.planned import planned_samples
 from tests.contract.data_cases import make_job, make_table, read_all, write_case
 
 ROWS = 2000

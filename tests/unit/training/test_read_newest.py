@@ -11,7 +11,7 @@ from penstock.training.trained import read_newest
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    monkeypatch.setattr("penstock.training.checkpoint.checkpoint.is_complete", lambda path: True)
+    monkeypatch.setattr("penstock.training.checkpoint.directory.is_complete", lambda path: True)
     folder = tmp_path / "checkpoints"
 
     def make(step):

@@ -1,0 +1,35 @@
+"""Sizes of tables over all ranks, each of which knows its own rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from penstock.embedding.collection.table_stats import TableStats
+from penstock.ranks.group import Group
+
+Values: TypeAlias = dict[str, int | float]
+
+
+def over_ranks(group: Group, stats: Sequence[TableStats]) -> dict[str, Values]:
+    """Values of each table by the names that events have, of the rows of all ranks.
+
+    Args:
+      group: every rank of it comes to this place.
+      stats: of this rank's rows; the same tables on all ranks.
+    """
+    mine = {table.name: table.values() for table in stats}
+    if group.size == 1:
+        return mine
+    every = [json.loads(one) for one in group.gathered_bytes(json.dumps(mine).encode())]
+    return {table: _total([values[table] for values in every]) for table in mine}
+
+
+def _total(parts: Sequence[Values]) -> Values:
+    """The sums; of the mean age of evicted rows the mean over all of them."""
+    total: Values = {name: sum(part[name] for part in parts) for name in parts[0]}
+    if "evicted_age" in total:
+        ages = sum(part["evicted_age"] * part["evicted"] for part in parts)
+        total["evicted_age"] = ages / max(1, total["evicted"])
+    return total
