@@ -32,6 +32,7 @@ from penstock.errors import (
 from penstock.interruption import Interruption, interruption
 from penstock.job_file import override
 from penstock.ranks.group import ALONE, Group
+from penstock.ranks.in_step import in_step
 from penstock.ranks.table_totals import over_ranks
 from penstock.ranks.together import from_first, together
 from penstock.report.display import stages
@@ -46,7 +47,7 @@ from penstock.training.planned import planned_samples, planned_steps
 from penstock.training.prediction import write_scores
 from penstock.training.pretrained import Loaded, load_vectors, transforms_of
 from penstock.training.setup import build
-from penstock.training.step import Clock, steps_s, train_step
+from penstock.training.step import Clock, Training, steps_s, train_step
 from penstock.training.trained import begin_from, newest_of_run, open_trained
 from penstock.types import Position
 
@@ -105,7 +106,8 @@ def _train_to_the_end(run: Run, job: Job, stop: Interruption) -> None:
         run.evaluate()  # which a signal cut short; otherwise it is there
     with run.remaining_batches() as batches:
         fed = run.clock.waiting_for(batches, stop)
-        for group in islice(steps_of(fed, job.training.accumulate_batches), run.steps_left()):
+        steps = islice(steps_of(fed, job.training.accumulate_batches), run.steps_left())
+        for group in in_step(steps, run.group, stop):
             if run.begins_epoch(group) and job.evaluates_epochs:
                 run.evaluate()
             if run.is_stopped_early():
@@ -117,7 +119,8 @@ def _train_to_the_end(run: Run, job: Job, stop: Interruption) -> None:
                 run.evaluate()
             if run.is_due(job.checkpoint.every_steps):
                 run.save()
-            stop.check()
+            if run.group.size == 1:
+                stop.check()  # or else all ranks hear of it at the next step
         else:
             run.reach(batches.end)
     run.log()
@@ -209,7 +212,9 @@ def open_run(
             steps = planned_steps(job, dataset, begin) if lasts_to_the_end(job) else None
         planned = partial(planned_samples, job, dataset)
         with closing(report_of(group, folder, job, planned, console)) as report:
-            yield Run(job, dataset, folder, report, stop or Interruption(), steps, group)
+            lanes = None if after is None else len(after.lanes)
+            stop = stop or Interruption()
+            yield Run(job, dataset, folder, report, stop, Untrained... )
 
 
 def _check_folder(folder: RunFolder, job: Job, resume: bool) -> None:

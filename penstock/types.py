@@ -417,6 +417,10 @@ class Batch:
     """Columns by which metrics are grouped, as they are in the source: [B] int64, text or bytes,
     null where missing. In evaluation alone.
     """
+    lane_sizes: tuple[int, ...] = ()
+    """Samples of each lane of the data, over all ranks; those of a lane lie side by side, in the
+    order of lanes. Empty: of nobody who divides it.
+    """
 
     @property
     def batch_size(self) -> int:

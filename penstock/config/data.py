@@ -308,6 +308,13 @@ class DataConfig(Config):
     """
     numeric: tuple[NumericColumns, ...] = ()
     shuffle: Shuffle = Shuffle()
+    lanes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Parts into which the training data is divided, each with files (or pieces of files) and a
+    shuffling of its own; a batch has samples of all. The samples of a batch, and their order, do
+    not depend on how many processes train: as many as there are lanes at most. null: 8; where
+    what a row teaches depends on others (`negatives`, batch_norm, dice, two_tower) 1, as each lane
+    would be a batch, or a block, of its own.
+    """
 
     @property
     def labels(self) -> tuple[Label, ...]:

@@ -44,7 +44,7 @@ from penstock.models.networks.autoint import AutoInt
 from penstock.models.networks.custom import build_custom
 from penstock.models.networks.dcn import DCN
 from penstock.models.networks.deepfm import DeepFM
-from penstock.models.networks.din import DIN
+from penstock.models.networks.din import DIN, Dice
 from penstock.models.networks.dlrm import DLRM
 from penstock.models.networks.final_mlp import FinalMLP
 from penstock.models.networks.hstu import HSTU
@@ -72,6 +72,7 @@ __all__ = [
     "TwoTower",
     "WideDeep",
     "build_model",
+    "looks_at_other_samples",
 ]
 
 
@@ -149,3 +150,9 @@ def _regularized(model: nn.Module, config: Regularized) -> nn.Module:
             "some, or remove them"
         )
     return model
+
+
+def looks_at_other_samples(model: nn.Module) -> bool:
+    """Whether what a model makes of a sample in training depends on the others of its batch."""
+    kinds = (nn.modules.batchnorm._BatchNorm, Dice, TwoTower)
+    return any(isinstance(part, kinds) for part in model.modules())

@@ -18,6 +18,7 @@ from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.embedding.collection.pending import is_finite
 from penstock.errors import NonFiniteError
 from penstock.models import TwoTower
+from penstock.training.division import Division, some
 from penstock.training.feed import on_device
 from penstock.training.items import Catalogue
 from penstock.training.metrics.binary import MAX_BINS, BinaryMetrics, logits_of_probabilities
@@ -40,6 +41,7 @@ class Evaluator:
       objective: whose tasks are measured.
       collection: the embedding tables.
       config: `metrics` and `batch_size` are read.
+      division: how batches are divided; None: they are not.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Evaluator:
         objective: Objective,
         collection: EmbeddingCollection,
         config: EvaluationConfig,
+        division: Division | None = None,
     ) -> None:
+        self._division = division
         self._dataset = dataset
         self._model = model
         self._objective = objective
@@ -60,14 +64,8 @@ class Evaluator:
         """Measures the model as it is, see `evaluate_batches`; recall too, where it is wanted."""
         with evaluation_mode(self._model, self._collection):
             recall = self._recall()
-            return evaluate_batches(
-                batches,
-                self._model,
-                self._objective,
-                self._collection,
-                self._config.metrics,
-                recall,
-            )
+            found = scored(batches, self._model, self._collection, self._division)
+            return evaluate_batches(found, self._objective, self._config.metrics, recall)
 
     def _recall(self) -> Recall | None:
         at = self._config.metrics.recall_at
@@ -92,20 +90,16 @@ class Evaluator:
 
 
 def evaluate_batches(
-    batches: Iterable[Batch],
-    model: nn.Module,
+    batches: Iterable[Scored],
     objective: Objective,
-    collection: EmbeddingCollection,
     wanted: MetricsConfig,
     recall: Recall | None = None,
 ) -> dict[str, Any]:
-    """Measures the model on batches with labels.
+    """Measures what a model made of batches with labels.
 
     Args:
-      batches: with the columns of `wanted` in their `groups`.
-      model: see `training.step.model_inputs`.
+      batches: from `scored`, with the columns of `wanted` in their `groups`.
       objective: whose tasks are measured.
-      collection: the embedding tables.
       wanted: metrics besides the usual ones.
       recall: gets the batches too.
 
@@ -121,7 +115,7 @@ def evaluate_batches(
     """
     of_tasks = [_TaskEvaluation(task, wanted) for task in objective.tasks]
     teacher = BinaryMetrics(None if wanted.exact_auc else MAX_BINS)
-    for batch, inputs, outputs in scored(batches, model, collection):
+    for batch, inputs, outputs in batches:
         for number, one in enumerate(of_tasks):
             one.update(batch, output_of_task(outputs, number), output_of_task(batch.labels, number))
         if recall is not None:
@@ -187,16 +181,26 @@ class Scored(NamedTuple):
     """A batch and what a model made of it."""
 
     batch: Batch
+    """Over ranks, what is measured of it is that of all of them, see `Division.whole`."""
     inputs: tuple[Tensor, ...]
-    """See `model_inputs`; on the collection's device."""
+    """See `model_inputs`; on the collection's device, of this rank."""
     outputs: Tensor
     """[B] or [B, L] float32, on the CPU."""
 
 
 def scored(
-    batches: Iterable[Batch], model: nn.Module, collection: EmbeddingCollection
+    batches: Iterable[Batch],
+    model: nn.Module,
+    collection: EmbeddingCollection,
+    division: Division | None = None,
 ) -> Iterator[Scored]:
     """Yields each batch with the inputs and outputs of the model.
+
+    Args:
+      batches: on the CPU.
+      model: see `model_inputs`.
+      collection: the embedding tables.
+      division: how they are divided, over ranks too; None: they are not.
 
     Raises:
       BatchError: the model raised, or gave outputs of a wrong shape.
@@ -205,15 +209,18 @@ def scored(
     Effects: model and collection are in evaluation mode while the iterator is alive, and then as
     before.
     """
+    division = division or Division(model)
     with evaluation_mode(model, collection):
         for batch in batches:
             try:
                 with torch.no_grad():
                     there = on_device(batch, collection)
                     inputs = model_inputs(collection, there, look_up(collection, there))
-                    outputs = model(*inputs)
-                    check_outputs(outputs, batch)
-                    scores = outputs.cpu()
+                    outputs = [torch.zeros(0, *batch.labels.shape[1:])]
+                    for part in division.parts(batch):
+                        outputs.append(model(*(one[part.rows] for one in inputs)))
+                        check_outputs(outputs[-1], some(batch, part.rows))
+                    scores = torch.cat([one.cpu() for one in outputs[1:]] or outputs)
             # A user's model may raise anything.
             except Exception as error:
                 raise batch_error("the model's forward pass", batch, error) from error
@@ -223,7 +230,8 @@ def scored(
                     f"{bad:,} of {scores.numel():,} outputs of the model are NaN or infinite, at "
                     f"the batch {batch.origin}; look at these rows, or use an earlier checkpoint"
                 )
-            yield Scored(batch, inputs, scores)
+            whole, scores = division.whole(batch, scores)
+            yield Scored(whole, inputs, scores)
 
 
 @contextmanager

@@ -9,31 +9,46 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from penstock.config import CustomModel, Job, Label, Model, MultiTask, TwoTowerConfig, with_end
 from penstock.data.dataset import Dataset
 from penstock.embedding.collection.collection import EmbeddingCollection, available_cores
-from penstock.errors import CapacityError
-from penstock.models import build_model
+from penstock.errors import CapacityError, ConfigError
+from penstock.models import build_model, looks_at_other_samples
+from penstock.ranks.group import ALONE, Group
 from penstock.training.checkpoint.best import best_of
 from penstock.training.checkpoint.checkpoint import TrainState
 from penstock.training.dense import DenseTrainer
+from penstock.training.division import Division
 from penstock.training.in_batch_softmax import InBatchSoftmax
 from penstock.training.objective import Objective, SumOfTasks
 from penstock.training.precision import autocast
 from penstock.training.tasks import tasks_of
-from penstock.types import Position
+from penstock.types import LanePosition, Position
+
+
+LANES = 8
+"""Into which the data of a job is divided that does not say it."""
 
 
 class Untrained(NamedTuple):
-    """State at step 0, what updates its dense part, and what is minimised."""
+    """State at step 0, what updates its dense part, what is minimised, how batches are divided."""
 
     state: TrainState
     trainer: DenseTrainer
     objective: Objective
+    division: Division
 
 
-def build(job: Job, dataset: Dataset, steps: int | None = None) -> Untrained:
+def build(
+    job: Job,
+    dataset: Dataset,
+    steps: int | None = None,
+    *,
+    group: Group = ALONE,
+    lanes: int | None = None,
+) -> Untrained:
     """Makes tables, model and optimizer: a pure function of the job and the columns of its data.
 
     Effects: seeds the global generators of torch, numpy and Python, which a custom model may use,
@@ -44,6 +59,8 @@ def build(job: Job, dataset: Dataset, steps: int | None = None) -> Untrained:
       job: what is trained.
       dataset: its data.
       steps: of the whole run, for schedules that last to its end; None: they are not asked.
+      group: the ranks of the run, each of which builds it.
+      lanes: with which the run began that goes on; None: it is a new one.
 
     Raises:
       ConfigError: the model does not fit the columns, a table is declared wrongly, or the device
@@ -54,7 +71,9 @@ def build(job: Job, dataset: Dataset, steps: int | None = None) -> Untrained:
     if steps is not None:
         job, tables = with_end(job, steps), with_end(tables, steps)
     threads = job.run.threads or available_cores()
-    torch.set_num_threads(threads)
+    # The sums of torch's products depend on how many threads share them.
+    is_alike = job.training.deterministic and job.run.threads is None
+    torch.set_num_threads(1 if is_alike else threads)
     torch.set_default_dtype(torch.float32)
     _seed_generators(job.training.seed)
     collection = EmbeddingCollection(
@@ -64,6 +83,7 @@ def build(job: Job, dataset: Dataset, steps: int | None = None) -> Untrained:
         num_threads=threads,
         deterministic=job.training.deterministic,
         device=job.run.device,
+        group=group.tables,
     )
     collection.row_clock.max_jump_s = job.data.event_time_jump_s
     if collection.device.type == "cuda" and job.training.deterministic:
@@ -91,8 +111,35 @@ def build(job: Job, dataset: Dataset, steps: int | None = None) -> Untrained:
         job.training.clip_gradient_norm,
         clip_with=collection if job.training.clip_with_tables else None,
     )
-    state = TrainState(0, Position(), collection, model, trainer.optimizer, best=best_of(job))
-    return Untrained(state, trainer, _objective(job.model, labels))
+    lanes = lanes or lanes_of(job, model)
+    start = Position(lanes=(LanePosition(),) * lanes)
+    state = TrainState(0, start, collection, model, trainer.optimizer, best=best_of(job))
+    division = Division(
+        model,
+        group,
+        lanes=lanes,
+        deterministic=job.training.deterministic,
+        seed=job.training.seed,
+    )
+    return Untrained(state, trainer, _objective(job.model, labels), division)
+
+
+def lanes_of(job: Job, model: nn.Module) -> int:
+    """Into how many lanes the data of a new run is divided.
+
+    Raises:
+      ConfigError: into several, where a batch must be in one.
+    """
+    if isinstance(job.model, TwoTowerConfig) and job.data.lanes not in {None, 1}:
+        raise ConfigError(
+            f"data.lanes {job.data.lanes}: model two_tower learns to tell the items of a whole "
+            "batch apart, which one process must have; leave data.lanes out"
+        )
+    if job.data.lanes is not None:
+        return job.data.lanes
+    # A lane would be a batch, or a block, of its own.
+    is_whole = job.data.negatives is not None or looks_at_other_samples(model)
+    return 1 if is_whole else LANES
 
 
 def _objective(model: Model, labels: Sequence[Label]) -> Objective:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import penstock
 from penstock.embedding.collection.collection import EmbeddingCollection
-from penstock.errors import BatchError, NonFiniteError
+from penstock.errors import BatchError, GroupError, NonFiniteError
 from penstock.interruption import Interruption
 from penstock.training.dense import DenseTrainer
+from penstock.training.division import Division, some
 from penstock.training.objective import Objective
 from penstock.types import Batch
 
@@ -86,67 +87,84 @@ class _Doing:
         self.batch = batch
         self.is_whole = True
         """Whether nothing was updated yet."""
+        self.is_known_to_all = False
+        """Whether all ranks hear of an error."""
 
 
-def train_step(
-    model: nn.Module,
-    objective: Objective,
-    collection: EmbeddingCollection,
-    trainer: DenseTrainer,
-    batches: Sequence[Batch],
-    step: int,
-    clock: Clock,
-) -> list[StepResult]:
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a step trains, and with what."""
+
+    model: nn.Module
+    """See `model_inputs`."""
+    objective: Objective
+    """From the model and a batch to the loss."""
+    collection: EmbeddingCollection
+    """The embedding tables; in training mode."""
+    trainer: DenseTrainer
+    """Updates the model's parameters."""
+    division: Division
+    """How a batch is divided."""
+    clock: Clock
+    """Gets the time spent."""
+
+
+def train_step(training: Training, batches: Sequence[Batch], step: int) -> list[StepResult]:
     """Trains on one batch: forward, backward, one update of dense weights and touched rows.
 
     Several batches are trained on as if they were one: the gradients are summed, and the loss is
-    the mean over all of their samples.
+    the mean over all of their samples, those of other ranks among them.
 
     The embeddings enter the model as a leaf, so that the backward pass of the dense model and that
     of the embeddings run, and are timed, one after the other; the gradients are the same.
 
     Args:
-      model: see `model_inputs`.
-      objective: from the model and the batch to the loss.
-      collection: the embedding tables; in training mode.
-      trainer: updates the model's parameters.
+      training: what is trained.
       batches: the samples, on the collection's device (`feed.on_device`).
       step: number of this step, from 0.
-      clock: gets the time spent.
+
+    Returns:
+      Of each batch its loss, over all ranks, and this rank's outputs.
 
     Raises:
       NonFiniteError: the loss or a gradient is not finite. Nothing was updated.
       BatchError: something else was raised, by the model or for lack of memory. Says whether
         anything was updated.
+      FailedElsewhere: that happened on another rank. Nothing was updated.
     """
     doing = _Doing(batches[0])
+    collection, division, clock = training.collection, training.division, training.clock
     results = []
+    division.begin_step()
     try:
-        totals = None
-        if len(batches) > 1:
-            weights = torch.stack([objective.total_weights(batch) for batch in batches])
-            totals = weights.sum(0)
+        totals = division.totals(training.objective, batches)
+        whole = None if totals is None else totals.sum(0)
         for number, batch in enumerate(batches):
             doing.batch = batch
-            value, outputs = _add_gradients(
-                model, objective, collection, batch, totals, step, clock, doing
-            )
-            if totals is not None and len(totals) == 1:
+            value, outputs = _add_gradients(training, batch, whole, (step, number), doing)
+            if totals is not None and whole is not None and len(whole) == 1:
                 # The share as the batch's own mean.
-                value *= float(totals[0] / weights[number, 0].clamp_min(_TINY))
+                value *= float(whole[0] / totals[number, 0].clamp_min(_TINY))
             results.append(StepResult(value, outputs))
         with clock.measure("dense"):
+            division.sum_gradients()
             doing.what, doing.is_whole = "the update of the dense weights", False
-            trainer.step(step)
+            training.trainer.step(step)
         with clock.measure("embedding"):
             doing.what = "the update of the embeddings"
             collection.apply_gradients()
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error}; {_place(doing.batch)}") from None
+        told = NonFiniteError(f"{error}; {_place(doing.batch)}")
+        told.is_known_to_all = error.is_known_to_all
+        raise told from None
+    except GroupError:
+        raise
     # A user's model may raise anything.
     except Exception as error:
         what = f"step {step}: {doing.what}"
-        raise batch_error(what, doing.batch, error, is_whole=doing.is_whole) from error
+        failed = batch_error(what, doing.batch, error, is_whole=doing.is_whole)
+        failed.is_known_to_all = doing.is_known_to_all
+        raise failed from error
     finally:
         # Of a step that failed: they are not the next one's.
         collection.discard_gradients()
@@ -154,40 +172,92 @@ def train_step(
 
 
 def _add_gradients(
-    model: nn.Module,
-    objective: Objective,
-    collection: EmbeddingCollection,
+    training: Training,
     batch: Batch,
     totals: Tensor | None,
-    step: int,
-    clock: Clock,
+    number: tuple[int, int],
     doing: _Doing,
 ) -> tuple[float, Tensor]:
-    """Forward and backward of one batch; returns its loss, and the outputs on the CPU."""
+    """Forward and backward of one batch; returns its loss, and the outputs on the CPU.
+
+    `number`: of the step, and of the batch within it.
+    """
+    collection, division = training.collection, training.division
+    step = number[0]
     doing.what = "the look-up of its keys"
-    with clock.measure("embedding"):
-        if batch.event_time is not None:
-            collection.observe_times(batch.event_time)
+    with training.clock.measure("embedding"):
+        times = division.event_times(batch)
+        if times is not None:
+            collection.observe_times(times)
         pooled = look_up(collection, batch)
-    with clock.measure("dense"):
+    losses = torch.zeros(division.slots, dtype=torch.float64)
+    failed: Exception | None = None
+    outputs: Tensor | None = None
+    try:
+        with training.clock.measure("dense"):
+            outputs, grad = _of_parts(training, batch, pooled.detach(), totals, number, losses, doing)
+        with training.clock.measure("embedding"):
+            if pooled.requires_grad and grad is not None:
+                pooled.backward(grad)  # type: ignore[no-untyped-call]
+            try:
+                collection.check_gradients()
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {step}: {error}") from None
+    # All ranks hear of it.
+    except Exception as error:
+        failed = error
+    doing.is_known_to_all = True
+    value = division.end_batch(losses, failed)
+    doing.is_known_to_all = False
+    assert outputs is not None
+    return value, outputs
+
+
+def _of_parts(
+    training: Training,
+    batch: Batch,
+    pooled: Tensor,
+    totals: Tensor | None,
+    number: tuple[int, int],
+    losses: Tensor,
+    doing: _Doing,
+) -> tuple[Tensor, Tensor | None]:
+    """Forward and backward of each part of a batch; fills in its loss.
+
+    Returns:
+      The outputs on the CPU, and the gradient [B, W] of the embeddings; None: the model does not
+      look at them.
+    """
+    division, objective = training.division, training.objective
+    inputs = model_inputs(training.collection, batch, pooled)
+    parts = division.parts(batch)
+    outputs = [torch.zeros(0, *batch.labels.shape[1:])]
+    grads = []
+    for part in parts:
         doing.what = "the model's forward pass"
-        leaf = pooled.detach().requires_grad_()
-        loss, outputs = objective(model, model_inputs(collection, batch, leaf), batch, totals)
+        division.begin_part(part, *number)
+        dense, embeddings, *lengths = (one[part.rows] for one in inputs)
+        leaf = embeddings.detach().requires_grad_()
+        loss, of_part = objective(
+            training.model, (dense, leaf, *lengths), some(batch, part.rows), totals
+        )
         value = loss.item()
         if not math.isfinite(value):
-            raise NonFiniteError(f"step {step}: the loss is {value}")
+            raise NonFiniteError(f"step {number[0]}: the loss is {value}")
         doing.what = "the backward pass"
         torch.autograd.backward(loss)
-    with clock.measure("embedding"):
-        if leaf.grad is not None and pooled.requires_grad:
-            pooled.backward(leaf.grad)  # type: ignore[no-untyped-call]
-        try:
-            collection.check_gradients()
-        except NonFiniteError as error:
-            raise NonFiniteError(f"step {step}: {error}") from None
-    return value, outputs.detach().cpu()
-
-
+        division.end_part(part)
+        losses[part.slot] += value
+        outputs.append(of_part.detach().cpu())
+        grads.append(leaf.grad)
+    if len(parts) == 1 and division.group.size == 1:
+        return outputs[-1], grads[0]
+    # A rank without a look takes part in the update, too.
+    some_grad = [
+        torch.zeros_like(pooled[part.rows]) if grad is None else grad
+        for part, grad in zip(parts, grads, strict=True)
+    ]
+    return torch.cat(outputs), torch.cat([pooled[:0], *some_grad])
 def batch_error(doing: str, batch: Batch, error: Exception, *, is_whole: bool = True) -> BatchError:
     """What to raise where `error` came up: names it, its place in the user's code, the batch."""
     size = batch.batch_size

@@ -44,6 +44,8 @@ class LanesBlock:
         dealt = batches_of(
             [lane.samples for lane in cut.inside.lanes], cut.start.block_row, plan.batch_size
         )
+        self.lane_sizes: list[list[int]] = np.stack([np.diff(cuts) for cuts in dealt], 1).tolist()
+        """[batches, lanes] samples of each batch that is left."""
         self._dealt = {lane: dealt[lane] for lane in good}
         """Of each lane, which of its samples each batch begins with."""
 

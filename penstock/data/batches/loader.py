@@ -210,7 +210,8 @@ class Loader:
             end = cut.after
             if stop < whole.block_size:
                 end = within(whole, stop, plan.samples_per_row)
-            batch = self._batch(rows or self._nothing, at, end, block.origin(number))
+            lanes = tuple(block.lane_sizes[number])
+            batch = self._batch(rows or self._nothing, at, end, block.origin(number), lanes)
             yield _Delivery(batch, end, malformed, first_malformed)
             at, malformed = end, ()
 
@@ -219,7 +220,14 @@ class Loader:
         """What a rank has of a batch none of whose samples its lanes give."""
         return no_samples(self._decoder.nothing(self._schema))
 
-    def _batch(self, rows: Samples, start: Position, end: Position, origin: object) -> Batch:
+    def _batch(
+        self,
+        rows: Samples,
+        start: Position,
+        end: Position,
+        origin: object,
+        lanes: tuple[int, ...],
+    ) -> Batch:
         sparse = KeyedJagged(self._features, rows.values, rows.offsets, rows.key_weights)
         return Batch(
             rows.dense,
@@ -232,4 +240,5 @@ class Loader:
             end,
             origin,
             dict(zip(self._groups, rows.groups, strict=True)),
+            lanes,
         )
