@@ -100,7 +100,8 @@ class Processes:
         """See `Group.gathered_bytes`."""
         sizes = self.gathered(torch.tensor(len(content)))
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if content:  # torch takes no empty buffer
+            padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         every = self.gathered(padded)
         return [every[rank, :size].numpy().tobytes() for rank, size in enumerate(sizes.tolist())]
 

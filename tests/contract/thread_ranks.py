@@ -7,7 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from penstock.embedding.collection import table_stores
+from penstock.embedding.sharded import store
 from penstock.embedding.sharded.exchange import alike_of, check_alike
+from penstock.embedding.sharded.store import Ranks
 from penstock.errors import GroupError
 
 _PATIENCE_S = 60
@@ -80,3 +83,43 @@ class ThreadRank:
         except threading.BrokenBarrierError:
             raise GroupError("barrier: another rank is gone") from None
         return theirs
+
+
+class ThreadGroup:
+    """A `Group` for one thread of a world, and the process group that its `Ranks` name."""
+
+    def __init__(self, exchange):
+        self.exchange = exchange
+        self.tables = Ranks(_Named(exchange), "sum")
+        self.rank, self.size = exchange.rank, exchange.size
+
+    def gathered(self, values):
+        return torch.stack([one.clone() for one in self.exchange._all(values.cpu())])
+
+    def gathered_bytes(self, content):
+        return list(self.exchange._all(content))
+
+    def add(self, values):
+        values.copy_(self.gathered(values).sum(0).to(values))
+
+    def beside(self):
+        return self
+
+
+class _Named:
+    """What `Ranks` asks of a process group."""
+
+    def __init__(self, exchange):
+        self.exchange = exchange
+
+    def rank(self):
+        return self.exchange.rank
+
+    def size(self):
+        return self.exchange.size
+
+
+def over_threads(monkeypatch):
+    """Collections over the ranks of a `ThreadGroup` talk by its threads."""
+    for module in (store, table_stores):
+        monkeypatch.setattr(module, "Collective", lambda group, device: group.exchange)

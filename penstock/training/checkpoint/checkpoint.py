@@ -11,7 +11,8 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,7 +127,10 @@ class TrainState:
     optimizer: torch.optim.Optimizer | None = None
     """None where the model has no trainable parameter."""
     metrics: Stateful | None = None
-    """Of the samples trained on so far, or since the last log line; the caller's choice."""
+    """Of the samples trained on so far, or since the last log line; the caller's choice. Over ranks
+    `state_dict` is called on all of them, and has the samples of all; `load_state_dict` on the
+    first one alone.
+    """
     best: Mapping[str, BestSoFar] = field(default_factory=dict)
     """Best evaluations by what goes by them; the checkpoint of `OF_CHECKPOINTS` is kept."""
 
@@ -193,10 +197,7 @@ class Checkpoints:
         included, and changes none of it.
         """
         final = self._directory / f"step-{state.step:09d}"
-        try:
-            self._save(final, state)
-        except OSError as error:
-            raise CheckpointError(self._explain_failure(final, state, error)) from error
+        self._save(final, state)
         self._own_step = state.step
         with of_checkpoint(self._group, f"clear away what is older than {final}"):
             if self._group.rank == 0:
@@ -204,23 +205,24 @@ class Checkpoints:
         return final
 
     def _save(self, final: Path, state: TrainState) -> None:
-        group, task = self._group, f"write checkpoint {final}"
+        group = self._group
         is_first = group.rank == 0
+        given_up: list[Path] = []
         pid = from_first(group, os.getpid)
         temporary = final.with_name(f"{final.name}.tmp-{pid}")
         try:
-            with of_checkpoint(group, task):
-                given_up = self._given_up(state.step)
+            with self._part_of_save(final, state):
                 if is_first:
+                    given_up = self._given_up(state.step)
                     self._make_directory()
                     tidy(self._directory)
                     os.mkdir(temporary)
             states = remembered(state.collection, group)
             metrics = None if state.metrics is None else state.metrics.state_dict()
-            with of_checkpoint(group, task):
+            with self._part_of_save(final, state):
                 share = write_share(temporary, state.collection, group, states)
             share = share_of_all(group, share)
-            with of_checkpoint(group, task):
+            with self._part_of_save(final, state):
                 if is_first:
                     check_in_one_place(temporary, share.files)
                     self._write(temporary, state, share, metrics)
@@ -228,6 +230,15 @@ class Checkpoints:
         finally:
             if is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextmanager
+    def _part_of_save(self, final: Path, state: TrainState) -> Iterator[None]:
+        """What ranks do before they go on together."""
+        with of_checkpoint(self._group, f"write checkpoint {final}"):
+            try:
+                yield
+            except OSError as error:
+                raise CheckpointError(self._explain_failure(final, state, error)) from error
 
     def _clear_away(self, final: Path, kept: BestSoFar | None) -> None:
         """Removes checkpoints that are too many."""
