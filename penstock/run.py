@@ -24,6 +24,7 @@ from penstock.errors import (
     BatchError,
     CheckpointError,
     DataError,
+    FailedElsewhere,
     Interrupted,
     MalformedRowError,
     NonFiniteError,
@@ -46,10 +47,10 @@ from penstock.training.forward_state import ForwardState
 from penstock.training.planned import planned_samples, planned_steps
 from penstock.training.prediction import write_scores
 from penstock.training.pretrained import Loaded, load_vectors, transforms_of
-from penstock.training.setup import build
+from penstock.training.setup import Untrained, build
 from penstock.training.step import Clock, Training, steps_s, train_step
 from penstock.training.trained import begin_from, newest_of_run, open_trained
-from penstock.types import Position
+from penstock.types import LanePosition, Position
 
 
 def train(
@@ -214,7 +215,8 @@ def open_run(
         with closing(report_of(group, folder, job, planned, console)) as report:
             lanes = None if after is None else len(after.lanes)
             stop = stop or Interruption()
-            yield Run(job, dataset, folder, report, stop, Untrained... )
+            made = build(job, dataset, steps, group=group, lanes=lanes)
+            yield Run(job, dataset, folder, report, stop, made, group)
 
 
 def _check_folder(folder: RunFolder, job: Job, resume: bool) -> None:
@@ -240,18 +242,25 @@ class Run:
         folder: RunFolder,
         report: Report,
         stop: Interruption,
-        steps: int | None = None,
-        group: Group = ALONE,
+        made: Untrained,
+        group: Group,
     ) -> None:
         self.job = job
         self.dataset = dataset
         self.folder = folder
         self.report = report
         self.group = group
-        self.state, self.trainer, self.objective = build(job, dataset, steps)
+        self.state, self.trainer, self.objective, self.division = made
         self.evaluator = Evaluator(
-            dataset, self.state.model, self.objective, self.state.collection, job.evaluation
+            dataset,
+            self.state.model,
+            self.objective,
+            self.state.collection,
+            job.evaluation,
+            self.division,
         )
+        self._readers, self._evaluators = group.beside(), group.beside()
+        """What tells the ranks' readers of each other: of training, and of an evaluation."""
         self.window = self.state.metrics = self.objective.metrics()
         """Of the steps since the last log; part of a checkpoint."""
         self.checkpoints = Checkpoints(
@@ -263,6 +272,14 @@ class Run:
             group=group,
         )
         self.clock = Clock()
+        self._training = Training(
+            self.state.model,
+            self.objective,
+            self.state.collection,
+            self.trainer,
+            self.division,
+            self.clock,
+        )
         self._stop = stop
         self._forward = ForwardState(self.state.model, self.state.collection)
         self._is_whole = True
@@ -285,6 +302,7 @@ class Run:
             self.dataset.take_up_quarantine(self.state.position)
             self._is_saved = True
         self._began_at = self.state.position
+        self.division.begin_run(self.state.step)
         window_is_open = self.window.compute()["samples"] > 0
         self.report.start(self.state.step, self.state.position, window_is_open)
         for line in unmatched:
@@ -312,6 +330,7 @@ class Run:
             seed=training.seed,
             epochs=training.epochs,
             start=self.state.position,
+            ranks=self._readers,
         )
         return Feed(loader, self.state.collection)
 
@@ -345,23 +364,17 @@ class Run:
         self._is_whole = False
         self._forward.keep()
         try:
-            results = train_step(
-                state.model,
-                self.objective,
-                state.collection,
-                self.trainer,
-                [fed.there for fed in group],
-                state.step,
-                self.clock,
-            )
-        except BatchError as error:
-            if error.is_whole and self._forward.is_complete:
+            results = train_step(self._training, [fed.there for fed in group], state.step)
+        except (BatchError, FailedElsewhere) as error:
+            is_whole = isinstance(error, FailedElsewhere) or error.is_whole
+            if is_whole and self._forward.is_complete:
                 self._forward.put_back()
                 self._is_whole = True
             raise
         for fed, result in zip(group, results, strict=True):
-            self.window.add(fed.batch, result.outputs, result.loss)
-            self._samples += fed.batch.batch_size
+            batch, outputs = self.division.whole(fed.batch, result.outputs)
+            self.window.add(batch, outputs, result.loss)
+            self._samples += batch.batch_size
         state.step += 1
         state.position = group[-1].batch.end
         self._is_saved, self._is_whole = False, True
@@ -405,10 +418,16 @@ class Run:
         batch_size = self.job.evaluation.batch_size
         with (
             self.clock.measure("evaluation"),
-            self._stop.at_once(),
-            self.dataset.batches("evaluation", batch_size=batch_size, groups=True) as batches,
+            self._stop.at_once() if self.group.size == 1 else nullcontext(),
+            self.dataset.batches(
+                "evaluation",
+                batch_size=batch_size,
+                groups=True,
+                start=Position(lanes=(LanePosition(),) * len(self.state.position.lanes)),
+                ranks=self._evaluators,
+            ) as batches,
         ):
-            measured = self.evaluator.measure(batches)
+            measured = self.evaluator.measure(in_step(batches, self.group, self._stop))
         metrics = from_first(self.group, lambda: measured)
         self.report.tell("evaluation", self.state.step, metrics)
         self._compare(metrics)

@@ -168,7 +168,7 @@ class Division:
         total = _in_order(sums)
         size = total.numel() - len(self._parameters)
         is_given = total[size:].tolist()
-        grads = total[:size].split([one.numel() for one in self._parameters])
+        grads = torch.split(total[:size], [one.numel() for one in self._parameters])
         for one, grad, given in zip(self._parameters, grads, is_given, strict=True):
             one.grad = grad.view_as(one).to(one.dtype) if given else None
 
@@ -228,7 +228,7 @@ class Division:
         trained = lanes[lanes[:, 0] > 0, 1:]
         mean = _in_order(trained) / len(trained)
         sizes = [one.numel() for one in self._buffers]
-        for one, values in zip(self._buffers, mean.split(sizes), strict=True):
+        for one, values in zip(self._buffers, torch.split(mean, sizes), strict=True):
             one.copy_(values.view_as(one))
         self._before, self._after = [], None
 
@@ -293,7 +293,7 @@ def _by_lane(sizes: Sequence[int], ranks: int) -> np.ndarray:
 def _packed(batch: Batch, outputs: Tensor) -> bytes:
     columns: dict[str, pa.Array] = {}
     for name, values in (("output", outputs), ("label", batch.labels)):
-        for number, column in enumerate(values.reshape(len(values), -1).unbind(1)):
+        for number, column in enumerate(values.unbind(1) if values.dim() > 1 else [values]):
             columns[f"{name} {number}"] = pa.array(column.numpy())
     for name, one in (("weight", batch.weights), ("teacher", batch.teacher)):
         if one is not None:

@@ -216,11 +216,7 @@ def scored(
                 with torch.no_grad():
                     there = on_device(batch, collection)
                     inputs = model_inputs(collection, there, look_up(collection, there))
-                    outputs = [torch.zeros(0, *batch.labels.shape[1:])]
-                    for part in division.parts(batch):
-                        outputs.append(model(*(one[part.rows] for one in inputs)))
-                        check_outputs(outputs[-1], some(batch, part.rows))
-                    scores = torch.cat([one.cpu() for one in outputs[1:]] or outputs)
+                    scores = _outputs(model, inputs, batch, division)
             # A user's model may raise anything.
             except Exception as error:
                 raise batch_error("the model's forward pass", batch, error) from error
@@ -232,6 +228,18 @@ def scored(
                 )
             whole, scores = division.whole(batch, scores)
             yield Scored(whole, inputs, scores)
+
+
+def _outputs(
+    model: nn.Module, inputs: tuple[Tensor, ...], batch: Batch, division: Division
+) -> Tensor:
+    """[B] or [B, L] of this rank's samples, on the CPU."""
+    found = [torch.zeros(0, *batch.labels.shape[1:])]
+    for part in division.parts(batch):
+        outputs = model(*(one[part.rows] for one in inputs))
+        check_outputs(outputs, some(batch, part.rows))
+        found.append(outputs.cpu())
+    return found[-1] if len(found) <= 2 else torch.cat(found)
 
 
 @contextmanager

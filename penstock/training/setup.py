@@ -27,7 +27,6 @@ from penstock.training.precision import autocast
 from penstock.training.tasks import tasks_of
 from penstock.types import LanePosition, Position
 
-
 LANES = 8
 """Into which the data of a job is divided that does not say it."""
 

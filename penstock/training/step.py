@@ -195,7 +195,9 @@ def _add_gradients(
     outputs: Tensor | None = None
     try:
         with training.clock.measure("dense"):
-            outputs, grad = _of_parts(training, batch, pooled.detach(), totals, number, losses, doing)
+            outputs, grad = _of_parts(
+                training, batch, pooled.detach(), totals, number, losses, doing
+            )
         with training.clock.measure("embedding"):
             if pooled.requires_grad and grad is not None:
                 pooled.backward(grad)  # type: ignore[no-untyped-call]
@@ -258,6 +260,8 @@ def _of_parts(
         for part, grad in zip(parts, grads, strict=True)
     ]
     return torch.cat(outputs), torch.cat([pooled[:0], *some_grad])
+
+
 def batch_error(doing: str, batch: Batch, error: Exception, *, is_whole: bool = True) -> BatchError:
     """What to raise where `error` came up: names it, its place in the user's code, the batch."""
     size = batch.batch_size

@@ -122,7 +122,7 @@ def open_trained(
     part: Part = "evaluation" if data is None else "train"
 
     def load(checkpoint: Path) -> Trained:
-        state, _, objective = build(job, dataset)
+        state, _, objective, _ = build(job, dataset)
         load_tables_and_model(checkpoint, state.collection, state.model)
         return Trained(job, state.collection, state.model, objective, dataset, part)
 
