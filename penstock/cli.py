@@ -418,14 +418,19 @@ def _call(process: Process) -> int:
         return done.code if isinstance(done.code, int) else 0
     except NobodyReads:
         return 128 + signal.SIGPIPE
-    except GroupError as error:
-        if not isinstance(error, FailedElsewhere):
-            _say_why(str(error), "error: ")
+    except FailedElsewhere:
         return LOST
     except PenstockError as error:
         _say_why(str(error), "error: ")
-        return 2
+        return LOST if _is_of_others(error) else 2
     return 0
+
+
+def _is_of_others(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that other ranks are gone."""
+    while error is not None and not isinstance(error, GroupError):
+        error = error.__cause__
+    return error is not None
 
 
 def _say_why(words: str, prefix: str = "") -> None:

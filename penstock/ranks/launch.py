@@ -7,19 +7,21 @@ interface: nothing listens to the network. One that fails ends the others, too.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import IO, NamedTuple
 
 from penstock.interruption import Interruption
+from penstock.locking import FileLock, Held
 from penstock.ranks.environment import LAUNCHER, LOST, MEETING, RANK, words_of
 
 GRACE_S = 5.0
@@ -28,6 +30,8 @@ _TERMINATED_S = 3.0
 """And then, after SIGTERM, before they are killed."""
 _POLL_S = 0.02
 _LINE_BYTES = 1 << 13
+_PREFIX, _LOCK = "penstock-ranks-", "lock"
+_NEW_S = 60.0
 
 
 class Outcome(NamedTuple):
@@ -111,7 +115,11 @@ def launch(command: Sequence[str], size: int, stop: Interruption) -> Outcome:
       size: number of ranks.
       stop: what signals do until now; not while this runs.
     """
-    with TemporaryDirectory(prefix="penstock-ranks-", ignore_cleanup_errors=True) as folder:
+    _remove_left_folders()
+    with (
+        TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as folder,
+        _locked(Path(folder)),
+    ):
         ranks = _Ranks()
         # Only noted there: a rank that is just being started is to get it as well.
         with stop.handed_to(ranks.signals.append):
@@ -124,6 +132,28 @@ def launch(command: Sequence[str], size: int, stop: Interruption) -> Outcome:
                 for one in ranks.every:
                     one.process.wait()
         return _outcome(ranks, Path(folder))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[FileLock]:
+    lock = FileLock.take(folder / _LOCK, signed=False)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _remove_left_folders() -> None:
+    """Removes folders of launchers that were killed: nobody holds their locks."""
+    for folder in Path(gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError, Held):
+            found = folder.lstat()
+            # One that has just been made is not locked yet.
+            is_old = time.time() - found.st_mtime > _NEW_S
+            if is_old and found.st_uid == os.getuid():
+                with _locked(folder) as lock:
+                    if lock.is_enforced:
+                        shutil.rmtree(folder)
 
 
 def _start(command: Sequence[str], rank: int, size: int, folder: Path) -> _Rank:

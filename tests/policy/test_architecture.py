@@ -123,7 +123,7 @@ MAY_IMPORT = {
     "embedding": {"errors", "types"},
     #
     "ranks/environment": {"errors"},
-    "ranks/launch": {"interruption", "ranks/environment"},
+    "ranks/launch": {"interruption", "locking", "ranks/environment"},
     "ranks": {"errors", "embedding"},
     #
     "training/metrics": {

@@ -182,6 +182,23 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
     process.kill()
     until(lambda: all(map(is_gone, found)))
     process.communicate()
+    (left,) = (tmp_path / "tmp").iterdir()
+    old = time.time() - 100
+    os.utime(left, (old, old))
+    assert ended(start(tmp_path, ""))[0] == 0
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_the_folder_of_a_launcher_that_runs_is_let_be(tmp_path):
+    process = start(tmp_path, "time.sleep(60)")
+    pids(tmp_path)
+    (there,) = (tmp_path / "tmp").iterdir()
+    old = time.time() - 100
+    os.utime(there, (old, old))
+    assert ended(start(tmp_path, "", size=1))[0] == 0
+    assert list((tmp_path / "tmp").iterdir()) == [there]
+    process.terminate()
+    assert ended(process)[0] == 143
 
 
 def test_a_rank_whose_launcher_has_ended_already_does_not_begin(tmp_path):
