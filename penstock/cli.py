@@ -61,7 +61,8 @@ app = typer.Typer(
         "    penstock train jobs/synthetic.yaml --out runs/first\n"
         "    penstock inspect runs/first\n"
         "    penstock evaluate runs/first\n\n"
-        "**Exit status.** 0: done. 2: what is wrong is said on the standard error. 130, 143, 129: "
+        "**Exit status.** 0: done. 2: what is wrong is said on the standard error. 3: a rank ends "
+        "because of another one, which says why. 130, 143, 129: "
         "stopped by Ctrl-C, SIGTERM, SIGHUP; training leaves a checkpoint and says how to go on, "
         "other commands leave no half file. 141: nobody reads the output any more."
     ),

@@ -151,9 +151,13 @@ def _remove_left_folders() -> None:
             # One that has just been made is not locked yet.
             is_old = time.time() - found.st_mtime > _NEW_S
             if is_old and found.st_uid == os.getuid():
-                with _locked(folder) as lock:
-                    if lock.is_enforced:
-                        shutil.rmtree(folder)
+                _remove_unless_held(folder)
+
+
+def _remove_unless_held(folder: Path) -> None:
+    with _locked(folder) as lock:
+        if lock.is_enforced:
+            shutil.rmtree(folder)
 
 
 def _start(command: Sequence[str], rank: int, size: int, folder: Path) -> _Rank:
