@@ -453,5 +453,7 @@ def _refuse_bytes(arguments: list[str]) -> None:
 
 def _end(number: int) -> None:
     """Leaves, whatever the main thread is at."""
-    os.write(2, f"{Interrupted(number)}; left at once\n".encode())
+    words = f"{Interrupted(number)}; left at once"
+    if not leave_words(words):
+        os.write(2, f"{words}\n".encode())
     os._exit(Interrupted(number).exit_status)

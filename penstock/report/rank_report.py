@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from penstock.config import Job
 from penstock.data.source import RowCount
+from penstock.ranks.environment import is_started_by_us
 from penstock.ranks.group import Group
 from penstock.ranks.together import check_alike, together
 from penstock.report.folder import RunFolder
@@ -114,7 +116,10 @@ def report_of(
     console: Console | None = None,
 ) -> Report:
     """The report of this rank; see `RunReport` for the arguments."""
-    return RunReport(folder, job, total_samples, console) if group.rank == 0 else SilentReport()
+    if group.rank:
+        return SilentReport()
+    options = ["--nproc", str(group.size)] if is_started_by_us(os.environ) else []
+    return RunReport(folder, job, total_samples, console, options)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -35,6 +35,7 @@ class RunReport:
       total_samples: gives the samples that the whole run will see, as far as they are known by
         then, for the ETA.
       console: where to print; None: the standard output.
+      options: of the command line, besides the job and the folder, to go on with.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class RunReport:
         job: Job,
         total_samples: Callable[[], RowCount | None],
         console: Console | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self._folder = folder
+        self._options = tuple(options)
         self._job = job
         console = console or console_of(Stream(sys.stdout, folder.note_lost_display))
         self._display = Display(console, total_samples, folder.path)
@@ -140,7 +143,8 @@ class RunReport:
           is_whole: whether the newest checkpoint is of this step.
         """
         command = ["penstock", "train", str(self._folder.job_file), "--out", str(self._folder.path)]
-        values = {"is_whole": is_whole, "command": shlex.join([*command, "--resume"])}
+        command += [*self._options, "--resume"]
+        values = {"is_whole": is_whole, "command": shlex.join(command)}
         self._tell_at_the_end("stopped", step, values)
 
     def not_begun(self, step: int) -> None:

@@ -87,6 +87,7 @@ def test_a_run_that_is_stopped_and_killed_goes_on_with_any_number(long_job, tmp_
     status, shown, errors = ended(stopped)
     assert (status, errors) == (130, "stopped by SIGINT\n"), shown
     assert "the checkpoint is complete" in shown
+    assert shown.rstrip().endswith(f"--out {out} --nproc 2 --resume")
     assert_nothing_left(tmp_path, ranks)
     step = verify(latest_checkpoint(out / "checkpoints")).step
 
