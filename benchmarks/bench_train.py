@@ -33,7 +33,7 @@ from penstock.data.dataset import Dataset
 from penstock.job_file import load_job
 from penstock.run import open_run
 from penstock.training.setup import build
-from penstock.training.step import look_up
+from penstock.training.steps.step import look_up
 from penstock.types import Batch
 
 GOAL = 1.15

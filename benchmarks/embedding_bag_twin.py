@@ -30,7 +30,7 @@ from penstock.data.dataset import Dataset
 from penstock.embedding.rules.initializer import initial_values
 from penstock.training.evaluation import Evaluator
 from penstock.training.setup import build
-from penstock.training.step import model_inputs
+from penstock.training.steps.step import model_inputs
 from penstock.types import KeyedJagged
 
 Keys = dict[str, NDArray[np.int64]]

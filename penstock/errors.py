@@ -59,9 +59,10 @@ class GroupError(PenstockError, RuntimeError):
 
 
 class FailedElsewhere(GroupError):
-    """Another rank could not do its part, and says why."""
+    """Another rank could not do its part, and says why. Nothing was updated."""
 
     is_known_to_all = True
+    is_whole = True
 
 
 class CheckpointFailedElsewhere(FailedElsewhere, CheckpointError):

@@ -1,8 +1,8 @@
 """THE STORY: what a run does, from the job to the summary.
 
-`train` is the main path; `evaluate` and `predict` use what it left behind. How one step works is in
-`training/step.py`, what a checkpoint holds in `training/checkpoint/checkpoint.py`, how batches come
-about in `data/dataset.py`, where embeddings live in `embedding/collection/collection.py`.
+`train` is the main path; `evaluate` and `predict` use what it left behind. How a step works is in
+`training/steps/step.py`, what a checkpoint holds in `training/checkpoint/checkpoint.py`, how
+batches come about in `data/dataset.py`, where rows live in `embedding/collection/collection.py`.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from penstock.report.rank_report import Report, held, report_of
 from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING
 from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
 from penstock.training.evaluation import Evaluator, scored
-from penstock.training.feed import Fed, Feed, steps_of
-from penstock.training.forward_state import ForwardState
 from penstock.training.planned import planned_samples, planned_steps
 from penstock.training.prediction import write_scores
 from penstock.training.pretrained import Loaded, load_vectors, transforms_of
 from penstock.training.setup import Untrained, build
-from penstock.training.step import Clock, Training, steps_s, train_step
+from penstock.training.steps.feed import Fed, Feed, steps_of
+from penstock.training.steps.forward_state import ForwardState
+from penstock.training.steps.step import Clock, Training, steps_s, train_step
 from penstock.training.trained import begin_from, newest_of_run, open_trained
-from penstock.types import LanePosition, Position
+from penstock.types import Position
 
 
 def train(
@@ -251,16 +251,12 @@ class Run:
         self.report = report
         self.group = group
         self.state, self.trainer, self.objective, self.division = made
+        model, tables = self.state.model, self.state.collection
         self.evaluator = Evaluator(
-            dataset,
-            self.state.model,
-            self.objective,
-            self.state.collection,
-            job.evaluation,
-            self.division,
+            dataset, model, self.objective, tables, job.evaluation, self.division
         )
+        # What tells the ranks' readers of each other: of training, and of an evaluation.
         self._readers, self._evaluators = group.beside(), group.beside()
-        """What tells the ranks' readers of each other: of training, and of an evaluation."""
         self.window = self.state.metrics = self.objective.metrics()
         """Of the steps since the last log; part of a checkpoint."""
         self.checkpoints = Checkpoints(
@@ -273,15 +269,10 @@ class Run:
         )
         self.clock = Clock()
         self._training = Training(
-            self.state.model,
-            self.objective,
-            self.state.collection,
-            self.trainer,
-            self.division,
-            self.clock,
+            model, self.objective, tables, self.trainer, self.division, self.clock
         )
         self._stop = stop
-        self._forward = ForwardState(self.state.model, self.state.collection)
+        self._forward = ForwardState(model, tables)
         self._is_whole = True
         """Whether the state is one between two steps."""
         self._began_s = time.monotonic()
@@ -366,8 +357,7 @@ class Run:
         try:
             results = train_step(self._training, [fed.there for fed in group], state.step)
         except (BatchError, FailedElsewhere) as error:
-            is_whole = isinstance(error, FailedElsewhere) or error.is_whole
-            if is_whole and self._forward.is_complete:
+            if error.is_whole and self._forward.is_complete:
                 self._forward.put_back()
                 self._is_whole = True
             raise
@@ -415,17 +405,10 @@ class Run:
         if before is not None:
             self._compare(before)
             return
-        batch_size = self.job.evaluation.batch_size
         with (
             self.clock.measure("evaluation"),
             self._stop.at_once() if self.group.size == 1 else nullcontext(),
-            self.dataset.batches(
-                "evaluation",
-                batch_size=batch_size,
-                groups=True,
-                start=Position(lanes=(LanePosition(),) * len(self.state.position.lanes)),
-                ranks=self._evaluators,
-            ) as batches,
+            self.evaluator.held_out(self._evaluators) as batches,
         ):
             measured = self.evaluator.measure(in_step(batches, self.group, self._stop))
         metrics = from_first(self.group, lambda: measured)

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config import EvaluationConfig, MetricsConfig
+from penstock.data.batches.loader import Loader
 from penstock.data.dataset import Dataset
 from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.embedding.collection.pending import is_finite
 from penstock.errors import NonFiniteError
 from penstock.models import TwoTower
-from penstock.training.division import Division, some
-from penstock.training.feed import on_device
+from penstock.ranks.group import Group
 from penstock.training.items import Catalogue
 from penstock.training.metrics.binary import MAX_BINS, BinaryMetrics, logits_of_probabilities
 from penstock.training.metrics.grouped import SLICE_BINS, GroupedAUC, SliceMetrics
 from penstock.training.metrics.recall import Recall
 from penstock.training.objective import Objective, check_outputs
-from penstock.training.step import batch_error, look_up, model_inputs
+from penstock.training.steps.division import Division, some
+from penstock.training.steps.feed import on_device
+from penstock.training.steps.step import batch_error, look_up, model_inputs
 from penstock.training.tasks import BinaryTask, Task, combined, output_of_task
-from penstock.types import Batch
+from penstock.types import Batch, LanePosition, Position
 
 CALIBRATION_BUCKETS = 20
 
@@ -37,7 +39,7 @@ class Evaluator:
 
     Args:
       dataset: whose items are the candidates of recall, where that is wanted.
-      model: see `training.step.model_inputs`.
+      model: see `training.steps.step.model_inputs`.
       objective: whose tasks are measured.
       collection: the embedding tables.
       config: `metrics` and `batch_size` are read.
@@ -53,12 +55,25 @@ class Evaluator:
         config: EvaluationConfig,
         division: Division | None = None,
     ) -> None:
-        self._division = division
+        self._division = division or Division(model)
         self._dataset = dataset
         self._model = model
         self._objective = objective
         self._collection = collection
         self._config = config
+
+    def held_out(self, ranks: Group) -> Loader:
+        """The batches of the held-out part, with all that is measured of them.
+
+        `ranks`: who tells the ranks' readers of each other.
+        """
+        return self._dataset.batches(
+            "evaluation",
+            batch_size=self._config.batch_size,
+            groups=True,
+            start=Position(lanes=(LanePosition(),) * self._division.lanes),
+            ranks=ranks,
+        )
 
     def measure(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """Measures the model as it is, see `evaluate_batches`; recall too, where it is wanted."""

@@ -19,11 +19,11 @@ from penstock.models import build_model, looks_at_other_samples
 from penstock.ranks.group import ALONE, Group
 from penstock.training.checkpoint.best import best_of
 from penstock.training.checkpoint.checkpoint import TrainState
-from penstock.training.dense import DenseTrainer
-from penstock.training.division import Division
 from penstock.training.in_batch_softmax import InBatchSoftmax
 from penstock.training.objective import Objective, SumOfTasks
 from penstock.training.precision import autocast
+from penstock.training.steps.dense import DenseTrainer
+from penstock.training.steps.division import Division
 from penstock.training.tasks import tasks_of
 from penstock.types import LanePosition, Position
 
@@ -89,19 +89,7 @@ def build(
         # Read by cuBLAS when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    labels = job.data.labels
-    try:
-        model = build_model(
-            job.model, dataset.num_numeric, collection.feature_shapes, num_tasks=len(labels)
-        ).to(collection.device)
-    except RuntimeError as error:
-        # On the CPU torch has no class of its own for this.
-        is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not is_memory:
-            raise
-        raise CapacityError(
-            "no memory for the parameters of the model; give it narrower layers (model)"
-        ) from None
+    model = _model(job, dataset, collection)
     if job.training.autocast is not None:
         autocast(model, collection.device, getattr(torch, job.training.autocast))
     trainer = DenseTrainer(
@@ -120,7 +108,25 @@ def build(
         deterministic=job.training.deterministic,
         seed=job.training.seed,
     )
-    return Untrained(state, trainer, _objective(job.model, labels), division)
+    return Untrained(state, trainer, _objective(job.model, job.data.labels), division)
+
+
+def _model(job: Job, dataset: Dataset, collection: EmbeddingCollection) -> nn.Module:
+    try:
+        return build_model(
+            job.model,
+            dataset.num_numeric,
+            collection.feature_shapes,
+            num_tasks=len(job.data.labels),
+        ).to(collection.device)
+    except RuntimeError as error:
+        # On the CPU torch has no class of its own for this.
+        is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not is_memory:
+            raise
+        raise CapacityError(
+            "no memory for the parameters of the model; give it narrower layers (model)"
+        ) from None
 
 
 def lanes_of(job: Job, model: nn.Module) -> int:

@@ -19,7 +19,7 @@ from penstock.data.formats.synthetic import SyntheticRows, write_synthetic
 from penstock.errors import ConfigError, DataError, Interrupted
 from penstock.report.json_lines import JsonLines
 from penstock.training.checkpoint.checkpoint import latest_checkpoint
-from penstock.training.dense import DenseTrainer
+from penstock.training.steps.dense import DenseTrainer
 
 BINARY = str(Path(sys.executable).with_name("penstock"))
 

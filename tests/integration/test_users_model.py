@@ -16,7 +16,7 @@ from penstock import run as story
 from penstock.config import parse_job
 from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.errors import BatchError, CapacityError, Interrupted
-from penstock.training.dense import DenseTrainer
+from penstock.training.steps.dense import DenseTrainer
 
 ROWS = 1537
 
@@ -211,7 +211,7 @@ def test_a_signal_within_the_model(job, tmp_path, quiet, monkeypatch):
 
 
 def test_buffers_too_large_to_keep_are_not_passed_off_as_whole(job, tmp_path, quiet, monkeypatch):
-    monkeypatch.setattr("penstock.training.forward_state._MOST_BYTES", 8)
+    monkeypatch.setattr("penstock.training.steps.forward_state._MOST_BYTES", 8)
     monkeypatch.setattr(users_model.UsersModel, "acts", {"forward": (9, fail)})
     with pytest.raises(BatchError):
         story.train(job, tmp_path / "run", console=quiet)

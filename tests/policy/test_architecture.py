@@ -124,7 +124,7 @@ MAY_IMPORT = {
     #
     "ranks/environment": {"errors"},
     "ranks/launch": {"interruption", "locking", "ranks/environment"},
-    "ranks": {"errors", "embedding"},
+    "ranks": {"errors", "interruption", "embedding"},
     #
     "training/metrics": {
         "errors",

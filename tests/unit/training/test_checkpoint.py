@@ -38,8 +38,8 @@ from penstock.training.checkpoint.checkpoint import (
     read_manifest,
     verify,
 )
-from penstock.training.dense import DenseTrainer
 from penstock.training.metrics.binary import BinaryMetrics
+from penstock.training.steps.dense import DenseTrainer
 from penstock.types import Jagged, KeyedJagged, Position
 
 JOB = {
@@ -427,13 +427,13 @@ def test_missing_extra_and_foreign_files_are_refused(run, tmp_path):
         f"checkpoint {path}: manifest.json does not match its checksum in manifest.b2sum; "
         f"one of the two is damaged; {alone}"
     )
-    manifest["version"] = 3
+    manifest["version"] = 4
     raw = json.dumps(manifest).encode()
     (path / "manifest.json").write_bytes(raw)
     (path / "manifest.b2sum").write_bytes(checkpoint_module.seal(raw))
     assert refused(path, tmp_path) == (
-        f"checkpoint {path}: manifest.json has format 'penstock checkpoint' version 3; "
-        f"this Penstock reads 'penstock checkpoint' up to version 2; {alone}"
+        f"checkpoint {path}: manifest.json has format 'penstock checkpoint' version 4; "
+        f"this Penstock reads 'penstock checkpoint' up to version 3; {alone}"
     )
 
 

@@ -14,7 +14,7 @@ from penstock import (
 )
 from penstock.config import SGD, DenseOptimizer, Schedule, TrainingConfig
 from penstock.errors import ConfigError, NonFiniteError
-from penstock.training.dense import DenseTrainer
+from penstock.training.steps.dense import DenseTrainer
 
 
 def make_model(seed=0):

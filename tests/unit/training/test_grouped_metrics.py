@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import binary_auroc
 from penstock.config import Label, MetricsConfig
 from penstock.embedding import EmbeddingCollection
 from penstock.errors import ConfigError
-from penstock.training.evaluation import evaluate_batches
+from penstock.training.evaluation import evaluate_batches, scored
 from penstock.training.metrics import grouped as grouped_metrics
 from penstock.training.metrics.binary import BinaryMetrics
 from penstock.training.metrics.grouped import GroupedAUC, SliceMetrics
@@ -231,7 +231,7 @@ def test_an_evaluation_weighs_its_samples_in_every_metric(weighted):
     )
     objective = SumOfTasks([BinaryTask(Label(column="click"))])
     collection = EmbeddingCollection([], [])
-    found = evaluate_batches(batches, FirstNumber(), objective, collection, wanted)
+    found = evaluate_batches(scored(batches, FirstNumber(), collection), objective, wanted)
     whole = BinaryMetrics(None)
     whole.update(logits, labels, weights)
     assert found["auc"] == pytest.approx(whole.compute()["auc"], rel=1e-12)

@@ -15,7 +15,7 @@ from penstock.models.parts.frequency import FrequencySketch
 from penstock.training.in_batch_softmax import InBatchSoftmax
 from penstock.training.items import Catalogue, item_ids
 from penstock.training.metrics.recall import Recall
-from penstock.training.step import look_up, model_inputs
+from penstock.training.steps.step import look_up, model_inputs
 from penstock.types import Batch, FeatureShape, Jagged, KeyedJagged, Position
 
 NAMES = ("tags", "user", "item")

@@ -18,9 +18,9 @@ import penstock
 from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.errors import BatchError, GroupError, NonFiniteError
 from penstock.interruption import Interruption
-from penstock.training.dense import DenseTrainer
-from penstock.training.division import Division, some
 from penstock.training.objective import Objective
+from penstock.training.steps.dense import DenseTrainer
+from penstock.training.steps.division import Division, some
 from penstock.types import Batch
 
 Item = TypeVar("Item")
@@ -191,8 +191,6 @@ def _add_gradients(
             collection.observe_times(times)
         pooled = look_up(collection, batch)
     losses = torch.zeros(division.slots, dtype=torch.float64)
-    failed: Exception | None = None
-    outputs: Tensor | None = None
     try:
         with training.clock.measure("dense"):
             outputs, grad = _of_parts(
@@ -207,12 +205,10 @@ def _add_gradients(
                 raise NonFiniteError(f"step {step}: {error}") from None
     # All ranks hear of it.
     except Exception as error:
-        failed = error
-    doing.is_known_to_all = True
-    value = division.end_batch(losses, failed)
-    doing.is_known_to_all = False
-    assert outputs is not None
-    return value, outputs
+        doing.is_known_to_all = True
+        division.end_batch(losses, error)
+        raise
+    return division.end_batch(losses), outputs
 
 
 def _of_parts(

@@ -55,7 +55,7 @@ class Division:
           deterministic: bits do not depend on the number of ranks.
           seed: of what is drawn in lanes.
         """
-        self.group, self._lanes, self._seed = group, lanes, seed
+        self.group, self.lanes, self._seed = group, lanes, seed
         self.by_lane = lanes > 1 and (deterministic or looks_at_other_samples(model))
         self._is_whole = group.size == 1 and not self.by_lane
         self.slots = lanes if self.by_lane else group.size
@@ -75,7 +75,7 @@ class Division:
         if not self.by_lane:
             return [Part(self.group.rank, slice(0, batch.batch_size))] if batch.batch_size else []
         found, first = [], 0
-        for lane in range(self.group.rank, self._lanes, self.group.size):
+        for lane in range(self.group.rank, self.lanes, self.group.size):
             size = batch.lane_sizes[lane]
             if size:
                 found.append(Part(lane, slice(first, first + size)))

@@ -1,0 +1,1 @@
+"""One step: batches to the device, divided, forward, backward, updates."""
