@@ -50,6 +50,7 @@ class Lookup:
     def num_missing(self) -> int: ...
     @property
     def is_applied(self) -> bool: ...
+    def reads_default(self, reads: NDArray[np.bool_]) -> None: ...
 
 class RetentionPolicy:
     """Rules of one table; the arguments are those of `retention.policy_of`."""
@@ -120,6 +121,8 @@ class HostStore:
         hypers: NDArray[np.float32],
         step: int,
         is_order_free: bool,
+        default_sums: NDArray[np.float32] | None,
+        touched: NDArray[np.bool_] | None,
     ) -> tuple[Status, int]: ...
     def read_looked_up(self, lookup: Lookup, vectors: NDArray[np.float32]) -> Status: ...
     def gradient_norm(

@@ -65,8 +65,8 @@ class ThreadRank:
         assert {(part.dtype, part.shape[1:]) for part in came} == {(rows.dtype, rows.shape[1:])}
         return torch.cat(came)
 
-    def combined(self, call, number, *, largest=False):
-        every = torch.stack(list(self._all(number)))
+    def combined(self, call, numbers, *, largest=False):
+        every = torch.stack(list(self._all(numbers)))
         return every.amax(0) if largest else every.sum(0)
 
     def _all(self, mine):

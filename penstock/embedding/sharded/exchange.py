@@ -53,8 +53,8 @@ class Exchange(Protocol):
           GroupError: a rank is gone.
         """
 
-    def combined(self, call: str, number: Tensor, *, largest: bool = False) -> Tensor:
-        """The sum, or the largest, of each rank's number [].
+    def combined(self, call: str, numbers: Tensor, *, largest: bool = False) -> Tensor:
+        """The sums, or the largest, of the ranks' numbers [...], one by one.
 
         Raises:
           GroupError: a rank is gone.
@@ -99,12 +99,12 @@ class Collective:
         self._run(call, lambda: distributed.all_to_all_single(came, rows, *split, group=self.group))
         return came.to(self._device)
 
-    def combined(self, call: str, number: Tensor, *, largest: bool = False) -> Tensor:
+    def combined(self, call: str, numbers: Tensor, *, largest: bool = False) -> Tensor:
         """See `Exchange.combined`."""
-        total = number.detach().clone().to(self._wire)
+        total = numbers.detach().clone().to(self._wire)
         operation = distributed.ReduceOp.MAX if largest else distributed.ReduceOp.SUM
         self._run(call, lambda: distributed.all_reduce(total, operation, group=self.group))
-        return total.to(number.device)
+        return total.to(numbers.device)
 
     def _run(self, call: str, collective: Callable[[], Result]) -> Result:
         try:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from penstock import (
     TableConfig,
     _core,
 )
-from penstock.embedding.collection import anchor_gradient
+from penstock.embedding.collection import anchor_gradient, table_stores
 from penstock.embedding.collection.table_state import check_part
 from penstock.embedding.host_store import HostStore
+from penstock.embedding.retention import limits_of, share_of
 from penstock.embedding.sharded.bags import HostBags
 from penstock.embedding.sharded.shard_map import (
     NUM_BUCKETS,
@@ -230,3 +232,20 @@ def test_a_state_goes_back_to_its_rank_alone():
     with pytest.raises(CheckpointError, match=r"rank 1 of 3, and this is rank 0 of 1"):
         check_part((1, 3), collection())
     check_part((0, 1), collection())
+
+
+def test_each_rank_holds_its_share_of_a_budget(monkeypatch):
+    budget = TableConfig(name="t", dim=8, optimizer=SGD(), max_bytes=1000)
+    features = [FeatureConfig(name="f", table="t", pooling="sum")]
+    exchange = SimpleNamespace(rank=1, size=3)
+    monkeypatch.setattr(table_stores, "Collective", lambda *_: exchange)
+    ranks = SimpleNamespace(part=(1, 3), group=None, reduction="sum")
+    options = {"num_threads": 1, "device": torch.device("cpu"), "deterministic": True}
+    made = table_stores.TableStores([budget], features, ranks=ranks, **options)
+    (held,) = made.groups[0].store.tables
+    assert held == budget.model_copy(update={"max_bytes": 333})
+    # 8 values and 24 bytes of index a row: 17 rows in all.
+    assert limits_of(held, 32).max_rows == 5
+    assert share_of(held, 1) == held
+    with pytest.raises(ConfigError, match=r"table 't': max_bytes 41 holds no row"):
+        table_stores.TableStores([share_of(budget, 8)], features, ranks=ranks, **options)
