@@ -57,27 +57,27 @@ class RetentionPolicy:
 
     def __init__(self, **rules: float) -> None: ...
 
+class NumberedBags:
+    """Bags of rows by number: copies, checked once; ValueError says what does not fit."""
+
+    def __init__(
+        self,
+        plan: PoolingPlan,
+        offsets: NDArray[np.int64],
+        weights: NDArray[np.float32] | None,
+        batch_size: int,
+        numbers: NDArray[np.uint32],
+        rows: int,
+        dim: int,
+    ) -> None: ...
+
 class BagSums:
     def __init__(self, dim: int, num_threads: int) -> None: ...
     def pool(
-        self,
-        plan: PoolingPlan,
-        offsets: NDArray[np.int64],
-        weights: NDArray[np.float32] | None,
-        batch_size: int,
-        numbers: NDArray[np.uint32],
-        rows: NDArray[np.float32],
-        out: NDArray[np.float32],
+        self, bags: NumberedBags, rows: NDArray[np.float32], out: NDArray[np.float32]
     ) -> None: ...
     def sum(
-        self,
-        plan: PoolingPlan,
-        offsets: NDArray[np.int64],
-        weights: NDArray[np.float32] | None,
-        batch_size: int,
-        numbers: NDArray[np.uint32],
-        grad: NDArray[np.float32],
-        sums: NDArray[np.float32],
+        self, bags: NumberedBags, grad: NDArray[np.float32], sums: NDArray[np.float32]
     ) -> None: ...
 
 class HostStore:

@@ -52,7 +52,7 @@ class ThreadRank:
     def headers(self, call, said, to_each):
         self._number += 1
         self.calls.append((self._number, call, tuple(to_each.shape)))
-        alike = alike_of(self._number, call, said)
+        alike = alike_of(self._number, call, said, to_each.shape[1])
         theirs = self._all((alike, to_each))
         check_alike(self.rank, alike, torch.stack([one for one, _ in theirs]))
         return torch.stack([each[self.rank] for _, each in theirs])

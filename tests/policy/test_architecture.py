@@ -107,7 +107,16 @@ MAY_IMPORT = {
     },
     "embedding/sharded/bags": {"types", "_core", "embedding/host_store", "embedding/store"},
     "embedding/sharded/device_bags": {"types", "kernels", "embedding/gpu", "embedding/store"},
-    "embedding/sharded/store": STORES | {"embedding/sharded"},
+    "embedding/sharded/all_ranks": {"errors", "embedding/sharded/store"},
+    "embedding/sharded/store": STORES
+    | {
+        "embedding/sharded/agreement",
+        "embedding/sharded/bags",
+        "embedding/sharded/defaults",
+        "embedding/sharded/exchange",
+        "embedding/sharded/routes",
+        "embedding/sharded/shard_map",
+    },
     "embedding/shapes": {"errors", "types", "config", "embedding/checks", "embedding/store"},
     "embedding/collection": STORES
     | {

@@ -13,7 +13,7 @@ from penstock.config import TableConfig
 from penstock.embedding import checks
 from penstock.embedding.retention import Clock, RetentionState, retains
 from penstock.embedding.sharded.agreement import check_made_alike
-from penstock.embedding.sharded.bags import Bags
+from penstock.embedding.sharded.bags import Bags, NumberedBags
 from penstock.embedding.sharded.defaults import Defaults, PartStore, without_refused
 from penstock.embedding.sharded.exchange import Collective, Exchange
 from penstock.embedding.sharded.routes import Arrived, Owners, arrived, wanted_of
@@ -29,7 +29,6 @@ from penstock.embedding.store import (
     StoreMemory,
     TableCounters,
     TableRows,
-    own_copy,
 )
 from penstock.errors import ConfigError, GroupError
 from penstock.types import KeyedJagged
@@ -83,11 +82,17 @@ class ShardedLookup(PooledLookup):
     is_applied = False
 
     def __init__(
-        self, store: object, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, sent: list[int]
+        self,
+        store: object,
+        plan: PoolingPlan,
+        batch: KeyedJagged,
+        numbers: Tensor,
+        sent: list[int],
+        bags: NumberedBags,
     ) -> None:
         super().__init__(store, plan, batch)
-        self.batch = batch
-        """Copied."""
+        self.bags = bags
+        """Of the keys sent."""
         self.numbers = numbers
         """[N] int64 by place: which of the keys sent."""
         self.sent = sent
@@ -165,9 +170,11 @@ class ShardedStore:
         fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
         checks.check_lookup(plan, batch, out, device=self.device, **fit)
         checks.check_batch(plan, batch)
-        batch = own_copy(batch, self.device)
+        batch = batch.to(self.device)
         keys, counts, numbers = wanted_of(plan, batch, self._owners, once=self._once)
-        lookup = ShardedLookup(self, plan, batch, numbers, counts.sum(1).tolist())
+        bags = self._bags.numbered(plan, batch, numbers, keys.numel())
+        sent = counts.sum(1).tolist()
+        lookup = ShardedLookup(self, plan, batch, numbers, sent, bags)
         came = self.ranks.headers("look-up", int(insert), counts)
         keys = self.ranks.to_all("look-up", keys, lookup.sent, came.sum(1).tolist())
         block = arrived(self._names, keys, came)
@@ -176,7 +183,7 @@ class ShardedStore:
         lookup.rows = _Rows(block, own)
         back = block.as_they_came(rows)
         mine = self.ranks.to_all("look-up", back, block.per_rank, lookup.sent)
-        self._bags.pool(plan, batch, numbers, mine, out)
+        bags.pool(mine, out)
         lookup.vectors = None if batch.weights is None else mine
         return lookup
 
@@ -244,9 +251,7 @@ class ShardedStore:
         for gradient in gradients:
             lookup = gradient.lookup
             assert isinstance(lookup, ShardedLookup)
-            sums = self._bags.sums(
-                lookup.plan, lookup.batch, lookup.numbers, gradient.grad, sum(lookup.sent)
-            )
+            sums = lookup.bags.sums(gradient.grad)
             if self._share != 1.0:
                 sums *= self._share
             block, own = lookup.rows
