@@ -50,33 +50,34 @@ class Lookup:
     def num_missing(self) -> int: ...
     @property
     def is_applied(self) -> bool: ...
+    def reads_default(self, reads: NDArray[np.bool_]) -> None: ...
 
 class RetentionPolicy:
     """Rules of one table; the arguments are those of `retention.policy_of`."""
 
     def __init__(self, **rules: float) -> None: ...
 
+class NumberedBags:
+    """Bags of rows by number: copies, checked once; ValueError says what does not fit."""
+
+    def __init__(
+        self,
+        plan: PoolingPlan,
+        offsets: NDArray[np.int64],
+        weights: NDArray[np.float32] | None,
+        batch_size: int,
+        numbers: NDArray[np.uint32],
+        rows: int,
+        dim: int,
+    ) -> None: ...
+
 class BagSums:
     def __init__(self, dim: int, num_threads: int) -> None: ...
     def pool(
-        self,
-        plan: PoolingPlan,
-        offsets: NDArray[np.int64],
-        weights: NDArray[np.float32] | None,
-        batch_size: int,
-        numbers: NDArray[np.uint32],
-        rows: NDArray[np.float32],
-        out: NDArray[np.float32],
+        self, bags: NumberedBags, rows: NDArray[np.float32], out: NDArray[np.float32]
     ) -> None: ...
     def sum(
-        self,
-        plan: PoolingPlan,
-        offsets: NDArray[np.int64],
-        weights: NDArray[np.float32] | None,
-        batch_size: int,
-        numbers: NDArray[np.uint32],
-        grad: NDArray[np.float32],
-        sums: NDArray[np.float32],
+        self, bags: NumberedBags, grad: NDArray[np.float32], sums: NDArray[np.float32]
     ) -> None: ...
 
 class HostStore:
@@ -120,6 +121,8 @@ class HostStore:
         hypers: NDArray[np.float32],
         step: int,
         is_order_free: bool,
+        default_sums: NDArray[np.float32] | None,
+        touched: NDArray[np.bool_] | None,
     ) -> tuple[Status, int]: ...
     def read_looked_up(self, lookup: Lookup, vectors: NDArray[np.float32]) -> Status: ...
     def gradient_norm(

@@ -142,14 +142,23 @@ std::tuple<Status, double> py_gradient_norm(HostStore& self, std::shared_ptr<con
 
 std::tuple<Status, int64_t> py_apply_gradients(HostStore& self, std::shared_ptr<const SharedPlan> plan,
                                                const Gradients& gradients, InRows hypers, uint64_t step,
-                                               bool is_order_free) {
-  check_rows(hypers, self.layout().num_tables, kHyperFields, "hypers: expected [tables, 11]");
+                                               bool is_order_free, std::optional<InRows> default_sums,
+                                               std::optional<In<bool>> touched) {
+  const StoreLayout layout = self.layout();
+  check_rows(hypers, layout.num_tables, kHyperFields, "hypers: expected [tables, 11]");
+  check(default_sums.has_value() == touched.has_value(), "default_sums, touched: both or none");
+  DefaultGradients defaults{nullptr, nullptr};
+  if (touched) {
+    check_rows(*default_sums, layout.num_tables, layout.dim, "default_sums: expected [tables, dim]");
+    check(touched->size() == layout.num_tables, "touched: expected [tables]");
+    defaults = {default_sums->data(), touched->data()};
+  }
   std::vector<LookupGradient> parts = checked_gradients(self, plan, gradients);
   int64_t rows = 0;
   Status status;
   {
     const nb::gil_scoped_release release;
-    status = self.apply_gradients(parts, hypers_of(hypers), step, is_order_free, &rows);
+    status = self.apply_gradients(parts, hypers_of(hypers), step, is_order_free, touched ? &defaults : nullptr, &rows);
   }
   return {status, rows};
 }
@@ -206,7 +215,16 @@ void bind_host_store(nb::module_& m) {
           },
           "tables"_a, "dim"_a);
 
-  nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing).def_ro("is_applied", &Lookup::is_applied);
+  nb::class_<Lookup>(m, "Lookup").def(nb::init<>()).def_ro("num_missing", &Lookup::num_missing).def_ro("is_applied", &Lookup::is_applied)
+      .def(
+          "reads_default",
+          [](const Lookup& self, Out<bool> reads) {
+            check(self.plan != nullptr && self.plan->is_by_key(), "lookup: not by key");
+            check(reads.size() == static_cast<size_t>(self.num_keys), "reads: expected [keys]");
+            std::transform(self.slots, self.slots + self.num_keys, reads.data(),
+                           [&self](uint32_t slot) { return slot < self.num_defaults; });
+          },
+          "reads"_a.noconvert());
 
   nb::class_<HostStore>(m, "HostStore")
       .def(
@@ -248,7 +266,7 @@ void bind_host_store(nb::module_& m) {
           "lookup"_a, "vectors"_a.noconvert())
       .def("gradient_norm", &py_gradient_norm, "plan"_a, "gradients"_a.noconvert(), "order"_a, "is_order_free"_a)
       .def("apply_gradients", &py_apply_gradients, "plan"_a, "gradients"_a.noconvert(), "hypers"_a.noconvert(), "step"_a,
-           "is_order_free"_a)
+           "is_order_free"_a, "default_sums"_a.noconvert().none(), "touched"_a.noconvert().none())
       .def(
           "find",
           [](HostStore& self, uint32_t table, In<int64_t> keys, bool insert, OutRows values, OutRows state,

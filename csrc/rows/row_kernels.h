@@ -159,7 +159,7 @@ struct Occurrence {
 constexpr uint32_t kMostSummedDim = 32;
 
 // Bits of a share in sums that are free of the order, of an update of `keys` keys in all: 2^62 / 2^40 = 2^22 of them sum up
-// without overflow, each twice as many take a bit. The same in penstock/kernels/update/fixed_point.py.
+// without overflow, each twice as many take a bit. The same in penstock/kernels/update/occurrences.py.
 constexpr int sum_bits_of(uint64_t keys) {
   int bits = 40;
   for (uint64_t most = uint64_t{1} << 22; most < keys; most *= 2) --bits;

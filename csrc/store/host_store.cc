@@ -67,10 +67,10 @@ Status HostStore::pooled_lookup(std::shared_ptr<const SharedPlan> plan, const Pa
 }
 
 Status HostStore::apply_gradients(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step,
-                                  bool is_order_free, int64_t* rows) {
+                                  bool is_order_free, const DefaultGradients* defaults, int64_t* rows) {
   *rows = 0;
   if (gradients.empty()) return Status::kOk;
-  return call([&] { return updates_.apply(gradients, hypers, step, is_order_free, rows); });
+  return call([&] { return updates_.apply(gradients, hypers, step, is_order_free, defaults, rows); });
 }
 
 Status HostStore::gradient_norm(std::vector<LookupGradient>& gradients, double order, bool is_order_free, double* total) {

@@ -57,8 +57,10 @@ class HostStore {
   // is_order_free the bits do not depend on the order of the samples either.
   // Values of two bytes are rounded by the number of the step. The look-ups are of this store and read as one plan does
   // (SharedPlan::reads_as), none of them applied yet; but for kHalfUpdated an error changes none of their rows.
+  // With `defaults` (or null) what was refused in the look-ups changes nothing: default rows take theirs, which are not among
+  // the rows counted.
   Status apply_gradients(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step, bool is_order_free,
-                         int64_t* rows);
+                         const DefaultGradients* defaults, int64_t* rows);
   // The norm of what apply_gradients would give to rows: the sum of |x|^order over the columns x of every row's summed
   // gradient; of the order infinity the largest |x|. Infinite where a gradient is not finite. Changes no row; those that are
   // missing are made, as for the update.

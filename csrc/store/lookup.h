@@ -25,6 +25,7 @@ struct Lookup {
   uint64_t erase_version = 0;  // slots hold as long as no row was erased since
   int64_t num_missing = 0;  // keys read without a row (insert == false)
   bool is_applied = false;
+  uint32_t num_defaults = 0;  // default rows of the store: the first slots
   std::unique_ptr<BufferPool::Loan> memory;  // of the arrays
 
   // Rows of what it read, and of its gradient.
@@ -41,6 +42,12 @@ struct LookupGradient {
   Lookup* lookup;
   PackedKeys batch;  // the look-up's own
   const float* grad;  // [outputs of the look-up, stride of its plan]
+};
+
+// What default rows take, in place of what gradients say of them: those of several stores that hold one table together.
+struct DefaultGradients {
+  const float* sums;    // [tables, dim]
+  const bool* touched;  // [tables] whether there is any; other default rows take no step
 };
 
 }  // namespace penstock

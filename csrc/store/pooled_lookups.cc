@@ -70,6 +70,7 @@ Status PooledLookups::look_up(const PoolingPlan& plan, const PackedKeys& given, 
   const std::vector<Tile> tiles = tiles_of(plan, batch);
   const bool stream = static_cast<size_t>(batch.batch_size * plan.stride) * sizeof(float) > kStreamBytes;
   lookup->erase_version = rows_.slots.erase_version();
+  lookup->num_defaults = rows_.tables.num_defaults;
   uint32_t* const slots = lookup->slots;
   tile_misses_.resize(tiles.size());
   const bool is_plain = batch.is_one_hot && batch.weights == nullptr &&

@@ -93,7 +93,7 @@ std::vector<Updates::Unit> Updates::units_of(const PoolingPlan& plan,
   return units;
 }
 
-int64_t Updates::collect(const std::vector<LookupGradient>& gradients, const Unit& unit,
+int64_t Updates::collect(const std::vector<LookupGradient>& gradients, const Unit& unit, uint32_t left_out,
                          std::vector<Occurrence>* occurrences) const {
   Occurrence* next = occurrences->data();
   const auto make_room = [occurrences, &next](int64_t count) {
@@ -101,10 +101,10 @@ int64_t Updates::collect(const std::vector<LookupGradient>& gradients, const Uni
     ensure_size(*occurrences, used + static_cast<size_t>(count) + 1);  // one is written behind the last
     next = occurrences->data() + used;
   };
-  const auto add = [&unit, &next](const float* source, uint32_t slot, float scale) __attribute__((always_inline)) {
+  const auto add = [&unit, &next, left_out](const float* source, uint32_t slot, float scale) __attribute__((always_inline)) {
     *next = {source, slot, scale};
     // Multiply-shift of a scrambled slot: even parts, whatever the pattern of the slots. No slot: evicted since the look-up.
-    next += (slot != kNoSlot) & ((uint64_t{slot * 0x9E3779B1u} * unit.parts) >> 32 == unit.part);
+    next += (slot != kNoSlot) & (slot != left_out) & ((uint64_t{slot * 0x9E3779B1u} * unit.parts) >> 32 == unit.part);
   };
   for (const auto& [lookup, batch, grad] : gradients) {
     // Of the same features, but its gradient's columns are its own.
@@ -162,7 +162,7 @@ UpdateScratch Updates::scratch_for(size_t count, Thread& scratch) const {
 }
 
 Status Updates::apply(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step, bool is_order_free,
-                         int64_t* rows_updated) {
+                         const DefaultGradients* defaults, int64_t* rows_updated) {
   const PoolingPlan plan = gradients.front().lookup->plan->view();
   for (LookupGradient& gradient : gradients) {
     const Status status = refresh(gradient);
@@ -178,7 +178,8 @@ Status Updates::apply(std::vector<LookupGradient>& gradients, const Hyper* hyper
   try {
     rows_.pool.run(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
       Thread& scratch = threads_[thread];
-      const int64_t count = collect(gradients, units[unit], &scratch.occurrences);
+      const uint32_t left_out = defaults == nullptr ? kNoSlot : rows_.tables.default_slots[units[unit].table];
+      const int64_t count = collect(gradients, units[unit], left_out, &scratch.occurrences);
       if (count == 0) return;
       const UpdateScratch working = scratch_for(static_cast<size_t>(count), scratch);
       has_begun.store(true, std::memory_order_relaxed);
@@ -187,6 +188,10 @@ Status Updates::apply(std::vector<LookupGradient>& gradients, const Hyper* hyper
       if (rows_.layout.usage_dim != 0) eviction_.mark_used(scratch.unique_slot.data(), updated, units[unit].table);
       scratch.rows += updated;
     });
+    if (defaults != nullptr) {
+      has_begun = true;
+      step_defaults(*defaults, hypers, step);
+    }
   } catch (const std::bad_alloc&) {
     if (!has_begun) throw;
     for (const LookupGradient& gradient : gradients) gradient.lookup->is_applied = true;
@@ -195,6 +200,17 @@ Status Updates::apply(std::vector<LookupGradient>& gradients, const Hyper* hyper
   for (const LookupGradient& gradient : gradients) gradient.lookup->is_applied = true;
   for (const Thread& scratch : threads_) *rows_updated += scratch.rows;
   return Status::kOk;
+}
+
+void Updates::step_defaults(const DefaultGradients& defaults, const Hyper* hypers, uint64_t step) {
+  const UpdateScratch working = scratch_for(1, threads_[0]);
+  for (uint32_t table = 0; table < rows_.tables.size(); ++table) {
+    const uint32_t slot = rows_.tables.default_slots[table];
+    if (slot == kNoSlot || !defaults.touched[table]) continue;
+    // In fp32: a sum of one share is that share.
+    const Occurrence all{defaults.sums + size_t{table} * rows_.layout.dim, slot, 1.0f};
+    rows_.kernels.update(rows_.rows(), &all, 1, hypers[table], step_seed(step), 0, working);
+  }
 }
 
 Status Updates::measure(std::vector<LookupGradient>& gradients, double order, bool is_order_free, double* total) {
@@ -211,7 +227,7 @@ Status Updates::measure(std::vector<LookupGradient>& gradients, double order, bo
   for (GradientNorm& norm : norms) norm.order = order;
   rows_.pool.run(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
     Thread& scratch = threads_[thread];
-    const int64_t count = collect(gradients, units[unit], &scratch.occurrences);
+    const int64_t count = collect(gradients, units[unit], kNoSlot, &scratch.occurrences);
     if (count == 0) return;
     const UpdateScratch working = scratch_for(static_cast<size_t>(count), scratch);
     rows_.kernels.measure(rows_.layout.dim, scratch.occurrences.data(), count, sum_bits, working, &norms[thread]);

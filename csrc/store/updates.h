@@ -16,7 +16,7 @@ class Updates {
 
   // See HostStore; there is a gradient.
   Status apply(std::vector<LookupGradient>& gradients, const Hyper* hypers, uint64_t step, bool is_order_free,
-               int64_t* rows_updated);
+               const DefaultGradients* defaults, int64_t* rows_updated);
   Status measure(std::vector<LookupGradient>& gradients, double order, bool is_order_free, double* total);
 
  private:
@@ -39,8 +39,10 @@ class Updates {
   // Finds rows again where some were erased since the look-up.
   Status refresh(LookupGradient& gradient);
   std::vector<Unit> units_of(const PoolingPlan& plan, const std::vector<LookupGradient>& gradients) const;
-  // Returns how many there are; the vector may be longer.
-  int64_t collect(const std::vector<LookupGradient>& gradients, const Unit& unit, std::vector<Occurrence>* occurrences) const;
+  // Those of a slot are left out, if it is not kNoSlot. Returns how many there are; the vector may be longer.
+  int64_t collect(const std::vector<LookupGradient>& gradients, const Unit& unit, uint32_t left_out,
+                  std::vector<Occurrence>* occurrences) const;
+  void step_defaults(const DefaultGradients& defaults, const Hyper* hypers, uint64_t step);
   UpdateScratch scratch_for(size_t count, Thread& thread) const;
 
   KeyedRows& rows_;

@@ -44,7 +44,7 @@ class Config(BaseModel):
         # To Python true is 1.
         for name, field in cls.model_fields.items() if isinstance(given, Mapping) else ():
             value = given.get(name)
-            if isinstance(value, bool) and _takes_numbers_alone(field.annotation):
+            if isinstance(value, bool) and _takes_numbers(field.annotation):
                 raise ValueError(f"{name}: expected a number, got {str(value).lower()}")
         return given
 
@@ -67,10 +67,9 @@ def changeable_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _takes_numbers_alone(annotation: Any) -> bool:
-    """Whether an annotation has numbers, and nothing that true and false could be."""
-    parts = [annotation, *_parts(annotation)]
-    return not {bool, False, True, Any}.intersection(parts) and bool({int, float} & set(parts))
+def _takes_numbers(annotation: Any) -> bool:
+    """Whether an annotation has numbers; none of these takes true and false besides."""
+    return bool({int, float} & {annotation, *_parts(annotation)})
 
 
 def _parts(annotation: Any) -> Iterator[Any]:

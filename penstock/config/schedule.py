@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, Field, model_validator
@@ -88,8 +87,4 @@ def with_end(config: Part, steps: int) -> Part:
         items = tuple(with_end(item, steps) for item in config)
         if any(item is not before for item, before in zip(items, config, strict=True)):
             found = items
-    elif isinstance(config, Mapping):
-        values = {name: with_end(value, steps) for name, value in config.items()}
-        if any(value is not config[name] for name, value in values.items()):
-            found = values
     return cast("Part", found)

@@ -268,6 +268,8 @@ class TableConfig(Config):
     max_bytes: ByteSize | None = None
     """Most bytes of the table: row values, optimizer state, marks of use, and 24 bytes of index a
     key. `2GiB` is 2^31. Without `eviction`, new keys are refused once it is full. null: unbounded.
+    Over several ranks each holds an equal share of it, whole rows, so that what is refused or
+    leaves depends on their number.
     """
     eviction: Eviction | None = None
     trainable: Annotated[bool, MAY_CHANGE] = True

@@ -34,6 +34,7 @@ from penstock.embedding.rules.rounding import round_update
 from penstock.embedding.store import (
     Candidates,
     Cursor,
+    DefaultGradients,
     FindResult,
     PooledFeature,
     PooledGradient,
@@ -65,6 +66,16 @@ class DictLookup(PooledLookup):
         self.batch = own_copy(batch, torch.device("cpu"))
         self.on_default: set[tuple[int, int]] = set()
         """(table, key) that read the default row."""
+
+    def reads_default(self) -> Tensor:
+        """See `PooledLookup`."""
+        reads = torch.zeros(self.num_keys, dtype=torch.bool)
+        for feature in self.plan.features:
+            place = int(self.batch.offsets[feature.packed_feature])
+            for _, keys, _ in _bags(self.plan, self.batch, feature):
+                reads[place] = (feature.table, int(keys)) in self.on_default
+                place += 1
+        return reads
 
 
 class DictStore:
@@ -272,9 +283,16 @@ class DictStore:
         gradients: Sequence[PooledGradient],
         step: int,
         rate_factor: float = 1.0,
+        defaults: DefaultGradients | None = None,
     ) -> int:
-        """See `Store.apply_gradients`."""
+        """See `PartStore.apply_gradients`."""
         sums = self._sums(plan, gradients)
+        number = len(sums)
+        if defaults is not None:
+            sums = {name: total for name, total in sums.items() if name[1] is not None}
+            number = len(sums)
+            for table in defaults.touched.nonzero()[:, 0].tolist():
+                sums[table, None] = defaults.sums[table].double().numpy()
         self._version += 1
         for gradient in gradients:
             cast("DictLookup", gradient.lookup).is_applied = True
@@ -290,7 +308,7 @@ class DictStore:
                 new = row.value.astype(np.float32)[None, :]
                 row.value = round_update(new, value_type, step)[0].double().numpy()
             held.use(row)
-        return len(sums)
+        return number
 
     def read_looked_up(self, lookup: PooledLookup) -> Tensor:
         """See `Store.read_looked_up`."""

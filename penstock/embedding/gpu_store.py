@@ -21,7 +21,7 @@ from penstock.embedding.gpu.batches import (
     held,
     keys_of,
 )
-from penstock.embedding.gpu.gradients import gradient_norm
+from penstock.embedding.gpu.gradients import gradient_norm, step_defaults, without_defaults
 from penstock.embedding.gpu.retained_rows import RetainedRows
 from penstock.embedding.gpu.retention import Rules
 from penstock.embedding.gpu.rows import KeyedRows, initial_of
@@ -40,6 +40,7 @@ from penstock.embedding.rules import optimizer
 from penstock.embedding.store import (
     Candidates,
     Cursor,
+    DefaultGradients,
     FindResult,
     PooledGradient,
     PooledLookup,
@@ -104,7 +105,7 @@ class GpuStore:
         refusing = [number for number, table in enumerate(tables) if refuses(table)]
         absent = torch.full((len(tables),), -1, dtype=torch.int32)
         absent[refusing] = torch.arange(len(refusing), dtype=torch.int32)
-        self._absent = absent.to(self.device)
+        self._absent, self._num_defaults = absent.to(self.device), len(refusing)
         initial = initial_of(tables, seed, self.device)
         try:
             self._slots = SlotPool(
@@ -294,6 +295,7 @@ class GpuStore:
             if insert:
                 self._retained.insert(keys_of(on_gpu, batch), slots, misses)
                 lookup.erase_version = self._retained.erase_version
+        lookup.num_defaults = self._num_defaults
         if insert:
             most, counts = self._slots.most_slots, self._piece_counters.take()
             lookup.group_ahead(on_gpu, most, counts, needs_tables=self._needs_tables)
@@ -328,14 +330,21 @@ class GpuStore:
         gradients: Sequence[PooledGradient],
         step: int,
         rate_factor: float = 1.0,
+        defaults: DefaultGradients | None = None,
     ) -> Tensor:
-        """See `Store.apply_gradients`."""
+        """See `PartStore.apply_gradients`."""
         on_gpu, parts = self._parts_of(plan, gradients)
         if on_gpu is None:
             return torch.zeros((), dtype=torch.int32, device=self.device)
         self._retained.changed()
-        hypers = self._hypers.at(step, rate_factor)
-        updated = apply_gradients(self._rows, on_gpu, parts, hypers, step, self._update_rules)
+        hypers, rules = self._hypers.at(step, rate_factor), self._update_rules
+        if defaults is not None:
+            parts = [without_defaults(part, self._num_defaults) for part in parts]
+        updated = apply_gradients(self._rows, on_gpu, parts, hypers, step, rules)
+        if defaults is not None:
+            tables = len(self.tables)
+            by_table = self._plans.get(PoolingPlan.by_key(tables, self.layout.dim), tables)
+            step_defaults(self._rows, by_table, self._absent, defaults, hypers, step, rules)
         for gradient in gradients:
             cast("GpuLookup", gradient.lookup).is_applied = True
         return updated

@@ -29,6 +29,7 @@ from penstock.embedding.rules.rounding import CODES
 from penstock.embedding.store import (
     Candidates,
     Cursor,
+    DefaultGradients,
     FindResult,
     PooledGradient,
     PooledLookup,
@@ -72,6 +73,12 @@ class HostLookup(PooledLookup):
     def is_applied(self) -> bool:
         """See `PooledLookup`."""
         return self.core.is_applied
+
+    def reads_default(self) -> Tensor:
+        """See `PooledLookup`."""
+        reads = np.empty(self.num_keys, dtype=np.bool_)
+        self.core.reads_default(reads)
+        return torch.from_numpy(reads)
 
 
 class HostStore:
@@ -321,16 +328,20 @@ class HostStore:
         gradients: Sequence[PooledGradient],
         step: int,
         rate_factor: float = 1.0,
+        defaults: DefaultGradients | None = None,
     ) -> int:
-        """See `Store.apply_gradients`."""
+        """See `PartStore.apply_gradients`."""
         hypers = self._hypers.at(step, rate_factor)
-        return int(self._of_gradients("apply_gradients", plan, gradients, hypers, step))
+        given = (None, None) if defaults is None else [part.numpy() for part in defaults]
+        options = hypers, step, self._deterministic, *given
+        return int(self._of_gradients("apply_gradients", plan, gradients, *options))
 
     def gradient_norm(
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], norm_type: float
     ) -> float:
         """See `Store.gradient_norm`."""
-        total: float = self._of_gradients("gradient_norm", plan, gradients, norm_type)
+        options = norm_type, self._deterministic
+        total: float = self._of_gradients("gradient_norm", plan, gradients, *options)
         return total if norm_type == math.inf else total ** (1 / norm_type)
 
     def _of_gradients(
@@ -342,7 +353,7 @@ class HostStore:
                     checks.check_same(part.lookup, part.batch)
             parts = [(part.lookup.core, part.grad.detach().numpy()) for part in gradients]  # type: ignore[attr-defined]
             call = getattr(self._core, verb)
-            status, result = call(core_plan(plan), parts, *given, self._deterministic)
+            status, result = call(core_plan(plan), parts, *given)
         except (AttributeError, TypeError, ValueError):
             # As in `pooled_lookup`; a look-up of another kind of store has no core.
             self.check_gradients(plan, gradients)

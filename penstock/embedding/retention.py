@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ByteSize
 from torch import Tensor
 
 from penstock.config import AdmitAtRandom, AdmitFrequent, Constant, TableConfig
@@ -246,6 +247,13 @@ def limits_of(table: TableConfig, row_bytes: int) -> Limits:
             f"{bytes_each} bytes; raise max_bytes"
         )
     return Limits(rows, candidates)
+
+
+def share_of(table: TableConfig, num_ranks: int) -> TableConfig:
+    """What one of several ranks holds of a table: its share of the budget of bytes."""
+    if table.max_bytes is None:
+        return table
+    return table.model_copy(update={"max_bytes": ByteSize(table.max_bytes // num_ranks)})
 
 
 def over_budget(table: TableConfig, limits: Limits) -> str:

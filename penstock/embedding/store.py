@@ -218,6 +218,10 @@ class PooledLookup:
         """Whether an update has taken its gradient."""
         raise NotImplementedError
 
+    def reads_default(self) -> Tensor:
+        """[N] bool, of a look-up by key: which keys read their table's default row."""
+        raise NotImplementedError
+
 
 class PooledGradient(NamedTuple):
     """The gradient of one pooled look-up."""
@@ -230,6 +234,15 @@ class PooledGradient(NamedTuple):
     """
     grad: Tensor
     """[B, stride of the look-up's plan] float32, contiguous; by key [N, dim]."""
+
+
+class DefaultGradients(NamedTuple):
+    """What the default rows of tables take in an update, over all stores that hold the tables."""
+
+    sums: Tensor
+    """[T, D] float32: of the gradients of all keys that were refused; on the store's device."""
+    touched: Tensor
+    """[T] bool: there was such a key. The other default rows take no step."""
 
 
 class Store(Protocol):

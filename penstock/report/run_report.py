@@ -74,7 +74,7 @@ class RunReport:
         last = {name: step for name, kind in KINDS.items() if kind.is_computed}
         last["train"] -= window_is_open
         # What was measured at this step is measured anew if something else is asked for.
-        last["evaluation"] -= step > 0 and measures_other
+        last["evaluation"] -= measures_other
         lines = JsonLines(self._folder.metrics_file, last)
         for event in lines.kept:
             self._latest.take(event)

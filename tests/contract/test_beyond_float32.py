@@ -37,7 +37,7 @@ def test_a_row_that_occurs_more_than_2_to_the_23_times():
     [(1, 40), (2**22, 40), (2**22 + 1, 39), (2**23, 39), (2**23 + 1, 38), (2**31 - 1, 31)],
 )
 def test_sums_in_fixed_point_fit_63_bits(keys, bits):
-    from penstock.kernels.update.fixed_point import sum_bits
+    from penstock.kernels.update.occurrences import sum_bits
 
     assert sum_bits(keys) == bits
     assert keys * 2**bits <= 2**62

@@ -1,12 +1,14 @@
 """Tables saved and loaded by several ranks: nothing is lost, and nobody waits for who failed."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from penstock import SGD, CheckpointError, EmbeddingCollection, FeatureConfig, TableConfig
 from penstock.embedding.collection.table_files import load_tables, save_tables
+from penstock.embedding.collection.table_state import pack_tables, unpack_tables
 from penstock.embedding.store import TableRows
 from tests.contract.thread_ranks import World
 
@@ -190,3 +192,70 @@ def test_parts_of_two_sizes_and_damaged_ones_are_refused(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="part-00002-of-00003"):
         load_tables(three, OfRank(ThreadRanksOfOne()))
+
+
+def states_of(size, seeds, steps):
+    """What each rank's collection packed, and one to load it into."""
+    packed = []
+    for rank in range(size):
+        exchange = SimpleNamespace(rank=rank, size=size)
+        mine = OfRank(exchange, [rank, 10 + rank], seed=seeds[rank])
+        mine.collection.step = steps[rank]
+        packed.append(pack_tables(mine))
+    return packed
+
+
+def test_states_go_back_to_all_ranks_together():
+    packed = states_of(2, seeds=[0, 0], steps=[3, 3])
+
+    def of_rank(exchange):
+        mine = OfRank(exchange)
+        unpack_tables(packed[exchange.rank], mine)
+        return mine.keys()
+
+    assert World(2, late=0.002).run(of_rank) == [[0, 10], [1, 11]]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "steps", "said"),
+    [([0, 1], [3, 3], "step 3 and seed 1, of 2"), ([0, 0], [3, 4], "step 4 and seed 0, of 2")],
+)
+def test_states_of_unlike_steps_and_seeds_are_refused_on_all_ranks(seeds, steps, said):
+    packed = states_of(2, seeds, steps)
+    kept = []
+
+    def of_rank(exchange):
+        mine = OfRank(exchange, [77])
+        kept.append(mine)
+        unpack_tables(packed[exchange.rank], mine)
+
+    errors = errors_of(2, of_rank)
+    assert "rank 0 a state of step 3 and seed 0, of 2 ranks" in errors[0]
+    assert f"rank 1 a state of {said} ranks: give load_state_dict" in errors[1]
+    assert [mine.keys() for mine in kept] == [[77], [77]]
+
+
+def test_a_state_of_one_process_is_the_same_on_all_ranks():
+    one, other = (pack_tables(OfRank(ThreadRanksOfOne(), keys)) for keys in ([1, 2], [1, 3]))
+
+    def of_rank(exchange):
+        unpack_tables([one, other][exchange.rank], OfRank(exchange))
+
+    assert all("unlike tables to load" in said for said in errors_of(2, of_rank))
+
+
+@pytest.mark.parametrize("wrong", range(2))
+def test_a_state_that_one_rank_cannot_take_is_refused_on_all(wrong):
+    packed = states_of(2, seeds=[0, 0], steps=[3, 3])
+    packed[wrong] = packed[wrong][1:]
+    kept = []
+
+    def of_rank(exchange):
+        mine = OfRank(exchange, [77])
+        kept.append(mine)
+        unpack_tables(packed[exchange.rank], mine)
+
+    said = errors_of(2, of_rank)
+    assert "does not match its checksum" in said[wrong]
+    assert "1 other ranks cannot load their state of the tables" in said[1 - wrong]
+    assert [mine.keys() for mine in kept] == [[77], [77]]

@@ -183,7 +183,7 @@ def test_unlike_calls_are_refused_on_every_rank(calls):
 
 
 def test_calls_are_told_apart_by_their_number():
-    mine, other = alike_of(3, "look-up", 1), alike_of(4, "look-up", 1)
+    mine, other = alike_of(3, "look-up", 1, 2), alike_of(4, "look-up", 1, 2)
     check_alike(0, mine, torch.stack([mine, mine]))
     with pytest.raises(GroupError, match=r"rank 0 at call 3 .*, rank 1 at call 4 "):
         check_alike(0, mine, torch.stack([mine, other]))

@@ -9,7 +9,6 @@ from penstock.config import (
     SGD,
     Adagrad,
     Adam,
-    AdmitFrequent,
     Eviction,
     RowWiseAdagrad,
     TableConfig,
@@ -19,7 +18,7 @@ from penstock.embedding.retention import Clock
 from penstock.embedding.sharded.bags import HostBags
 from penstock.embedding.sharded.store import ShardedStore
 from penstock.embedding.store import CURSOR_START, PooledFeature, PooledGradient, PoolingPlan
-from penstock.errors import ConfigError, GroupError
+from penstock.errors import GroupError
 from penstock.types import KeyedJagged
 from tests.contract.stores import OnCpu
 from tests.contract.thread_ranks import World
@@ -329,22 +328,6 @@ def test_an_update_of_unlike_steps_is_refused():
 
     with pytest.raises(GroupError, match="update"):
         World(2).run(of_rank)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"admission": AdmitFrequent(min_count=2)}, {"max_bytes": 1 << 20}]
-)
-def test_tables_that_refuse_keys_are_refused(fields):
-    if "max_bytes" in fields:
-        fields = {**fields, "eviction": Eviction(order="lru")}
-    configs = tables(SGD(), **fields)
-
-    def of_rank(exchange):
-        sharded(exchange, configs)
-
-    with pytest.raises(ConfigError, match="cannot refuse keys: a, b, c"):
-        World(2).run(of_rank)
-    World(1).run(of_rank)
 
 
 @pytest.mark.parametrize("seed", range(20))

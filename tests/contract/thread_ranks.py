@@ -55,7 +55,7 @@ class ThreadRank:
     def headers(self, call, said, to_each):
         self._number += 1
         self.calls.append((self._number, call, tuple(to_each.shape)))
-        alike = alike_of(self._number, call, said)
+        alike = alike_of(self._number, call, said, to_each.shape[1])
         theirs = self._all((alike, to_each))
         check_alike(self.rank, alike, torch.stack([one for one, _ in theirs]))
         return torch.stack([each[self.rank] for _, each in theirs])
@@ -68,8 +68,8 @@ class ThreadRank:
         assert {(part.dtype, part.shape[1:]) for part in came} == {(rows.dtype, rows.shape[1:])}
         return torch.cat(came)
 
-    def combined(self, call, number, *, largest=False):
-        every = torch.stack(list(self._all(number)))
+    def combined(self, call, numbers, *, largest=False):
+        every = torch.stack(list(self._all(numbers)))
         return every.amax(0) if largest else every.sum(0)
 
     def _all(self, mine):

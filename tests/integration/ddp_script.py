@@ -1,6 +1,7 @@
 """A plain DistributedDataParallel script around tables over ranks, for test_ranks.py.
 
     torchrun --nproc-per-node 2 ddp_script.py OUT [attached] [clipped] [from=OUT] [die] [gpu]
+        [refusing]
 
 Without a launcher it is the same model in one process, on all ranks' samples.
 """
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import penstock
 from penstock import Adagrad, EmbeddingCollection, FeatureConfig, Jagged, KeyedJagged, TableConfig
+from penstock.config import AdmitFrequent
 
 out, options = sys.argv[1], sys.argv[2:]
 rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -26,8 +28,10 @@ if size > 1:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     group = distributed.group.WORLD
 torch.manual_seed(0)
+admission = AdmitFrequent(min_count=3) if "refusing" in options else None
 tables = [
-    TableConfig(name=n, dim=8, optimizer=Adagrad(learning_rate=0.1)) for n in ("user", "item")
+    TableConfig(name=n, dim=8, optimizer=Adagrad(learning_rate=0.1), admission=admission)
+    for n in ("user", "item")
 ]
 features = [
     FeatureConfig(name="user", table="user", pooling="sum"),

@@ -113,6 +113,14 @@ def test_three_ranks_go_on_from_two_attached_and_clipped(alone, two, tmp_path):
     assert_same_tables(tables_of(tmp_path / "one"), tables_of(tmp_path / "three"))
 
 
+def test_keys_that_are_refused_learn_as_in_one_process(alone, tmp_path):
+    expected = run_alone(tmp_path / "one", "refusing")
+    ended = run_ranks(2, tmp_path / "two", "refusing")
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert_close(expected, torch.load(tmp_path / "two" / "result.pt"))
+    assert not torch.allclose(expected["losses"], alone[1]["losses"], rtol=1e-3)
+
+
 def test_a_rank_that_is_gone_ends_the_others_by_name(tmp_path):
     (survivor, error), (gone, _) = run_ranks(2, tmp_path / "out", "die")
     assert gone == 9

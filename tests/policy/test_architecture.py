@@ -98,9 +98,25 @@ MAY_IMPORT = {
     "embedding/sharded/exchange": {"errors"},
     "embedding/sharded/agreement": {"errors", "config", "embedding/sharded/exchange"},
     "embedding/sharded/routes": {"types", "embedding/store", "embedding/sharded/shard_map"},
+    "embedding/sharded/defaults": {
+        "config",
+        "kernels/update/occurrences",
+        "embedding/retention",
+        "embedding/store",
+        "embedding/sharded/exchange",
+    },
     "embedding/sharded/bags": {"types", "_core", "embedding/host_store", "embedding/store"},
     "embedding/sharded/device_bags": {"types", "kernels", "embedding/gpu", "embedding/store"},
-    "embedding/sharded/store": STORES | {"embedding/sharded"},
+    "embedding/sharded/all_ranks": {"errors", "embedding/sharded/store"},
+    "embedding/sharded/store": STORES
+    | {
+        "embedding/sharded/agreement",
+        "embedding/sharded/bags",
+        "embedding/sharded/defaults",
+        "embedding/sharded/exchange",
+        "embedding/sharded/routes",
+        "embedding/sharded/shard_map",
+    },
     "embedding/shapes": {"errors", "types", "config", "embedding/checks", "embedding/store"},
     "embedding/collection": STORES
     | {

@@ -6,14 +6,12 @@ manifest of its own (docs/checkpoint_format.md).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,10 +41,10 @@ from penstock.embedding.durable_files import (
     write_tensors,
 )
 from penstock.embedding.retention import RetentionState, limits_of, retains
-from penstock.embedding.sharded.agreement import told_to_all
+from penstock.embedding.sharded.all_ranks import all_do, check_one_for_all
 from penstock.embedding.sharded.store import Ranks
 from penstock.embedding.store import Candidates, RowLayout, TableRows
-from penstock.errors import CheckpointError, CheckpointFailedElsewhere
+from penstock.errors import CheckpointError
 
 if TYPE_CHECKING:
     from penstock.embedding.collection.collection import EmbeddingCollection
@@ -234,7 +232,7 @@ def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
     final = Path(path).absolute()
     ranks = collection.ranks
     told = f"write their tables to {final}", "what was there before stays"
-    with _told_to_all(ranks, *told):
+    with all_do(ranks, *told):
         if os.path.lexists(final) and not _is_of_tables(final):
             raise CheckpointError(
                 f"{final} is there already, and save_tables did not write it; give another path"
@@ -244,13 +242,13 @@ def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
     mine = temporary if ranks is None else temporary / _PART.format(*ranks.part)
     try:
         try:
-            with _told_to_all(ranks, *told):
+            with all_do(ranks, *told):
                 os.makedirs(mine)
                 _write(mine, collection)
-            with _told_to_all(ranks, *told):
+            with all_do(ranks, *told):
                 if ranks is not None:
                     _check_in_one_place(temporary, final, ranks)
-            with _told_to_all(ranks, *told):
+            with all_do(ranks, *told):
                 if ranks is None or ranks.part[0] == 0:
                     _commit(temporary, final)
         finally:
@@ -263,16 +261,6 @@ def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
             f"cannot write the tables to {final}: {error.strerror or error}{named}; they need "
             f"about {needed:,} bytes; what was there before stays"
         ) from error
-
-
-def _told_to_all(ranks: Ranks | None, task: str, remains: str) -> AbstractContextManager[None]:
-    """See `told_to_all`; on ranks that could do their part a `CheckpointError`."""
-    return told_to_all(
-        (lambda number: number) if ranks is None else ranks.total,
-        lambda failed: CheckpointFailedElsewhere(
-            f"{failed} other ranks cannot {task}, which say why; {remains}"
-        ),
-    )
 
 
 def _check_in_one_place(temporary: Path, final: Path, ranks: Ranks) -> None:
@@ -341,13 +329,14 @@ def load_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
         # Its writer died between two renames.
         path = replaced
     ranks = collection.ranks
-    with _told_to_all(ranks, f"read the tables of {path}", "nothing was changed"):
+    with all_do(ranks, f"read the tables of {path}", "nothing was changed"):
         parts = _parts_of(path) or [path]
         manifests = [_read_manifest(part) for part in parts]
         _check_parts(parts, manifests, collection)
-    if ranks is not None:
-        _check_one_for_all(path, manifests, ranks)
     first = manifests[0]
+    content = [(saved.step, saved.seed, sorted(saved.files.items())) for saved in manifests]
+    told = f"those of {path}, of step {first.step}: give load_tables the same on all ranks"
+    check_one_for_all(ranks, content, told)
     fresh = collection.like_new(seed=first.seed)
     for part, saved in zip(parts, manifests, strict=True):
         import_tables(part, saved.records, fresh)
@@ -368,18 +357,6 @@ def _check_parts(
                 f"checkpoint {part} is of step {saved.step} and seed {saved.seed}, {parts[0]} of "
                 f"step {first.step} and seed {first.seed}: they are not of one save_tables"
             )
-
-
-def _check_one_for_all(path: Path, manifests: Sequence[_Saved], ranks: Ranks) -> None:
-    """Refuses, on all ranks, that they read unlike tables: each would keep its rows of its own."""
-    content = [(saved.step, saved.seed, sorted(saved.files.items())) for saved in manifests]
-    digest = hashlib.blake2b(repr(content).encode(), digest_size=7).digest()
-    mine = int.from_bytes(digest, "little")
-    if ranks.total(mine != ranks.agree(mine)):
-        raise CheckpointError(
-            f"the ranks were given unlike tables to load, rank {ranks.part[0]} those of {path}, of "
-            f"step {manifests[0].step}: give load_tables the same on all ranks. Nothing was changed"
-        )
 
 
 def _parts_of(path: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from penstock.config import HashStack, TableConfig
 from penstock.embedding.retention import RetentionState, retains
+from penstock.embedding.sharded.all_ranks import all_do, check_one_for_all
 from penstock.embedding.store import Candidates, RowLayout, TableRows
 from penstock.errors import CheckpointError
 
@@ -167,29 +168,32 @@ def _contents(collection: EmbeddingCollection, table: TableConfig) -> Iterator[t
 def unpack_tables(state: object, collection: EmbeddingCollection) -> None:
     """Puts what `pack_tables` made in the place of everything that `collection` holds.
 
-    Every check comes before the first change; gradients that are not applied yet are dropped. Old
-    and new rows are in memory together until it is done.
+    Every check comes before the first change, on all ranks together; gradients that are not applied
+    yet are dropped. Old and new rows are in memory together until it is done.
 
     Raises:
       CheckpointError: not such a tensor, changed since, or of other tables; or it was packed
-        without rows, and the collection is not at the step that it says.
+        without rows, and the collection is not at the step that it says. Or that is so on another
+        rank, or it has another one's step.
       CapacityError: no memory for the rows.
     """
-    header, tensors = _parse(_checked(state))
-    tables = header["tables"]
-    kinds = {
-        fields["name"]: TableKind(**{k: v for k, v in fields.items() if k != "name"})
-        for fields in tables
-    }
-    check_kinds("the state", kinds, collection.tables)
-    check_part(tuple(header.get("part", (0, 1))), collection)
-    if not header["has_rows"]:
-        if collection.step != header["step"]:
-            raise CheckpointError(
-                f"the state was taken without its tables, at step {header['step']}, and this "
-                f"collection is at step {collection.step}; call load_tables with what "
-                "save_tables wrote at that step, then load_state_dict"
-            )
+    with all_do(collection.ranks, "load their state of the tables", "nothing was changed"):
+        content = _checked(state)
+        header, tensors = _parse(content)
+        tables = header["tables"]
+        part = tuple(header.get("part", (0, 1)))
+        _check_fits(header, part, collection)
+    step, seed, has_rows = (header[name] for name in ("step", "seed", "has_rows"))
+    # Of several ranks each has a part of its own.
+    all_rows = content if part[1] == 1 and collection.ranks is not None else b""
+    digest = hashlib.blake2b(all_rows, digest_size=_DIGEST_BYTES).digest()
+    told = f"a state of step {step} and seed {seed}, of {part[1]} ranks: give load_state_dict what"
+    check_one_for_all(
+        collection.ranks,
+        (step, seed, has_rows, part[1], digest),
+        f"{told} all ranks had together",
+    )
+    if not has_rows:
         return
     fresh = collection.like_new(seed=header["seed"])
     parts: list[dict[str, Tensor]] = [{} for _ in tables]
@@ -202,6 +206,23 @@ def unpack_tables(state: object, collection: EmbeddingCollection) -> None:
     if "row_clock" in header:
         fresh.row_clock.set_state(header["row_clock"])
     collection.take_over(fresh)
+
+
+def _check_fits(
+    header: Mapping[str, Any], part: tuple[int, int], collection: EmbeddingCollection
+) -> None:
+    kinds = {
+        fields["name"]: TableKind(**{k: v for k, v in fields.items() if k != "name"})
+        for fields in header["tables"]
+    }
+    check_kinds("the state", kinds, collection.tables)
+    check_part(part, collection)
+    if not header["has_rows"] and collection.step != header["step"]:
+        raise CheckpointError(
+            f"the state was taken without its tables, at step {header['step']}, and this "
+            f"collection is at step {collection.step}; call load_tables with what "
+            "save_tables wrote at that step, then load_state_dict"
+        )
 
 
 def _fill(collection: EmbeddingCollection, table: str, parts: Mapping[str, Tensor]) -> None:

@@ -17,10 +17,11 @@ from penstock.embedding.checks import check_batch
 from penstock.embedding.collection.table_stats import TableStats, retention_stats
 from penstock.embedding.collection.weight_gradient import ReadVectors
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.retention import Clock, retains
+from penstock.embedding.retention import Clock, retains, share_of
 from penstock.embedding.shapes.arrangement import Arrangement, StoreLayout
 from penstock.embedding.shapes.hash_stack import Stacks
 from penstock.embedding.sharded.bags import Bags, HostBags
+from penstock.embedding.sharded.defaults import PartStore
 from penstock.embedding.sharded.exchange import Collective
 from penstock.embedding.sharded.store import Ranks, ShardedStore
 from penstock.embedding.store import PooledFeature, PoolingPlan, RowLayout, Store
@@ -76,17 +77,19 @@ class TableStores:
             tables_of.setdefault(self._places[table.name][0], []).append(table)
         stores = []
         for its_tables in tables_of.values():
-            store: Store
+            store: PartStore
+            held = [share_of(table, ranks.part[1] if ranks else 1) for table in its_tables]
             if self.is_on_gpu:
                 # Needs Triton, which not everyone has.
                 from penstock.embedding.gpu_store import GpuStore
 
-                store = GpuStore(its_tables, device=device, **options)
+                store = GpuStore(held, device=device, **options)
             else:
-                store = HostStore(its_tables, num_threads=num_threads, **options)
+                store = HostStore(held, num_threads=num_threads, **options)
+            whole: Store = store
             if ranks is not None:
-                store = self._spread(store, ranks, num_threads, options["deterministic"])
-            stores.append((store, its_tables[0].trainable))
+                whole = self._spread(store, ranks, num_threads, options["deterministic"])
+            stores.append((whole, its_tables[0].trainable))
         self._num_stores = len(stores)
         dim_of = {table.name: table.dim for table in tables}
         dims = [dim_of[feature.table] for feature in features]
@@ -100,7 +103,7 @@ class TableStores:
         )
 
     def _spread(
-        self, store: Store, ranks: Ranks, num_threads: int, deterministic: bool
+        self, store: PartStore, ranks: Ranks, num_threads: int, deterministic: bool
     ) -> ShardedStore:
         dim = store.layout.dim
         bags: Bags = HostBags(dim, num_threads)

@@ -32,6 +32,8 @@ class GpuLookup(PooledLookup):
     """What an update needs of a look-up."""
 
     is_applied = False
+    num_defaults = 0
+    """Default rows of the store: the first slots."""
 
     def __init__(
         self,
@@ -58,6 +60,10 @@ class GpuLookup(PooledLookup):
     def num_missing(self) -> int:
         """Keys read without a row; waits for the device."""
         return 0 if self.misses is None else int(self.misses.number)
+
+    def reads_default(self) -> Tensor:
+        """See `PooledLookup`."""
+        return (self.slots >= 0) & (self.slots < self.num_defaults)
 
     def own_keys(self) -> None:
         """Keeps a copy of the keys: an update has to look them up once more."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from penstock.embedding.store import DefaultGradients
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.update.occurrences import (
     HYPER_FIELDS,
@@ -16,6 +17,12 @@ from penstock.kernels.update.occurrences import (
     UpdateRules,
 )
 from penstock.kernels.update.update import apply_gradients
+from penstock.types import KeyedJagged
+
+_BITS_OF_ONE = 62
+"""Of a sum that is one share: any float32 of a row comes out of fixed point as it went in, if it is
+a sum of shares of the row in fixed point itself.
+"""
 
 
 def gradient_norm(
@@ -58,3 +65,38 @@ def sums_by_row(
     rules = UpdateRules(SGD, clips=False, bounds=False, deterministic=deterministic)
     apply_gradients(rows, plan, parts, hypers, 0, rules)
     return values
+
+
+def without_defaults(part: GradientPart, num_defaults: int) -> GradientPart:
+    """The same of rows alone, not of default rows: those are the first slots."""
+    slots = part.slots.masked_fill(part.slots < num_defaults, -1)
+    return part._replace(slots=slots, grouping=None)
+
+
+def step_defaults(
+    rows: RowArrays,
+    plan: DevicePlan,
+    slots: Tensor,
+    defaults: DefaultGradients,
+    hypers: Tensor,
+    step: int,
+    rules: UpdateRules,
+) -> None:
+    """One step for the default rows of tables; without synchronisation.
+
+    Args:
+      rows: of the store.
+      plan: by key.
+      slots: [T] int32 of default rows; -1: the table has none.
+      defaults: what they take.
+      hypers: of the step.
+      step: see `apply_gradients`.
+      rules: of the store.
+    """
+    num_tables = len(slots)
+    offsets = torch.arange(num_tables + 1, device=slots.device)
+    names = tuple(str(number) for number in range(num_tables))
+    batch = KeyedJagged(names, offsets[:-1], offsets, is_checked=True)
+    touched = slots.masked_fill(~defaults.touched, -1)
+    part = GradientPart(batch, touched, defaults.sums.contiguous())
+    apply_gradients(rows, plan, [part], hypers, step, rules._replace(sum_bits=_BITS_OF_ONE))

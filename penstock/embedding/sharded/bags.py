@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock import _core
@@ -15,26 +14,33 @@ from penstock.embedding.store import PoolingPlan
 from penstock.types import KeyedJagged
 
 
-class Bags(Protocol):
-    """Rows by number, for the keys of a batch."""
+class NumberedBags(Protocol):
+    """The bags of one batch, whose keys have rows by number; copies of all that they need."""
 
-    def pool(
-        self, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, rows: Tensor, out: Tensor
-    ) -> None:
-        """Pools rows into the plan's columns of `out`.
+    def pool(self, rows: Tensor, out: Tensor) -> None:
+        """Pools rows [U, D] float32 into the plan's columns of `out` [B, plan.stride] float32.
+
+        Columns of other features are left alone.
+        """
+
+    def sums(self, grad: Tensor) -> Tensor:
+        """[U, D] float32: of each row the sum of its keys' shares of grad [B, plan.stride]."""
+
+
+class Bags(Protocol):
+    """Makes bags of rows by number."""
+
+    def numbered(
+        self, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, count: int
+    ) -> NumberedBags:
+        """Of a batch.
 
         Args:
           plan: not by key.
-          batch: its keys are not looked at.
+          batch: its keys are not looked at; its arrays may be changed afterwards.
           numbers: [N] int64, which row the key at each place has.
-          rows: [U, D] float32.
-          out: [B, plan.stride] float32; columns of other features are left alone.
+          count: U, of rows.
         """
-
-    def sums(
-        self, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, grad: Tensor, count: int
-    ) -> Tensor:
-        """[count, D] float32: of each row the sum of its keys' shares of grad [B, plan.stride]."""
 
 
 class HostBags:
@@ -42,27 +48,41 @@ class HostBags:
 
     def __init__(self, dim: int, num_threads: int) -> None:
         """Of rows of `dim` columns."""
-        self._dim = dim
-        self._core = _core.BagSums(dim, num_threads)
+        self.dim = dim
+        self.core = _core.BagSums(dim, num_threads)
 
-    def pool(
-        self, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, rows: Tensor, out: Tensor
+    def numbered(
+        self, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, count: int
+    ) -> HostNumberedBags:
+        """See `Bags.numbered`."""
+        return HostNumberedBags(self, plan, batch, numbers, count)
+
+
+class HostNumberedBags:
+    """See `NumberedBags`; sums are in the order of the batch."""
+
+    def __init__(
+        self, of: HostBags, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, count: int
     ) -> None:
-        """See `Bags.pool`."""
-        self._core.pool(*_arrays(plan, batch, numbers), rows.numpy(), out.numpy())
+        """See `Bags.numbered`."""
+        self._of, self._count = of, count
+        weights = None if batch.weights is None else batch.weights.numpy()
+        self._bags = _core.NumberedBags(
+            core_plan(plan),
+            batch.offsets.numpy(),
+            weights,
+            batch.batch_size,
+            numbers.numpy().astype(np.uint32),
+            count,
+            of.dim,
+        )
 
-    def sums(
-        self, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, grad: Tensor, count: int
-    ) -> Tensor:
-        """See `Bags.sums`; in the order of the batch."""
-        sums = np.empty((count, self._dim), dtype=np.float32)
-        self._core.sum(*_arrays(plan, batch, numbers), grad.detach().cpu().numpy(), sums)
+    def pool(self, rows: Tensor, out: Tensor) -> None:
+        """See `NumberedBags.pool`."""
+        self._of.core.pool(self._bags, rows.numpy(), out.numpy())
+
+    def sums(self, grad: Tensor) -> Tensor:
+        """See `NumberedBags.sums`."""
+        sums = np.empty((self._count, self._of.dim), dtype=np.float32)
+        self._of.core.sum(self._bags, grad.detach().cpu().numpy(), sums)
         return torch.from_numpy(sums)
-
-
-def _arrays(
-    plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor
-) -> tuple[_core.PoolingPlan, NDArray[Any], NDArray[Any] | None, int, NDArray[np.uint32]]:
-    weights = None if batch.weights is None else batch.weights.numpy()
-    numbered = numbers.numpy().astype(np.uint32)
-    return core_plan(plan), batch.offsets.numpy(), weights, batch.batch_size, numbered

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from penstock.embedding.gpu.batches import PlanCache
 from penstock.embedding.gpu.gradients import sums_by_row
 from penstock.embedding.store import PoolingPlan
+from penstock.kernels.plan import DevicePlan
 from penstock.kernels.pool import pooled_forward
 from penstock.kernels.update.occurrences import GradientPart
 from penstock.types import KeyedJagged
@@ -21,18 +24,39 @@ class DeviceBags:
         self._plans = PlanCache(dim, device)
         self._deterministic = deterministic
 
-    def pool(
-        self, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, rows: Tensor, out: Tensor
-    ) -> None:
-        """See `Bags.pool`."""
+    def numbered(
+        self, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, count: int
+    ) -> DeviceNumberedBags:
+        """See `Bags.numbered`."""
         on_gpu = self._plans.get(plan, len(batch.features))
-        slots, one_hot = numbers.to(torch.int32), batch.is_one_hot
-        pooled_forward(rows, on_gpu, batch, slots, out, one_hot=one_hot)
+        return DeviceNumberedBags(on_gpu, batch, numbers, count, deterministic=self._deterministic)
 
-    def sums(
-        self, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, grad: Tensor, count: int
-    ) -> Tensor:
-        """See `Bags.sums`."""
-        on_gpu = self._plans.get(plan, len(batch.features))
-        part = GradientPart(batch, numbers.to(torch.int32), grad.to(numbers.device))
-        return sums_by_row(on_gpu, [part], count, deterministic=self._deterministic)
+
+class DeviceNumberedBags:
+    """See `NumberedBags`."""
+
+    def __init__(
+        self,
+        plan: DevicePlan,
+        batch: KeyedJagged,
+        numbers: Tensor,
+        count: int,
+        *,
+        deterministic: bool,
+    ) -> None:
+        """See `Bags.numbered`; see `DeviceBags`."""
+        self._plan, self._count, self._deterministic = plan, count, deterministic
+        weights = None if batch.weights is None else batch.weights.clone()
+        self._batch = replace(batch, values=numbers, offsets=batch.offsets.clone(), weights=weights)
+        self._slots = numbers.to(torch.int32)
+
+    def pool(self, rows: Tensor, out: Tensor) -> None:
+        """See `NumberedBags.pool`."""
+        batch = self._batch
+        pooled_forward(rows, self._plan, batch, self._slots, out, one_hot=batch.is_one_hot)
+
+    def sums(self, grad: Tensor) -> Tensor:
+        """See `NumberedBags.sums`."""
+        part = GradientPart(self._batch, self._slots, grad.to(self._slots.device))
+        exact = self._deterministic
+        return sums_by_row(self._plan, [part], self._count, deterministic=exact)

@@ -1,8 +1,8 @@
 """What travels between ranks: blocks of rows to each, by torch.distributed's all-to-all.
 
-Every call begins with headers of one size, whatever the call: so ranks that are not at the same one
-find out, instead of waiting in different collectives. A rank with nothing to send takes part like
-any other.
+Every call begins with headers of one size, whatever the call and the tables: so ranks that are not
+at the same one find out, instead of waiting in different collectives. A rank with nothing to send
+takes part like any other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from penstock.errors import GroupError
 
 Result = TypeVar("Result")
 CALLS = ("look-up", "update", "norm", "find", "erase", "check")
+_FIRST_COLUMNS = 64
+"""Of a header that goes with the first message; others need another one."""
 
 
 class Exchange(Protocol):
@@ -31,7 +33,7 @@ class Exchange(Protocol):
         Args:
           call: one of `CALLS`.
           said: what all ranks must say alike.
-          to_each: [ranks, n] int64 on the CPU; n the same in every call.
+          to_each: [ranks, n] int64 on the CPU; n are the tables of the store.
 
         Returns:
           [ranks, n] int64 on the CPU, of each.
@@ -53,8 +55,8 @@ class Exchange(Protocol):
           GroupError: a rank is gone.
         """
 
-    def combined(self, call: str, number: Tensor, *, largest: bool = False) -> Tensor:
-        """The sum, or the largest, of each rank's number [].
+    def combined(self, call: str, numbers: Tensor, *, largest: bool = False) -> Tensor:
+        """The sums, or the largest, of the ranks' numbers [...], one by one.
 
         Raises:
           GroupError: a rank is gone.
@@ -83,13 +85,24 @@ class Collective:
     def headers(self, call: str, said: int, to_each: Tensor) -> Tensor:
         """See `Exchange.headers`."""
         self._number += 1
-        alike = alike_of(self._number, call, said)
-        mine = torch.cat([alike.expand(self.size, -1), to_each], 1).contiguous().to(self._wire)
-        theirs = torch.empty_like(mine)
-        self._run(call, lambda: distributed.all_to_all_single(theirs, mine, group=self.group))
-        theirs = theirs.cpu()
+        width = to_each.shape[1]
+        alike = alike_of(self._number, call, said, width)
+        first = torch.zeros(self.size, len(alike) + _FIRST_COLUMNS, dtype=torch.int64)
+        first[:, : len(alike)] = alike
+        first[:, len(alike) : len(alike) + width] = to_each[:, :_FIRST_COLUMNS]
+        theirs = self._to_each(call, first)
         check_alike(self.rank, alike, theirs[:, : len(alike)])
-        return theirs[:, len(alike) :]
+        theirs = theirs[:, len(alike) : len(alike) + width]
+        if width > _FIRST_COLUMNS:
+            theirs = torch.cat([theirs, self._to_each(call, to_each[:, _FIRST_COLUMNS:])], 1)
+        return theirs
+
+    def _to_each(self, call: str, rows: Tensor) -> Tensor:
+        """Sends a row to each rank; returns those that came, on the CPU."""
+        mine = rows.contiguous().to(self._wire)
+        came = torch.empty_like(mine)
+        self._run(call, lambda: distributed.all_to_all_single(came, mine, group=self.group))
+        return came.cpu()
 
     def to_all(self, call: str, rows: Tensor, sent: Sequence[int], wanted: Sequence[int]) -> Tensor:
         """See `Exchange.to_all`."""
@@ -99,12 +112,12 @@ class Collective:
         self._run(call, lambda: distributed.all_to_all_single(came, rows, *split, group=self.group))
         return came.to(self._device)
 
-    def combined(self, call: str, number: Tensor, *, largest: bool = False) -> Tensor:
+    def combined(self, call: str, numbers: Tensor, *, largest: bool = False) -> Tensor:
         """See `Exchange.combined`."""
-        total = number.detach().clone().to(self._wire)
+        total = numbers.detach().clone().to(self._wire)
         operation = distributed.ReduceOp.MAX if largest else distributed.ReduceOp.SUM
         self._run(call, lambda: distributed.all_reduce(total, operation, group=self.group))
-        return total.to(number.device)
+        return total.to(numbers.device)
 
     def _run(self, call: str, collective: Callable[[], Result]) -> Result:
         try:
@@ -117,9 +130,9 @@ class Collective:
             ) from error
 
 
-def alike_of(number: int, call: str, said: int) -> Tensor:
-    """[3] int64: what ranks must have alike."""
-    return torch.tensor([number, CALLS.index(call), said], dtype=torch.int64)
+def alike_of(number: int, call: str, said: int, num_tables: int) -> Tensor:
+    """[4] int64: what ranks must have alike."""
+    return torch.tensor([number, CALLS.index(call), said, num_tables], dtype=torch.int64)
 
 
 def check_alike(rank: int, mine: Tensor, theirs: Tensor) -> None:
@@ -127,8 +140,8 @@ def check_alike(rank: int, mine: Tensor, theirs: Tensor) -> None:
 
     Args:
       rank: this one.
-      mine: [3] from `alike_of`.
-      theirs: [ranks, 3].
+      mine: [4] from `alike_of`.
+      theirs: [ranks, 4].
 
     Raises:
       GroupError: names the first other rank, and both calls.
@@ -138,8 +151,11 @@ def check_alike(rank: int, mine: Tensor, theirs: Tensor) -> None:
         return
     other = others[0]
     both = [
-        f"rank {who} at call {number} of its tables ({CALLS[call]}, {said})"
-        for who, (number, call, said) in ((rank, mine.tolist()), (other, theirs[other].tolist()))
+        f"rank {who} at call {number} of its {num_tables} tables ({CALLS[call]}, {said})"
+        for who, (number, call, said, num_tables) in (
+            (rank, mine.tolist()),
+            (other, theirs[other].tolist()),
+        )
     ]
     raise GroupError(
         f"{both[0]}, {both[1]}: all ranks look up and update as often, in the same order; a rank "

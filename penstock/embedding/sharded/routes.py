@@ -37,6 +37,10 @@ class Owners(NamedTuple):
         """[n] int64 ranks of keys [n] of tables [n]."""
         return self.of_bucket[bucket_of(self.words[tables], keys)]
 
+    def places_of(self, rank: int, table: int, keys: Tensor) -> Tensor:
+        """[m] int64: which of the keys [n] of a table are a rank's."""
+        return (self.of(torch.full_like(keys, table), keys) == rank).nonzero()[:, 0]
+
 
 def wanted_of(plan: PoolingPlan, batch: KeyedJagged, owners: Owners, *, once: bool) -> Wanted:
     """The keys that a plan reads of a batch.

@@ -11,9 +11,10 @@ from torch import Tensor, distributed
 
 from penstock.config import TableConfig
 from penstock.embedding import checks
-from penstock.embedding.retention import Clock, RetentionState, refuses, retains
+from penstock.embedding.retention import Clock, RetentionState, retains
 from penstock.embedding.sharded.agreement import check_made_alike
-from penstock.embedding.sharded.bags import Bags
+from penstock.embedding.sharded.bags import Bags, NumberedBags
+from penstock.embedding.sharded.defaults import Defaults, PartStore, without_refused
 from penstock.embedding.sharded.exchange import Collective, Exchange
 from penstock.embedding.sharded.routes import Arrived, Owners, arrived, wanted_of
 from penstock.embedding.sharded.shard_map import ShardMap, table_words
@@ -28,7 +29,6 @@ from penstock.embedding.store import (
     StoreMemory,
     TableCounters,
     TableRows,
-    own_copy,
 )
 from penstock.errors import ConfigError, GroupError
 from penstock.types import KeyedJagged
@@ -82,11 +82,17 @@ class ShardedLookup(PooledLookup):
     is_applied = False
 
     def __init__(
-        self, store: object, plan: PoolingPlan, batch: KeyedJagged, numbers: Tensor, sent: list[int]
+        self,
+        store: object,
+        plan: PoolingPlan,
+        batch: KeyedJagged,
+        numbers: Tensor,
+        sent: list[int],
+        bags: NumberedBags,
     ) -> None:
         super().__init__(store, plan, batch)
-        self.batch = batch
-        """Copied."""
+        self.bags = bags
+        """Of the keys sent."""
         self.numbers = numbers
         """[N] int64 by place: which of the keys sent."""
         self.sent = sent
@@ -113,11 +119,14 @@ class ShardedStore:
     over the ranks (`mean`: divided by their number, as DistributedDataParallel does with those of
     parameters, so that a loss that is the mean of a rank's samples gives the step of all samples'
     mean).
+
+    Whether a key gets a row is for its owner to say, who sees its occurrences on all ranks; each
+    rank has a copy of every default row, and all copies take one step an update (`defaults`).
     """
 
     def __init__(
         self,
-        local: Store,
+        local: PartStore,
         bags: Bags,
         ranks: Exchange,
         *,
@@ -135,17 +144,7 @@ class ShardedStore:
           deterministic: `local` is: then bits do not depend on the number of ranks either (with
             the reduction `sum`, up to 2^22 keys an update). Every occurrence of a key travels.
           reduction: `mean` or `sum`.
-
-        Raises:
-          ConfigError: a table refuses keys, by admission or a budget of bytes: its default row
-            would be another one on each rank.
         """
-        refusing = [table.name for table in local.tables if refuses(table)]
-        if refusing and ranks.size > 1:
-            raise ConfigError(
-                f"tables over {ranks.size} ranks cannot refuse keys: {', '.join(refusing)}; leave "
-                "admission and max_bytes out"
-            )
         self.local, self.layout = local, local.layout
         self._bags, self.ranks, self.device = bags, ranks, device
         self._by_key = PoolingPlan.by_key(len(local.tables), self.layout.dim)
@@ -156,6 +155,7 @@ class ShardedStore:
         self._names = tuple(names)
         # What counts how often a key occurs must see every occurrence.
         self._once = not deterministic and not any(map(retains, local.tables))
+        self._defaults = Defaults(ranks, local.tables, deterministic=deterministic)
         self._share = 1.0 / ranks.size if reduction == "mean" else 1.0
 
     @property
@@ -170,9 +170,11 @@ class ShardedStore:
         fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
         checks.check_lookup(plan, batch, out, device=self.device, **fit)
         checks.check_batch(plan, batch)
-        batch = own_copy(batch, self.device)
+        batch = batch.to(self.device)
         keys, counts, numbers = wanted_of(plan, batch, self._owners, once=self._once)
-        lookup = ShardedLookup(self, plan, batch, numbers, counts.sum(1).tolist())
+        bags = self._bags.numbered(plan, batch, numbers, keys.numel())
+        sent = counts.sum(1).tolist()
+        lookup = ShardedLookup(self, plan, batch, numbers, sent, bags)
         came = self.ranks.headers("look-up", int(insert), counts)
         keys = self.ranks.to_all("look-up", keys, lookup.sent, came.sum(1).tolist())
         block = arrived(self._names, keys, came)
@@ -181,7 +183,7 @@ class ShardedStore:
         lookup.rows = _Rows(block, own)
         back = block.as_they_came(rows)
         mine = self.ranks.to_all("look-up", back, block.per_rank, lookup.sent)
-        self._bags.pool(plan, batch, numbers, mine, out)
+        bags.pool(mine, out)
         lookup.vectors = None if batch.weights is None else mine
         return lookup
 
@@ -203,10 +205,11 @@ class ShardedStore:
         step: int,
         rate_factor: float = 1.0,
     ) -> int | Tensor:
-        """See `Store.apply_gradients`; the rows are this rank's."""
+        """See `Store.apply_gradients`; the rows are this rank's, default rows aside."""
         rates = [table.optimizer.learning_rate * rate_factor for table in self.tables]
         parts = self._own_gradients("update", plan, gradients, step, rates)
-        rows = self.local.apply_gradients(self._by_key, parts, step, rate_factor)
+        defaults = self._defaults.of("update", parts)
+        rows = self.local.apply_gradients(self._by_key, parts, step, rate_factor, defaults)
         for gradient in gradients:
             gradient.lookup.is_applied = True  # type: ignore[misc]
         return rows
@@ -216,12 +219,19 @@ class ShardedStore:
     ) -> Tensor:
         """See `Store.gradient_norm`; of the rows of all ranks, the same number on each."""
         parts = self._own_gradients("norm", plan, gradients, 0, [0.0] * len(self.tables))
+        of_defaults = torch.zeros((), dtype=torch.float64)
+        defaults = self._defaults.of("norm", parts)
+        if defaults is not None:
+            of_defaults = torch.linalg.vector_norm(defaults.sums.double().cpu(), norm_type)
+            parts = [without_refused(part) for part in parts]
         own = torch.as_tensor(
             self.local.gradient_norm(self._by_key, parts, norm_type), dtype=torch.float64
         )
         if math.isinf(norm_type):
-            return self.ranks.combined("norm", own, largest=True)
-        return self.ranks.combined("norm", own**norm_type) ** (1 / norm_type)
+            largest = self.ranks.combined("norm", own, largest=True)
+            return torch.maximum(largest, of_defaults.to(own.device))
+        total = self.ranks.combined("norm", own**norm_type) + of_defaults**norm_type
+        return total ** (1 / norm_type)
 
     def _own_gradients(
         self,
@@ -241,14 +251,12 @@ class ShardedStore:
         for gradient in gradients:
             lookup = gradient.lookup
             assert isinstance(lookup, ShardedLookup)
-            sums = self._bags.sums(
-                lookup.plan, lookup.batch, lookup.numbers, gradient.grad, sum(lookup.sent)
-            )
+            sums = lookup.bags.sums(gradient.grad)
             if self._share != 1.0:
                 sums *= self._share
             block, own = lookup.rows
             came = self.ranks.to_all(call, sums, lookup.sent, block.per_rank)
-            parts.append(PooledGradient(own, None, block.as_block(came).contiguous()))
+            parts.append(PooledGradient(own, block.block, block.as_block(came).contiguous()))
         return parts
 
     def find(self, table: int, keys: Tensor) -> FindResult:
@@ -289,9 +297,7 @@ class ShardedStore:
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`: rows that are this rank's; it returns how many were new."""
         keys = rows.keys.to(self.device)
-        tables = torch.full_like(keys, table)
-        own = (self._owners.of(tables, keys) == self.ranks.rank).nonzero()[:, 0]
-        own = own.to(rows.keys.device)
+        own = self._owners.places_of(self.ranks.rank, table, keys).to(rows.keys.device)
         return self.local.insert_or_assign(
             table,
             TableRows(*(None if part is None else part[own] for part in rows)),  # type: ignore[arg-type]
@@ -324,8 +330,10 @@ class ShardedStore:
         return self.local.export_candidates(table, cursor, max_keys)
 
     def import_candidates(self, table: int, candidates: Candidates) -> None:
-        """See `Store.import_candidates`."""
-        self.local.import_candidates(table, candidates)
+        """See `Store.import_candidates`; those that are this rank's."""
+        keys = candidates.keys.to(self.device)
+        own = self._owners.places_of(self.ranks.rank, table, keys).to(candidates.keys.device)
+        self.local.import_candidates(table, Candidates(*(part[own] for part in candidates)))
 
     def counters(self) -> TableCounters:
         """See `Store.counters`; this rank's."""

@@ -17,14 +17,6 @@ _LARGEST: tl.constexpr = tl.constexpr(0x7F7FFFFF)
 """Bits of the largest finite float32."""
 
 
-def sum_bits(num_keys: int) -> int:
-    """Bits of a share in an update of so many keys in all, whose sums then stay below 2^62.
-
-    As csrc/rows/row_kernels.h has it.
-    """
-    return 40 - max(0, (num_keys - 1).bit_length() - 22)
-
-
 @triton.jit
 def sources_of(sources, place, first, length, KEYS: tl.constexpr):
     """Where the gradients of the keys `first` to `first + KEYS` of pieces begin, each [R]."""

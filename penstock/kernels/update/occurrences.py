@@ -21,6 +21,14 @@ SHORT = 2
 """Places of a short piece, at most: most rows of a batch have no more."""
 
 
+def sum_bits(num_keys: int) -> int:
+    """Bits of a share in an update of so many keys in all, whose sums then stay below 2^62.
+
+    As csrc/rows/row_kernels.h has it.
+    """
+    return 40 - max(0, (num_keys - 1).bit_length() - 22)
+
+
 class RowArrays(NamedTuple):
     """The arenas of a store."""
 
@@ -118,6 +126,8 @@ class UpdateRules(NamedTuple):
     """The bits of csrc/rows/row_kernels.cc, whatever the order of the samples."""
     usage: UsageRules | None = None
     """Where rows have marks of use."""
+    sum_bits: int = 0
+    """Bits of a share in deterministic mode; 0: as many as the number of keys allows."""
 
 
 class RuleOptions(NamedTuple):

@@ -37,7 +37,6 @@ from penstock.kernels.update.fixed_point import (
     share_of,
     sources_of,
     spread_largest_kernel,
-    sum_bits,
     units_exponent,
 )
 from penstock.kernels.update.group import ENTERS, group_keys
@@ -53,6 +52,7 @@ from penstock.kernels.update.occurrences import (
     Shares,
     UpdateForm,
     UpdateRules,
+    sum_bits,
 )
 from penstock.kernels.update.reference import step_seed
 from penstock.kernels.update.rules import step_rows
@@ -231,7 +231,7 @@ def apply_gradients(
     Effects: on the current stream, without synchronisation.
     """
     words = rows.usage.shape[1]
-    rule, clips, bounds, deterministic, usage = rules
+    rule, clips, bounds, deterministic, usage, own_bits = rules
     assert (words > 0) == (usage is not None)
     options = RuleOptions(rule, clips, bounds, deterministic, hypers.size(0) == 1, words)
     grouping = parts[0].grouping if len(parts) == 1 else None
@@ -239,7 +239,7 @@ def apply_gradients(
         one_hot = parts[0].batch.is_one_hot
         grouping = group_keys(plan, parts, needs_tables=options.needs_tables, one_hot=one_hot)
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad.view(-1) for part in parts])
-    bits = sum_bits(sum(part.slots.numel() for part in parts))
+    bits = own_bits or sum_bits(sum(part.slots.numel() for part in parts))
     numbers = (bits, _signed_word(step_seed(step)), hypers, *(usage or (hypers, hypers)))
     if grouping.sources.numel():
         _step(rows, plan.dim, grouping, grad, numbers, options)

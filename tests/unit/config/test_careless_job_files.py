@@ -125,6 +125,10 @@ def test_numbers_that_are_octal_to_some_are_refused(text):
         ),
         (JOB + "Training: {epochs: 2}\n", "JOB: Training: unknown key; did you mean 'training'?"),
         (JOB + "training: {max-steps: 2}\n", "JOB: training.max-steps: unknown key; did you mean "),
+        (
+            JOB + "training: {MAX-STEPS: 2}\n",
+            "JOB: training.MAX-STEPS: unknown key; did you mean 'm",
+        ),
         (JOB + "training: {epochs: true}\n", "JOB: training: epochs: expected a number, got true"),
         (
             JOB + "training: {optimizer: {learning_rate: true}}\n",
@@ -148,6 +152,22 @@ def test_numbers_that_are_octal_to_some_are_refused(text):
 )
 def test_what_is_wrong_is_said_in_words_of_the_job(write, text, message):
     assert refusal(write(text)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.label.column=[{x}]", "data.label.column: input should be a valid string"),
+        ("features={{a: 1}}", "features: expected a list"),
+        ("features=[{{columns: {{a: 1}}}}]", "features.0.columns: expected a list"),
+    ],
+)
+def test_a_value_is_shown_if_it_is_short(write, change, message):
+    # As Python shows it, with brackets and quotes: 80 characters and no more.
+    whole, path = f"JOB: {message}", write(JOB)
+    assert refusal(path, [change.format(x="x" * 77)]) == whole
+    shown = f" (got ['{'x' * 76}'])" if "{x}" in change else ""
+    assert refusal(path, [change.format(x="x" * 76)]) == whole + shown
 
 
 @pytest.mark.parametrize("change", ["[a]", "{a: 1}", "null", "1"])

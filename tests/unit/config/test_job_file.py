@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from penstock.config import Adagrad, Job, parse_job
-from penstock.config.moved import MOVED
+from penstock.config.moved import MOVED, place_now
 from penstock.errors import ConfigError, JobNote
-from penstock.job_file import dump_yaml, load_job, parse_yaml
+from penstock.job_file import dump_yaml, load_job, override, parse_yaml, read_fields
 
 JOB = """
 name: small
@@ -301,14 +301,23 @@ def test_a_field_given_in_its_old_and_its_new_place_is_refused(old):
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-    message = refusal(parse_job, fields, "old.yaml")
-    assert message == f"old.yaml: {old} is now {new}, and both are given; remove {old}"
+    for value in (5, None, {}):  # what is empty is given, too
+        node[last] = value
+        message = refusal(parse_job, fields, "old.yaml")
+        assert message == f"old.yaml: {old} is now {new}, and both are given; remove {old}"
 
 
 def test_what_is_no_group_of_fields_is_refused_where_a_moved_field_goes():
     fields = {"training": {"device": "cpu"}, "run": 3}
     message = "old.yaml: training.device is now run.device, and run is no group of fields; mend it"
     assert refusal(parse_job, fields, "old.yaml") == message
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_what_has_a_longer_name_has_not_moved(old):
+    assert place_now(old) == MOVED[old]
+    assert place_now(f"{old}.every_steps") == f"{MOVED[old]}.every_steps"
+    assert place_now(f"{old}s") == f"{old}s"
 
 
 def test_an_error_in_a_moved_field_names_its_new_place():
@@ -375,6 +384,90 @@ def test_another_kind_drops_the_fields_that_it_lacks_by_name(job_file):
     assert "unknown kind 'dlmr'; did you mean 'dlrm'?" in refusal(
         load_job, str(job_file), ["model.kind=dlmr"]
     )
+
+
+KINDS = """
+tables:
+  - {name: t, dim: 4, optimizer: {kind: adam, beta1: 0.5, learning_rate: 0.1}}
+"""
+NUMBERS = "  numeric: [{columns: [n], missing: {policy: fill, value: 3}}]\n"
+SPLIT = "  split: {by: fraction, evaluation: 0.5}\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "lacks"),
+    [
+        ("tables.0.optimizer.kind", "sgd", "beta1"),
+        ("data.numeric.0.missing.policy", "fail", "value"),
+        ("data.split.by", "time", "evaluation"),
+        ("data.source.format", "csv", "rows"),
+    ],
+)
+def test_whatever_word_tells_kinds_apart_fields_are_dropped(job_file, field, kind, lacks):
+    job_file.write_text(JOB.replace("features:", NUMBERS + SPLIT + "features:") + KINDS)
+    more = {
+        "time": ["data.split.at=2026-01-31", "data.event_time=t"],
+        "csv": ["data.source.path=x.csv"],
+    }
+    with pytest.warns(JobNote) as notes:
+        job = load_job(job_file, [f"{field}={kind}", *more.get(kind, [])])
+    assert [str(note.message) for note in notes] == [
+        f"--set {field}={kind}: {field} is now {kind}, which has no {lacks}: dropped"
+    ]
+    assert job.tables[0].optimizer.learning_rate == 0.1  # what it has stays
+    above = job_file.with_name("above.yaml")
+    parents = field.split(".")[:-1]
+    if "0" in parents:
+        return  # a list is replaced whole
+    given = "".join(f"{name}: {{" for name in parents) + f"{field.split('.')[-1]}: {kind}"
+    above.write_text(f"extends: small.yaml\n{given}{'}' * len(parents)}\n", encoding="utf-8")
+    with pytest.warns(JobNote) as notes:
+        read_fields(above)
+    assert [str(note.message) for note in notes] == [
+        f"{above}: {field} is now {kind}, which has no {lacks}: dropped"
+    ]
+
+
+def test_a_word_that_tells_no_kinds_apart_drops_nothing(job_file):
+    slices = "evaluation: {metrics: {slices: [{by: c1, top: 7}]}}\n"
+    dense = "training: {optimizer: {kind: adam, learning_rate: 0.5}}\n"
+    job_file.write_text(JOB + slices + dense, encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        job = load_job(
+            job_file, ["evaluation.metrics.slices.0.by=c2", "training.optimizer.kind=adamw"]
+        )
+    assert (job.evaluation.metrics.slices[0].by, job.evaluation.metrics.slices[0].top) == ("c2", 7)
+    assert job.training.optimizer.learning_rate == 0.5
+
+
+def test_fields_that_are_overridden_stay_as_they_were():
+    fields = parse_yaml(JOB + KINDS, "x")
+    sets = ["data.source.rows=7", "tables.0.optimizer.kind=sgd", "features.0.pooling=mean"]
+    with pytest.warns(JobNote):
+        changed = override(fields, sets)
+    assert changed["data"]["source"]["rows"] == 7
+    assert fields == parse_yaml(JOB + KINDS, "x")
+
+
+def test_a_job_that_extends_itself_by_another_path_is_refused(tmp_path):
+    path = tmp_path / "one.yaml"
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "link.yaml").symlink_to(path)
+    for other in ("more/../one.yaml", "more/link.yaml", str(path)):
+        path.write_text(f"extends: {other}\n", encoding="utf-8")
+        message = refusal(load_job, path)
+        assert message.startswith(f"{path}: extends: {path} extends ")
+        assert message.endswith("a job cannot extend itself")
+
+
+def test_a_module_that_a_job_needs_is_not_taken_for_the_jobs(tmp_path, monkeypatch):
+    (tmp_path / "needy_jobs.py").write_text("import there_is_no_such_module\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="'there_is_no_such_module'"):
+        load_job("needy_jobs:small")
+    message = refusal(load_job, "no_such_package.more:small")
+    assert message.startswith("no_such_package.more:small: no module 'no_such_package' on the ")
 
 
 def test_what_a_run_wrote_of_its_job_is_read_without_a_word():

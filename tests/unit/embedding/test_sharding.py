@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from penstock import (
     TableConfig,
     _core,
 )
-from penstock.embedding.collection import anchor_gradient
+from penstock.embedding.collection import anchor_gradient, table_stores
 from penstock.embedding.collection.table_state import check_part
 from penstock.embedding.host_store import HostStore
+from penstock.embedding.retention import limits_of, share_of
 from penstock.embedding.sharded.bags import HostBags
 from penstock.embedding.sharded.shard_map import (
     NUM_BUCKETS,
@@ -95,11 +97,15 @@ def test_bags_have_the_bits_of_a_store(threads, weighted):
     out, same = torch.empty(200, 96), torch.full((200, 96), 5.0)
     lookup = store.pooled_lookup(PLAN, batch, insert=True, out=out)
     rows = store.find(0, torch.arange(90)).values
-    bags = HostBags(16, threads)
-    bags.pool(PLAN, batch, keys, rows, same)
+    bags = HostBags(16, threads).numbered(PLAN, batch, keys, 90)
+    for part in (batch.offsets, weights):
+        if part is not None:
+            # What is needed was copied.
+            part.zero_()
+    bags.pool(rows, same)
     assert torch.equal(same, out)
     grad = torch.randn(200, 96)
-    sums = bags.sums(PLAN, batch, keys, grad, 90)
+    sums = bags.sums(grad)
     store.apply_gradients(PLAN, [PooledGradient(lookup, None, grad)], 0)
     assert torch.equal(rows - sums, store.find(0, torch.arange(90)).values)
 
@@ -108,9 +114,10 @@ def test_no_samples_and_no_rows():
     bags = HostBags(16, 2)
     nothing = torch.zeros(0, dtype=torch.int64)
     batch = KeyedJagged(("a", "b", "c"), nothing, torch.zeros(1, dtype=torch.int64))
-    bags.pool(PLAN, batch, nothing, torch.empty(0, 16), torch.empty(0, 96))
-    assert bags.sums(PLAN, batch, nothing, torch.empty(0, 96), 0).shape == (0, 16)
-    assert (bags.sums(PLAN, batch, nothing, torch.empty(0, 96), 3) == 0).all()
+    none = bags.numbered(PLAN, batch, nothing, 0)
+    none.pool(torch.empty(0, 16), torch.empty(0, 96))
+    assert none.sums(torch.empty(0, 96)).shape == (0, 16)
+    assert (bags.numbered(PLAN, batch, nothing, 3).sums(torch.empty(0, 96)) == 0).all()
 
 
 WRONG = {
@@ -121,6 +128,7 @@ WRONG = {
     "weights: expected": {"weights": np.ones(2, np.float32)},
     "rows: expected": {"dim": 8},
     "out: expected": {"out": 95},
+    "bags: of other rows": {"core": 8},
 }
 
 
@@ -130,17 +138,15 @@ def test_the_core_refuses_bags_that_do_not_fit(message):
     numbers = np.arange(given.get("numbers", 3), dtype=np.uint32)
     plan = _core.PoolingPlan([1, 0, 2], [0, 0, 0], [1, 3, 0], [0, 4, 0], [0, 16, 80], 96)
     batch_size = given.get("samples", 1)
-    arguments = (
-        plan,
-        given.get("offsets", np.array([0, 1, 2, 3])).astype(np.int64),
-        given.get("weights"),
-        batch_size,
-        numbers,
-    )
-    core = _core.BagSums(16, 1)
-    rows = np.zeros((given.get("rows", 6), given.get("dim", 16)), np.float32)
+    offsets = given.get("offsets", np.array([0, 1, 2, 3])).astype(np.int64)
+    rows = np.zeros((6, given.get("dim", 16)), np.float32)
+    count = given.get("rows", 6)
     with pytest.raises(ValueError, match=message):
-        core.pool(*arguments, rows, np.zeros((batch_size, given.get("out", 96)), np.float32))
+        bags = _core.NumberedBags(
+            plan, offsets, given.get("weights"), batch_size, numbers, count, 16
+        )
+        out = np.zeros((batch_size, given.get("out", 96)), np.float32)
+        _core.BagSums(given.get("core", 16), 1).pool(bags, rows, out)
 
 
 @pytest.fixture
@@ -230,3 +236,20 @@ def test_a_state_goes_back_to_its_rank_alone():
     with pytest.raises(CheckpointError, match=r"rank 1 of 3, and this is rank 0 of 1"):
         check_part((1, 3), collection())
     check_part((0, 1), collection())
+
+
+def test_each_rank_holds_its_share_of_a_budget(monkeypatch):
+    budget = TableConfig(name="t", dim=8, optimizer=SGD(), max_bytes=1000)
+    features = [FeatureConfig(name="f", table="t", pooling="sum")]
+    exchange = SimpleNamespace(rank=1, size=3)
+    monkeypatch.setattr(table_stores, "Collective", lambda *_: exchange)
+    ranks = SimpleNamespace(part=(1, 3), group=None, reduction="sum")
+    options = {"num_threads": 1, "device": torch.device("cpu"), "deterministic": True}
+    made = table_stores.TableStores([budget], features, ranks=ranks, **options)
+    (held,) = made.groups[0].store.tables
+    assert held == budget.model_copy(update={"max_bytes": 333})
+    # 8 values and 24 bytes of index a row: 17 rows in all.
+    assert limits_of(held, 32).max_rows == 5
+    assert share_of(held, 1) == held
+    with pytest.raises(ConfigError, match=r"table 't': max_bytes 41 holds no row"):
+        table_stores.TableStores([share_of(budget, 8)], features, ranks=ranks, **options)

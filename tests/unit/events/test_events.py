@@ -120,6 +120,9 @@ def test_lines_of_before_are_read_and_what_is_no_event_is_refused():
     for line in (nameless, later, {"kind": "train"}, {"kind": [], "step": 1}, [], None, 5):
         with pytest.raises(EventError, match="is no event"):
             event_of(line)
+    for role in ("trainer", "trainer ", "trainer ²", "trainer -1", "trainer 1.0", "baker 0", None):
+        with pytest.raises(EventError, match=f"^role '{role}' is unknown; roles are trainer, numb"):
+            event_of({"kind": "train", "step": 1, "role": role})
 
 
 def test_sinks_see_all_in_the_order_told():
@@ -153,6 +156,33 @@ def test_a_sink_that_fails_gets_no_more_and_the_others_do():
     assert [one.kind for one in other.taken] == ["start", "train", "failed"]
     stream.close()
     assert failing.closed == other.closed == 1
+
+
+def test_the_first_sink_is_the_first_to_hear_and_to_complain_and_the_last_to_go():
+    calls = []
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def take(self, event):
+            calls.append((self.name, event.kind))
+            if event.kind == "warning":
+                raise ConfigError(f"{self.name} is full")
+
+        def close(self):
+            calls.append((self.name, "close"))
+
+    stream = EventStream(TRAINER)
+    stream.add(Named("a"), Named("b"))
+    stream.add(Named("c"))
+    stream.tell("start", 0, {"samples": 0})
+    stream.close()
+    assert [name for name, what in calls if what == "start"] == ["a", "b", "c"]
+    assert [name for name, what in calls if what == "close"] == ["c", "b", "a"]
+    stream.add(Named("a"), Named("b"))
+    with pytest.raises(ConfigError, match="a is full"):
+        stream.tell("warning", 0, {"text": "x"})
 
 
 class Faulty(Recorder):

@@ -62,6 +62,37 @@ def test_curves_are_the_lines_of_the_metrics(make_run):
     assert record.summary is None
 
 
+def test_the_table_that_is_the_largest_at_the_end_stands_first(make_run):
+    sizes = {10: {"a": 5, "b": 1, "c": 3}, 20: {"a": 6, "b": 8, "c": 7}}
+    lines = [
+        train_line(step, tables={name: {"rows": rows} for name, rows in of.items()})
+        for step, of in sizes.items()
+    ]
+    assert list(RunRecord.read(make_run(lines=lines)).growth()) == ["b", "c", "a"]
+
+
+def test_calibration_is_that_of_the_last_evaluation(make_run):
+    early, late = [[0.1, 0.2, 5.0]], [[0.3, 0.4, 6.0]]
+    lines = [
+        evaluation_line(10, calibration_buckets=early),
+        evaluation_line(20, calibration_buckets=late),
+    ]
+    assert RunRecord.read(make_run(lines=lines)).calibrations == {"": late}
+
+
+def test_what_evaluations_alone_have_is_drawn_whenever_it_came(make_run):
+    first, second = several(1, "evaluation"), several(2, "evaluation")
+    first["tasks"] = {"liked": {"auc": 0.6}}
+    second["recall_at_10"] = 0.25
+    record = RunRecord.read(make_run(lines=[train_line(1), train_line(3), first, second]))
+    drawn = record.drawn_metrics()
+    assert drawn["recall_at_10",] == "recall@10"
+    assert drawn["tasks", "stars", "rmse"] == "stars: RMSE"
+    curve = record.evaluation_curve(("tasks", "liked", "auc"))
+    assert (curve.samples.tolist(), curve.values.tolist()) == ([100, 200], [0.6, 0.52])
+    assert record.training_curve(("recall_at_10",)).values.size == 0
+
+
 def test_qualities_are_told_from_counts_and_times():
     for name in ("loss", "auc", "share_of_teacher", "recall_at_10", "bias"):
         assert is_metric(name), name

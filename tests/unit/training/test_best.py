@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.config import parse_job
+from penstock.config import mode_of, parse_job
 from penstock.errors import ConfigError
 from penstock.training.checkpoint.best import BestSoFar, best_of
 
@@ -112,6 +112,48 @@ def test_what_stops_by_default(more, metric, mode):
 
 
 @pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("auc", "max"),
+        ("tasks/click/grouped_auc/user/auc", "max"),
+        ("share_of_teacher", "max"),
+        ("recall_at_10", "max"),
+        ("loss", "min"),
+        ("tasks/click/log_loss", "min"),
+        ("slices/country/values/de/normalized_entropy", "min"),
+        ("rmse", "min"),
+        ("mae", "min"),
+    ],
+)
+def test_which_value_of_a_usual_metric_is_the_best(metric, mode):
+    assert mode_of(metric, None) == mode
+    assert [mode_of(metric, told) for told in ("max", "min")] == ["max", "min"]
+
+
+@pytest.mark.parametrize(
+    "metric", ["teacher_auc", "aucs", "auc/user", "recall_at_k", "recall_at_1/rest", "bias", "xmae"]
+)
+def test_of_another_metric_it_is_not_known(metric):
+    with pytest.raises(ValueError, match=f"a small '{metric}' is better is not known; set mode to"):
+        mode_of(metric, None)
+    assert mode_of(metric, "min") == "min"
+
+
+@pytest.mark.parametrize(
+    ("more", "evaluates"),
+    [
+        ({}, False),
+        ({"checkpoint__keep_best": "auc"}, True),
+        ({"training__early_stopping": {"patience": 2}}, True),
+        ({"checkpoint__keep_best": "auc", "evaluation__every_steps": 5}, False),
+        ({"training__early_stopping": {"patience": 2}, "evaluation__every_steps": 5}, False),
+    ],
+)
+def test_epochs_are_evaluated_where_something_goes_by_it(more, evaluates):
+    assert parse_job(fields(**more)).evaluates_epochs is evaluates
+
+
+@pytest.mark.parametrize(
     ("more", "text"),
     [
         (
@@ -123,6 +165,24 @@ def test_what_stops_by_default(more, metric, mode):
             {"checkpoint__keep_best": "rmse"},
             "job: checkpoint.keep_best: evaluations of this job have no metric 'rmse'; they have "
             "auc, log_loss, normalized_entropy, calibration",
+        ),
+        (
+            {"checkpoint": {"keep_best": "aucs", "best_mode": "max"}},
+            "job: checkpoint.keep_best: evaluations of this job have no metric 'aucs'; they have "
+            "auc, log_loss, normalized_entropy, calibration",
+        ),
+        (
+            {
+                "data__label": SEVERAL,
+                "data__source": {"format": "synthetic"},
+                "evaluation__metrics": {"grouped_auc": ["user"], "slices": [{"by": "country"}]},
+                "checkpoint": {"keep_best": "teacher_auc", "best_mode": "max"},
+            },
+            "job: checkpoint.keep_best: evaluations of this job have no metric 'teacher_auc'; they "
+            "have loss, tasks/click/auc, tasks/click/log_loss, tasks/click/normalized_entropy, "
+            "tasks/click/calibration, tasks/click/grouped_auc/user/auc, "
+            "tasks/click/slices/country, tasks/stars/rmse, tasks/stars/mae, tasks/stars/bias, "
+            "tasks/stars/slices/country",
         ),
         (
             {"training__early_stopping": {"patience": 2, "metric": "bias"}},
