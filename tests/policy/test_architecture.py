@@ -107,7 +107,11 @@ MAY_IMPORT = {
     },
     "embedding/sharded/bags": {"types", "_core", "embedding/host_store", "embedding/store"},
     "embedding/sharded/device_bags": {"types", "kernels", "embedding/gpu", "embedding/store"},
-    "embedding/sharded/all_ranks": {"errors", "embedding/sharded/store"},
+    "embedding/sharded/all_ranks": {
+        "errors",
+        "embedding/sharded/agreement",
+        "embedding/sharded/store",
+    },
     "embedding/sharded/store": STORES
     | {
         "embedding/sharded/agreement",
