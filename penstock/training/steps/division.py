@@ -61,6 +61,7 @@ class Division:
         self.slots = lanes if self.by_lane else group.size
         self._parameters = [one for one in model.parameters() if one.requires_grad]
         self._buffers = [one for one in model.buffers() if one.numel()] if self.by_lane else []
+        self._step = 0
         self._before: list[Tensor] = []
         self._after: Tensor | None = None
         self._sums: Tensor | None = None
@@ -105,15 +106,15 @@ class Division:
         told = self.group.gathered_bytes(batch.event_time.numpy().tobytes())
         return torch.from_numpy(np.frombuffer(b"".join(told), dtype=np.int64).copy())
 
-    def begin_part(self, part: Part, step: int, number: int) -> None:
-        """Before the forward pass of a part of batch `number` of a step.
+    def begin_part(self, part: Part, number: int) -> None:
+        """Before the forward pass of a part of batch `number` of the step.
 
         Where lanes are computed one by one, each draws numbers of its own, whoever computes it, and
         finds the model's buffers as the step before left them.
         """
         if not self.by_lane:
             return
-        torch.manual_seed(self._drawn(step, number, part.slot))
+        torch.manual_seed(self._drawn(self._step, number, part.slot))
         if self._buffers:
             self._remember_buffers()
             _set(self._buffers, self._before)
@@ -157,6 +158,9 @@ class Division:
             every = told[:, 1:]
         if self._buffers:
             self._average_buffers()
+        if self.by_lane:
+            # Whichever lane was the last here.
+            torch.manual_seed(self._drawn(self._step, "end"))
         return float(_in_order(every.sum(0)))
 
     def sum_gradients(self) -> None:
@@ -172,8 +176,9 @@ class Division:
         for one, grad, given in zip(self._parameters, grads, is_given, strict=True):
             one.grad = grad.view_as(one).to(one.dtype) if given else None
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         """Forgets what a step that failed has left."""
+        self._step = step
         self._sums = self._after = None
         self._before = []
 

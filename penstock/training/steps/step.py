@@ -135,7 +135,7 @@ def train_step(training: Training, batches: Sequence[Batch], step: int) -> list[
     doing = _Doing(batches[0])
     collection, division, clock = training.collection, training.division, training.clock
     results = []
-    division.begin_step()
+    division.begin_step(step)
     try:
         totals = division.totals(training.objective, batches)
         whole = None if totals is None else totals.sum(0)
@@ -233,7 +233,7 @@ def _of_parts(
     grads = []
     for part in parts:
         doing.what = "the model's forward pass"
-        division.begin_part(part, *number)
+        division.begin_part(part, number[1])
         dense, embeddings, *lengths = (one[part.rows] for one in inputs)
         leaf = embeddings.detach().requires_grad_()
         loss, of_part = objective(
