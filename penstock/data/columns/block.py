@@ -126,15 +126,15 @@ def no_samples(rows: Rows) -> Samples:
     """A batch without a sample, of the types that `rows`, which are none, have."""
 
     def none(array: NDArray[Any] | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array)
+        return None if array is None else torch.from_numpy(array.copy())
 
     has_weights = any(bags.weights is not None for bags in rows.bags)
     return Samples(
-        torch.from_numpy(rows.dense),
+        torch.from_numpy(rows.dense.copy()),
         torch.zeros(0, dtype=torch.int64),
         torch.zeros(1, dtype=torch.int64),
         torch.zeros(0) if has_weights else None,
-        torch.from_numpy(rows.labels),
+        torch.from_numpy(rows.labels.copy()),
         none(rows.weights),
         none(rows.event_time),
         none(rows.teacher),

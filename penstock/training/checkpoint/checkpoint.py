@@ -279,9 +279,7 @@ class Checkpoints:
                 raise CheckpointError(f"checkpoint {path}: {error}") from None
             random = (path / _RANDOM).read_bytes()
             position = read_position(path, manifest)
-            # Of samples of all ranks: they must not be counted by each.
-            has_metrics = _METRICS in manifest.files and group.rank == 0
-            metrics = read_tensors(path / _METRICS) if has_metrics else None
+            metrics = read_tensors(path / _METRICS) if _METRICS in manifest.files else None
 
         import_tables(path, manifest.tables, state.collection)
         set_row_clock(state.collection, manifest.row_clock)

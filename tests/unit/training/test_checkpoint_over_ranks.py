@@ -36,13 +36,12 @@ FEATURES = tuple(FeatureConfig(name=name, table=name) for name in ("user", "half
 
 
 class Count:
-    """Samples seen: metrics of which each rank has its own, added up when they are saved."""
+    """Samples seen by all ranks: every rank has the metrics of all."""
 
-    def __init__(self, group):
-        self.group, self.samples = group, 0
+    samples = 0
 
     def state_dict(self):
-        return {"samples": self.group.gathered(torch.tensor(self.samples)).sum()[None]}
+        return {"samples": torch.tensor([self.samples])}
 
     def load_state_dict(self, state):
         self.samples = int(state["samples"])
@@ -60,7 +59,7 @@ class Run:
         optimizer = torch.optim.Adam(model.parameters())
         model.weight.grad = torch.ones(1, 9)
         model.bias.grad = torch.ones(1)
-        self.state = TrainState(0, Position(), collection, model, optimizer, Count(group))
+        self.state = TrainState(0, Position(), collection, model, optimizer, Count())
         self.checkpoints = Checkpoints(directory, keep_last, make_job(), group=group)
 
     def train(self, steps):
@@ -72,7 +71,7 @@ class Run:
             batch = {feature.name: Jagged.from_dense(keys[mine]) for feature in FEATURES}
             (state.collection(KeyedJagged.pack(batch)) * weights[mine]).sum().backward()
             state.collection.apply_gradients()
-            state.metrics.samples += len(keys[mine])
+            state.metrics.samples += len(keys)
             state.step += 1
             state.optimizer.step()
             state.position = Position(samples=16 * state.step)
@@ -101,7 +100,7 @@ def rows_of(runs):
     counted = {name: sum(one[name] for one in numbers) for name in ("admitted", "evicted")}
     alike = [{name: one[name] for name in ("now", "step", "swept")} for one in numbers]
     assert alike == [alike[0]] * len(runs)
-    samples = sum(run.state.metrics.samples for run in runs)
+    (samples,) = {run.state.metrics.samples for run in runs}
     states = [(one.state.step, one.state.position, one.state.collection.step) for one in runs]
     assert states == [states[0]] * len(runs)
     dense = [
