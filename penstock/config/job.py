@@ -142,8 +142,9 @@ class TrainingConfig(Config):
     seed: Int64 = 0
     deterministic: bool = False
     """Embedding updates have the same bits for any order of the samples of a batch, and on any
-    device given equal gradients; slower. The number of threads never changes a bit of them. On a
-    GPU torch's deterministic algorithms are used as well."""
+    device given equal gradients; and the whole run has the same bits on any number of ranks. Each
+    lane (`data.lanes`) is computed by itself, and torch uses one thread unless `run.threads` is
+    set: slower. On a GPU torch's deterministic algorithms are used as well."""
 
     @field_validator("init_from", mode="before")
     @classmethod
