@@ -7,7 +7,7 @@ same for any number of threads and any order of the samples within a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +66,10 @@ with a last use after `now`, which became `now`.
 """
 
 
+_COUNTS = NUMBERS[NUMBERS.index("admitted") :]
+"""Those that sum up over ranks."""
+
+
 class Limits(NamedTuple):
     """What a table may hold."""
 
@@ -110,6 +114,21 @@ class RetentionState:
         given += [0] * (len(NUMBERS) - len(given))
         numbers = dict(zip(NUMBERS, given, strict=True))
         return cls(tensors["default_value"], tensors["default_state"], numbers)
+
+    def of_rank(self, part: int, rank: int, num_ranks: int) -> RetentionState:
+        """What one of several ranks takes over of the part that some rank remembered.
+
+        What was counted since the beginning goes to one rank, so that the sum over ranks stays.
+        """
+        if part % num_ranks == rank:
+            return self
+        return replace(self, numbers=self.numbers | dict.fromkeys(_COUNTS, 0))
+
+    def joined(self, other: RetentionState) -> RetentionState:
+        """Of two parts of a table: the later times, the sum of what was counted."""
+        numbers = {name: max(number, other.numbers[name]) for name, number in self.numbers.items()}
+        sums = {name: self.numbers[name] + other.numbers[name] for name in _COUNTS}
+        return replace(self, numbers=numbers | sums)
 
     def let_go(self, table: TableConfig, limits: Limits, keys: Tensor, usage: Tensor) -> Tensor:
         """Which rows leave where there are more than the table holds; counts them as evicted.
