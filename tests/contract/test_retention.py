@@ -27,7 +27,7 @@ from penstock.embedding.store import (
 )
 from penstock.errors import CapacityError, ConfigError
 from penstock.types import Jagged, KeyedJagged
-from tests.contract.stores import is_slow, open_store
+from tests.contract.stores import is_slow, open_store, skip_in_interpreter
 
 __all__ = ["open_store"]
 
@@ -129,6 +129,34 @@ def test_counts_are_halved_and_forgotten(open_store):
     assert held(store) == set()
     train(store, [1], 12)
     assert held(store) == {1}
+
+
+@pytest.mark.parametrize("halvings", [1, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 1 << 40])
+def test_counts_are_halved_as_often_as_time_has_passed(halvings, open_store):
+    """Also by more places than a machine word has."""
+    store = open_store([table(admission=AdmitFrequent(min_count=65_000, half_life_steps=3))])
+    counts = torch.tensor([1, 2, 40_000, 64_999])
+    store.import_candidates(0, Candidates(torch.arange(4), counts))
+    store.advance(Clock(3 * halvings + 2))
+    left = {key: count >> halvings for key, count in enumerate(counts.tolist())}
+    assert counted(store) == {key: count for key, count in left.items() if count}
+
+
+@pytest.mark.parametrize("halvings", [1, 15, 31, 32, 33, 63, 64, 65, 1 << 20])
+def test_uses_are_halved_as_often_as_time_has_passed(halvings, open_store):
+    skip_in_interpreter(open_store, "an eviction for each")
+    store = open_store([table(rows=8, eviction=Eviction(order="lfu", half_life=3))])
+    store.advance(Clock(3 * halvings))
+    rows = TableRows(
+        torch.arange(8),
+        torch.ones(8, 1),
+        torch.empty(8, 0),
+        # The first was used 2^32 - 1 times long ago, the others once, by now.
+        torch.tensor([[0, 2**32 - 1]] + [[3 * halvings, 1]] * 7),
+    )
+    store.insert_or_assign(0, rows)
+    train(store, [100], 3 * halvings)
+    assert (0 in held(store)) is (2**32 - 1 >> halvings > 1)
 
 
 def test_lru_evicts_exactly_the_rows_not_used_for_longest(open_store):
