@@ -532,6 +532,26 @@ def test_candidates_stay_within_their_share_of_the_budget(open_store):
     assert store.num_rows(0) > 5
 
 
+@pytest.mark.parametrize("room", [0, 3, 20])
+def test_only_counted_keys_that_get_rows_make_place_for_others(room, open_store):
+    """In a table that is full, or nearly, and does not evict."""
+    rule = table(admission=AdmitFrequent(min_count=2), max_bytes=10 * 8 * 32)
+    limits = retention.limits_of(rule, 4)
+    assert limits.max_candidates == 10
+    size = limits.max_rows - room
+    rows = TableRows(torch.arange(1000, 1000 + size), torch.ones(size, 1), torch.empty(size, 0))
+    store, oracle = open_store([rule]), DictStore([rule])
+    for one in (store, oracle):
+        one.insert_or_assign(0, rows)
+        train(one, list(range(10)), 1)  # as many as are counted
+        train(one, [*range(10), *range(100, 115)], 2)
+    store.check_invariants()
+    assert store.num_rows(0) == limits.max_rows - max(room - 10, 0)
+    assert store.num_candidates(0) == 10
+    assert (held(store), counted(store)) == (held(oracle), counted(oracle))
+    assert numbers(store) == numbers(oracle)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -86,15 +86,18 @@ PLAN = PoolingPlan(
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_bags_have_the_bits_of_a_store(threads, weighted):
+@pytest.mark.parametrize(("samples", "longest"), [(200, 4), (3000, 20), (40, 3000)])
+def test_bags_have_the_bits_of_a_store(samples, longest, threads, weighted):
+    """Also where a feature is more than one task, or a bag is."""
     rng = np.random.default_rng(threads)
-    lengths = rng.integers(0, 5, 3 * 200)
+    lengths = rng.integers(0, longest + 1, 3 * samples)
+    lengths[:samples] %= 5  # those of a sequence
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
     keys = torch.from_numpy(rng.integers(0, 90, int(offsets[-1])))
     weights = torch.randn(len(keys)) if weighted else None
     batch = KeyedJagged(("a", "b", "c"), keys, offsets, weights)
     store = HostStore([TableConfig(name="t", dim=16, optimizer=SGD(learning_rate=1.0))], seed=2)
-    out, same = torch.empty(200, 96), torch.full((200, 96), 5.0)
+    out, same = torch.empty(samples, 96), torch.full((samples, 96), 5.0)
     lookup = store.pooled_lookup(PLAN, batch, insert=True, out=out)
     rows = store.find(0, torch.arange(90)).values
     bags = HostBags(16, threads).numbered(PLAN, batch, keys, 90)
@@ -104,7 +107,7 @@ def test_bags_have_the_bits_of_a_store(threads, weighted):
             part.zero_()
     bags.pool(rows, same)
     assert torch.equal(same, out)
-    grad = torch.randn(200, 96)
+    grad = torch.randn(samples, 96)
     sums = bags.sums(grad)
     store.apply_gradients(PLAN, [PooledGradient(lookup, None, grad)], 0)
     assert torch.equal(rows - sums, store.find(0, torch.arange(90)).values)
