@@ -198,7 +198,7 @@ class Contestant:
                 [python, __file__, "--serve", kind, "--rank", str(rank), "--port", port, content],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=None,
+                stderr=subprocess.DEVNULL,
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(RANKS if kind == "alone" else 1)},
             )

@@ -25,6 +25,7 @@ from penstock.embedding.collection import anchor_gradient, table_stores
 from penstock.embedding.collection.table_state import check_part
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import limits_of, share_of
+from penstock.embedding.sharded import routes
 from penstock.embedding.sharded.bags import HostBags
 from penstock.embedding.sharded.shard_map import (
     NUM_BUCKETS,
@@ -256,3 +257,28 @@ def test_each_rank_holds_its_share_of_a_budget(monkeypatch):
     assert share_of(held, 1) == held
     with pytest.raises(ConfigError, match=r"table 't': max_bytes 41 holds no row"):
         table_stores.TableStores([share_of(budget, 8)], features, ranks=ranks, **options)
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 7, 5000])
+def test_keys_are_grouped_on_the_host_as_by_sorting(count, once):
+    """Few keys, so that many come again, of one group or of several; the edges of int64 too."""
+    rng = np.random.default_rng(count)
+    keys = torch.from_numpy(rng.choice([*range(50), 2**63 - 1, -(2**63)], count).astype(np.int64))
+    group = torch.from_numpy(rng.integers(0, 6, count))
+    found, counts, numbers = routes._on_host(keys, group, 8, once=once)
+    others, same_counts, same_numbers = routes._on_device(keys, group, 8, once=once)
+    assert torch.equal(counts, same_counts)
+    assert torch.equal(found[numbers], keys)
+    assert torch.equal(torch.repeat_interleave(torch.arange(8), counts)[numbers], group)
+    assert len(found) == len(others)
+    if not once:
+        assert torch.equal(found, others)
+        assert torch.equal(numbers, same_numbers)
+
+
+def test_groups_that_are_not_there_are_refused():
+    keys = np.arange(3)
+    for groups in (np.array([0, 1, 2]), np.array([0, -1, 0]), np.arange(2)):
+        with pytest.raises(ValueError, match="groups: "):
+            _core.grouped_keys(keys, groups, 2, True)
