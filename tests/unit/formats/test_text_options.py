@@ -1,6 +1,7 @@
 """CSV and TSV: delimiters, quotes, line breaks in quotes, compressions; files that change or go."""
 
 import gzip
+import io
 import os
 import stat
 
@@ -312,6 +313,18 @@ def test_as_much_is_read_as_asked_for_whatever_a_member_holds(tmp_path):
     (extent,) = source.extents()
     tables = [chunk.table for chunk in source.read(extent, ["count"])]
     assert [n for table in tables for n in table["count"].to_pylist()] == [2, 4]
+
+
+def test_as_much_is_read_as_asked_for_where_a_file_system_gives_less(tmp_path, monkeypatch):
+    (tmp_path / "x.csv").write_bytes(b"label,count\n")
+
+    class Short(io.BytesIO):
+        def read(self, size=-1):
+            return super().read(min(size, 3))
+
+    with ByteStream(fs.LocalFileSystem(), str(tmp_path / "x.csv")) as stream:
+        monkeypatch.setattr(stream, "_stream", Short(b"label,count\n"))
+        assert [stream.read_whole(7), stream.read_whole(99)] == [b"label,c", b"ount\n"]
 
 
 def test_a_column_of_text_that_is_said_to_hold_vectors_is_text(tmp_path):
