@@ -532,6 +532,20 @@ def test_candidates_stay_within_their_share_of_the_budget(open_store):
     assert store.num_rows(0) > 5
 
 
+def test_a_key_that_comes_more_often_than_can_be_counted_has_the_largest_count(open_store):
+    """In a table without room: it wants a row and is counted on."""
+    skip_in_interpreter(open_store, "a long batch")
+    rule = table(admission=AdmitFrequent(min_count=2), max_bytes=10 * 8 * 32)
+    size = retention.limits_of(rule, 4).max_rows
+    store = open_store([rule])
+    rows = TableRows(torch.arange(1000, 1000 + size), torch.ones(size, 1), torch.empty(size, 0))
+    store.insert_or_assign(0, rows)
+    train(store, [7, 8], 1)
+    look_up(store, [7] * 70_000)
+    store.check_invariants()
+    assert counted(store) == {7: 65_535, 8: 1}
+
+
 @pytest.mark.parametrize("room", [0, 3, 20])
 def test_only_counted_keys_that_get_rows_make_place_for_others(room, open_store):
     """In a table that is full, or nearly, and does not evict."""
