@@ -57,6 +57,11 @@ class RetentionPolicy:
 
     def __init__(self, **rules: float) -> None: ...
 
+def grouped_keys(
+    keys: NDArray[np.int64], groups: NDArray[np.int64], num_groups: int, once: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Keys [n] by group: those that differ (without `once` all), group sizes, numbers by place."""
+
 class NumberedBags:
     """Bags of rows by number: copies, checked once; ValueError says what does not fit."""
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "index/grouped_keys.h"
 #include "store/bag_sums.h"
 #include "store/shared_plan.h"
 
@@ -63,6 +64,14 @@ struct NumberedBags {
   }
 };
 
+// A vector as an array of numpy's, without a copy.
+nb::object as_array(std::vector<int64_t> values) {
+  auto* const held = new std::vector<int64_t>(std::move(values));
+  nb::capsule owner(held, [](void* p) noexcept { delete static_cast<std::vector<int64_t>*>(p); });
+  const size_t shape[1] = {held->size()};
+  return nb::cast(nb::ndarray<nb::numpy, int64_t>(held->data(), 1, shape, owner));
+}
+
 template <typename T>
 std::vector<T> copied(const In<T>& array) {
   return {array.data(), array.data() + array.size()};
@@ -104,6 +113,22 @@ void bind_bag_sums(nb::module_& m) {
             if (count != 0) self.sum(bags.plan->view(), bags.keys(), bags.numbers.data(), grad.data(), count, sums.data());
           },
           "bags"_a, "grad"_a.noconvert(), "sums"_a.noconvert());
+
+  m.def(
+      "grouped_keys",
+      [](In<int64_t> keys, In<int64_t> groups, int64_t num_groups, bool once) {
+        check(keys.size() == groups.size() && keys.size() < std::numeric_limits<uint32_t>::max(), "groups: expected one a key");
+        check(num_groups >= 0 && std::all_of(groups.data(), groups.data() + groups.size(),
+                                             [&](int64_t group) { return group >= 0 && group < num_groups; }),
+              "groups: beyond their number");
+        GroupedKeys made;
+        {
+          const nb::gil_scoped_release release;
+          made = grouped_keys(keys.data(), groups.data(), static_cast<int64_t>(keys.size()), num_groups, once);
+        }
+        return nb::make_tuple(as_array(std::move(made.keys)), as_array(std::move(made.counts)), as_array(std::move(made.numbers)));
+      },
+      "keys"_a.noconvert(), "groups"_a.noconvert(), "num_groups"_a, "once"_a);
 
   nb::class_<NumberedBags>(m, "NumberedBags")
       .def(

@@ -106,8 +106,9 @@ Status RowAccess::erase(uint32_t table, const int64_t* keys, int64_t count, int6
   // Of all that were erased, if not all there are: what is noted below must fit the index.
   *erased = std::accumulate(number.begin(), number.end(), int64_t{0});
   rows_.tables.rows[table] -= static_cast<uint64_t>(*erased);
-  if (rows_.tables.policies[table].evicts && lists_.is_kept(table) && *erased != 0) {
-    lists_.note_dead(table, static_cast<uint64_t>(*erased), true);
+  if (lists_.has_keys(table) && lists_.is_kept(table) && *erased != 0) {
+    // A table that does not evict has noted them when they got their rows, which are not listed; now they may be counted again.
+    lists_.note_dead(table, rows_.tables.policies[table].evicts ? static_cast<uint64_t>(*erased) : 0, true);
     lists_.tidy_if_worthwhile(table);
   }
   rows_.give_back();

@@ -7,7 +7,7 @@ same for any number of threads and any order of the samples within a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,8 +41,6 @@ CANDIDATE_SHARE = 8
 MAX_COUNT = 2**16 - 1
 MAX_USES = 2**32 - 1
 _NO_LIMIT = 2**62
-COUNTERS = ("admitted", "refused", "evicted", "evicted_age", "dropped", "ahead")
-"""Of `NUMBERS`: what adds up over parts of a table. The others are the same of every part."""
 # FORMAT: never change; the draws of a resumed run are these.
 _ADMISSION_SALT = 0xD1B54A32D192ED03
 
@@ -66,6 +64,10 @@ the beginning: rows admitted in training; keys refused, each time; rows evicted,
 times that they had been unused for; gradients dropped because their row had left; rows imported
 with a last use after `now`, which became `now`.
 """
+
+
+_COUNTS = NUMBERS[NUMBERS.index("admitted") :]
+"""Those that sum up over ranks."""
 
 
 class Limits(NamedTuple):
@@ -113,15 +115,20 @@ class RetentionState:
         numbers = dict(zip(NUMBERS, given, strict=True))
         return cls(tensors["default_value"], tensors["default_state"], numbers)
 
-    def add(self, other: RetentionState) -> None:
-        """Adds the counters of another part of the same table."""
-        for name in NUMBERS:
-            mine, theirs = self.numbers[name], other.numbers[name]
-            self.numbers[name] = mine + theirs if name in COUNTERS else max(mine, theirs)
+    def of_rank(self, part: int, rank: int, num_ranks: int) -> RetentionState:
+        """What one of several ranks takes over of the part that some rank remembered.
 
-    def forget_counters(self) -> None:
-        """Begins to count anew."""
-        self.numbers |= dict.fromkeys(COUNTERS, 0)
+        What was counted since the beginning goes to one rank, so that the sum over ranks stays.
+        """
+        if part % num_ranks == rank:
+            return self
+        return replace(self, numbers=self.numbers | dict.fromkeys(_COUNTS, 0))
+
+    def joined(self, other: RetentionState) -> RetentionState:
+        """Of two parts of a table: the later times, the sum of what was counted."""
+        numbers = {name: max(number, other.numbers[name]) for name, number in self.numbers.items()}
+        sums = {name: self.numbers[name] + other.numbers[name] for name in _COUNTS}
+        return replace(self, numbers=numbers | sums)
 
     def let_go(self, table: TableConfig, limits: Limits, keys: Tensor, usage: Tensor) -> Tensor:
         """Which rows leave where there are more than the table holds; counts them as evicted.

@@ -62,6 +62,13 @@ def test_long_batches_read_and_update_what_the_oracle_does(dim, dtype, threads):
         assert rows[0] == rows[1]
 
 
+def test_the_longest_probe_counts_the_entries_that_are_read():
+    store = HostStore(tables_of(1), num_threads=1)
+    assert store._core.longest_probe() == 0
+    store.find_or_insert(0, torch.tensor([7]))
+    assert store._core.longest_probe() == 1
+
+
 @pytest.mark.parametrize("rows", [150, 3_000, 49 * 64 - 40, 200_000])
 @pytest.mark.parametrize("dim", [16, 5])
 def test_every_row_of_a_crowded_index_is_found(dim, rows):

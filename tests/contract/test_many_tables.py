@@ -10,6 +10,7 @@ from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import Clock, overhead_bytes, usage_dim
 from penstock.embedding.store import (
     CURSOR_START,
+    Candidates,
     PooledFeature,
     PooledGradient,
     PoolingPlan,
@@ -231,6 +232,31 @@ def test_a_table_grows_to_most_of_a_store_and_shrinks_again(threads, scan_from):
             evicted.append(store.retention_state(1).numbers["evicted"])
     assert evicted[-1] > evicted[5] > 300
     assert store.num_rows(1) < 200
+
+
+def test_a_cursor_ends_where_a_list_is_dropped_or_made():
+    """Positions in a list and in the index are not the same, though no key came or went."""
+    rule = TableConfig(
+        name="t",
+        dim=1,
+        optimizer=SGD(),
+        admission=AdmitFrequent(min_count=2),
+        eviction=Eviction(ttl=1000),
+    )
+    store = HostStore([rule], num_threads=2, scan_from=0)
+    store.import_candidates(0, Candidates(torch.arange(2000), torch.ones(2000, dtype=torch.int64)))
+    for step in (100, 200):
+        before = store.memory().index_bytes
+        counts, cursor = store.export_candidates(0, CURSOR_START, 37)
+        assert len(counts.keys) == 37
+        store.advance(Clock(step))  # a sweep, by which nothing leaves
+        with pytest.raises(RuntimeError, match="changed while it was exported"):
+            store.export_candidates(0, cursor, 37)
+        assert (store.memory().index_bytes < before) is (step == 100)  # dropped, then made again
+        store.check_invariants()
+        assert sorted(content(store, 0)[-3]) == list(range(store.num_candidates(0)))
+        store.find_or_insert(0, torch.arange(100, 2000))  # they get rows
+        store.erase(0, torch.arange(100, 2000))
 
 
 def test_a_large_table_has_no_list():

@@ -27,7 +27,7 @@ from penstock.embedding.store import (
 )
 from penstock.errors import CapacityError, ConfigError
 from penstock.types import Jagged, KeyedJagged
-from tests.contract.stores import is_slow, open_store
+from tests.contract.stores import is_slow, open_store, skip_in_interpreter
 
 __all__ = ["open_store"]
 
@@ -129,6 +129,34 @@ def test_counts_are_halved_and_forgotten(open_store):
     assert held(store) == set()
     train(store, [1], 12)
     assert held(store) == {1}
+
+
+@pytest.mark.parametrize("halvings", [1, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 1 << 40])
+def test_counts_are_halved_as_often_as_time_has_passed(halvings, open_store):
+    """Also by more places than a machine word has."""
+    store = open_store([table(admission=AdmitFrequent(min_count=65_000, half_life_steps=3))])
+    counts = torch.tensor([1, 2, 40_000, 64_999])
+    store.import_candidates(0, Candidates(torch.arange(4), counts))
+    store.advance(Clock(3 * halvings + 2))
+    left = {key: count >> halvings for key, count in enumerate(counts.tolist())}
+    assert counted(store) == {key: count for key, count in left.items() if count}
+
+
+@pytest.mark.parametrize("halvings", [1, 15, 31, 32, 33, 63, 64, 65, 1 << 20])
+def test_uses_are_halved_as_often_as_time_has_passed(halvings, open_store):
+    skip_in_interpreter(open_store, "an eviction for each")
+    store = open_store([table(rows=8, eviction=Eviction(order="lfu", half_life=3))])
+    store.advance(Clock(3 * halvings))
+    rows = TableRows(
+        torch.arange(8),
+        torch.ones(8, 1),
+        torch.empty(8, 0),
+        # The first was used 2^32 - 1 times long ago, the others once, by now.
+        torch.tensor([[0, 2**32 - 1]] + [[3 * halvings, 1]] * 7),
+    )
+    store.insert_or_assign(0, rows)
+    train(store, [100], 3 * halvings)
+    assert (0 in held(store)) is (2**32 - 1 >> halvings > 1)
 
 
 def test_lru_evicts_exactly_the_rows_not_used_for_longest(open_store):
@@ -502,6 +530,40 @@ def test_candidates_stay_within_their_share_of_the_budget(open_store):
         assert (held(store), counted(store)) == (held(oracle), counted(oracle))
     # Counts were halved to make room, so that rows still come in.
     assert store.num_rows(0) > 5
+
+
+def test_a_key_that_comes_more_often_than_can_be_counted_has_the_largest_count(open_store):
+    """In a table without room: it wants a row and is counted on."""
+    skip_in_interpreter(open_store, "a long batch")
+    rule = table(admission=AdmitFrequent(min_count=2), max_bytes=10 * 8 * 32)
+    size = retention.limits_of(rule, 4).max_rows
+    store = open_store([rule])
+    rows = TableRows(torch.arange(1000, 1000 + size), torch.ones(size, 1), torch.empty(size, 0))
+    store.insert_or_assign(0, rows)
+    train(store, [7, 8], 1)
+    look_up(store, [7] * 70_000)
+    store.check_invariants()
+    assert counted(store) == {7: 65_535, 8: 1}
+
+
+@pytest.mark.parametrize("room", [0, 3, 20])
+def test_only_counted_keys_that_get_rows_make_place_for_others(room, open_store):
+    """In a table that is full, or nearly, and does not evict."""
+    rule = table(admission=AdmitFrequent(min_count=2), max_bytes=10 * 8 * 32)
+    limits = retention.limits_of(rule, 4)
+    assert limits.max_candidates == 10
+    size = limits.max_rows - room
+    rows = TableRows(torch.arange(1000, 1000 + size), torch.ones(size, 1), torch.empty(size, 0))
+    store, oracle = open_store([rule]), DictStore([rule])
+    for one in (store, oracle):
+        one.insert_or_assign(0, rows)
+        train(one, list(range(10)), 1)  # as many as are counted
+        train(one, [*range(10), *range(100, 115)], 2)
+    store.check_invariants()
+    assert store.num_rows(0) == limits.max_rows - max(room - 10, 0)
+    assert store.num_candidates(0) == 10
+    assert (held(store), counted(store)) == (held(oracle), counted(oracle))
+    assert numbers(store) == numbers(oracle)
 
 
 @pytest.mark.parametrize(

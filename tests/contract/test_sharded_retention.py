@@ -358,3 +358,21 @@ def test_what_the_default_row_takes_is_not_rounded():
     defaults = DefaultGradients(sums, torch.tensor([False, False, True]))
     store.apply_gradients(BY_KEY, parts, 0, 1.0, defaults)
     assert torch.equal(store.retention_state(2).default_value, -sums[2])
+
+
+def test_keys_that_are_counted_again_after_their_rows_were_erased(open_store):  # noqa: F811
+    """They got rows by their counts, lost them, and came again: exported once, halved once."""
+    rule = AdmitFrequent(min_count=3, half_life_steps=5)
+    store = open_store(tables(SGD(), admission=rule))
+    again, later = [1, 2, 3], [4, 5, 6]
+    for step, keys in enumerate([again, 2 * again, 2 * again, 2 * later]):
+        store.advance(Clock(step, 0))
+        store.find_or_insert(0, torch.tensor(keys))
+        if step == 1:
+            assert store.erase(0, torch.tensor(again)) == 3
+    for step, count in ((3, 2), (5, 1)):
+        store.advance(Clock(step, 0))
+        store.check_invariants()
+        keys, counts = store.export_candidates(0, CURSOR_START, 99)[0]
+        assert sorted(keys.tolist()) == again + later
+        assert set(counts.tolist()) == {count}

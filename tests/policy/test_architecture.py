@@ -97,7 +97,12 @@ MAY_IMPORT = {
     "embedding/sharded/shard_map": set(),
     "embedding/sharded/exchange": {"errors"},
     "embedding/sharded/agreement": {"errors", "config", "embedding/sharded/exchange"},
-    "embedding/sharded/routes": {"types", "embedding/store", "embedding/sharded/shard_map"},
+    "embedding/sharded/routes": {
+        "_core",
+        "types",
+        "embedding/store",
+        "embedding/sharded/shard_map",
+    },
     "embedding/sharded/defaults": {
         "config",
         "kernels/update/occurrences",

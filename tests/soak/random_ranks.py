@@ -4,7 +4,8 @@
 
 A schedule is some steps on 1 to 4 ranks, threads that wait at random: samples dealt at random,
 ranks without any, one or two look-ups an update, evaluation and erasing in between, rows that
-expire, any optimizer. The oracle is a store in one process, in deterministic mode.
+expire, keys that are refused by count or by draw, any optimizer. The oracle is a store in one
+process, in deterministic mode.
 """
 
 from __future__ import annotations
@@ -15,11 +16,23 @@ import time
 import numpy as np
 import torch
 
-from penstock.config import FTRL, LAMB, SGD, Adagrad, Adam, Eviction, MomentumSGD, RowWiseAdagrad
+from penstock.config import (
+    FTRL,
+    LAMB,
+    SGD,
+    Adagrad,
+    Adam,
+    AdmitAtRandom,
+    AdmitFrequent,
+    Eviction,
+    MomentumSGD,
+    RowWiseAdagrad,
+)
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import Clock
 from penstock.embedding.store import PooledGradient
-from tests.contract.test_sharded_store import PLAN, packed, rows_of, samples, sharded, tables
+from tests.contract.test_sharded_retention import check_alike
+from tests.contract.test_sharded_store import PLAN, packed, samples, sharded, tables
 from tests.contract.thread_ranks import World
 
 RULES = (SGD, Adagrad, RowWiseAdagrad, Adam, MomentumSGD, FTRL, LAMB)
@@ -51,12 +64,28 @@ def take(part, chosen):
     return [bags[i] for i in chosen], some, grad[chosen]
 
 
+def admission_of(rng):
+    """None, by count or by draw; most keys of a schedule come a few times."""
+    kind = rng.integers(4)
+    if kind == 1:
+        return AdmitAtRandom(probability=float(rng.uniform(0.05, 0.95)))
+    half_life = int(rng.integers(1, 4)) if kind == 2 else None
+    return AdmitFrequent(min_count=int(rng.integers(2, 7)), half_life_steps=half_life)
+
+
 def run(seed: int) -> int:
     """One schedule; returns the rows at its end. AssertionError: ranks differ from the oracle."""
     rng = np.random.default_rng(seed)
     ranks = int(rng.integers(1, 5))
     rule = RULES[rng.integers(len(RULES))]
-    fields = {"eviction": Eviction(ttl=int(rng.integers(1, 4)))} if rng.random() < 0.3 else {}
+    fields: dict[str, object] = {}
+    if rng.random() < 0.3:
+        fields["eviction"] = Eviction(ttl=int(rng.integers(1, 4)))
+    if rng.random() < 0.6:
+        fields["admission"] = admission_of(rng)
+    if rng.random() < 0.1:
+        # Room for all of them: refuses keys by its rules, but never does.
+        fields["max_bytes"] = 1 << 20
     dtype = "bfloat16" if rng.random() < 0.3 else "float32"
     configs = tables(rule(), dtype=dtype, **fields)
     alone = HostStore(configs, seed=seed, deterministic=True)
@@ -85,9 +114,11 @@ def run(seed: int) -> int:
         return store
 
     made = World(ranks, late=0.001 * float(rng.random() < 0.2), seed=seed).run(of_rank)
-    rows = rows_of(made, configs)
-    assert rows == rows_of([alone], configs), f"seed {seed}: rows differ"
-    return len(rows)
+    try:
+        check_alike(made, alone, configs)
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}") from error
+    return sum(alone.num_rows(table) for table in range(len(configs)))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from penstock.config import TableConfig
 from penstock.embedding.collection.table_stores import TableStores
 from penstock.embedding.rules.optimizer import initial_state
+from penstock.embedding.sharded.store import ShardedStore
 from penstock.embedding.store import CURSOR_START, FindResult, TableRows
 from penstock.errors import ConfigError
 from penstock.types import as_keys
@@ -184,6 +185,14 @@ class RowsByKey(nn.Module):
             if not len(rows.keys):
                 return
             yield _on_cpu(rows)
+
+    def own_places(self, table: str, keys: Tensor) -> Tensor:
+        """[m] int64: which of the keys [n] int64 are of rows that live here; all, if not spread."""
+        store, number = self._stores.find_table(table)
+        if isinstance(store, ShardedStore):
+            own = store.owners.places_of(store.ranks.rank, number, keys.to(self.device))
+            return own.to(keys.device)
+        return torch.arange(len(keys))
 
     def import_rows(self, table: str, rows: TableRows) -> int:
         """Writes rows into a table; returns how many keys were new. Equal keys: the last stays."""

@@ -40,7 +40,7 @@ from penstock.embedding.durable_files import (
     write_durably,
     write_tensors,
 )
-from penstock.embedding.retention import RetentionState, limits_of, retains
+from penstock.embedding.retention import RetentionState, limits_of, retains, share_of
 from penstock.embedding.sharded.all_ranks import all_do, check_one_for_all
 from penstock.embedding.sharded.store import Ranks
 from penstock.embedding.store import Candidates, RowLayout, TableRows
@@ -164,44 +164,68 @@ def _write_counts(
 
 
 def import_tables(
-    path: Path, records: Sequence[TableRecord], collection: EmbeddingCollection
+    path: Path,
+    records: Sequence[TableRecord],
+    collection: EmbeddingCollection,
+    part: int = 0,
 ) -> None:
-    """Fills the empty tables of `collection` with those of the directory `path`.
+    """Fills the tables of `collection` with those of the directory `path`.
 
     A table that holds less than it did, because its budget is smaller or counts more than it did
     when the files were written, lets go of the rows that come first in the order of its eviction.
+
+    Args:
+      path: of the files.
+      records: of the tables.
+      collection: empty, or filled with the parts before.
+      part: number of a part that a rank wrote, among those of all.
     """
-    configs = {table.name: table for table in collection.tables}
     for table in records:
-        config = configs[table.name]
-        limits = limits_of(config, RowLayout.of(config).row_bytes)
         leaving: Tensor | None = None
         counted: Candidates | None = None
         if table.retention is not None:
-            state = RetentionState.from_tensors(read_tensors(path / table.retention))
-            if table.rows > limits.max_rows and config.eviction is not None:
-                marks = _joined(path, table.shards, "keys", "usage")
-                leaving = state.let_go(config, limits, *marks)
-            counts = _joined(path, table.counts, "keys", "counts")
-            counted = Candidates(*counts) if counts else None
-            if counted is not None:
-                stay = ~state.let_counts_go(limits, counted.keys)
-                counted = Candidates(counted.keys[stay], counted.counts[stay])
-            if collection.ranks is not None and collection.ranks.part[0]:
-                state.forget_counters()  # the first rank has them
-            collection.set_retention_state(table.name, state)
+            leaving, counted = _import_retention(path, table, collection, part)
         first = 0
         for shard in table.shards:
             # Memory-mapped: no more of a shard is in memory than what is being copied.
             with safetensors.safe_open(path / shard, framework="pt") as file:
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if leaving is not None:
-                stays = ~leaving[first : first + len(parts["keys"])]
+                stays = ~leaving[first : first + len(rows["keys"])]
                 first += len(stays)
-                parts = {name: part[stays] for name, part in parts.items()}
-            collection.import_rows(table.name, TableRows(**parts))
+                rows = {name: column[stays] for name, column in rows.items()}
+            collection.import_rows(table.name, TableRows(**rows))
         if counted is not None:
             collection.import_candidates(table.name, counted)
+
+
+def _import_retention(
+    path: Path, table: TableRecord, collection: EmbeddingCollection, part: int
+) -> tuple[Tensor | None, Candidates | None]:
+    """Sets what a table remembers; which rows of the files leave, and the counts that stay."""
+    assert table.retention is not None
+    rank, num_ranks = (0, 1) if collection.ranks is None else collection.ranks.part
+    config = next(one for one in collection.tables if one.name == table.name)
+    limits = limits_of(share_of(config, num_ranks), RowLayout.of(config).row_bytes)
+    state = RetentionState.from_tensors(read_tensors(path / table.retention))
+    state = state.of_rank(part, rank, num_ranks)
+    if part:
+        state = state.joined(collection.retention_state(table.name))
+    leaving = None
+    if table.rows > limits.max_rows and config.eviction is not None:
+        keys, usage = _joined(path, table.shards, "keys", "usage")
+        own = collection.own_places(table.name, keys)
+        leaving = torch.zeros(len(keys), dtype=torch.bool)
+        leaving[own] = state.let_go(config, limits, keys[own], usage[own])
+    counts = _joined(path, table.counts, "keys", "counts")
+    counted = Candidates(*counts) if counts else None
+    if counted is not None:
+        own = collection.own_places(table.name, counted.keys)
+        counted = Candidates(*(column[own] for column in counted))
+        stay = ~state.let_counts_go(limits, counted.keys)
+        counted = Candidates(*(column[stay] for column in counted))
+    collection.set_retention_state(table.name, state)
+    return leaving, counted
 
 
 def set_row_clock(collection: EmbeddingCollection, state: Mapping[str, Any] | None) -> None:
@@ -338,8 +362,8 @@ def load_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -
     told = f"those of {path}, of step {first.step}: give load_tables the same on all ranks"
     check_one_for_all(ranks, content, told)
     fresh = collection.like_new(seed=first.seed)
-    for part, saved in zip(parts, manifests, strict=True):
-        import_tables(part, saved.records, fresh)
+    for number, (part, saved) in enumerate(zip(parts, manifests, strict=True)):
+        import_tables(part, saved.records, fresh, number)
     set_row_clock(fresh, first.row_clock)
     fresh.step = first.step
     collection.take_over(fresh)

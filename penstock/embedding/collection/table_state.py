@@ -201,7 +201,7 @@ def unpack_tables(state: object, collection: EmbeddingCollection) -> None:
         number, name = full_name.split(".", 1)
         parts[int(number)][name] = tensor
     for fields, of_table in zip(tables, parts, strict=True):
-        _fill(fresh, fields["name"], of_table)
+        _fill(fresh, fields["name"], of_table, part)
     fresh.step = header["step"]
     if "row_clock" in header:
         fresh.row_clock.set_state(header["row_clock"])
@@ -225,9 +225,16 @@ def _check_fits(
         )
 
 
-def _fill(collection: EmbeddingCollection, table: str, parts: Mapping[str, Tensor]) -> None:
+def _fill(
+    collection: EmbeddingCollection,
+    table: str,
+    parts: Mapping[str, Tensor],
+    part: tuple[int, int],
+) -> None:
     if "retention" in parts:
-        collection.set_retention_state(table, RetentionState.from_tensors(parts))
+        here = (0, 1) if collection.ranks is None else collection.ranks.part
+        state = RetentionState.from_tensors(parts).of_rank(part[0], *here)
+        collection.set_retention_state(table, state)
     if "keys" in parts:
         rows = {name: parts[name] for name in TableRows._fields if name in parts}
         collection.import_rows(table, TableRows(**rows))

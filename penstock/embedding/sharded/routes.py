@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from penstock import _core
 from penstock.embedding.sharded.shard_map import bucket_of
 from penstock.embedding.store import PoolingPlan
 from penstock.types import KeyedJagged
@@ -66,6 +67,26 @@ def wanted_of(plan: PoolingPlan, batch: KeyedJagged, owners: Owners, *, once: bo
         places = (tables >= 0).nonzero()[:, 0]
         keys, tables = keys[places], tables[places]
     group = owners.of(tables, keys) * num_tables + tables
+    keys, counts, own = (_on_host if device.type == "cpu" else _on_device)(
+        keys, group, num_groups, once=once
+    )
+    if places is not None:
+        own = torch.zeros_like(batch.values).index_copy_(0, places, own)
+    return Wanted(keys, counts.view(owners.num_ranks, num_tables), own)
+
+
+def _on_host(
+    keys: Tensor, group: Tensor, num_groups: int, *, once: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = _core.grouped_keys(keys.numpy(), group.numpy(), num_groups, once)
+    found, counts, numbers = (torch.from_numpy(part) for part in made)
+    return found, counts, numbers
+
+
+def _on_device(
+    keys: Tensor, group: Tensor, num_groups: int, *, once: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_core.grouped_keys`, by sorting; with `once` keys of a group are in rising order."""
     if once:
         order = torch.argsort(keys, stable=True)
         order = order[torch.argsort(group[order], stable=True)]
@@ -77,13 +98,10 @@ def wanted_of(plan: PoolingPlan, batch: KeyedJagged, owners: Owners, *, once: bo
     else:
         order = torch.argsort(group, stable=True)
         keys, group = keys[order], group[order]
-        number = torch.arange(keys.numel(), device=device)
+        number = torch.arange(keys.numel(), device=keys.device)
     own = torch.empty_like(number)
     own[order] = number
-    if places is not None:
-        own = torch.zeros_like(batch.values).index_copy_(0, places, own)
-    counts = torch.bincount(group, minlength=num_groups).view(owners.num_ranks, num_tables).cpu()
-    return Wanted(keys, counts, own)
+    return keys, torch.bincount(group, minlength=num_groups).cpu(), own
 
 
 @lru_cache(maxsize=64)

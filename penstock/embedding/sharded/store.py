@@ -151,7 +151,7 @@ class ShardedStore:
         names = [table.name for table in local.tables]
         shard_map = ShardMap.even(ranks.size)
         words = table_words(names).to(device)
-        self._owners = Owners(shard_map.on(device), words, ranks.size)
+        self.owners = Owners(shard_map.on(device), words, ranks.size)
         self._names = tuple(names)
         # What counts how often a key occurs must see every occurrence.
         self._once = not deterministic and not any(map(retains, local.tables))
@@ -171,7 +171,7 @@ class ShardedStore:
         checks.check_lookup(plan, batch, out, device=self.device, **fit)
         checks.check_batch(plan, batch)
         batch = batch.to(self.device)
-        keys, counts, numbers = wanted_of(plan, batch, self._owners, once=self._once)
+        keys, counts, numbers = wanted_of(plan, batch, self.owners, once=self._once)
         bags = self._bags.numbered(plan, batch, numbers, keys.numel())
         sent = counts.sum(1).tolist()
         lookup = ShardedLookup(self, plan, batch, numbers, sent, bags)
@@ -288,7 +288,7 @@ class ShardedStore:
         batch = KeyedJagged((self._names[table],), keys, offsets)
         plan = PoolingPlan.of_table(table, self.layout.dim)
         checks.check_keys(batch, self.device)
-        wanted, counts, numbers = wanted_of(plan, batch.to(self.device), self._owners, once=False)
+        wanted, counts, numbers = wanted_of(plan, batch.to(self.device), self.owners, once=False)
         sent = counts.sum(1).tolist()
         came = self.ranks.headers(call, table, counts)
         asked = self.ranks.to_all(call, wanted, sent, came.sum(1).tolist())
@@ -296,11 +296,10 @@ class ShardedStore:
 
     def insert_or_assign(self, table: int, rows: TableRows) -> int:
         """See `Store.insert_or_assign`: rows that are this rank's; it returns how many were new."""
-        keys = rows.keys.to(self.device)
-        own = self._owners.places_of(self.ranks.rank, table, keys).to(rows.keys.device)
+        own = self.owners.places_of(self.ranks.rank, table, rows.keys.to(self.device))
         return self.local.insert_or_assign(
             table,
-            TableRows(*(None if part is None else part[own] for part in rows)),  # type: ignore[arg-type]
+            TableRows(*(None if part is None else part[own.to(part.device)] for part in rows)),  # type: ignore[arg-type]
         )
 
     def export_batch(self, table: int, cursor: Cursor, max_rows: int) -> tuple[TableRows, Cursor]:
@@ -331,9 +330,9 @@ class ShardedStore:
 
     def import_candidates(self, table: int, candidates: Candidates) -> None:
         """See `Store.import_candidates`; those that are this rank's."""
-        keys = candidates.keys.to(self.device)
-        own = self._owners.places_of(self.ranks.rank, table, keys).to(candidates.keys.device)
-        self.local.import_candidates(table, Candidates(*(part[own] for part in candidates)))
+        own = self.owners.places_of(self.ranks.rank, table, candidates.keys.to(self.device))
+        parts = (part[own.to(part.device)] for part in candidates)
+        self.local.import_candidates(table, Candidates(*parts))
 
     def counters(self) -> TableCounters:
         """See `Store.counters`; this rank's."""

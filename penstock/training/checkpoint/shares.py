@@ -39,8 +39,9 @@ def remembered(collection: EmbeddingCollection, group: Group) -> dict[str, Reten
     if group.rank:
         return {}
     for theirs in every[1:].tolist():
-        for state, numbers in zip(states.values(), theirs, strict=True):
-            state.add(replace(state, numbers=dict(zip(NUMBERS, numbers, strict=True))))
+        for (name, state), numbers in zip(states.items(), theirs, strict=True):
+            other = replace(state, numbers=dict(zip(NUMBERS, numbers, strict=True)))
+            states[name] = state.joined(other)
     return states
 
 

@@ -155,6 +155,29 @@ def test_what_is_wrong_is_said_in_words_of_the_job(write, text, message):
 
 
 @pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ("{grouped_auc: [u, v, u]}", "evaluation.metrics: grouped_auc names column 'u' twice; rem"),
+        ("{slices: [{by: v}, {by: v, top: 3}]}", "evaluation.metrics: slices names column 'v' tw"),
+    ],
+)
+def test_metrics_name_a_column_once(write, metrics, message):
+    assert refusal(write(JOB), [f"evaluation.metrics={metrics}"]).startswith(f"JOB: {message}")
+    both = load_job(write(JOB), ["evaluation.metrics={grouped_auc: [u, v], slices: [{by: u}]}"])
+    assert both.evaluation.metrics.columns == ("u", "v")
+
+
+@pytest.mark.parametrize("tasks", [["regression"], ["regression", "regression"]])
+def test_an_auc_by_groups_needs_a_binary_label(write, tasks):
+    labels = [f"{{column: c{number}, task: {task}}}" for number, task in enumerate(tasks)]
+    given = f"[{', '.join(labels)}]" if len(labels) > 1 else labels[0]
+    grouped = "evaluation.metrics.grouped_auc=[user]"
+    message = "JOB: evaluation.metrics.grouped_auc: no label is binary, so there is no AUC; remove"
+    assert refusal(write(JOB), [f"data.label={given}", grouped]).startswith(message)
+    load_job(write(JOB), [f"data.label=[{{column: c9}}, {', '.join(labels)}]", grouped])
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ("data.label.column=[{x}]", "data.label.column: input should be a valid string"),

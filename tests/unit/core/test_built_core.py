@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,6 +97,16 @@ def test_the_core_of_another_version_is_told(tree):
         f"{penstock.__version__}, and the package is penstock 99.0.0; run `pip install "
         "--force-reinstall penstock`"
     )
+
+
+@pytest.mark.parametrize("said", [{}, {"version": None}, {"version": penstock.__version__}])
+def test_a_core_that_does_not_say_what_it_is_is_told(tree, said):
+    told = built_core._difference(SimpleNamespace(**said), tree)
+    if said.get("version") is None:
+        assert told.startswith("this C++ core is that of penstock ")
+        assert told.endswith(f", and the package is penstock {penstock.__version__}")
+    else:
+        assert told == (f"this C++ core was built from other sources than those in {tree / 'csrc'}")
 
 
 def test_a_tree_that_is_not_built_is_told(tree):

@@ -203,6 +203,25 @@ def block(offsets, keys=8, start=0, stop=2):
     return _core.JaggedBlock([(np.arange(keys), np.array(offsets), None)], [start], [stop])
 
 
+@pytest.mark.parametrize("bag", [0, 3, 7])
+def test_one_bag_that_is_longer_than_its_sequence_is_enough(bag):
+    plan = plan_of(pooling=[3], max_keys=[2], stride=8)
+    for most, status in ((2, _core.Status.OK), (3, _core.Status.BAG_TOO_LONG)):
+        offsets = np.concatenate([[0], np.cumsum(np.where(np.arange(8) == bag, most, 1))])
+        keys = np.zeros(7 + most, np.int64)
+        assert look_up(keys, offsets, plan=plan, out=floats(8, 8))(core()) == status
+
+
+@pytest.mark.parametrize("bags", [8, 3 << 15])
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("wrong", [-1, 1, 1 << 40])
+def test_offsets_of_one_key_a_bag_begin_and_end_where_the_keys_do(wrong, place, bags):
+    offsets = np.arange(bags + 1)
+    offsets[0 if place == "first" else bags] += wrong
+    given = look_up(np.zeros(bags, np.int64), offsets, size=bags, out=floats(bags, 4))
+    assert given(core()) == _core.Status.BAD_OFFSETS
+
+
 @pytest.mark.parametrize("offsets", [[0, 9, 8], [0, 5, 3], [-1, 2, 8], [0, 2, 9]])
 def test_blocks_of_wrong_offsets_are_refused(offsets):
     with pytest.raises(ValueError, match="JaggedBlock"):

@@ -25,6 +25,7 @@ from penstock.embedding.collection import anchor_gradient, table_stores
 from penstock.embedding.collection.table_state import check_part
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import limits_of, share_of
+from penstock.embedding.sharded import routes
 from penstock.embedding.sharded.bags import HostBags
 from penstock.embedding.sharded.shard_map import (
     NUM_BUCKETS,
@@ -86,15 +87,18 @@ PLAN = PoolingPlan(
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_bags_have_the_bits_of_a_store(threads, weighted):
+@pytest.mark.parametrize(("samples", "longest"), [(200, 4), (3000, 20), (40, 3000)])
+def test_bags_have_the_bits_of_a_store(samples, longest, threads, weighted):
+    """Also where a feature is more than one task, or a bag is."""
     rng = np.random.default_rng(threads)
-    lengths = rng.integers(0, 5, 3 * 200)
+    lengths = rng.integers(0, longest + 1, 3 * samples)
+    lengths[:samples] %= 5  # those of a sequence
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
     keys = torch.from_numpy(rng.integers(0, 90, int(offsets[-1])))
     weights = torch.randn(len(keys)) if weighted else None
     batch = KeyedJagged(("a", "b", "c"), keys, offsets, weights)
     store = HostStore([TableConfig(name="t", dim=16, optimizer=SGD(learning_rate=1.0))], seed=2)
-    out, same = torch.empty(200, 96), torch.full((200, 96), 5.0)
+    out, same = torch.empty(samples, 96), torch.full((samples, 96), 5.0)
     lookup = store.pooled_lookup(PLAN, batch, insert=True, out=out)
     rows = store.find(0, torch.arange(90)).values
     bags = HostBags(16, threads).numbered(PLAN, batch, keys, 90)
@@ -104,7 +108,7 @@ def test_bags_have_the_bits_of_a_store(threads, weighted):
             part.zero_()
     bags.pool(rows, same)
     assert torch.equal(same, out)
-    grad = torch.randn(200, 96)
+    grad = torch.randn(samples, 96)
     sums = bags.sums(grad)
     store.apply_gradients(PLAN, [PooledGradient(lookup, None, grad)], 0)
     assert torch.equal(rows - sums, store.find(0, torch.arange(90)).values)
@@ -253,3 +257,28 @@ def test_each_rank_holds_its_share_of_a_budget(monkeypatch):
     assert share_of(held, 1) == held
     with pytest.raises(ConfigError, match=r"table 't': max_bytes 41 holds no row"):
         table_stores.TableStores([share_of(budget, 8)], features, ranks=ranks, **options)
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 7, 5000])
+def test_keys_are_grouped_on_the_host_as_by_sorting(count, once):
+    """Few keys, so that many come again, of one group or of several; the edges of int64 too."""
+    rng = np.random.default_rng(count)
+    keys = torch.from_numpy(rng.choice([*range(50), 2**63 - 1, -(2**63)], count).astype(np.int64))
+    group = torch.from_numpy(rng.integers(0, 6, count))
+    found, counts, numbers = routes._on_host(keys, group, 8, once=once)
+    others, same_counts, same_numbers = routes._on_device(keys, group, 8, once=once)
+    assert torch.equal(counts, same_counts)
+    assert torch.equal(found[numbers], keys)
+    assert torch.equal(torch.repeat_interleave(torch.arange(8), counts)[numbers], group)
+    assert len(found) == len(others)
+    if not once:
+        assert torch.equal(found, others)
+        assert torch.equal(numbers, same_numbers)
+
+
+def test_groups_that_are_not_there_are_refused():
+    keys = np.arange(3)
+    for groups in (np.array([0, 1, 2]), np.array([0, -1, 0]), np.arange(2)):
+        with pytest.raises(ValueError, match="groups: "):
+            _core.grouped_keys(keys, groups, 2, True)

@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from penstock.data import Dataset
 from penstock.data.formats import columnar
 from penstock.data.formats.arrow import ArrowFormat
 from penstock.data.formats.columnar import GroupedFiles, Layout, check_schema
+from penstock.data.formats.lines import BLOCK_BYTES
 from penstock.data.formats.orc import OrcFormat
 from penstock.data.formats.parquet import ParquetFormat
 from penstock.data.plan.lazy_extents import LazyExtents
@@ -224,6 +226,70 @@ def test_footers_are_kept_within_bounds(tmp_path, monkeypatch):
             assert next(source.read(split, ["label"])).table.num_rows == 20
         assert len(source._format._footers) == kept
         assert extents[3].path in source._format._footers
+
+
+def test_a_footer_that_is_read_again_takes_no_more_room(tmp_path, monkeypatch):
+    write_many("parquet", tmp_path, 3)
+    size = pq.read_metadata(tmp_path / "000.parquet").serialized_size
+    monkeypatch.setattr("penstock.data.formats.parquet._MOST_FOOTER_BYTES", 3 * size + 9)
+    source = open_files("parquet", tmp_path)
+    paths = sorted(extent.path for extent in source.extents())
+    for path in [paths[1]] * 5:
+        source._layout(path)
+    assert sorted(source._format._footers) == paths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_the_same_size_may_be_another_one(tmp_path, kind):
+    path = tmp_path / f"0.{kind}"
+    write(kind, path, pa.table({"label": pa.array([1, 2, 3, 4], pa.int8())}))
+    source = open_files(kind, tmp_path)
+    (name,) = source.paths
+    content, before = path.read_bytes(), source.identify(name)
+    assert source.holds(name, before) and not source.may_grow(name)
+    damaged = bytearray(content)
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    assert not source.holds(name, before)
+    path.write_bytes(content)
+    assert source.holds(name, before)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.list_(pa.int64()), pa.binary()])
+@pytest.mark.parametrize("makes", [ipc.new_file, ipc.new_stream])
+def test_offsets_of_arrow_are_looked_at_one_by_one(tmp_path, kind, makes):
+    """Those at both ends are as they should be."""
+    values = [[7], [8], [9], [10]] if pa.types.is_list(kind) else ["aa", "bb", "cc", "dd"]
+    path = tmp_path / "0.arrow"
+    with makes(path, pa.schema([("c", kind)])) as out:
+        out.write_batch(pa.record_batch([pa.array(values, kind)], names=["c"]))
+    step = 1 if pa.types.is_list(kind) else 2
+    offsets = np.arange(0, 5 * step, step, dtype=np.int32)
+    content, plain = path.read_bytes(), offsets.tobytes()
+    assert content.count(plain) == 1
+    for wrong in (1 << 30, -5):
+        offsets[2] = wrong
+        path.write_bytes(content.replace(plain, offsets.tobytes()))
+        source = open_files("arrow", tmp_path)
+        with pytest.raises(DataError, match=r"0\.arrow: cannot be read: "):
+            list(source.read(source.extents()[0], ["c"]))
+
+
+@pytest.mark.parametrize("makes", [ipc.new_file, ipc.new_stream])
+def test_arrow_without_columns(tmp_path, makes):
+    with makes(tmp_path / "0.arrow", pa.schema([])) as out:
+        out.write_batch(pa.record_batch([], schema=pa.schema([])))
+    with (
+        pytest.raises(DataError, match=r"0\.arrow: no rows")
+        if makes is ipc.new_file
+        else nullcontext()
+    ):
+        open_files("arrow", tmp_path)
+
+
+def test_where_extents_end_never_changes():
+    # FORMAT: positions in checkpoints count them.
+    assert (columnar.EXTENT_ROWS, BLOCK_BYTES) == (131_072, 8 << 20)
 
 
 def test_splits_found_by_several_threads():

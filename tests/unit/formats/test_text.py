@@ -221,6 +221,22 @@ def test_types_that_match_no_column(tmp_path):
     )
 
 
+def test_a_name_wins_over_globs_the_last_glob_over_others_and_all_over_what_is_usual(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"label,I1,I2,J1,K1\n1,2,3,4,5\n")
+    types = {"I1": "string", "I*": "int64", "*1": "float64"}
+    usual = {"I*": "float32", "label": "int64", "*": "float32"}
+    schema = open_text(TextSource(path=str(path), types=types), usual).schema
+    assert [str(kind) for kind in schema.types] == ["int64", "string", "int64", "double", "double"]
+    swapped = {"*1": "float64", "I*": "int64", "I1": "string"}
+    schema = open_text(TextSource(path=str(path), types=swapped), usual).schema
+    assert [str(kind) for kind in schema.types] == ["int64", "string", "int64", "double", "double"]
+    schema = open_text(
+        TextSource(path=str(path), types={"*1": "float64", "I*": "int64"}), {}
+    ).schema
+    assert [str(kind) for kind in schema.types] == ["string", "int64", "int64", "double", "double"]
+
+
 def test_a_type_by_the_name_of_a_column_with_brackets(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b"label,id[0]\n1,7\n")

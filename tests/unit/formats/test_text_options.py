@@ -1,14 +1,19 @@
 """CSV and TSV: delimiters, quotes, line breaks in quotes, compressions; files that change or go."""
 
 import gzip
+import io
 import os
 import stat
 
 import pytest
+from pyarrow import fs
 
-from penstock.config import format_of_path, parse_job
+from penstock.config import TextSource, format_of_path, parse_job
 from penstock.data import Dataset
 from penstock.data.formats import lines
+from penstock.data.formats.compressed import ByteStream
+from penstock.data.formats.text import open_text
+from penstock.data.source import RowCount, Vector
 from penstock.errors import ConfigError, DataError
 from tests.contract.data_cases import COMPRESSIONS, read_all
 
@@ -257,3 +262,72 @@ def test_text_that_says_what_it_is(tmp_path):
         assert words.startswith(f"{path}:1: the header is not UTF-8")
     path.write_text(rows().decode(), encoding="utf-16")
     assert message(DataError, Dataset.open, job_of(path)).startswith(f"{path}:1: the header is not")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_rows_of_several_lines_are_named_by_lines_wherever_reading_begins(tmp_path, suffix):
+    path, rows = tmp_path / f"x.csv{suffix}", ['1,"x\ny\n"\n', "2,z\n", '3,"\n"\n', "4,z\n"]
+
+    def write(text):
+        content = text.encode()
+        path.write_bytes(gzip.compress(content) if suffix else content)
+        return open_text(TextSource(path=str(path), quoted_line_breaks=True), {})
+
+    source = write("a,b\n" + "".join(rows))
+    (whole,) = source.extents()
+    for row, line in enumerate([2, 5, 6, 8]):
+        _, rest = source.cut(whole, row)
+        found = [chunk for chunk in source.read(rest, ["a", "b"]) if chunk.table.num_rows]
+        assert found[0].table["a"].to_pylist() == [str(n) for n in range(row + 1, 5)]
+        assert found[0].place.locate(0) == f"{path}:{line}"
+        assert found[0].place.locate(3 - row) == f"{path}:8"
+    source = write("a,b\n" + "".join(rows) + '5,"never\nclosed\n')
+    with pytest.raises(DataError, match=rf"{path}:9: in the row that begins here a quoted value n"):
+        list(source.read(source.extents()[0], ["a"]))
+
+
+def test_of_a_compressed_file_a_part_is_expected_to_have_the_rest(tmp_path):
+    for name in ("0.csv.gz", "1.csv.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"a\n" + b"1\n" * 40))
+    source = open_text(TextSource(path=str(tmp_path / "*.gz")), {})
+    first, second = source.extents()
+    assert source.expected_rows([second]) is None
+    list(source.read(first, ["a"]))
+    begin, rest = source.cut(second, 15)
+    for extents, rows in (([second], 40), ([begin], 15), ([rest], 25), ([first, rest], 65)):
+        assert source.expected_rows(extents) == RowCount(rows, is_exact=False)
+    assert source.expected_rows([source.cut(second, 90)[1]]) == RowCount(0, is_exact=False)
+
+
+def test_as_much_is_read_as_asked_for_whatever_a_member_holds(tmp_path):
+    path, text = tmp_path / "x.csv.gz", b"label,count\n1,2\n3,4\n"
+    path.write_bytes(b"".join(gzip.compress(text[n : n + 1]) for n in range(len(text))))
+    with ByteStream(fs.LocalFileSystem(), str(path)) as stream:
+        assert [stream.read_whole(9), stream.read_whole(99), stream.read_whole(1)] == [
+            text[:9],
+            text[9:],
+            b"",
+        ]
+        assert stream.bytes_read == path.stat().st_size
+    source = open_text(TextSource(path=str(path)), {"c*": "int64"})
+    (extent,) = source.extents()
+    tables = [chunk.table for chunk in source.read(extent, ["count"])]
+    assert [n for table in tables for n in table["count"].to_pylist()] == [2, 4]
+
+
+def test_as_much_is_read_as_asked_for_where_a_file_system_gives_less(tmp_path, monkeypatch):
+    (tmp_path / "x.csv").write_bytes(b"label,count\n")
+
+    class Short(io.BytesIO):
+        def read(self, size=-1):
+            return super().read(min(size, 3))
+
+    with ByteStream(fs.LocalFileSystem(), str(tmp_path / "x.csv")) as stream:
+        monkeypatch.setattr(stream, "_stream", Short(b"label,count\n"))
+        assert [stream.read_whole(7), stream.read_whole(99)] == [b"label,c", b"ount\n"]
+
+
+def test_a_column_of_text_that_is_said_to_hold_vectors_is_text(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"v\n1 2\n")
+    source = open_text(TextSource(path=str(tmp_path / "x.csv")), {"v": Vector(2)})
+    assert str(source.schema.field("v").type) == "string"

@@ -5,13 +5,23 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 from rich.table import Table
 
 from penstock.errors import ConfigError
 from penstock.report import terminal
-from penstock.report.terminal import NobodyReads, Stream, complain, console_of, ignored, needed, say
+from penstock.report.terminal import (
+    NobodyReads,
+    Stream,
+    complain,
+    console_of,
+    ignored,
+    needed,
+    say,
+    standard_streams,
+)
 
 
 @pytest.fixture
@@ -97,6 +107,36 @@ def test_letters_that_an_encoding_lacks_are_escaped(encoding):
     else:
         assert found == ["café".encode(encoding), *found[1:2], *ascii_only[2:]]
         assert found[1] == ("日本".encode() if encoding == "utf-8" else ascii_only[1])
+
+
+def test_as_much_is_written_as_was_given_whatever_its_escapes_take():
+    stream = Stream(io.TextIOWrapper(io.BytesIO(), encoding="ascii"), needed)
+    assert [stream.write(text) for text in ("", "text", "日本")] == [0, 4, 2]
+
+
+@pytest.mark.parametrize("ends", [None, RuntimeError])
+def test_a_command_has_guarded_streams_and_gives_the_others_back(monkeypatch, full, ends):
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", full)
+    monkeypatch.setattr(sys, "stderr", errors)
+    with pytest.raises(ends) if ends else nullcontext(), standard_streams() as output:
+        assert output is sys.stdout and sys.stderr is not errors
+        with pytest.raises(ConfigError, match="standard output: cannot be written: No space left"):
+            print("what the command is for", flush=True)  # it must arrive
+        print("what accompanies it", file=sys.stderr)
+        if ends is not None:
+            raise ends
+    assert (sys.stdout, sys.stderr) == (full, errors)
+    assert errors.getvalue() == "what accompanies it\n"
+
+
+def test_errors_that_nobody_can_read_end_no_command(monkeypatch, full):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", full)
+    with standard_streams() as output:
+        print("lost", file=sys.stderr, flush=True)
+        print("kept", flush=True)
+    assert output.write("x") == 1 and sys.stdout.getvalue() == "kept\nx"
 
 
 @pytest.mark.parametrize(
