@@ -33,6 +33,7 @@ from penstock.data.dataset import Dataset
 from penstock.job_file import load_job
 from penstock.run import open_run
 from penstock.training.setup import build
+from penstock.training.steps.feed import steps_of
 from penstock.training.steps.step import look_up
 from penstock.types import Batch
 
@@ -48,10 +49,11 @@ def time_run(job: Job, steps: int) -> float:
     ):
         run.begin(resume=False)
         with run.remaining_batches() as batches:
-            run.step(next(batches))
+            groups = steps_of(batches, job.training.accumulate_batches)
+            run.step(next(groups))
             begin = time.perf_counter()
-            for batch in islice(batches, steps):
-                run.step(batch)
+            for group in islice(groups, steps):
+                run.step(group)
                 if run.is_due(job.report.every_steps):
                     run.log()
             return (time.perf_counter() - begin) / steps
@@ -59,7 +61,7 @@ def time_run(job: Job, steps: int) -> float:
 
 def time_dense(job: Job, dataset: Dataset, batches: list[Batch]) -> float:
     """Seconds a step of the model's forward, loss, backward and optimizer."""
-    state, trainer, objective = build(job, dataset)
+    state, trainer, objective, _ = build(job, dataset)
     leaves = [
         torch.randn(batch.batch_size, sum(shape.width for shape in state.collection.feature_shapes))
         for batch in batches

@@ -127,8 +127,10 @@ class Twin:
         self._job = job
         self._dataset = dataset
         # Penstock's weights, from the same seed; its tables stay empty and unused.
-        state, _, self.objective = build(job, dataset)
+        state, _, self.objective, _ = build(job, dataset)
         self.model = state.model
+        # Both read the lanes of the data in one order.
+        self._start = state.position
         self.bags = EmbeddingBags(
             dataset.tables, dataset.features, keys, seed=job.training.seed, sparse=sparse
         )
@@ -148,7 +150,11 @@ class Twin:
         """Trains step by step; yields the loss of each batch before its update."""
         training = self._job.training
         with self._dataset.batches(
-            "train", batch_size=training.batch_size, seed=training.seed, epochs=training.epochs
+            "train",
+            batch_size=training.batch_size,
+            seed=training.seed,
+            epochs=training.epochs,
+            start=self._start,
         ) as batches:
             for step, batch in enumerate(islice(batches, training.max_steps)):
                 inputs = model_inputs(self.bags, batch, self.bags(batch.sparse))

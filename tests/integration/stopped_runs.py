@@ -11,7 +11,7 @@ def crash(job, out, step, monkeypatch, console):
     real = story.train_step
 
     def train_step(*arguments):
-        if arguments[5] == step:
+        if arguments[2] == step:
             raise RuntimeError("the power went")
         return real(*arguments)
 

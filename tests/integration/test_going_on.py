@@ -205,7 +205,7 @@ def test_the_logged_learning_rate_is_that_of_the_step(tmp_path, monkeypatch):
 
     def train_step(*arguments):
         result = real(*arguments)
-        used.append(arguments[3].optimizer.param_groups[0]["lr"])
+        used.append(arguments[0].trainer.optimizer.param_groups[0]["lr"])
         return result
 
     monkeypatch.setattr(story, "train_step", train_step)
@@ -310,6 +310,8 @@ def test_a_checkpoint_of_version_1_resumes_with_a_warning(
     small_job, tmp_path, monkeypatch, quiet, penstock
 ):
     out = tmp_path / "run"
+    data = small_job.data.model_copy(update={"lanes": 1})  # version 1 knew no others
+    small_job = small_job.model_copy(update={"data": data})
     story.train(small_job, tmp_path / "whole", console=quiet)
     crash(small_job, out, 20, monkeypatch, quiet)
     # As version 1 wrote it after 18 steps of 128: blocks are 1,024 rows, of which two are done.

@@ -78,9 +78,9 @@ import os, signal, threading, time
 from penstock import cli, run
 from penstock.data.formats.synthetic import SyntheticRows
 real_step, real_read = run.train_step, SyntheticRows.read
-def step(model, objective, collection, trainer, batch, at, clock):
+def step(training, batches, at):
     {at_the_step}
-    return real_step(model, objective, collection, trainer, batch, at, clock)
+    return real_step(training, batches, at)
 def read(self, split, columns):
     yield from real_read(self, split, columns)
     {after_reading}
