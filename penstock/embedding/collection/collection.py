@@ -37,6 +37,7 @@ from penstock.embedding.checks import check_keys
 from penstock.embedding.collection.by_key import RowsByKey
 from penstock.embedding.collection.graph_operator import (
     check_features,
+    is_exported,
     look_up_in_graph,
     register,
 )
@@ -242,7 +243,7 @@ class EmbeddingCollection(RowsByKey, TableModule):
             self.check_batch(sparse)
             pooled = self.anchor.new_empty(sparse.batch_size, self.width)
         elif is_traced:
-            if torch.compiler.is_exporting():
+            if is_exported():
                 raise ConfigError(
                     "torch.export of a collection with pooling max or none, inputs, padding or "
                     "hash stacks: what it reads depends on the keys; export the model behind its "

@@ -38,6 +38,12 @@ def register(collection: EmbeddingCollection) -> int:
     return number
 
 
+_TO_BE_TRAINED = (
+    "torch.export of a collection that is to be trained: the graph has no update; call eval() "
+    "first, and give weights that require no gradient"
+)
+
+
 def _collection_of(number: int) -> EmbeddingCollection:
     collection = _COLLECTIONS.get(number)
     if collection is None:
@@ -63,6 +69,11 @@ def check_features(sparse: KeyedJagged, inputs: tuple[str, ...]) -> None:
         )
 
 
+def is_exported() -> bool:
+    """Whether torch.export traces; before torch 2.13 a compiler would say so of itself, too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def look_up_in_graph(collection: EmbeddingCollection, sparse: KeyedJagged) -> Tensor:
     """As `EmbeddingCollection.forward`, where batches are read as they are; to be traced.
 
@@ -72,13 +83,8 @@ def look_up_in_graph(collection: EmbeddingCollection, sparse: KeyedJagged) -> Te
     check_features(sparse, collection.inputs)
     trains = collection.training and torch.is_grad_enabled() and collection.anchor.requires_grad
     weights = sparse.weights
-    if torch.compiler.is_exporting() and (
-        trains or (weights is not None and weights.requires_grad)
-    ):
-        raise ConfigError(
-            "torch.export of a collection that is to be trained: the graph has no update; call "
-            "eval() first, and give weights that require no gradient"
-        )
+    if is_exported() and (trains or (weights is not None and weights.requires_grad)):
+        raise ConfigError(_TO_BE_TRAINED)
     learns_weights = weights is not None and weights.requires_grad and torch.is_grad_enabled()
     out: Tensor
     out, _ = _pooled_lookup(
@@ -123,6 +129,8 @@ def _(
     number: int,
     flags: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
+    if any(flags[:2]) and torch.compiler.is_exporting():
+        raise ConfigError(_TO_BE_TRAINED)  # where a compiler traces for an export
     collection = _collection_of(number)
     size = (offsets.numel() - 1) // max(1, len(collection.inputs))
     return anchor.new_empty(size, collection.width), torch.empty(1, dtype=torch.int64)

@@ -97,6 +97,11 @@ def test_what_is_not_exported_is_named(make, message):
         torch.export.export(make(), (torch.zeros(8, 2, dtype=torch.int64),))
 
 
+def test_an_export_that_a_compiler_traces_is_refused_too():
+    with pytest.raises(Exception, match="torch.export of a collection that is to be trained"):
+        torch.export.export(trained(), (torch.zeros(8, 2, dtype=torch.int64),), strict=True)
+
+
 def test_numbers_of_graphs_are_of_no_other_process():
     """A graph that is loaded elsewhere must not find a collection by accident."""
     assert trained(steps=0).embeddings.number > 2**40
