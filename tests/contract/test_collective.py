@@ -8,7 +8,7 @@ import torch
 from penstock.embedding.sharded import exchange
 from penstock.embedding.sharded.exchange import Collective
 from penstock.errors import GroupError
-from tests.contract.thread_ranks import ThreadRank, World
+from tests.world.ranks import Rank, World
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def rank_of(monkeypatch):
     def all_to_all_single(out, rows, group):
         group.messages += 1
         # Gloo ends with an error of its own where sizes differ.
-        came = group.ranks._all(rows)
+        came = group.ranks._all("rows", rows.clone())
         if any(each.shape != rows.shape for each in came):
             raise RuntimeError("gloo: sizes differ")
         out.copy_(torch.stack([each[group.ranks.rank] for each in came]))
@@ -26,7 +26,7 @@ def rank_of(monkeypatch):
     fake = SimpleNamespace(all_to_all_single=all_to_all_single, get_backend=lambda _: "gloo")
     monkeypatch.setattr(exchange, "distributed", fake)
 
-    def made(ranks: ThreadRank):
+    def made(ranks: Rank):
         group = SimpleNamespace(
             rank=lambda: ranks.rank, size=lambda: ranks.size, ranks=ranks, messages=0
         )

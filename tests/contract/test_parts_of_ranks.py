@@ -10,11 +10,11 @@ from penstock import SGD, CheckpointError, EmbeddingCollection, FeatureConfig, T
 from penstock.embedding.collection.table_files import load_tables, save_tables
 from penstock.embedding.collection.table_state import pack_tables, unpack_tables
 from penstock.embedding.store import TableRows
-from tests.contract.thread_ranks import World
+from tests.world.ranks import World
 
 
-class ThreadRanks:
-    """As `Ranks`, of threads."""
+class RanksOfExchange:
+    """As `Ranks`, of a world."""
 
     def __init__(self, exchange):
         self.exchange, self.part = exchange, (exchange.rank, exchange.size)
@@ -33,7 +33,7 @@ class OfRank:
         tables = [TableConfig(name="t", dim=4, optimizer=SGD(learning_rate=0.5))]
         features = [FeatureConfig(name="f", table="t", pooling="sum")]
         self.collection = EmbeddingCollection(tables, features, seed=seed)
-        self.ranks = ThreadRanks(exchange)
+        self.ranks = RanksOfExchange(exchange)
         if len(keys):
             keys = torch.tensor(keys)
             rows = TableRows(keys, keys[:, None] * torch.ones(4), torch.empty(len(keys), 0), None)
@@ -56,7 +56,7 @@ def errors_of(size, of_rank):
             return str(error)
         return None
 
-    return World(size, late=0.002).run(caught)
+    return World(size).run(caught)
 
 
 def test_parts_are_beside_each_other_and_read_by_all(tmp_path):
@@ -66,15 +66,15 @@ def test_parts_are_beside_each_other_and_read_by_all(tmp_path):
         for keys in ([7], [exchange.rank, 10 + exchange.rank]):
             save_tables(path, OfRank(exchange, keys))
 
-    World(3, late=0.002).run(of_rank)
+    World(3).run(of_rank)
     assert [each.name for each in tmp_path.iterdir()] == ["tables"]
     assert len(list(path.iterdir())) == 3
-    read = OfRank(ThreadRanksOfOne())
+    read = OfRank(RanksOfOne())
     load_tables(path, read)
     assert read.keys() == [0, 1, 2, 10, 11, 12]
 
 
-class ThreadRanksOfOne:
+class RanksOfOne:
     rank, size = 0, 1
 
     def combined(self, _, number):
@@ -122,7 +122,7 @@ def test_a_rank_that_cannot_write_ends_all(tmp_path, wrong, monkeypatch):
     said = errors_of(2, of_rank)
     assert "No space left" in said[wrong]
     assert "1 other ranks cannot write" in said[1 - wrong]
-    read = OfRank(ThreadRanksOfOne())
+    read = OfRank(RanksOfOne())
     load_tables(path, read)
     assert read.keys() == [0, 1]
     assert [each.name for each in tmp_path.iterdir()] == ["tables"]
@@ -136,7 +136,7 @@ def no_space(*_):
 def test_ranks_that_load_unlike_tables_are_told(tmp_path):
     paths = [tmp_path / "a", tmp_path / "b"]
     for n, path in enumerate(paths):
-        save_tables(path, OfRank(ThreadRanksOfOne(), [n]))
+        save_tables(path, OfRank(RanksOfOne(), [n]))
 
     def of_rank(exchange):
         mine = OfRank(exchange, [5])
@@ -150,7 +150,7 @@ def test_ranks_that_load_unlike_tables_are_told(tmp_path):
 @pytest.mark.parametrize("wrong", range(2))
 def test_a_rank_that_cannot_read_ends_all(tmp_path, wrong):
     path = tmp_path / "tables"
-    save_tables(path, OfRank(ThreadRanksOfOne(), [1]))
+    save_tables(path, OfRank(RanksOfOne(), [1]))
 
     def of_rank(exchange):
         mine = OfRank(exchange, [5])
@@ -177,7 +177,7 @@ def test_parts_of_unlike_steps_and_seeds_are_refused(tmp_path, fields, message):
 
     World(2).run(of_rank)
     with pytest.raises(CheckpointError, match=message):
-        load_tables(path, OfRank(ThreadRanksOfOne()))
+        load_tables(path, OfRank(RanksOfOne()))
 
 
 def test_parts_of_two_sizes_and_damaged_ones_are_refused(tmp_path):
@@ -186,12 +186,12 @@ def test_parts_of_two_sizes_and_damaged_ones_are_refused(tmp_path):
         World(size).run(lambda exchange, path=path: save_tables(path, OfRank(exchange, [1])))
     (three / "part-00001-of-00003").rename(two / "part-00001-of-00003")
     with pytest.raises(CheckpointError, match=r"part-0000|parts of other ranks"):
-        load_tables(two, OfRank(ThreadRanksOfOne()))
+        load_tables(two, OfRank(RanksOfOne()))
     (two / "part-00001-of-00003").rename(three / "part-00001-of-00003")
     shard = next((three / "part-00002-of-00003").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="part-00002-of-00003"):
-        load_tables(three, OfRank(ThreadRanksOfOne()))
+        load_tables(three, OfRank(RanksOfOne()))
 
 
 def states_of(size, seeds, steps):
@@ -213,7 +213,7 @@ def test_states_go_back_to_all_ranks_together():
         unpack_tables(packed[exchange.rank], mine)
         return mine.keys()
 
-    assert World(2, late=0.002).run(of_rank) == [[0, 10], [1, 11]]
+    assert World(2).run(of_rank) == [[0, 10], [1, 11]]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_states_of_unlike_steps_and_seeds_are_refused_on_all_ranks(seeds, steps,
 
 
 def test_a_state_of_one_process_is_the_same_on_all_ranks():
-    one, other = (pack_tables(OfRank(ThreadRanksOfOne(), keys)) for keys in ([1, 2], [1, 3]))
+    one, other = (pack_tables(OfRank(RanksOfOne(), keys)) for keys in ([1, 2], [1, 3]))
 
     def of_rank(exchange):
         unpack_tables([one, other][exchange.rank], OfRank(exchange))

@@ -4,7 +4,7 @@ import pytest
 
 from penstock import SGD, Adam, ConfigError, FeatureConfig, TableConfig
 from penstock.embedding.sharded.agreement import check_made_alike, described
-from tests.contract.thread_ranks import World
+from tests.world.ranks import World
 
 
 def made(tables=None, features=None, **options):

@@ -11,7 +11,7 @@ from penstock.embedding.collection.table_state import pack_tables, unpack_tables
 from penstock.embedding.retention import NUMBERS
 from penstock.embedding.sharded import store as sharded_store
 from penstock.embedding.sharded.store import AlikeRanks
-from tests.contract.thread_ranks import World
+from tests.world.ranks import World
 
 SINCE = NUMBERS.index("admitted")
 

@@ -22,7 +22,7 @@ from tests.contract.test_sharded_store import (
     tables,
     train,
 )
-from tests.contract.thread_ranks import World
+from tests.world.ranks import World
 
 # The step shows in the rows as it is: Adagrad's first hides a factor of the gradient.
 PLAIN = tables(SGD(learning_rate=0.5))

@@ -40,7 +40,7 @@ from tests.contract.test_sharded_store import (
     tables,
     train,
 )
-from tests.contract.thread_ranks import World
+from tests.world.ranks import World
 
 COUNTS = AdmitFrequent(min_count=4, half_life_steps=2)
 DRAWS = AdmitAtRandom(probability=0.3)
@@ -116,7 +116,7 @@ def test_refused_keys_have_the_bits_of_one_store(case, ranks):
         store.check_invariants()
         return store, *mine
 
-    made = World(ranks, late=0.002).run(of_rank)
+    made = World(ranks).run(of_rank)
     for step, out in enumerate(outs):
         for rank, (_, of_rank_outs, _) in enumerate(made):
             assert torch.equal(of_rank_outs[step], out[rank::ranks]), (step, rank)

@@ -21,7 +21,7 @@ from penstock.embedding.store import CURSOR_START, PooledFeature, PooledGradient
 from penstock.errors import GroupError
 from penstock.types import KeyedJagged
 from tests.contract.stores import OnCpu
-from tests.contract.thread_ranks import World
+from tests.world.ranks import World
 
 DIM = 5
 NAMES = ("f", "g", "h", "other", "s")
@@ -162,7 +162,7 @@ def test_rows_and_outputs_have_the_bits_of_one_store(name, ranks):
         store.check_invariants()
         return store, *mine
 
-    made = World(ranks, late=0.002).run(of_rank)
+    made = World(ranks).run(of_rank)
     for step, out in enumerate(outs):
         for rank, (_, of_rank_outs, _) in enumerate(made):
             assert torch.equal(of_rank_outs[step], out[rank::ranks])
@@ -260,7 +260,7 @@ def test_a_rank_without_samples_takes_part(empty):
         train(store, [[share] for share in shares])
         return store, exchange.calls
 
-    made = World(3, late=0.002).run(of_rank)
+    made = World(3).run(of_rank)
     assert rows_of([store for store, _ in made], configs) == rows_of([alone], configs)
     assert made[0][1] == made[1][1] == made[2][1]
 

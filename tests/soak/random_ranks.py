@@ -2,7 +2,7 @@
 
     python tests/soak/random_ranks.py --schedules 10000 --seed 1
 
-A schedule is some steps on 1 to 4 ranks, threads that wait at random: samples dealt at random,
+A schedule is some steps on 1 to 4 ranks of a faulty world (tests/world): samples dealt at random,
 ranks without any, one or two look-ups an update, evaluation and erasing in between, rows that
 expire, keys that are refused by count or by draw, any optimizer. The oracle is a store in one
 process, in deterministic mode.
@@ -33,7 +33,7 @@ from penstock.embedding.retention import Clock
 from penstock.embedding.store import PooledGradient
 from tests.contract.test_sharded_retention import check_alike
 from tests.contract.test_sharded_store import PLAN, packed, samples, sharded, tables
-from tests.contract.thread_ranks import World
+from tests.world.ranks import World
 
 RULES = (SGD, Adagrad, RowWiseAdagrad, Adam, MomentumSGD, FTRL, LAMB)
 
@@ -113,7 +113,7 @@ def run(seed: int) -> int:
         store.check_invariants()
         return store
 
-    made = World(ranks, late=0.001 * float(rng.random() < 0.2), seed=seed).run(of_rank)
+    made = World(ranks, seed=seed).run(of_rank)
     try:
         check_alike(made, alone, configs)
     except AssertionError as error:

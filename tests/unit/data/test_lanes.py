@@ -18,11 +18,12 @@ from penstock.data.plan.lanes import Lane, batches_of
 from penstock.data.source import Extent
 from penstock.errors import ConfigError, DataError, GroupError
 from penstock.types import LanePosition, Position
-from tests.unit.data.thread_group import World
+from tests.world.ranks import World, in_world
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
+    in_world(monkeypatch)
     monkeypatch.setattr(columnar, "EXTENT_ROWS", 20)
     monkeypatch.setattr(lines, "BLOCK_BYTES", 200)
     monkeypatch.setattr(lines, "READ_BYTES", 90)
@@ -94,9 +95,6 @@ def on_ranks(ranks, make, start, most=None, **options):
         return batches_in(loader, most)
 
     ended = World(ranks).run(of_rank)
-    for one in ended:
-        if isinstance(one, BaseException):
-            raise one
     ends = [end for _, end in ended]
     assert all(end == ends[0] for end in ends)
     return [found for found, _ in ended], ends[0]

@@ -16,7 +16,7 @@ from penstock.ranks.group import ALONE
 from penstock.ranks.join import Place, joined, place_of
 from penstock.ranks.launch import launch
 from penstock.ranks.together import check_alike, from_first, together
-from tests.contract.thread_ranks import ThreadGroup, World
+from tests.world.ranks import World
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_ranks_meet_without_a_port_and_leave_together(monkeypatch):
 
 
 def over(size, act):
-    return World(size).run(lambda exchange: act(ThreadGroup(exchange)))
+    return World(size).run(act)
 
 
 def test_an_error_of_one_rank_is_an_error_of_all():

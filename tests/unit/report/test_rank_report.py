@@ -14,7 +14,7 @@ from penstock.ranks.table_totals import over_ranks
 from penstock.report.folder import RunFolder
 from penstock.report.rank_report import SilentReport, held, report_of
 from penstock.report.run_report import RunReport
-from tests.contract.thread_ranks import ThreadGroup, World
+from tests.world.ranks import World
 
 JOB = {
     "data": {
@@ -27,7 +27,7 @@ JOB = {
 
 
 def over(size, act):
-    return World(size).run(lambda exchange: act(ThreadGroup(exchange)))
+    return World(size).run(act)
 
 
 def test_the_first_rank_holds_the_folder_for_all(tmp_path):

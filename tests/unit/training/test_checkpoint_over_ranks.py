@@ -23,8 +23,8 @@ from penstock.training.checkpoint import checkpoint as checkpoint_module
 from penstock.training.checkpoint import shares
 from penstock.training.checkpoint.checkpoint import Checkpoints, TrainState, read_manifest, verify
 from penstock.types import Jagged, KeyedJagged, Position
-from tests.contract.thread_ranks import ThreadGroup, World, over_threads
 from tests.unit.training.test_checkpoint import make_job
+from tests.world.ranks import World, in_world
 
 TABLES = (
     TableConfig(name="user", dim=4, optimizer=Adam(learning_rate=0.05)),
@@ -114,7 +114,7 @@ def rows_of(runs):
 
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
-    over_threads(monkeypatch)
+    in_world(monkeypatch)
     torch.manual_seed(0)
 
 
@@ -122,7 +122,7 @@ def over(size, act):
     """What `act(group)` returns on each of so many ranks; one is alone."""
     if size == 1:
         return [act(ALONE)]
-    return World(size).run(lambda exchange: act(ThreadGroup(exchange)))
+    return World(size).run(act)
 
 
 def made(directory, group):
@@ -233,8 +233,7 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_costs_nothing(
 
 def again(runs, act):
     """Once more the same ranks, whose world is whole."""
-    world = runs[0].group.exchange.world
-    return world.run(lambda exchange: act(runs[exchange.rank]))
+    return runs[0].group.world.run(lambda rank: act(runs[rank.rank]))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,0 +1,212 @@
+"""A random run of training on ranks, which fail and go on as others: all of it said by a seed.
+
+`run(seed)` compares what came of it with the oracle, and raises AssertionError where it differs.
+"""
+
+import json
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.embedding.host_store import HostStore
+from penstock.embedding.sharded.bags import HostBags
+from penstock.embedding.sharded.store import ShardedStore
+from penstock.embedding.store import PooledGradient
+from penstock.errors import FailedElsewhere, GroupError, Interrupted
+from penstock.interruption import Interruption
+from penstock.ranks.in_step import in_step
+from penstock.ranks.together import of_checkpoint
+from penstock.types import Position
+from tests.world.data import Reading, drawn
+from tests.world.mail import Faults
+from tests.world.oracle import PLAN, TABLES, Log, Oracle, bits_of, gradient, merged
+from tests.world.ranks import PATIENCE, World, in_world
+from tests.world.scheduler import Killed
+
+_MOST_LEGS = 8
+SIGNAL = 15
+
+
+class Saved(NamedTuple):
+    """A checkpoint."""
+
+    step: int
+    position: dict
+    rows: list
+    """Of each table, of all ranks; empty: none yet."""
+
+
+class Done(NamedTuple):
+    """What a schedule came to."""
+
+    steps: int
+    rows: int
+    legs: int
+    faults: int
+
+
+class Leg(NamedTuple):
+    """What happens until ranks end, or go on as others."""
+
+    ranks: int
+    faults: Faults
+    save_at: frozenset
+    """Steps after which a checkpoint is taken."""
+    signal_at: tuple | None
+    """Rank and step at which a signal comes; then all stop and save."""
+
+
+class Schedule:
+    """One run."""
+
+    def __init__(self, seed):
+        self.seed, self.rng = seed, np.random.default_rng(seed)
+        self.data = drawn(self.rng)
+        self.reading = Reading.drawn(self.rng)
+        self.deterministic = bool(self.rng.random() < 0.5)
+        self.log = Log()
+        self.saved = Saved(0, self.reading.start().to_dict(), [])
+        self.parts = {}
+        """Parts of checkpoints by step and rank."""
+        self.batches = self._batches_of_one_process()
+
+    def _batches_of_one_process(self):
+        found = []
+        with self.reading.loader(self.data, self.seed, self.reading.start()) as loader:
+            for batch in loader:
+                found.append((ids_of(batch), batch.lane_sizes, batch.end))
+        ends = [end.counts for *_, end in found]
+        assert not ends or ends[-1].quarantined <= self.data.malformed * self.reading.epochs
+        return found
+
+    def run(self):
+        """All legs, then the comparison."""
+        threads = threading.active_count()
+        faults = 0
+        for number in range(_MOST_LEGS):
+            leg = self._drawn_leg(is_last=number == _MOST_LEGS - 1)
+            world = World(leg.ranks, faults=leg.faults, seed=self.seed * _MOST_LEGS + number)
+            ended = world.ended(lambda rank, leg=leg: self._of_rank(rank, leg))
+            faults += world.mail.fault_at is not None
+            assert threading.active_count() == threads, threading.enumerate()
+            if self._has_finished(world, ended):
+                break
+            self.log.cut(self.saved.step)
+        oracle = Oracle(self.data.samples, self.seed)
+        self.log.check(oracle, self.batches, self.data.samples, self.reading.epochs)
+        rows = {}
+        for bits in ended:
+            assert not rows.keys() & bits.keys(), "a row on two ranks"
+            rows |= bits
+        assert rows == oracle.bits(), "rows differ from the oracle's"
+        return Done(len(self.batches), len(rows), number + 1, faults)
+
+    def _drawn_leg(self, *, is_last):
+        rng, steps = self.rng, len(self.batches)
+        ranks = int(rng.integers(1, 1 + min(4, self.reading.lanes)))
+        fault = rng.random()
+        number = int(rng.integers(0, 6 * ranks * ranks * (steps - self.saved.step + 2)))
+        late = float(rng.choice([0.0, 0.001, 0.02]))
+        faults = Faults(
+            late=late,
+            doubled=float(rng.choice([0.0, 0.3])),
+            cut=number if fault < 0.25 and not is_last else None,
+            dies=number if 0.25 <= fault < 0.5 and not is_last else None,
+        )
+        save_at = frozenset(rng.integers(0, steps + 1, int(rng.integers(0, 3))).tolist())
+        signal_at = None
+        if 0.5 <= fault < 0.7 and not is_last and self.saved.step < steps:
+            signal_at = int(rng.integers(ranks)), int(rng.integers(self.saved.step, steps))
+        return Leg(ranks, faults, save_at, signal_at)
+
+    def _has_finished(self, world, ended):
+        """Whether all ranks came to the end; checks how they ended."""
+        errors = [one for one in ended if isinstance(one, BaseException)]
+        fault_at = world.mail.fault_at
+        if not errors:
+            assert not world.left, f"tasks are left: {world.left}"
+            return True
+        assert len(errors) == len(ended) or fault_at is not None, ended
+        if all(isinstance(error, Interrupted) for error in errors) and len(errors) == len(ended):
+            assert not world.left, f"tasks are left: {world.left}"
+            return False
+        for error in errors:
+            if not isinstance(error, GroupError | FailedElsewhere | Killed | Interrupted):
+                raise error
+        assert fault_at is not None, ended
+        # They waited once for what did not come, and heard of each other.
+        assert world.scheduler.now - fault_at < PATIENCE + 60 * (1 + world.faults.late)
+        # Whoever ended well had nothing more to ask of the others.
+        return False
+
+    def _of_rank(self, rank, leg):
+        """What a rank does: rows by (table, key) at its end."""
+        local = HostStore(TABLES, seed=self.seed, deterministic=self.deterministic)
+        store = ShardedStore(
+            local,
+            HostBags(local.layout.dim, 1),
+            rank,
+            device=torch.device("cpu"),
+            deterministic=self.deterministic,
+            reduction="sum",
+        )
+        saved = self.saved
+        for table, rows in enumerate(saved.rows):
+            store.insert_or_assign(table, rows)
+        step, start = saved.step, Position.from_dict(json.loads(json.dumps(saved.position)))
+        stop = Interruption()
+        signal_at = leg.signal_at[1] if (leg.signal_at or (-1,))[0] == rank.rank else None
+        position = start
+        reads = self.reading.loader(self.data, self.seed, start, rank.beside())
+        with reads as loader, stop.deferred():
+            try:
+                for batch in in_step(loader, rank, stop):
+                    if step == signal_at:
+                        stop.signal = SIGNAL
+                    self._train(store, batch, step, rank)
+                    step, position = step + 1, batch.end
+                    if step in leg.save_at:
+                        self._save(store, rank, step, position)
+            except Interrupted:
+                self._save(store, rank, step, position)
+                raise
+        assert loader.position.counts.applied == len(self.data.samples) * self.reading.epochs
+        assert loader.position.counts.quarantined == self.data.malformed * self.reading.epochs
+        rank.gathered(torch.tensor(0))
+        store.check_invariants()
+        return bits_of(store)[0]
+
+    def _train(self, store, batch, step, rank):
+        out = torch.full((batch.batch_size, PLAN.stride), 7.0)
+        lookup = store.pooled_lookup(PLAN, batch.sparse, insert=True, out=out)
+        ids = ids_of(batch)
+        grad = torch.from_numpy(gradient(ids, out))
+        self.log.add(step, rank.rank, ids, out.numpy(), batch.end)
+        store.apply_gradients(PLAN, [PooledGradient(lookup, batch.sparse, grad)], step)
+
+    def _save(self, store, rank, step, position):
+        with of_checkpoint(rank, "write a checkpoint"):
+            self.parts[step, rank.rank] = bits_of(store)[1], position.to_dict()
+        if rank.rank == 0:
+            parts = [self.parts[step, number] for number in range(rank.size)]
+            assert all(at == parts[0][1] for _, at in parts), "positions of ranks differ"
+            tables = zip(*(of_tables for of_tables, _ in parts), strict=True)
+            self.saved = Saved(step, parts[0][1], [merged(each) for each in tables])
+
+
+def ids_of(batch):
+    """The ids of a batch's samples."""
+    return batch.sparse["id"].values.tolist()
+
+
+def run(seed):
+    """One schedule, of a seed."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            in_world(patch)
+            return Schedule(seed).run()
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}") from error
