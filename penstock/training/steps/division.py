@@ -150,6 +150,8 @@ class Division:
         if self.group.size == 1:
             if error is not None:
                 raise error
+            if self._is_whole:
+                return float(losses[0])
             every = losses[None]
         else:
             state = torch.tensor([float(_state_of(error))], dtype=torch.float64)
