@@ -84,6 +84,28 @@ class BagSums:
     def sum(
         self, bags: NumberedBags, grad: NDArray[np.float32], sums: NDArray[np.float32]
     ) -> None: ...
+    def split_bags(
+        self,
+        plan: PoolingPlan,
+        keys: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        weights: NDArray[np.float32] | None,
+        batch_size: int,
+        words: NDArray[np.int64],
+        of_bucket: NDArray[np.int64],
+        num_ranks: int,
+        rank: int,
+    ) -> tuple[
+        NDArray[np.int64],
+        NDArray[np.int64],
+        NDArray[np.float32],
+        NDArray[np.uint8],
+        NDArray[np.int64],
+        int,
+        int,
+        NDArray[np.float32],
+    ]:
+        """The fields of `BagParts`: own keys, offsets and weights, message, counts, and so on."""
 
 class HostStore:
     def __init__(

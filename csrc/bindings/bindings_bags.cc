@@ -11,7 +11,8 @@
 
 #include "bindings/bindings.h"
 #include "index/grouped_keys.h"
-#include "store/bag_sums.h"
+#include "bags/bag_parts.h"
+#include "bags/bag_sums.h"
 #include "store/shared_plan.h"
 
 namespace penstock {
@@ -72,6 +73,91 @@ nb::object as_array(std::vector<int64_t> values) {
   return nb::cast(nb::ndarray<nb::numpy, int64_t>(held->data(), 1, shape, owner));
 }
 
+// Offsets that nobody can change afterwards: they rise from 0 to the number of keys, and hold all features of the plan.
+std::vector<int64_t> checked_offsets(const SharedPlan& plan, const In<int64_t>& given, size_t keys, int64_t batch_size, uint32_t dim) {
+  std::vector<int64_t> offsets(given.data(), given.data() + given.size());
+  check(batch_size >= 1 && !offsets.empty(), "offsets: expected features * batch_size + 1");
+  const int64_t bags = static_cast<int64_t>(offsets.size()) - 1;
+  check(bags % batch_size == 0, "offsets: expected features * batch_size + 1");
+  check(offsets.front() == 0 && offsets.back() == static_cast<int64_t>(keys) && std::is_sorted(offsets.begin(), offsets.end()),
+        "offsets: must rise from 0 to the number of keys");
+  check(!plan.is_by_key() && plan.fits(bags / batch_size, std::numeric_limits<uint32_t>::max(), dim), "plan: not of this batch");
+  return offsets;
+}
+
+int length_bytes_of(const PoolingPlan& plan, const PackedKeys& batch) {
+  int64_t longest = 0;
+  for (int64_t f = 0; f < plan.num_features; ++f) {
+    const int64_t first = batch.first_bag(plan, f);
+    for (int64_t b = 0; b < batch.batch_size; ++b) longest = std::max(longest, batch.begin(first + b + 1) - batch.begin(first + b));
+  }
+  return longest < 1 << 8 ? 1 : longest < 1 << 16 ? 2 : 4;
+}
+
+// What goes to each rank lies side by side: keys, weights, lengths, and up to 7 bytes that nobody reads.
+nb::tuple py_split_bags(BagSums& self, const Plan& plan, In<int64_t> keys, In<int64_t> given, std::optional<In<float>> weights,
+                        int64_t batch_size, In<int64_t> words, In<int64_t> of_bucket, int64_t num_ranks, int64_t rank) {
+  check(plan != nullptr, "plan: none");
+  const std::vector<int64_t> offsets = checked_offsets(*plan, given, keys.size(), batch_size, self.dim());
+  const bool is_weighted = weights.has_value();
+  check(!is_weighted || weights->size() == keys.size(), "weights: expected one a key");
+  check(num_ranks >= 1 && num_ranks <= kMostRanks && rank >= 0 && rank < num_ranks, "rank: not one of the ranks");
+  check(of_bucket.size() == Owners::kBuckets && std::all_of(of_bucket.data(), of_bucket.data() + of_bucket.size(),
+                                                            [&](int64_t owner) { return owner >= 0 && owner < num_ranks; }),
+        "of_bucket: expected a rank of each bucket");
+  const PoolingPlan view = plan->view();
+  check(std::all_of(view.table, view.table + view.num_features, [&](uint32_t table) { return table < words.size(); }),
+        "words: expected one a table");
+  static const float kNoWeight = 1;
+  const float* const factors = !is_weighted ? nullptr : weights->size() == 0 ? &kNoWeight : weights->data();
+  const int64_t features = view.num_features, bags = features * batch_size;
+  const PackedKeys batch{keys.data(), offsets.data(), batch_size, (static_cast<int64_t>(offsets.size()) - 1) / batch_size,
+                         static_cast<int64_t>(keys.size()), factors};
+  const Owners owners{words.data(), of_bucket.data(), num_ranks};
+  OwnedKeys owned;
+  {
+    const nb::gil_scoped_release release;
+    owned = owned_keys(self.threads(), view, batch, owners);
+  }
+  const int length_bytes = length_bytes_of(view, batch);
+  std::vector<size_t> sizes(num_ranks), begins(num_ranks);
+  size_t total = 0;
+  for (int64_t r = 0; r < num_ranks; ++r) {
+    for (int64_t f = 0; f < features; ++f) sizes[r] += owned.counts[r * features + f];
+    begins[r] = total;
+    const size_t bytes = sizes[r] * (is_weighted ? 12 : 8) + static_cast<size_t>(length_bytes * bags);
+    if (r != rank) total += (bytes + 7) / 8 * 8;
+  }
+  unsigned char* message;
+  int64_t *own_keys, *own_offsets, *counts;
+  float *own_weights, *scales;
+  auto message_array = make_array<unsigned char>(total, &message);
+  auto key_array = make_array<int64_t>(sizes[rank], &own_keys);
+  auto offset_array = make_array<int64_t>(bags + 1, &own_offsets);
+  auto weight_array = make_array<float>(is_weighted ? sizes[rank] : 0, &own_weights);
+  auto count_array = make_array<int64_t>(owned.counts.size(), &counts);
+  std::copy(owned.counts.begin(), owned.counts.end(), counts);
+  const bool is_scaled = std::any_of(view.pooling, view.pooling + features, [](Pooling each) { return each != Pooling::kSum; });
+  auto scale_array = make_array<float>(is_scaled ? bags : 0, &scales);
+  std::vector<int64_t*> key_parts(num_ranks, own_keys);
+  std::vector<float*> weight_parts(num_ranks, own_weights);
+  std::vector<unsigned char*> length_parts(num_ranks, nullptr);
+  for (int64_t r = 0; r < num_ranks; ++r) {
+    if (r == rank) continue;
+    unsigned char* const part = message + begins[r];
+    key_parts[r] = reinterpret_cast<int64_t*>(part);
+    weight_parts[r] = reinterpret_cast<float*>(part + 8 * sizes[r]);
+    length_parts[r] = part + sizes[r] * (is_weighted ? 12 : 8);
+  }
+  {
+    const nb::gil_scoped_release release;
+    split_bags(self.threads(), view, batch, owned,
+               {key_parts.data(), weight_parts.data(), length_parts.data(), length_bytes, rank, own_offsets});
+    if (is_scaled) bag_scales(self.threads(), view, batch, scales);
+  }
+  return nb::make_tuple(key_array, offset_array, weight_array, message_array, count_array, length_bytes, owned.distinct, scale_array);
+}
+
 template <typename T>
 std::vector<T> copied(const In<T>& array) {
   return {array.data(), array.data() + array.size()};
@@ -112,7 +198,9 @@ void bind_bag_sums(nb::module_& m) {
             const int64_t count = static_cast<int64_t>(bags.rows);
             if (count != 0) self.sum(bags.plan->view(), bags.keys(), bags.numbers.data(), grad.data(), count, sums.data());
           },
-          "bags"_a, "grad"_a.noconvert(), "sums"_a.noconvert());
+          "bags"_a, "grad"_a.noconvert(), "sums"_a.noconvert())
+      .def("split_bags", &py_split_bags, "plan"_a, "keys"_a.noconvert(), "offsets"_a.noconvert(), "weights"_a.noconvert().none(),
+           "batch_size"_a, "words"_a.noconvert(), "of_bucket"_a.noconvert(), "num_ranks"_a, "rank"_a);
 
   m.def(
       "grouped_keys",

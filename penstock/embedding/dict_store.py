@@ -243,7 +243,13 @@ class DictStore:
         self._step = max(self._step, held.numbers["step"])
 
     def pooled_lookup(
-        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+        self,
+        plan: PoolingPlan,
+        batch: KeyedJagged,
+        *,
+        insert: bool,
+        out: Tensor,
+        reads_vectors: bool = False,
     ) -> DictLookup:
         """See `Store.pooled_lookup`."""
         fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}

@@ -278,7 +278,13 @@ class GpuStore:
 
     @alone
     def pooled_lookup(
-        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+        self,
+        plan: PoolingPlan,
+        batch: KeyedJagged,
+        *,
+        insert: bool,
+        out: Tensor,
+        reads_vectors: bool = False,
     ) -> GpuLookup:
         """See `Store.pooled_lookup`."""
         fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}

@@ -276,7 +276,13 @@ class HostStore:
         self._core.set_retention(table, value, of_rule, numbers)
 
     def pooled_lookup(
-        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+        self,
+        plan: PoolingPlan,
+        batch: KeyedJagged,
+        *,
+        insert: bool,
+        out: Tensor,
+        reads_vectors: bool = False,
     ) -> HostLookup:
         """See `Store.pooled_lookup`."""
         lookup = HostLookup(self, plan, batch)

@@ -338,7 +338,13 @@ class Store(Protocol):
         """Inverse of `retention_state`; also sets the time, without evicting."""
 
     def pooled_lookup(
-        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+        self,
+        plan: PoolingPlan,
+        batch: KeyedJagged,
+        *,
+        insert: bool,
+        out: Tensor,
+        reads_vectors: bool = False,
     ) -> PooledLookup:
         """Pools every bag of the plan's features into `out` [B, plan.stride] float32.
 
@@ -351,6 +357,7 @@ class Store(Protocol):
             the table's `retention_state`). Without it absent keys are counted in `num_missing` of
             the result.
           out: columns of other stores' features are left alone.
+          reads_vectors: whether `read_looked_up` will be called; a store over ranks must know.
 
         Returns:
           What `apply_gradients` needs to know of this look-up: copies, of the batch too.

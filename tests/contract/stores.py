@@ -47,9 +47,9 @@ class OnCpu:
         candidates, after = self.store.export_candidates(table, cursor, max_keys)
         return to_cpu(candidates), after
 
-    def pooled_lookup(self, plan, batch, *, insert, out):
+    def pooled_lookup(self, plan, batch, *, insert, out, **options):
         there = out.to(self.store.device)
-        lookup = self.store.pooled_lookup(plan, batch, insert=insert, out=there)
+        lookup = self.store.pooled_lookup(plan, batch, insert=insert, out=there, **options)
         out.copy_(there)
         return lookup
 

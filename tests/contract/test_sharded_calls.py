@@ -29,12 +29,12 @@ PLAIN = tables(SGD(learning_rate=0.5))
 EVERY = torch.tensor([*range(-9, 9), 2**63 - 1, -(2**63)])
 
 
-def look_up(store, part, *, insert=True):
+def look_up(store, part, *, insert=True, reads=False):
     """The look-up of a share of samples, and its gradient."""
     bags, weights, grad = part
     batch = packed(bags, weights)
     out = torch.empty(len(bags), PLAN.stride)
-    lookup = store.pooled_lookup(PLAN, batch, insert=insert, out=out)
+    lookup = store.pooled_lookup(PLAN, batch, insert=insert, out=out, reads_vectors=reads)
     return lookup, PooledGradient(lookup, batch, grad.contiguous())
 
 
@@ -129,7 +129,7 @@ def test_vectors_that_were_read_are_by_place(deterministic):
 
     def of_rank(exchange):
         store = sharded(exchange, PLAIN, deterministic=deterministic)
-        return store.read_looked_up(look_up(store, step)[0])
+        return store.read_looked_up(look_up(store, step, reads=True)[0])
 
     for found in World(2).run(of_rank):
         assert torch.equal(found[is_read], read[is_read])

@@ -110,8 +110,39 @@ MAY_IMPORT = {
         "embedding/store",
         "embedding/sharded/exchange",
     },
-    "embedding/sharded/bags": {"types", "_core", "embedding/host_store", "embedding/store"},
-    "embedding/sharded/device_bags": {"types", "kernels", "embedding/gpu", "embedding/store"},
+    "embedding/sharded/ways": {"embedding/store"},
+    "embedding/sharded/bag_parts": {
+        "types",
+        "embedding/store",
+        "embedding/sharded/routes",
+        "embedding/sharded/shard_map",
+    },
+    "embedding/sharded/bags": {
+        "types",
+        "_core",
+        "embedding/host_store",
+        "embedding/store",
+        "embedding/sharded/bag_parts",
+        "embedding/sharded/routes",
+    },
+    "embedding/sharded/device_bags": {
+        "types",
+        "kernels",
+        "embedding/gpu",
+        "embedding/store",
+        "embedding/sharded/bag_parts",
+        "embedding/sharded/routes",
+    },
+    "embedding/sharded/lookups": {
+        "types",
+        "embedding/store",
+        "embedding/sharded/bag_parts",
+        "embedding/sharded/bags",
+        "embedding/sharded/defaults",
+        "embedding/sharded/exchange",
+        "embedding/sharded/routes",
+        "embedding/sharded/ways",
+    },
     "embedding/sharded/all_ranks": {
         "errors",
         "embedding/sharded/agreement",
@@ -123,8 +154,10 @@ MAY_IMPORT = {
         "embedding/sharded/bags",
         "embedding/sharded/defaults",
         "embedding/sharded/exchange",
+        "embedding/sharded/lookups",
         "embedding/sharded/routes",
         "embedding/sharded/shard_map",
+        "embedding/sharded/ways",
     },
     "embedding/shapes": {"errors", "types", "config", "embedding/checks", "embedding/store"},
     "embedding/collection": STORES
@@ -220,7 +253,8 @@ CORE_MAY_INCLUDE = {
     "tables": {"rows", "index", "system"},
     "retention": {"tables", "rows", "index", "system"},
     "store": {"retention", "tables", "rows", "index", "system"},
-    "bindings": {"store", "data", "tables", "rows", "index", "system"},
+    "bags": {"rows", "index", "system"},
+    "bindings": {"store", "bags", "data", "tables", "rows", "index", "system"},
 }
 MAX_FOLDER_FILES = 16
 MAX_MODULE_LINES = 500

@@ -294,7 +294,9 @@ class EmbeddingCollection(RowsByKey, TableModule):
                 check_alone()
             self.check_attached()
             stores.advance(self.row_clock.clock(self.step))
-        out, lookups = stores.pooled_lookup(sparse, layout, insert=trains)
+        out, lookups = stores.pooled_lookup(
+            sparse, layout, insert=trains, reads_vectors=reads_vectors
+        )
         vectors = stores.read_looked_up(sparse, lookups) if reads_vectors else None
         read = [n for n, group in enumerate(stores.groups) if not (trains and group.trainable)]
         if read:

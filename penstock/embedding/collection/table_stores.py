@@ -173,9 +173,16 @@ class TableStores:
             store.advance(clock)
 
     def pooled_lookup(
-        self, sparse: KeyedJagged, layout: StoreLayout | None = None, *, insert: bool
+        self,
+        sparse: KeyedJagged,
+        layout: StoreLayout | None = None,
+        *,
+        insert: bool,
+        reads_vectors: bool = False,
     ) -> tuple[Tensor, list[Any]]:
         """One look-up in every store; with `insert` new keys of trained tables get rows.
+
+        `reads_vectors`: whether `read_looked_up` comes next.
 
         Returns:
           [B, columns of the layout] float32, and what each store needs to know of it for its
@@ -184,7 +191,9 @@ class TableStores:
         plans, width = layout or self.arrangement.layout
         out = self._output(sparse.batch_size, width)
         lookups = [
-            store.pooled_lookup(plan, sparse, insert=insert and trainable, out=out)
+            store.pooled_lookup(
+                plan, sparse, insert=insert and trainable, out=out, reads_vectors=reads_vectors
+            )
             for (store, _, trainable), plan in zip(self.groups, plans, strict=True)
         ]
         return out, lookups

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from penstock import _core
 from penstock.embedding.host_store import core_plan
+from penstock.embedding.sharded.bag_parts import IS_WEIGHTED, BagParts, names_of
+from penstock.embedding.sharded.routes import Owners
 from penstock.embedding.store import PoolingPlan
 from penstock.types import KeyedJagged
 
@@ -42,6 +44,16 @@ class Bags(Protocol):
           count: U, of rows.
         """
 
+    def split(self, plan: PoolingPlan, batch: KeyedJagged, owners: Owners, rank: int) -> BagParts:
+        """Divides a batch among the owners of its keys.
+
+        Args:
+          plan: not by key, of some features.
+          batch: checked, of some samples.
+          owners: of the tables.
+          rank: this one.
+        """
+
 
 class HostBags:
     """On the CPU. No number of threads changes a bit."""
@@ -56,6 +68,36 @@ class HostBags:
     ) -> HostNumberedBags:
         """See `Bags.numbered`."""
         return HostNumberedBags(self, plan, batch, numbers, count)
+
+    def split(self, plan: PoolingPlan, batch: KeyedJagged, owners: Owners, rank: int) -> BagParts:
+        """See `Bags.split`."""
+        keys, offsets, weights, message, counts, width, different, scales = self.core.split_bags(
+            core_plan(plan),
+            batch.values.numpy(),
+            batch.offsets.numpy(),
+            None if batch.weights is None else batch.weights.numpy(),
+            batch.batch_size,
+            owners.words.numpy(),
+            owners.of_bucket.numpy(),
+            owners.num_ranks,
+            rank,
+        )
+        is_weighted = batch.weights is not None
+        own = KeyedJagged(
+            names_of(plan),
+            torch.from_numpy(keys),
+            torch.from_numpy(offsets),
+            torch.from_numpy(weights) if is_weighted else None,
+            is_checked=True,
+        )
+        return BagParts(
+            own,
+            torch.from_numpy(message),
+            torch.from_numpy(counts).view(owners.num_ranks, -1),
+            width + (IS_WEIGHTED if is_weighted else 0),
+            different,
+            torch.from_numpy(scales).view(batch.batch_size, -1) if len(scales) else None,
+        )
 
 
 class HostNumberedBags:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from penstock.embedding.gpu.batches import PlanCache
 from penstock.embedding.gpu.gradients import sums_by_row
+from penstock.embedding.sharded.bag_parts import BagParts, split_on_device
+from penstock.embedding.sharded.routes import Owners
 from penstock.embedding.store import PoolingPlan
 from penstock.kernels.plan import DevicePlan
 from penstock.kernels.pool import pooled_forward
@@ -17,7 +19,7 @@ from penstock.types import KeyedJagged
 
 
 class DeviceBags:
-    """Without synchronisation, on the current stream."""
+    """On the current stream; without synchronisation, unless said otherwise."""
 
     def __init__(self, dim: int, device: torch.device, *, deterministic: bool) -> None:
         """Of rows of `dim` columns; deterministic: sums have the same bits each time."""
@@ -30,6 +32,10 @@ class DeviceBags:
         """See `Bags.numbered`."""
         on_gpu = self._plans.get(plan, len(batch.features))
         return DeviceNumberedBags(on_gpu, batch, numbers, count, deterministic=self._deterministic)
+
+    def split(self, plan: PoolingPlan, batch: KeyedJagged, owners: Owners, rank: int) -> BagParts:
+        """See `Bags.split`; waits for the device once, for the counts."""
+        return split_on_device(plan, batch, owners, rank)
 
 
 class DeviceNumberedBags:

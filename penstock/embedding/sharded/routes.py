@@ -23,6 +23,8 @@ class Wanted(NamedTuple):
     """[ranks, tables] int64."""
     numbers: Tensor
     """[N] int64 by place in the packed batch: which of `keys`; 0 for keys of other stores."""
+    num_read: int
+    """Places of the plan's features."""
 
 
 class Owners(NamedTuple):
@@ -58,7 +60,7 @@ def wanted_of(plan: PoolingPlan, batch: KeyedJagged, owners: Owners, *, once: bo
     if not batch.batch_size or not plan.features:
         empty = torch.zeros(0, dtype=torch.int64, device=device)
         counts = torch.zeros(owners.num_ranks, num_tables, dtype=torch.int64)
-        return Wanted(empty, counts, torch.zeros(num_keys, dtype=torch.int64, device=device))
+        return Wanted(empty, counts, torch.zeros(num_keys, dtype=torch.int64, device=device), 0)
     of_feature = _tables_of(plan, len(batch.features), device)
     per_feature = batch.offsets[:: batch.batch_size].diff()
     tables = torch.repeat_interleave(of_feature, per_feature, output_size=num_keys)
@@ -66,13 +68,14 @@ def wanted_of(plan: PoolingPlan, batch: KeyedJagged, owners: Owners, *, once: bo
     if len(plan.features) < len(batch.features):
         places = (tables >= 0).nonzero()[:, 0]
         keys, tables = keys[places], tables[places]
+    num_read = keys.numel()
     group = owners.of(tables, keys) * num_tables + tables
     keys, counts, own = (_on_host if device.type == "cpu" else _on_device)(
         keys, group, num_groups, once=once
     )
     if places is not None:
         own = torch.zeros_like(batch.values).index_copy_(0, places, own)
-    return Wanted(keys, counts.view(owners.num_ranks, num_tables), own)
+    return Wanted(keys, counts.view(owners.num_ranks, num_tables), own, num_read)
 
 
 def _on_host(

@@ -34,10 +34,19 @@ def bucket_of(words: Tensor, keys: Tensor) -> Tensor:
       words: [n] int64, or [1], of each key's table.
       keys: [n] int64, any value.
     """
+    return bucket_of_mixed(mixed_of(words, keys))
+
+
+def mixed_of(words: Tensor, keys: Tensor) -> Tensor:
+    """[n] int64 hashes, whose upper bits are the buckets; see `bucket_of`."""
     mixed = keys ^ words
     for factor in (_FIRST, _SECOND):
         mixed = (mixed ^ ((mixed >> 33) & 0x7FFFFFFF)) * factor
-    mixed = mixed ^ ((mixed >> 33) & 0x7FFFFFFF)
+    return mixed ^ ((mixed >> 33) & 0x7FFFFFFF)
+
+
+def bucket_of_mixed(mixed: Tensor) -> Tensor:
+    """[n] int64 buckets of hashes."""
     return (mixed >> _BUCKET_SHIFT) & (NUM_BUCKETS - 1)
 
 

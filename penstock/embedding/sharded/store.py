@@ -13,9 +13,10 @@ from penstock.config import TableConfig
 from penstock.embedding import checks
 from penstock.embedding.retention import Clock, RetentionState, retains
 from penstock.embedding.sharded.agreement import check_made_alike
-from penstock.embedding.sharded.bags import Bags, NumberedBags
+from penstock.embedding.sharded.bags import Bags
 from penstock.embedding.sharded.defaults import Defaults, PartStore, without_refused
 from penstock.embedding.sharded.exchange import Collective, Exchange
+from penstock.embedding.sharded.lookups import LookUps, Parts, ShardedLookup
 from penstock.embedding.sharded.routes import Arrived, Owners, arrived, wanted_of
 from penstock.embedding.sharded.shard_map import ShardMap, table_words
 from penstock.embedding.store import (
@@ -68,45 +69,6 @@ class AlikeRanks(Ranks):
     """Ranks that were found to have made the same collection."""
 
 
-class _Rows(NamedTuple):
-    """Rows of a look-up that are this rank's."""
-
-    arrived: Arrived
-    lookup: PooledLookup
-    """Of the store that holds them."""
-
-
-class ShardedLookup(PooledLookup):
-    """What an update needs of a look-up over ranks."""
-
-    is_applied = False
-
-    def __init__(
-        self,
-        store: object,
-        plan: PoolingPlan,
-        batch: KeyedJagged,
-        numbers: Tensor,
-        sent: list[int],
-        bags: NumberedBags,
-    ) -> None:
-        super().__init__(store, plan, batch)
-        self.bags = bags
-        """Of the keys sent."""
-        self.numbers = numbers
-        """[N] int64 by place: which of the keys sent."""
-        self.sent = sent
-        """Keys sent to each rank."""
-        self.rows: _Rows
-        self.vectors: Tensor | None = None
-        """[U, D] what was read of the keys sent, where the gradient of weights may ask for it."""
-
-    @property
-    def num_missing(self) -> int:
-        """Keys of all ranks read without a row, of those that this rank owns."""
-        return self.rows.lookup.num_missing
-
-
 class ShardedStore:
     """Satisfies `Store`: every rank holds the rows that are its own, and reads those of all.
 
@@ -146,17 +108,18 @@ class ShardedStore:
           reduction: `mean` or `sum`.
         """
         self.local, self.layout = local, local.layout
-        self._bags, self.ranks, self.device = bags, ranks, device
-        self._by_key = PoolingPlan.by_key(len(local.tables), self.layout.dim)
+        self.ranks, self.device = ranks, device
         names = [table.name for table in local.tables]
         shard_map = ShardMap.even(ranks.size)
         words = table_words(names).to(device)
         self.owners = Owners(shard_map.on(device), words, ranks.size)
         self._names = tuple(names)
         # What counts how often a key occurs must see every occurrence.
-        self._once = not deterministic and not any(map(retains, local.tables))
+        once = not deterministic and not any(map(retains, local.tables))
         self._defaults = Defaults(ranks, local.tables, deterministic=deterministic)
-        self._share = 1.0 / ranks.size if reduction == "mean" else 1.0
+        share = 1.0 / ranks.size if reduction == "mean" else 1.0
+        self._parts = Parts(local, bags, ranks, self.owners, self._names, device, once, share)
+        self._lookups = LookUps(self._parts)
 
     @property
     def tables(self) -> Sequence[TableConfig]:
@@ -164,35 +127,27 @@ class ShardedStore:
         return self.local.tables
 
     def pooled_lookup(
-        self, plan: PoolingPlan, batch: KeyedJagged, *, insert: bool, out: Tensor
+        self,
+        plan: PoolingPlan,
+        batch: KeyedJagged,
+        *,
+        insert: bool,
+        out: Tensor,
+        reads_vectors: bool = False,
     ) -> ShardedLookup:
         """See `Store.pooled_lookup`; `num_missing` counts those of all ranks that this one owns."""
         fit = {"dim": self.layout.dim, "num_tables": len(self.tables)}
         checks.check_lookup(plan, batch, out, device=self.device, **fit)
         checks.check_batch(plan, batch)
-        batch = batch.to(self.device)
-        keys, counts, numbers = wanted_of(plan, batch, self.owners, once=self._once)
-        bags = self._bags.numbered(plan, batch, numbers, keys.numel())
-        sent = counts.sum(1).tolist()
-        lookup = ShardedLookup(self, plan, batch, numbers, sent, bags)
-        came = self.ranks.headers("look-up", int(insert), counts)
-        keys = self.ranks.to_all("look-up", keys, lookup.sent, came.sum(1).tolist())
-        block = arrived(self._names, keys, came)
-        rows = torch.empty(block.order.numel(), self.layout.dim, device=self.device)
-        own = self.local.pooled_lookup(self._by_key, block.block, insert=insert, out=rows)
-        lookup.rows = _Rows(block, own)
-        back = block.as_they_came(rows)
-        mine = self.ranks.to_all("look-up", back, block.per_rank, lookup.sent)
-        bags.pool(mine, out)
-        lookup.vectors = None if batch.weights is None else mine
-        return lookup
+        options = {"insert": insert, "reads": reads_vectors}
+        return self._lookups.look_up(self, plan, batch.to(self.device), out, **options)
 
     def read_looked_up(self, lookup: PooledLookup) -> Tensor:
-        """See `Store.read_looked_up`; of look-ups with weights."""
+        """See `Store.read_looked_up`."""
         assert isinstance(lookup, ShardedLookup)
         assert lookup.vectors is not None
         vectors, lookup.vectors = lookup.vectors, None
-        return vectors[lookup.numbers]
+        return vectors
 
     def check_gradients(self, plan: PoolingPlan, gradients: Sequence[PooledGradient]) -> None:
         """See `Store.check_gradients`."""
@@ -207,9 +162,9 @@ class ShardedStore:
     ) -> int | Tensor:
         """See `Store.apply_gradients`; the rows are this rank's, default rows aside."""
         rates = [table.optimizer.learning_rate * rate_factor for table in self.tables]
-        parts = self._own_gradients("update", plan, gradients, step, rates)
+        own_plan, parts = self._own_gradients("update", plan, gradients, step, rates)
         defaults = self._defaults.of("update", parts)
-        rows = self.local.apply_gradients(self._by_key, parts, step, rate_factor, defaults)
+        rows = self.local.apply_gradients(own_plan, parts, step, rate_factor, defaults)
         for gradient in gradients:
             gradient.lookup.is_applied = True  # type: ignore[misc]
         return rows
@@ -218,14 +173,15 @@ class ShardedStore:
         self, plan: PoolingPlan, gradients: Sequence[PooledGradient], norm_type: float
     ) -> Tensor:
         """See `Store.gradient_norm`; of the rows of all ranks, the same number on each."""
-        parts = self._own_gradients("norm", plan, gradients, 0, [0.0] * len(self.tables))
+        rates = [0.0] * len(self.tables)
+        own_plan, parts = self._own_gradients("norm", plan, gradients, 0, rates)
         of_defaults = torch.zeros((), dtype=torch.float64)
         defaults = self._defaults.of("norm", parts)
         if defaults is not None:
             of_defaults = torch.linalg.vector_norm(defaults.sums.double().cpu(), norm_type)
             parts = [without_refused(part) for part in parts]
         own = torch.as_tensor(
-            self.local.gradient_norm(self._by_key, parts, norm_type), dtype=torch.float64
+            self.local.gradient_norm(own_plan, parts, norm_type), dtype=torch.float64
         )
         if math.isinf(norm_type):
             largest = self.ranks.combined("norm", own, largest=True)
@@ -240,24 +196,23 @@ class ShardedStore:
         gradients: Sequence[PooledGradient],
         step: int,
         rates: Sequence[float],
-    ) -> list[PooledGradient]:
+    ) -> tuple[PoolingPlan, list[PooledGradient]]:
         """The gradients of all ranks for this rank's rows; rates by table are alike on all."""
         self.check_gradients(plan, gradients)
         bits = torch.tensor(rates, dtype=torch.float64).view(torch.int64)
         mine = bits.expand(self.ranks.size, -1)
         theirs = self.ranks.headers(call, len(gradients) << 40 | step, mine)
         _check_rates(self.ranks.rank, self._names, mine, theirs)
+        lookups = [gradient.lookup for gradient in gradients]
+        plans = [lookup.sums_plan for lookup in lookups if isinstance(lookup, ShardedLookup)]
+        own_plan = plans[0] if plans and None not in plans else None
         parts = []
         for gradient in gradients:
             lookup = gradient.lookup
             assert isinstance(lookup, ShardedLookup)
-            sums = lookup.bags.sums(gradient.grad)
-            if self._share != 1.0:
-                sums *= self._share
-            block, own = lookup.rows
-            came = self.ranks.to_all(call, sums, lookup.sent, block.per_rank)
-            parts.append(PooledGradient(own, block.block, block.as_block(came).contiguous()))
-        return parts
+            take = lookup.gradients_by_key if own_plan is None else lookup.gradients
+            parts += take(call, gradient.grad)
+        return own_plan or self._parts.by_key, parts
 
     def find(self, table: int, keys: Tensor) -> FindResult:
         """See `Store.find`; each rank may ask for keys of its own."""
@@ -288,7 +243,7 @@ class ShardedStore:
         batch = KeyedJagged((self._names[table],), keys, offsets)
         plan = PoolingPlan.of_table(table, self.layout.dim)
         checks.check_keys(batch, self.device)
-        wanted, counts, numbers = wanted_of(plan, batch.to(self.device), self.owners, once=False)
+        wanted, counts, numbers, _ = wanted_of(plan, batch.to(self.device), self.owners, once=False)
         sent = counts.sum(1).tolist()
         came = self.ranks.headers(call, table, counts)
         asked = self.ranks.to_all(call, wanted, sent, came.sum(1).tolist())

@@ -22,6 +22,7 @@ class BagSums {
            float* sums);
 
   uint32_t dim() const { return dim_; }
+  ThreadPool& threads() { return pool_; }
 
  private:
   const uint32_t dim_;

@@ -1,5 +1,5 @@
 // Bags of rows by number: the kernels of a store, without its index.
-#include "store/bag_sums.h"
+#include "bags/bag_sums.h"
 
 #include <algorithm>
 #include <vector>
