@@ -18,7 +18,7 @@ from penstock.embedding.sharded.shard_map import ShardMap, table_words
 from penstock.embedding.store import CURSOR_START, PooledFeature, PooledGradient, PoolingPlan
 from penstock.types import KeyedJagged
 from tests.contract.stores import OnCpu
-from tests.contract.thread_ranks import World
+from tests.world.ranks import World
 
 DIM, TABLES = 4, 3
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -155,7 +155,7 @@ def check_against_one(seed, ranks, *, on_gpu=False, waiting=1, reduction="sum"):
         made.check_invariants()
         return made, exchange.calls
 
-    made = World(ranks, late=0.001, seed=seed).run(of_rank)
+    made = World(ranks, seed=seed).run(of_rank)
     rows, same = rows_of([one for one, _ in made]), rows_of([alone])
     assert rows.keys() == same.keys()
     assert len(rows) > 3
