@@ -208,7 +208,11 @@ def open_run(
             newest = _newest_of_all(folder, group) if resume else None
             after = None if newest is None else position_of(newest, job)
             dataset = Dataset.open(
-                job, quarantine=folder.quarantine_file, after=after, stages=begin
+                job,
+                quarantine=folder.quarantine_file,
+                writes_quarantine=group.rank == 0,
+                after=after,
+                stages=begin,
             )
             steps = planned_steps(job, dataset, begin) if lasts_to_the_end(job) else None
         planned = partial(planned_samples, job, dataset)

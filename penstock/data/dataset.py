@@ -78,6 +78,7 @@ class Dataset:
         job: Job,
         *,
         quarantine: Path | None = None,
+        writes_quarantine: bool = True,
         after: Position | None = None,
         labels: Literal["required", "optional"] = "required",
         order: Sequence[str] = (),
@@ -88,6 +89,7 @@ class Dataset:
         Args:
           job: what to read.
           quarantine: JSON lines file to which malformed rows are appended; None: only counted.
+          writes_quarantine: False: another rank, which hears of the same rows, writes that file.
           after: where a run stopped that is to go on: what it held out stays so.
           labels: `optional` for prediction: without the label column, labels are NaN.
           order: names of numeric columns and features in the order to give them, as those of
@@ -124,7 +126,7 @@ class Dataset:
         parts: dict[Part, PartRows] = {"train": train}
         if held_out is not None:
             parts["evaluation"] = held_out
-        dataset = cls(job, columns, parts, Quarantine(quarantine))
+        dataset = cls(job, columns, parts, Quarantine(quarantine, writes=writes_quarantine))
         if after is not None:
             dataset.check(after)
         return dataset

@@ -46,9 +46,14 @@ class Quarantine:
     a run that goes on from a position knows which entries come later, and drops them.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        """Touches nothing on disk; None: only counts."""
-        self._path = path
+    def __init__(self, path: Path | None, *, writes: bool = True) -> None:
+        """Touches nothing on disk.
+
+        Args:
+          path: JSON lines file; None: only counts.
+          writes: False: another process, which gets the same rows, writes the file.
+        """
+        self._path, self._writes = path, writes
         self._lock = threading.Lock()
         self._seen: dict[str, bytearray] = {}
         """By digest of a file a bit for each line: all of a long file may be malformed."""
@@ -73,7 +78,7 @@ class Quarantine:
         Raises:
           DataError: the file cannot be read or written, or is none of ours.
 
-        Effects: rewrites the file where something of it goes: also half a line of a killed run.
+        Effects: where this process writes it, rewrites the file where something of it goes: also half a line of a killed run.
         """
         if self._path is None or not self._path.exists():
             return
@@ -85,7 +90,7 @@ class Quarantine:
                 for number, line in enumerate(whole, start=1)
                 if self._take_up(number, line, quarantined)
             ]
-            if sum(map(len, kept)) != len(data):
+            if self._writes and sum(map(len, kept)) != len(data):
                 part = self._path.with_name(f".{self._path.name}.part")
                 part.write_bytes(b"".join(kept))
                 part.replace(self._path)
@@ -127,7 +132,7 @@ class Quarantine:
                     "bytes": row.file.size,
                     **({} if first is None else {"number": number}),
                 })
-            if self._path is None or not entries:
+            if self._path is None or not self._writes or not entries:
                 return
             try:
                 with self._path.open("a", encoding="utf-8") as out:
@@ -141,7 +146,7 @@ class Quarantine:
         Raises:
           DataError: the disk fails.
         """
-        if self._path is None or not self._path.exists():
+        if self._path is None or not self._writes or not self._path.exists():
             return
         try:
             with self._path.open("ab") as file:

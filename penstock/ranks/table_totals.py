@@ -27,9 +27,11 @@ def over_ranks(group: Group, stats: Sequence[TableStats]) -> dict[str, Values]:
 
 
 def _total(parts: Sequence[Values]) -> Values:
-    """The sums; of the mean age of evicted rows the mean over all of them."""
+    """The sums; means of what is a mean (age, over all evicted rows) or a share of a part."""
     total: Values = {name: sum(part[name] for part in parts) for name in parts[0]}
     if "evicted_age" in total:
         ages = sum(part["evicted_age"] * part["evicted"] for part in parts)
         total["evicted_age"] = ages / max(1, total["evicted"])
+    if "budget_used" in total:
+        total["budget_used"] /= len(parts)  # each has an equal share of max_bytes
     return total

@@ -42,7 +42,12 @@ def contents(out):
         "window": read_tensors(checkpoint / "metrics.safetensors"),
         "random": (checkpoint / "random.json").read_text(encoding="utf-8"),
         "lines": lines,
+        "quarantine": _words(out / "quarantine.jsonl"),
     }
+
+
+def _words(path):
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def bits(tensor):

@@ -41,6 +41,8 @@ def job(tmp_path_factory):
             "k2": keys[:, 2],
             "group": keys[:, 0] % 7,
         }
+        if number in (2, 4):
+            columns["time"][n // 2] += 20 * 366 * 86_400_000  # of a broken clock: malformed
         pq.write_table(pa.table(columns), folder / "data" / f"{number}.parquet")
     table = {"dim": 6, "optimizer": {"kind": "adam", "learning_rate": 0.01}}
     fields = {
@@ -99,6 +101,7 @@ def alone(job, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
     ended = train(job, out, 1)
     assert ended.returncode == 0, ended.stderr
+    assert len((out / "quarantine.jsonl").read_text("utf-8").splitlines()) == 2
     return out
 
 

@@ -85,6 +85,22 @@ def test_sync_returns_when_the_disk_has_the_file(tmp_path, monkeypatch):
         quarantine.sync()
 
 
+def test_of_several_ranks_one_writes_and_all_count(tmp_path, monkeypatch):
+    path = tmp_path / "quarantine.jsonl"
+    writer, other = Quarantine(path), Quarantine(path, writes=False)
+    for one in (other, writer, other):
+        one.add(left_out(A, 3, 5), 1)
+    assert (writer.rows, other.rows) == (2, 2)
+    assert lines_in(path) == [("a.csv", 3), ("a.csv", 5)]
+    before = path.stat()
+    again = Quarantine(path, writes=False)
+    again.resume(1)  # without the second, which the writer is to take out
+    assert again.rows == 1
+    assert path.stat() == before
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("nothing of it was written here"))
+    again.sync()
+
+
 def test_an_entry_that_is_there_twice_is_one_row(tmp_path):
     path = tmp_path / "quarantine.jsonl"
     Quarantine(path).add(left_out(A, 3), 1)

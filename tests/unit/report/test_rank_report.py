@@ -143,7 +143,7 @@ def test_sizes_of_tables_are_those_of_all_ranks():
             evicted_age=4.0 * rank,
             dropped=2,
             candidates=3,
-            budget_used=0.25,
+            budget_used=0.25 * rank,
         )
         return [
             TableStats("plain", rows=5 + rank, bytes=100, memory_bytes=1),
@@ -161,7 +161,7 @@ def test_sizes_of_tables_are_those_of_all_ranks():
             "evicted_age": (1 * 4.0 + 2 * 8.0) / 3,
             "dropped": 6,
             "candidates": 9,
-            "budget_used": 0.75,
+            "budget_used": 0.25,  # of equal parts of the budget
         },
     }
     assert over(3, lambda group: over_ranks(group, stats(group.rank))) == [expected] * 3
