@@ -172,6 +172,7 @@ def train(
         penstock train jobs/criteo.yaml --nproc 4 --out runs/criteo
         penstock train runs/criteo/job.yaml --nproc 2 --out runs/criteo --resume
     """
+    from penstock.config import LANES, check_lanes
     from penstock.job_file import load_job
 
     loaded = load_job(job, sets or ())
@@ -179,6 +180,8 @@ def train(
         raise typer.BadParameter("name the run folder to go on with: --out FOLDER --resume")
     process: Process = context.obj
     if nproc is not None and nproc > 1 and not is_started_by_us(os.environ):
+        # Before any rank starts: a thousand of them would stop the machine.
+        check_lanes(nproc, loaded.data.lanes or LANES)
         _launch(nproc, process)
         return
     from penstock import run

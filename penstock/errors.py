@@ -86,6 +86,10 @@ class NonFiniteError(PenstockError, ArithmeticError):
     """A loss or gradient is NaN or infinite; the message names the batch's position."""
 
 
+class DivergedElsewhere(FailedElsewhere, NonFiniteError):
+    """A loss or gradient of another rank is not finite, which says of which rows."""
+
+
 class JobNote(UserWarning):
     """What the author of a job should know though it is no error: a field that has moved, say."""
 

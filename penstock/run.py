@@ -34,12 +34,13 @@ from penstock.interruption import Interruption, interruption
 from penstock.job_file import override
 from penstock.ranks.group import ALONE, Group
 from penstock.ranks.in_step import in_step
+from penstock.ranks.share import Share
 from penstock.ranks.table_totals import over_ranks
 from penstock.ranks.together import from_first, together
 from penstock.report.display import stages
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.rank_report import Report, held, report_of
-from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING
+from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING, best_values
 from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.planned import planned_samples, planned_steps
@@ -207,12 +208,9 @@ def open_run(
         with together(group, "open the data"), stages() as begin:
             newest = _newest_of_all(folder, group) if resume else None
             after = None if newest is None else position_of(newest, job)
+            kept_in, leads = folder.quarantine_file, group.rank == 0
             dataset = Dataset.open(
-                job,
-                quarantine=folder.quarantine_file,
-                writes_quarantine=group.rank == 0,
-                after=after,
-                stages=begin,
+                job, quarantine=kept_in, writes_quarantine=leads, after=after, stages=begin
             )
             steps = planned_steps(job, dataset, begin) if lasts_to_the_end(job) else None
         planned = partial(planned_samples, job, dataset)
@@ -283,6 +281,7 @@ class Run:
         self._began_at = self.state.position
         self._samples = 0
         self._is_saved = False
+        self._share = Share(group, job.data.source.extents)
         # What the clock and the counter showed when the current window of steps began.
         self._window_seconds = dict(self.clock.seconds)
         self._window_samples = 0
@@ -298,8 +297,8 @@ class Run:
             self._is_saved = True
         self._began_at = self.state.position
         self.division.begin_run(self.state.step)
-        window_is_open = self.window.compute()["samples"] > 0
-        self.report.start(self.state.step, self.state.position, window_is_open)
+        is_open = self.window.compute()["samples"] > 0
+        self.report.start(self.state.step, self.state.position, is_open)
         for line in unmatched:
             self.report.warn(f"training.init_from: {line}: begins with initial values")
         for one in loaded:
@@ -366,6 +365,7 @@ class Run:
                 self._is_whole = True
             raise
         for fed, result in zip(group, results, strict=True):
+            self._share.add(fed.batch.batch_size)
             batch, outputs = self.division.whole(fed.batch, result.outputs)
             self.window.add(batch, outputs, result.loss)
             self._samples += batch.batch_size
@@ -400,6 +400,8 @@ class Run:
             **self._state_values(),
         }
         self.report.tell("train", state.step, values)
+        if (words := self._share.warning()) is not None:
+            self.report.warn(words)
 
     def evaluate(self) -> None:
         """Measures the held-out part, unless there is none or it was measured at this step."""
@@ -470,9 +472,7 @@ class Run:
 
     def _all_are_here(self, error: Interrupted | PenstockError) -> bool:
         """Whether all ranks heard of an error at the same place; of signals they do."""
-        if isinstance(error, Interrupted):
-            return True
-        return self.group.size == 1 or error.is_known_to_all
+        return isinstance(error, Interrupted) or self.group.size == 1 or error.is_known_to_all
 
     def summary(self) -> dict[str, Any]:
         """What the run amounts to; `RunReport.finished` adds versions and hardware."""
@@ -486,14 +486,8 @@ class Run:
             **self._state_values(),
             "quarantined_rows": self.dataset.quarantined_rows,
             "checkpoint": str(self.checkpoints.latest()),
-            **self._best_values(),
+            **best_values(self.state.best),
         }
-
-    def _best_values(self) -> dict[str, Any]:
-        best = self.state.best.get(OF_CHECKPOINTS) or self.state.best.get(OF_STOPPING)
-        if best is None or best.value is None:
-            return {}
-        return {"best": {"metric": best.metric, "value": best.value, "step": best.step}}
 
     def _state_values(self) -> dict[str, Any]:
         """Sizes of the tables, and what became of the rows that were read."""

@@ -5,6 +5,7 @@ device or imports torch.
 """
 
 from penstock.config.data import (
+    LANES,
     Bucketize,
     Clip,
     CrossedFeature,
@@ -24,6 +25,7 @@ from penstock.config.data import (
     Split,
     TimeSplit,
     TimeUnit,
+    check_lanes,
 )
 from penstock.config.job import (
     DenseOptimizer,
@@ -112,6 +114,7 @@ from penstock.config.tables import (
 __all__ = [
     "FILE_FORMATS",
     "FILE_SOURCES",
+    "LANES",
     "SOURCES",
     "AnyFileSource",
     "RunConfig",
@@ -200,6 +203,7 @@ __all__ = [
     "XDeepFMConfig",
     "compression_of_path",
     "format_of_path",
+    "check_lanes",
     "lasts_to_the_end",
     "mode_of",
     "with_end",

@@ -13,6 +13,7 @@ from penstock.config.base import MAY_CHANGE, Config, FiniteFloat, Fraction, Int6
 from penstock.config.labels import Label, LabelOrLabels, check_labels
 from penstock.config.sources import Source
 from penstock.config.tables import Pooling
+from penstock.errors import ConfigError
 
 TimeUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 
@@ -269,6 +270,23 @@ class Shuffle(Config):
     """Memory of a block's decoded rows. One that would be larger (many columns, long lists) has
     fewer rows: as many whole batches as fit, at least one.
     """
+
+
+LANES = 8
+"""Where `data.lanes` is not set: lanes of data whose samples teach one by one."""
+
+
+def check_lanes(ranks: int, lanes: int) -> None:
+    """Refuses more ranks than there are lanes.
+
+    Raises:
+      ConfigError: there are.
+    """
+    if ranks > lanes:
+        raise ConfigError(
+            f"{ranks} ranks, but the data is divided into {lanes} lanes, of which each rank "
+            f"reads some; start at most {lanes} ranks, or set data.lanes for a new run"
+        )
 
 
 _IS_POSITIVE = Label(column="positive")

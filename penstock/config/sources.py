@@ -174,6 +174,7 @@ class SyntheticSource(Config):
     Columns: click, event_time, n0..., c0..., teacher. Row r is a pure function of (seed, r).
     """
 
+    extents: ClassVar[str] = "pieces"
     format: Literal["synthetic"] = "synthetic"
     rows: Annotated[int, Field(gt=0, le=10**11)] = 400_000
     num_categorical: Annotated[int, Field(gt=0, le=10_000)] = 8

@@ -7,7 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from penstock.config import FeatureConfig, Job, SyntheticSource, TableConfig, TimeSplit
+from penstock.config import (
+    FeatureConfig,
+    Job,
+    SyntheticSource,
+    TableConfig,
+    TimeSplit,
+    check_lanes,
+)
 from penstock.config import Source as SourceConfig
 from penstock.data.batches.agreement import Ranks
 from penstock.data.batches.blocks import FileTags
@@ -307,11 +314,7 @@ def _with_lanes(start: Position, ranks: Ranks | None) -> Position:
     if not start.lanes:
         start = replace(start, lanes=(LanePosition(),))
     lanes = len(start.lanes)
-    if ranks is not None and ranks.size > lanes:
-        raise ConfigError(
-            f"{ranks.size} ranks, but the data is divided into {lanes} lanes, of which each rank "
-            f"reads some; start at most {lanes} ranks, or set data.lanes for a new run"
-        )
+    check_lanes(1 if ranks is None else ranks.size, lanes)
     return start
 
 

@@ -78,7 +78,8 @@ class Quarantine:
         Raises:
           DataError: the file cannot be read or written, or is none of ours.
 
-        Effects: where this process writes it, rewrites the file where something of it goes: also half a line of a killed run.
+        Effects: the process that writes the file rewrites it where something of it goes: also half
+          a line of a killed run.
         """
         if self._path is None or not self._path.exists():
             return

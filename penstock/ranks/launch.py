@@ -252,5 +252,10 @@ def _outcome(ranks: _Ranks, folder: Path) -> Outcome:
     elif words is None:
         words = f"error: {who} ended first, with exit status {status}; what it said is above"
     elif status < 128:
-        words = f"error: {who}: {words}"
+        # The job is wrong, or rank 0 has looked for all.
+        is_of_all = status != LOST and all(
+            words_of(folder, one.number) == words or (failed.number == 0 and one.status == LOST)
+            for one in ranks.every
+        )
+        words = f"error: {words}" if is_of_all else f"error: {who}: {words}"
     return Outcome(2 if status == LOST else status, words)

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from penstock.config import CustomModel, Job, Label, Model, MultiTask, TwoTowerConfig, with_end
+from penstock.config import (
+    LANES,
+    CustomModel,
+    Job,
+    Label,
+    Model,
+    MultiTask,
+    TwoTowerConfig,
+    with_end,
+)
 from penstock.data.dataset import Dataset
 from penstock.embedding.collection.collection import EmbeddingCollection, available_cores
 from penstock.errors import CapacityError, ConfigError
@@ -26,9 +35,6 @@ from penstock.training.steps.dense import DenseTrainer
 from penstock.training.steps.division import Division
 from penstock.training.tasks import tasks_of
 from penstock.types import LanePosition, Position
-
-LANES = 8
-"""Into which the data of a job is divided that does not say it."""
 
 
 class Untrained(NamedTuple):

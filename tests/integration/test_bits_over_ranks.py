@@ -13,6 +13,9 @@ import pytest
 import yaml
 from run_contents import contents, differences
 
+from penstock.cli import main
+from penstock.ranks import launch
+
 BINARY = str(Path(sys.executable).with_name("penstock"))
 
 
@@ -133,8 +136,16 @@ def test_the_number_of_ranks_may_change_on_the_way(job, alone, tmp_path):
 def test_more_ranks_than_lanes_are_refused(job, tmp_path):
     ended = train(job, tmp_path / "run", 3, "--set", "data.lanes=2")
     assert ended.returncode == 2
-    assert "3 ranks, but the data is divided into 2 lanes" in ended.stderr
+    assert ended.stderr.startswith("error: 3 ranks, but the data is divided into 2 lanes")
     assert "data.lanes" in ended.stderr
+
+
+def test_far_too_many_ranks_are_refused_before_any_is_started(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["penstock", "train", str(job), "--nproc", "900"])
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("900 processes"))
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
 
 
 def test_a_run_keeps_its_lanes(job, alone):

@@ -89,6 +89,14 @@ def best_of(job: Job) -> dict[str, BestSoFar]:
     return found
 
 
+def best_values(best: Mapping[str, BestSoFar]) -> dict[str, Any]:
+    """What a summary says of the best evaluation: of checkpoints', else of stopping's."""
+    found = best.get(OF_CHECKPOINTS) or best.get(OF_STOPPING)
+    if found is None or found.value is None:
+        return {}
+    return {"best": {"metric": found.metric, "value": found.value, "step": found.step}}
+
+
 def _value_at(metrics: Mapping[str, Any], path: str) -> float:
     found: Any = metrics
     for name in path.split("/"):

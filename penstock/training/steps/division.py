@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from penstock.errors import FailedElsewhere, NonFiniteError, PenstockError
+from penstock.errors import DivergedElsewhere, FailedElsewhere, NonFiniteError, PenstockError
 from penstock.models import looks_at_other_samples
 from penstock.ranks.group import ALONE, Group
 from penstock.training.objective import Objective
@@ -254,7 +254,9 @@ def _refuse_failed(error: Exception | None, states: Sequence[float]) -> None:
     if not any(states):
         return
     if 2 in states and not isinstance(error, NonFiniteError):
-        error = NonFiniteError(f"the loss or a gradient of rank {states.index(2)} is not finite")
+        error = DivergedElsewhere(
+            f"the loss or a gradient of rank {states.index(2)} is not finite, which says why"
+        )
     if error is None:
         first = next(rank for rank, state in enumerate(states) if state)
         raise FailedElsewhere(f"rank {first} could not train on its part of a batch, and says why")

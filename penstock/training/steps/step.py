@@ -153,12 +153,12 @@ def train_step(training: Training, batches: Sequence[Batch], step: int) -> list[
         with clock.measure("embedding"):
             doing.what = "the update of the embeddings"
             collection.apply_gradients()
+    except GroupError:
+        raise
     except NonFiniteError as error:
         told = NonFiniteError(f"{error}; {_place(doing.batch)}")
         told.is_known_to_all = error.is_known_to_all
         raise told from None
-    except GroupError:
-        raise
     # A user's model may raise anything.
     except Exception as error:
         what = f"step {step}: {doing.what}"

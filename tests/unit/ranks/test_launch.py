@@ -133,6 +133,22 @@ while True:
     assert not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        ('leave_words("no such column"); sys.exit(2)', "error: no such column"),
+        ('leave_words("full"); sys.exit(LOST if rank else 2)', "error: full"),
+        ("leave_words(f'row {rank // 2}'); sys.exit(2)", "of 3: row "),
+    ],
+)
+def test_what_is_of_all_ranks_is_said_of_none(tmp_path, rank, words):
+    """The job is wrong, or rank 0 has looked for all; else the rank is named."""
+    status, _, errors = ended(start(tmp_path, "all_started(); " + rank))
+    assert status == 2
+    assert words in errors
+    assert ("of 3" in errors) == ("of 3" in words)
+
+
 def test_where_all_lost_each_other_the_first_says_so(tmp_path):
     rank = 'all_started(); time.sleep(rank / 5); leave_words(f"lost by {rank}"); sys.exit(LOST)'
     status, _, errors = ended(start(tmp_path, rank))
