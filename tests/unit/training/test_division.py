@@ -52,11 +52,11 @@ def batch_of(rank, ranks, sizes=SIZES, **columns):
 
 
 class Weights(nn.Module):
-    """Two parameters, of which one is not always used."""
+    """Parameters, of which one is not always used."""
 
     def __init__(self, *, buffered=False):
         super().__init__()
-        self.always = nn.Parameter(torch.zeros(2))
+        self.always = nn.Parameter(torch.zeros(33))
         self.seldom = nn.Parameter(torch.zeros(3))
         self.never = nn.Parameter(torch.zeros(1))
         if buffered:
@@ -83,7 +83,7 @@ def trained(division, batch, model):
     for part in division.parts(batch):
         division.begin_part(part, 0)
         labels = batch.labels[part.rows]
-        model.always.grad = torch.stack([labels.sum() * 0.1, torch.rand(())])
+        model.always.grad = torch.cat([labels.sum()[None] * 0.1, torch.rand(32)])
         if 3 in labels:
             model.seldom.grad = torch.full((3,), 0.7)
         if hasattr(model, "norm"):
@@ -209,7 +209,7 @@ def test_a_step_that_failed_leaves_no_gradients_behind():
     def act(division, batch, model):
         for part in division.parts(batch):
             division.begin_part(part, 0)
-            model.always.grad = torch.full((2,), 100.0)
+            model.always.grad = torch.full((33,), 100.0)
             division.end_part(part)
         division.begin_step(0)
         return trained(division, batch, model)
