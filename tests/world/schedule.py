@@ -78,8 +78,12 @@ class Schedule:
         with self.reading.loader(self.data, self.seed, self.reading.start()) as loader:
             for batch in loader:
                 found.append((ids_of(batch), batch.lane_sizes, batch.end))
-        ends = [end.counts for *_, end in found]
-        assert not ends or ends[-1].quarantined <= self.data.malformed * self.reading.epochs
+        samples, size = len(self.data.samples), self.reading.batch_size
+        of_epoch = [size] * (samples // size) + [samples % size] * (samples % size > 0)
+        assert [len(ids) for ids, *_ in found] == of_epoch * self.reading.epochs
+        for epoch in range(self.reading.epochs):
+            some = found[epoch * len(of_epoch) : (epoch + 1) * len(of_epoch)]
+            assert sorted(one for ids, *_ in some for one in ids) == list(range(samples))
         return found
 
     def run(self):
