@@ -32,7 +32,7 @@ from penstock.errors import (
 )
 from penstock.interruption import Interruption, interruption
 from penstock.job_file import override
-from penstock.ranks.group import ALONE, Group
+from penstock.ranks.group import ALONE, Group, refuse_ranks_left_out
 from penstock.ranks.in_step import in_step
 from penstock.ranks.share import Share
 from penstock.ranks.table_totals import over_ranks
@@ -203,6 +203,7 @@ def open_run(
     The folder is this run's alone meanwhile. Nothing is written to it before data, model and
     checkpoint were found to fit the job.
     """
+    refuse_ranks_left_out(group)
     folder = RunFolder(out)
     with held(folder, job, group, partial(_check_folder, folder, job, resume)):
         with together(group, "open the data"), stages() as begin:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from penstock.embedding.sharded.store import Ranks
-from penstock.errors import GroupError
+from penstock.errors import ConfigError, GroupError
 
 Result = TypeVar("Result")
 
@@ -73,6 +73,25 @@ class Alone:
 
 
 ALONE = Alone()
+
+
+def refuse_ranks_left_out(group: Group) -> None:
+    """Refuses to train alone in a script whose processes have made a group of torch's.
+
+    Each would train the whole job, in one folder.
+
+    Raises:
+      ConfigError: `group` is of one, and torch's default group is not.
+    """
+    if group.size > 1 or not distributed.is_initialized():
+        return
+    size = distributed.get_world_size()
+    if size > 1:
+        raise ConfigError(
+            f"this process is one of {size} ranks of torch.distributed, and would train alone: "
+            "start the job by `penstock train` under the same launcher, or do it in a process that "
+            "has made no group"
+        )
 
 
 class Processes:

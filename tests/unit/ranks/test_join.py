@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
+from penstock.config import parse_job
 from penstock.errors import ConfigError, FailedElsewhere, GroupError
 from penstock.interruption import Interruption
 from penstock.ranks import join
@@ -16,6 +18,7 @@ from penstock.ranks.group import ALONE
 from penstock.ranks.join import Place, joined, place_of
 from penstock.ranks.launch import launch
 from penstock.ranks.together import check_alike, from_first, together
+from penstock.run import train
 from tests.world.ranks import World
 
 
@@ -195,3 +198,16 @@ def test_ranks_that_were_given_unlike_things_are_refused():
             check_alike(group, "the job", "other" if group.rank == 2 else "same")
 
     over(3, act)
+
+
+def test_a_script_with_a_group_of_its_own_does_not_train_alone_in_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    job = parse_job({
+        "data": {"source": {"format": "synthetic"}, "label": {"column": "click"}},
+        "features": [{"columns": ["c0"]}],
+        "model": {"kind": "dlrm"},
+    })
+    with pytest.raises(ConfigError, match=r"one of 2 ranks of torch\.distributed"):
+        train(job, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
