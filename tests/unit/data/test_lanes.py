@@ -176,6 +176,18 @@ def test_every_batch_has_of_all_lanes_while_they_have_rows(files):
         assert [lane_of[one] for one in ids] == sorted(lane_of[one] for one in ids)
 
 
+def test_each_lane_has_a_shuffling_of_its_own(tmp_path):
+    for number in range(2):
+        write(tmp_path / f"{number}.parquet", 1000 * number, 20)
+    found, _ = batches_in(
+        opened(tmp_path, block=40).batches("train", batch_size=40, seed=2, start=in_lanes(2))
+    )
+    ((ids, *_),) = found
+    orders = [[one % 1000 for one in ids if one // 1000 == number] for number in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20))
+    assert orders[0] != orders[1] != sorted(orders[1])
+
+
 def test_malformed_rows_reach_every_quarantine_once(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
