@@ -50,20 +50,20 @@ def look_up(keys=KEYS, offsets=OFFSETS, weights=None, size=8, out=None, plan=PLA
     )
 
 
-def update(grad=None, hypers=HYPERS, plan=PLAN, lookup=looked_up):
+def update(grad=None, hypers=HYPERS, plan=PLAN, lookup=looked_up, defaults=(None, None)):
     grad = floats(8, 4) if grad is None else grad
-    return lambda s: s.apply_gradients(plan, [(lookup(s), grad)], hypers, 0, False)
+    return lambda s: s.apply_gradients(plan, [(lookup(s), grad)], hypers, 0, False, *defaults)
 
 
 def applied(store):
     lookup = looked_up(store)
-    store.apply_gradients(PLAN, [(lookup, floats(8, 4))], HYPERS, 0, False)
+    store.apply_gradients(PLAN, [(lookup, floats(8, 4))], HYPERS, 0, False, None, None)
     return lookup
 
 
 def twice(store):
     lookup = looked_up(store)
-    return store.apply_gradients(PLAN, [(lookup, floats(8, 4))] * 2, HYPERS, 0, False)
+    return store.apply_gradients(PLAN, [(lookup, floats(8, 4))] * 2, HYPERS, 0, False, None, None)
 
 
 FLAGS = np.empty(8, bool)
@@ -90,6 +90,10 @@ CALLS = {
     "update gradient columns": update(floats(8, 3)),
     "update hypers": update(hypers=HYPERS[:1]),
     "update hyper fields": update(hypers=floats(2, 9)),
+    "update default sums alone": update(defaults=(floats(2, 4), None)),
+    "update default sums": update(defaults=(floats(1, 4), np.zeros(2, bool))),
+    "update default columns": update(defaults=(floats(2, 3), np.zeros(2, bool))),
+    "update touched": update(defaults=(floats(2, 4), np.zeros(1, bool))),
     "update plan": update(plan=plan_of(table=[1])),
     "update other store": update(lookup=lambda _: looked_up(core())),
     "update no look-up": update(lookup=lambda _: _core.Lookup()),

@@ -4,13 +4,13 @@ import pytest
 
 from penstock.ranks.group import ALONE
 from penstock.ranks.share import Share
-from tests.contract.thread_ranks import ThreadGroup, World
+from tests.world.ranks import World
 
 
 def said(samples):
-    def act(exchange):
-        share = Share(ThreadGroup(exchange), "row groups")
-        for number in samples[exchange.rank]:
+    def act(rank):
+        share = Share(rank, "row groups")
+        for number in samples[rank.rank]:
             share.add(number)
         return share.warning(), share.warning()
 
