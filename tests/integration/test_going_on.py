@@ -328,6 +328,32 @@ def test_a_checkpoint_of_version_1_resumes_with_a_warning(
     assert position_of(out) == position_of(tmp_path / "whole")
 
 
+def test_a_checkpoint_of_version_2_goes_on_in_its_one_lane(small_job, tmp_path, monkeypatch, quiet):
+    data = small_job.data.model_copy(update={"lanes": 1})
+    in_one_lane = small_job.model_copy(update={"data": data})
+    out = tmp_path / "run"
+    story.train(in_one_lane, tmp_path / "whole", console=quiet)
+    crash(in_one_lane, out, 20, monkeypatch, quiet)
+    # As it was written before there were lanes: in the middle of a block.
+    path = newest_of_run(out)
+    content = json.loads((path / "manifest.json").read_bytes())
+    content["version"] = 2
+    del content["job"]["data"]["lanes"]
+    (lane,) = content["position"].pop("lanes")
+    assert lane["pieces"]
+    content["position"] |= {
+        "block_size": lane["samples"],
+        "pieces": lane["pieces"],
+        "cursor": lane["cursor"],
+    }
+    raw = json.dumps(content, indent=1).encode() + b"\n"
+    (path / "manifest.json").write_bytes(raw)
+    (path / "manifest.b2sum").write_bytes(seal(raw))
+    train(small_job, out, resume=True)
+    assert len(position_of(out).lanes) == 1
+    assert not differences(contents(out), contents(tmp_path / "whole"))
+
+
 def test_another_batch_size_at_resume_trains_each_row_once(tmp_path):
     for day in (0, 1):
         write_day(tmp_path, day)
