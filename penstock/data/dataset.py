@@ -16,7 +16,7 @@ from penstock.config import (
     check_lanes,
 )
 from penstock.config import Source as SourceConfig
-from penstock.data.batches.agreement import Ranks
+from penstock.data.batches.agreement import ReaderGroup
 from penstock.data.batches.blocks import FileTags
 from penstock.data.batches.loader import Loader
 from penstock.data.batches.loader_plan import LoaderPlan
@@ -187,7 +187,7 @@ class Dataset:
         start: Position = Position(),  # noqa: B008 (frozen)
         shuffle: bool | None = None,
         groups: bool = False,
-        ranks: Ranks | None = None,
+        ranks: ReaderGroup | None = None,
     ) -> Loader:
         """Starts reading a part.
 
@@ -310,7 +310,7 @@ class Dataset:
         return self._parts[part]
 
 
-def _with_lanes(start: Position, ranks: Ranks | None) -> Position:
+def _with_lanes(start: Position, ranks: ReaderGroup | None) -> Position:
     if not start.lanes:
         start = replace(start, lanes=(LanePosition(),))
     lanes = len(start.lanes)

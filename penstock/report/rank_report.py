@@ -62,37 +62,15 @@ class Report(Protocol):
         """Lets go of files."""
 
 
-class SilentReport:
-    """The `Report` of a rank that is not the first: what it could tell, the first one tells."""
+class SilentReport(Report):
+    """The `Report` of a rank that is not the first: what it could tell, the first one tells.
 
-    def start(self, step: int, position: Position, window_is_open: bool = False) -> None:
-        """See `Report`."""
-
-    def advance(self, step: int, samples: int) -> None:
-        """See `Report`."""
-
-    def tell(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """See `Report`."""
-
-    def warn(self, text: str) -> None:
-        """See `Report`."""
-
-    def measured(self, step: int) -> Mapping[str, Any] | None:
-        """See `Report`: the first rank knows."""
-        return None
+    What it does not define does nothing.
+    """
 
     def final_metrics(self, step: int) -> dict[str, Any]:
         """See `Report`: the first rank knows."""
         return {}
-
-    def failed(self, step: int, error: BaseException) -> None:
-        """See `Report`: the launcher tells it."""
-
-    def stopped(self, step: int, *, is_whole: bool) -> None:
-        """See `Report`."""
-
-    def not_begun(self, step: int) -> None:
-        """See `Report`."""
 
     def ended(
         self,
@@ -103,9 +81,6 @@ class SilentReport:
     ) -> dict[str, Any]:
         """See `Report`: the first rank knows."""
         return {}
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def report_of(

@@ -18,7 +18,7 @@ from penstock.types import Counts, FileTag, LanePosition
 _UNLIMITED = 2**63 - 1
 
 
-class Ranks(Protocol):
+class ReaderGroup(Protocol):
     """The ranks that read the lanes; all make the same calls in the same order."""
 
     @property
@@ -47,7 +47,7 @@ class LaneBlock(NamedTuple):
 class Agreement:
     """Between the ranks that read the lanes; alone, one has nothing to ask."""
 
-    def __init__(self, ranks: Ranks | None) -> None:
+    def __init__(self, ranks: ReaderGroup | None) -> None:
         """None: one process reads all lanes."""
         self._ranks = None if ranks is None or ranks.size == 1 else ranks
         self._is_over = False

@@ -17,7 +17,7 @@ from itertools import islice
 from types import TracebackType
 from typing import NamedTuple
 
-from penstock.data.batches.agreement import Agreement, Ranks
+from penstock.data.batches.agreement import Agreement, ReaderGroup
 from penstock.data.batches.blocks import Blocks, Cut, FileTags, within
 from penstock.data.batches.channel import Channel, Closed, Ended
 from penstock.data.batches.lane_queue import LaneQueue
@@ -69,7 +69,7 @@ class Loader:
         *,
         quarantine: Quarantine,
         files: FileTags,
-        ranks: Ranks | None = None,
+        ranks: ReaderGroup | None = None,
     ) -> None:
         """Starts reading.
 
