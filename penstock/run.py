@@ -39,7 +39,8 @@ from penstock.ranks.table_totals import over_ranks
 from penstock.ranks.together import from_first, together
 from penstock.report.display import stages
 from penstock.report.folder import RunFolder, files_of_run
-from penstock.report.rank_report import Report, held, report_of
+from penstock.report.rank_report import held, report_of
+from penstock.report.run_report import Report
 from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING, best_values
 from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
 from penstock.training.evaluation import Evaluator, scored

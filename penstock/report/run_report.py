@@ -26,7 +26,56 @@ from penstock.report.terminal import Stream, console_of
 from penstock.types import Position
 
 
-class RunReport:
+class Report:
+    """What a run tells; this one, of a rank that is not the first, tells nothing.
+
+    What it could tell, the first rank does, with a `RunReport`.
+    """
+
+    def start(self, step: int, position: Position, window_is_open: bool = False) -> None:
+        """Begins at `step`."""
+
+    def advance(self, step: int, samples: int) -> None:
+        """Moves the bar after a step."""
+
+    def tell(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Tells an event."""
+
+    def warn(self, text: str) -> None:
+        """Tells what does not end the run."""
+
+    def measured(self, step: int) -> Mapping[str, Any] | None:
+        """What was measured after `step`; None: nothing that is known here."""
+        return None
+
+    def final_metrics(self, step: int) -> dict[str, Any]:
+        """The metrics of the summary."""
+        return {}
+
+    def failed(self, step: int, error: BaseException) -> None:
+        """Tells what ends the run."""
+
+    def stopped(self, step: int, *, is_whole: bool) -> None:
+        """Tells that the run stopped, and how to go on."""
+
+    def not_begun(self, step: int) -> None:
+        """Tells that there is no checkpoint."""
+
+    def ended(
+        self,
+        summary: Mapping[str, Any],
+        has_moved: bool,
+        max_steps: int | None,
+        no_better: str | None = None,
+    ) -> dict[str, Any]:
+        """Tells that a run came to its end; returns the content of summary.json."""
+        return {}
+
+    def close(self) -> None:
+        """Lets go of files."""
+
+
+class RunReport(Report):
     """What a run tells: kept in its folder, shown on the terminal.
 
     Args:

@@ -12,8 +12,8 @@ from penstock.errors import ConfigError, FailedElsewhere
 from penstock.ranks.group import ALONE
 from penstock.ranks.table_totals import over_ranks
 from penstock.report.folder import RunFolder
-from penstock.report.rank_report import SilentReport, held, report_of
-from penstock.report.run_report import RunReport
+from penstock.report.rank_report import held, report_of
+from penstock.report.run_report import Report, RunReport
 from tests.world.ranks import World
 
 JOB = {
@@ -129,7 +129,7 @@ def test_ranks_but_the_first_write_nothing(tmp_path):
         report.close()
         return type(report)
 
-    assert over(3, act) == [RunReport, SilentReport, SilentReport]
+    assert over(3, act) == [RunReport, Report, Report]
     assert not list(tmp_path.iterdir())
     assert not shown.file.getvalue()
 
