@@ -13,6 +13,7 @@ import torch
 
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.sharded.bags import HostBags
+from penstock.embedding.sharded.shard_map import ShardMap
 from penstock.embedding.sharded.store import ShardedStore
 from penstock.embedding.store import PooledGradient
 from penstock.errors import FailedElsewhere, GroupError, Interrupted
@@ -52,6 +53,7 @@ class Leg(NamedTuple):
     """What happens until ranks end, or go on as others."""
 
     ranks: int
+    shard_map: ShardMap
     faults: Faults
     save_at: frozenset
     """Steps after which a checkpoint is taken."""
@@ -69,6 +71,7 @@ class Schedule:
         self.deterministic = bool(self.rng.random() < 0.5)
         self.log = Log()
         self.saved = Saved(0, self.reading.start().to_dict(), [])
+        self.shard_map = ShardMap.even(1)
         self.parts = {}
         """Parts of checkpoints by step and rank."""
         self.batches = self._batches_of_one_process()
@@ -124,7 +127,9 @@ class Schedule:
         signal_at = None
         if 0.5 <= fault < 0.7 and not is_last and self.saved.step < steps:
             signal_at = int(rng.integers(ranks)), int(rng.integers(self.saved.step, steps))
-        return Leg(ranks, faults, save_at, signal_at)
+        weights = 1 + rng.permutation(ranks) * int(rng.integers(0, 3))
+        self.shard_map = self.shard_map.resized(weights.tolist())
+        return Leg(ranks, self.shard_map, faults, save_at, signal_at)
 
     def _has_finished(self, world, ended):
         """Whether all ranks came to the end; checks how they ended."""
@@ -156,6 +161,7 @@ class Schedule:
             device=torch.device("cpu"),
             deterministic=self.deterministic,
             reduction="sum",
+            shard_map=leg.shard_map,
         )
         saved = self.saved
         for table, rows in enumerate(saved.rows):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from penstock.config import TableConfig
 from penstock.embedding.collection.table_stores import TableStores
 from penstock.embedding.rules.optimizer import initial_state
+from penstock.embedding.sharded.shard_map import Plan, ShardMap
 from penstock.embedding.sharded.store import ShardedStore
 from penstock.embedding.store import CURSOR_START, FindResult, TableRows
 from penstock.errors import ConfigError
@@ -193,6 +194,14 @@ class RowsByKey(nn.Module):
             own = store.owners.places_of(store.ranks.rank, number, keys.to(self.device))
             return own.to(keys.device)
         return torch.arange(len(keys))
+
+    def sources(self, table: str, num_ranks: int) -> tuple[int, ...]:
+        """Which of so many ranks, over which a table was spread, had rows that live here now."""
+        store, _ = self._stores.find_table(table)
+        if isinstance(store, ShardedStore):
+            before = ShardMap.even(num_ranks)
+            return Plan.between(before, store.shard_map).sources(store.ranks.rank)
+        return tuple(range(num_ranks))
 
     def import_rows(self, table: str, rows: TableRows) -> int:
         """Writes rows into a table; returns how many keys were new. Equal keys: the last stays."""

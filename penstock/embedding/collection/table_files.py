@@ -82,12 +82,26 @@ class TableRecord:
     """Files of counted keys without a row, in order."""
     dtype: ValueType = "float32"
     """Of the values."""
+    writers: tuple[int, ...] = ()
+    """Of each of `shards` the rank that wrote it; empty: all rows may be in any."""
+    num_writers: int = 1
+    """Ranks over which the rows were spread then, evenly by bucket."""
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> TableRecord:
         """Of a manifest; KeyError or TypeError where it is none."""
-        lists = {"shards": tuple(fields["shards"]), "counts": tuple(fields.get("counts", ()))}
-        return cls(**{**fields, **lists})
+        names = "counts", "writers"
+        lists = {name: tuple(fields.get(name, ())) for name in names}
+        return cls(**{**fields, **lists, "shards": tuple(fields["shards"])})
+
+    def with_rows_of(self, collection: EmbeddingCollection) -> TableRecord:
+        """Without the shards that have no row of those that live in `collection`."""
+        if not self.writers:
+            return self
+        sources = collection.sources(self.name, self.num_writers)
+        pairs = zip(self.shards, self.writers, strict=True)
+        shards = tuple(shard for shard, writer in pairs if writer in sources)
+        return replace(self, shards=shards, writers=())
 
     @property
     def row_bytes(self) -> int:
@@ -180,7 +194,7 @@ def import_tables(
       collection: empty, or filled with the parts before.
       part: number of a part that a rank wrote, among those of all.
     """
-    for table in records:
+    for table in (record.with_rows_of(collection) for record in records):
         leaving: Tensor | None = None
         counted: Candidates | None = None
         if table.retention is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,3 +68,70 @@ class ShardMap:
     def on(self, device: torch.device) -> Tensor:
         """[`NUM_BUCKETS`] int64 owners."""
         return torch.tensor(self.owners, dtype=torch.int64, device=device)
+
+    def resized(self, weights: Sequence[int]) -> ShardMap:
+        """The map of other ranks that takes the fewest buckets away from where they are.
+
+        Args:
+          weights: of each rank, by which it gets its share of the buckets; 0: none. Not all 0.
+        """
+        room = _quotas(weights, self._counts(len(weights)))
+        owners: list[int] = []
+        for owner in self.owners:
+            stays = owner < len(room) and room[owner] > 0
+            owners.append(owner if stays else -1)
+            if stays:
+                room[owner] -= 1
+        free = (rank for rank, number in enumerate(room) for _ in range(number))
+        return ShardMap(
+            len(weights), tuple(owner if owner >= 0 else next(free) for owner in owners)
+        )
+
+    def _counts(self, num_ranks: int) -> list[int]:
+        """Buckets of each of the first ranks."""
+        counts = [0] * num_ranks
+        for owner in self.owners:
+            if owner < num_ranks:
+                counts[owner] += 1
+        return counts
+
+
+def _quotas(weights: Sequence[int], held: Sequence[int]) -> list[int]:
+    """Buckets of each rank: its share, rounded down, and one more where most of that is cut off.
+
+    Of equal remainders those come first that hold more than their share already.
+    """
+    total = sum(weights)
+    shares = [divmod(NUM_BUCKETS * weight, total) for weight in weights]
+    quotas = [whole for whole, _ in shares]
+
+    def first(rank: int) -> tuple[int, int, int]:
+        return -shares[rank][1], quotas[rank] - held[rank], rank
+
+    for rank in sorted(range(len(quotas)), key=first)[: NUM_BUCKETS - sum(quotas)]:
+        quotas[rank] += 1
+    return quotas
+
+
+class Plan(NamedTuple):
+    """The way from one map to another."""
+
+    buckets: dict[tuple[int, int], tuple[int, ...]]
+    """By rank before and rank after, those that stay included."""
+
+    @classmethod
+    def between(cls, before: ShardMap, after: ShardMap) -> Plan:
+        """Of two maps."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for bucket, pair in enumerate(zip(before.owners, after.owners, strict=True)):
+            found.setdefault(pair, []).append(bucket)
+        return cls({pair: tuple(found[pair]) for pair in sorted(found)})
+
+    @property
+    def num_moved(self) -> int:
+        """Buckets that change their rank; a rank has the same number before and after."""
+        return sum(len(some) for (one, other), some in self.buckets.items() if one != other)
+
+    def sources(self, rank: int) -> tuple[int, ...]:
+        """Ranks before that have buckets of a rank after."""
+        return tuple(one for one, other in self.buckets if other == rank)

@@ -95,6 +95,7 @@ class ShardedStore:
         device: torch.device,
         deterministic: bool,
         reduction: Reduction,
+        shard_map: ShardMap | None = None,
     ) -> None:
         """Over a store that holds this rank's rows, and is empty.
 
@@ -106,13 +107,14 @@ class ShardedStore:
           deterministic: `local` is: then bits do not depend on the number of ranks either (with
             the reduction `sum`, up to 2^22 keys an update). Every occurrence of a key travels.
           reduction: `mean` or `sum`.
+          shard_map: of the ranks; None: as many buckets for each.
         """
         self.local, self.layout = local, local.layout
         self.ranks, self.device = ranks, device
         names = [table.name for table in local.tables]
-        shard_map = ShardMap.even(ranks.size)
+        self.shard_map = shard_map or ShardMap.even(ranks.size)
         words = table_words(names).to(device)
-        self.owners = Owners(shard_map.on(device), words, ranks.size)
+        self.owners = Owners(self.shard_map.on(device), words, ranks.size)
         self._names = tuple(names)
         # What counts how often a key occurs must see every occurrence.
         once = not deterministic and not any(map(retains, local.tables))

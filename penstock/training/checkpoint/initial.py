@@ -154,7 +154,7 @@ def _import_values(
 ) -> None:
     """Rows whose optimizer state begins anew."""
     start, state_dim = initial_state(table.optimizer), RowLayout.of(table).state_dim
-    for shard in record.shards:
+    for shard in record.with_rows_of(collection).shards:
         with safetensors.safe_open(path / shard, framework="pt") as file:
             keys, values = file.get_tensor("keys"), file.get_tensor("values")
         state = torch.full((len(keys), state_dim), start, dtype=torch.float32)

@@ -29,6 +29,7 @@ from penstock.embedding.sharded import routes
 from penstock.embedding.sharded.bags import HostBags
 from penstock.embedding.sharded.shard_map import (
     NUM_BUCKETS,
+    Plan,
     ShardMap,
     bucket_of,
     table_word,
@@ -64,6 +65,50 @@ def test_buckets_are_dealt_evenly(ranks):
     owners = np.bincount(ShardMap.even(ranks).owners, minlength=ranks)
     assert len(owners) == ranks
     assert owners.max() - owners.min() <= 1
+
+
+def counted(shard_map):
+    return np.bincount(shard_map.owners, minlength=shard_map.num_ranks).tolist()
+
+
+@pytest.mark.parametrize("before", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 7, 8])
+def test_another_number_of_ranks_moves_as_few_buckets_as_there_can_be(before, after):
+    one = ShardMap.even(before)
+    two = one.resized([1] * after)
+    counts = counted(two)
+    assert len(counts) == after and max(counts) - min(counts) <= 1
+    plan = Plan.between(one, two)
+    # A rank keeps what it holds, as far as an even share reaches; shares of 1 more go to those
+    # that hold more.
+    held = sorted((counted(one) + [0] * after)[:after], reverse=True)
+    shares = [NUM_BUCKETS // after + (rank < NUM_BUCKETS % after) for rank in range(after)]
+    kept = sum(map(min, held, shares))
+    assert plan.num_moved == NUM_BUCKETS - kept
+    assert two == one.resized([2] * after), "not the same each time"
+    assert one.resized([1] * before) == one
+
+
+def test_shares_go_by_weight_and_a_rank_may_have_none():
+    one = ShardMap.even(3)
+    two = one.resized([1, 0, 2, 5])
+    assert counted(two) == [512, 0, 1024, 2560]
+    three = two.resized([1, 1, 1])
+    assert sorted(counted(three)) == [1365, 1365, 1366]
+    assert Plan.between(two, three).num_moved == NUM_BUCKETS - 512 - 1024
+
+
+def test_a_plan_says_which_bucket_goes_where():
+    plan = Plan.between(ShardMap.even(3), ShardMap.even(2))
+    assert list(plan.buckets) == [(0, 0), (1, 0), (1, 1), (2, 1)]
+    every = sorted(bucket for some in plan.buckets.values() for bucket in some)
+    assert every == list(range(NUM_BUCKETS))
+    for (before, after), buckets in plan.buckets.items():
+        for bucket in buckets:
+            assert ShardMap.even(3).owners[bucket] == before
+            assert ShardMap.even(2).owners[bucket] == after
+    assert (plan.sources(0), plan.sources(1)) == ((0, 1), (1, 2))
+    assert Plan.between(ShardMap.even(3), ShardMap.even(3)).num_moved == 0
 
 
 def test_neighbouring_keys_are_spread():

@@ -25,6 +25,7 @@ from penstock.training.checkpoint.checkpoint import Checkpoints, TrainState, rea
 from penstock.types import Jagged, KeyedJagged, Position
 from tests.unit.training.test_checkpoint import make_job
 from tests.world.ranks import World, in_world
+from tests.world.scheduler import current_task
 
 TABLES = (
     TableConfig(name="user", dim=4, optimizer=Adam(learning_rate=0.05)),
@@ -168,6 +169,34 @@ def test_any_number_of_ranks_goes_on_from_any_other(tmp_path, monkeypatch):
     assert rows_of(runs) == expected
     alone = made(tmp_path / "any", ALONE).restored(path)
     assert rows_of([alone]) == expected
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 2), (2, 4), (3, 2), (2, 1)])
+def test_a_rank_reads_the_shards_of_those_that_had_rows_of_it(tmp_path, monkeypatch, before, after):
+    monkeypatch.setattr(table_files, "SHARD_BYTES", 400)
+    runs, path = trained(tmp_path / "run", before, 4)
+    expected, read = rows_of(runs), {}
+    real = table_files.safetensors.safe_open
+    wanted = {name for table in read_manifest(path).tables for name in table.shards}
+
+    def opened(file, **options):
+        if file.name in wanted:
+            read.setdefault(getattr(current_task(), "owner", 0), set()).add(file.name)
+        return real(file, **options)
+
+    monkeypatch.setattr(table_files.safetensors, "safe_open", opened)
+    runs = over(after, lambda group: made(tmp_path / "other", group).restored(path))
+    assert rows_of(runs) == expected
+    assert set().union(*read.values()) == wanted
+    for rank, names_read in read.items():
+        sources = {int(name.split("-rank-")[1][:5]) for name in names_read}
+        # Ranks of so many have buckets side by side.
+        overlapping = {
+            other
+            for other in range(before)
+            if other * after < (rank + 1) * before and rank * before < (other + 1) * after
+        }
+        assert sources == overlapping
 
 
 def run_rows(run, table):
