@@ -6,7 +6,7 @@ import torch
 
 from penstock import EmbeddingCollection, FeatureConfig, KeyedJagged, TableConfig
 from penstock.config import Adagrad, AdmitFrequent, Eviction
-from penstock.embedding.collection import table_stores
+from penstock.embedding.collection import table_files, table_stores
 from penstock.embedding.collection.table_state import pack_tables, unpack_tables
 from penstock.embedding.retention import NUMBERS
 from penstock.embedding.sharded import store as sharded_store
@@ -101,6 +101,43 @@ def test_any_number_of_ranks_takes_over_what_any_number_remembered(
     assert len(saved[0]) > 5
     assert len(saved[1]) > 5
     assert contents(World(after).run(load)) == saved
+
+
+def test_no_rank_has_the_keys_of_all_in_memory(collection_of, tmp_path, monkeypatch):
+    """Rows and counts of other ranks are left where they are, whatever the table's limits."""
+    monkeypatch.setattr(table_files, "SHARD_BYTES", 40 * 68)
+    path, ranks = tmp_path / "tables", 4
+    fields = {
+        "admission": AdmitFrequent(min_count=2),
+        "eviction": Eviction(order="lru"),
+        "max_bytes": 5000 * 68,
+    }
+    alone = collection_of(None, **fields)
+    for first in (0, 0, 750, 750, 1500):  # those that come twice get rows
+        keys = torch.arange(first, first + 750)
+        alone(KeyedJagged(("f",), keys, torch.arange(751))).sum().backward()
+        alone.apply_gradients()
+    alone.save_tables(path)
+    rows, counts, *_ = contents([alone])
+    assert (len(rows), len(counts)) == (1500, 750)
+    joined, join = [], torch.cat
+
+    def noted(tensors, *arguments, **named):
+        made = join(tensors, *arguments, **named)
+        joined.append(len(made))
+        return made
+
+    def load(exchange):
+        made = collection_of(exchange, **fields)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "cat", noted)
+            made.load_tables(path)
+        return made
+
+    made = World(ranks).run(load)
+    assert [len(found) for found in contents(made)[:2]] == [1500, 750]
+    assert 2 * ranks <= len(joined)
+    assert max(joined) < 1.5 * 1500 / ranks
 
 
 def test_what_one_process_packed_is_counted_once(collection_of):

@@ -8,7 +8,8 @@
 The first: SGD, Adagrad and Adam, with and without admission and eviction, on data whose keys span
 int64, come several times in a batch and on several ranks, in lanes of which some are empty. The
 second changes the number of ranks on the way (4, 3, 1, 2). The third kills a rank at a random
-moment, waits until all are gone, and goes on; in the end the bits are those of the run that nobody
+moment, waits until all are gone, looks for what they left (processes, which alone hold ports,
+temporary files, shared memory), and goes on; in the end the bits are those of the run that nobody
 killed. The last compares any job. Prints a line of JSON.
 """
 
@@ -90,11 +91,13 @@ def fields_of(folder: Path, rule: str, *, keeps: bool, steps: int) -> dict[str, 
 
 
 def start(job: Path, out: Path, ranks: int, *more: str) -> subprocess.Popen[str]:
-    """Begins a run."""
+    """Begins a run, whose temporary files are beside it."""
     command = [BINARY, "train", str(job), "--out", str(out), "--nproc", str(ranks), *more]
+    temporary = out.with_name("tmp")
+    temporary.mkdir(exist_ok=True)
     return subprocess.Popen(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -106,6 +109,22 @@ def train(job: Path, out: Path, ranks: int, *more: str) -> None:
     process = start(job, out, ranks, *more)
     _, errors = process.communicate(timeout=3600)
     assert process.returncode == 0, errors
+
+
+def left_behind(out: Path, shared_before: set[Path]) -> list[str]:
+    """What a run has left: processes, temporary files, shared memory that nobody maps."""
+    temporary, found, mapped = out.with_name("tmp"), [], ""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            mapped += (folder / "maps").read_text()
+        except OSError:
+            continue
+        if f"TMPDIR={temporary}".encode() in variables:
+            found.append(f"process {folder.name}")
+    found += [str(path) for path in temporary.iterdir()]
+    new = set(Path("/dev/shm").iterdir()) - shared_before
+    return found + [str(path) for path in new if str(path) not in mapped]
 
 
 def of_ranks(launcher: int) -> list[int]:
@@ -184,6 +203,7 @@ def kills(folder: Path, number: int, steps: int, seed: int) -> dict[str, object]
     train(job, folder / "whole", 2)
     whole_s = time.monotonic() - began
     done, longest, runs = 0, 0.0, 0
+    shared = set(Path("/dev/shm").iterdir())
     while done < number:
         out, is_new = folder / f"run-{runs}", True
         runs += 1
@@ -200,6 +220,8 @@ def kills(folder: Path, number: int, steps: int, seed: int) -> dict[str, object]
                     longest = max(longest, time.monotonic() - began)
                     assert longest < LIMIT_S, f"all gone only after {longest:.1f} s"
                     assert not any(Path(f"/proc/{one}").exists() for one in ranks)
+                    left = left_behind(out, shared)
+                    assert not left, left
                     done += 1
                 is_new = not any((out / "checkpoints").glob("step-*[0-9]"))
                 if is_new and out.exists():

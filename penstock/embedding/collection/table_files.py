@@ -195,18 +195,17 @@ def import_tables(
       part: number of a part that a rank wrote, among those of all.
     """
     for table in (record.with_rows_of(collection) for record in records):
-        leaving: Tensor | None = None
+        leaving: list[Tensor] | None = None
         counted: Candidates | None = None
         if table.retention is not None:
             leaving, counted = _import_retention(path, table, collection, part)
-        first = 0
-        for shard in table.shards:
+        for number, shard in enumerate(table.shards):
             # Memory-mapped: no more of a shard is in memory than what is being copied.
             with safetensors.safe_open(path / shard, framework="pt") as file:
                 rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if leaving is not None:
-                stays = ~leaving[first : first + len(rows["keys"])]
-                first += len(stays)
+                stays = torch.ones(len(rows["keys"]), dtype=torch.bool)
+                stays[leaving[number]] = False
                 rows = {name: column[stays] for name, column in rows.items()}
             collection.import_rows(table.name, TableRows(**rows))
         if counted is not None:
@@ -215,8 +214,8 @@ def import_tables(
 
 def _import_retention(
     path: Path, table: TableRecord, collection: EmbeddingCollection, part: int
-) -> tuple[Tensor | None, Candidates | None]:
-    """Sets what a table remembers; which rows of the files leave, and the counts that stay."""
+) -> tuple[list[Tensor] | None, Candidates | None]:
+    """Sets what a table remembers; which rows of each file leave, and the counts that stay."""
     assert table.retention is not None
     rank, num_ranks = (0, 1) if collection.ranks is None else collection.ranks.part
     config = next(one for one in collection.tables if one.name == table.name)
@@ -226,16 +225,13 @@ def _import_retention(
     if part:
         state = state.joined(collection.retention_state(table.name))
     leaving = None
-    if table.rows > limits.max_rows and config.eviction is not None:
-        keys, usage = _joined(path, table.shards, "keys", "usage")
-        own = collection.own_places(table.name, keys)
-        leaving = torch.zeros(len(keys), dtype=torch.bool)
-        leaving[own] = state.let_go(config, limits, keys[own], usage[own])
-    counts = _joined(path, table.counts, "keys", "counts")
-    counted = Candidates(*counts) if counts else None
-    if counted is not None:
-        own = collection.own_places(table.name, counted.keys)
-        counted = Candidates(*(column[own] for column in counted))
+    if table.shards and table.rows > limits.max_rows and config.eviction is not None:
+        places, (keys, usage) = _own(path, table.shards, table.name, collection, "usage")
+        goes = state.let_go(config, limits, keys, usage).split([len(own) for own in places])
+        leaving = [own[gone] for own, gone in zip(places, goes, strict=True)]
+    counted = None
+    if table.counts:
+        counted = Candidates(*_own(path, table.counts, table.name, collection, "counts")[1])
         stay = ~state.let_counts_go(limits, counted.keys)
         counted = Candidates(*(column[stay] for column in counted))
     collection.set_retention_state(table.name, state)
@@ -256,13 +252,23 @@ def set_row_clock(collection: EmbeddingCollection, state: Mapping[str, Any] | No
         collection.row_clock.now_s = max(times)
 
 
-def _joined(path: Path, files: Sequence[str], *names: str) -> list[Tensor]:
-    """The tensors of some names, each of all files; empty where there is no file."""
-    parts = []
+def _own(
+    path: Path, files: Sequence[str], table: str, collection: EmbeddingCollection, column: str
+) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """What is this rank's in the files, at least one, of a table: one file at a time is read.
+
+    Returns:
+      Its places in each file; its keys and their `column`, of all files.
+    """
+    places, keys, columns = [], [], []
     for name in files:
         with safetensors.safe_open(path / name, framework="pt") as file:
-            parts.append([file.get_tensor(column) for column in names])
-    return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+            of_file = file.get_tensor("keys")
+            own = collection.own_places(table, of_file)
+            places.append(own)
+            keys.append(of_file[own])
+            columns.append(file.get_tensor(column)[own])
+    return places, (torch.cat(keys), torch.cat(columns))
 
 
 def save_tables(path: str | os.PathLike[str], collection: EmbeddingCollection) -> None:

@@ -62,8 +62,8 @@ class ShardMap:
     @classmethod
     def even(cls, num_ranks: int) -> ShardMap:
         """As many buckets for each rank, but for one."""
-        owners = tuple(bucket * num_ranks // NUM_BUCKETS for bucket in range(NUM_BUCKETS))
-        return cls(num_ranks, owners)
+        owners = torch.arange(NUM_BUCKETS) * num_ranks // NUM_BUCKETS
+        return cls(num_ranks, tuple(owners.tolist()))
 
     def on(self, device: torch.device) -> Tensor:
         """[`NUM_BUCKETS`] int64 owners."""
