@@ -33,10 +33,10 @@ from penstock.errors import (
 from penstock.interruption import Interruption, interruption
 from penstock.job_file import override
 from penstock.ranks.group import ALONE, Group, refuse_ranks_left_out
-from penstock.ranks.in_step import in_step
 from penstock.ranks.share import Share
 from penstock.ranks.table_totals import over_ranks
 from penstock.ranks.together import from_first, together
+from penstock.ranks.watch import Watch
 from penstock.report.display import stages
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.rank_report import held, report_of
@@ -48,7 +48,7 @@ from penstock.training.planned import planned_samples, planned_steps
 from penstock.training.prediction import write_scores
 from penstock.training.pretrained import Loaded, load_vectors, transforms_of
 from penstock.training.setup import Untrained, build
-from penstock.training.steps.feed import Fed, Feed, steps_of
+from penstock.training.steps.feed import Fed, Feed, origin_of, steps_of
 from penstock.training.steps.forward_state import ForwardState
 from penstock.training.steps.step import Clock, Training, steps_s, train_step
 from penstock.training.trained import begin_from, newest_of_run, open_trained
@@ -110,7 +110,7 @@ def _train_to_the_end(run: Run, job: Job, stop: Interruption) -> None:
     with run.remaining_batches() as batches:
         fed = run.clock.waiting_for(batches, stop)
         steps = islice(steps_of(fed, job.training.accumulate_batches), run.steps_left())
-        for group in in_step(steps, run.group, stop):
+        for group in run.watch.in_step(steps, stop):
             if run.begins_epoch(group) and job.evaluates_epochs:
                 run.evaluate()
             if run.is_stopped_early():
@@ -281,9 +281,9 @@ class Run:
         """Whether the state is one between two steps."""
         self._began_s = time.monotonic()
         self._began_at = self.state.position
-        self._samples = 0
-        self._is_saved = False
+        self._samples, self._is_saved = 0, False
         self._share = Share(group, job.data.source.extents)
+        self.watch = Watch(group, origin_of)
         # What the clock and the counter showed when the current window of steps began.
         self._window_seconds = dict(self.clock.seconds)
         self._window_samples = 0
@@ -418,7 +418,7 @@ class Run:
             self._stop.at_once() if self.group.size == 1 else nullcontext(),
             self.evaluator.held_out(self._evaluators) as batches,
         ):
-            measured = self.evaluator.measure(in_step(batches, self.group, self._stop))
+            measured = self.evaluator.measure(self.watch.in_step(batches, self._stop))
         metrics = from_first(self.group, lambda: measured)
         self.report.tell("evaluation", self.state.step, metrics)
         self._compare(metrics)

@@ -6,6 +6,7 @@ A run on one process is a group of one, which waits for nobody; nothing else kno
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Protocol, TypeVar
 
 import torch
@@ -97,16 +98,18 @@ def refuse_ranks_left_out(group: Group) -> None:
 class Processes:
     """A `Group` of torch.distributed."""
 
-    def __init__(self, tables: Ranks, words: distributed.ProcessGroup) -> None:
+    def __init__(self, tables: Ranks, words: distributed.ProcessGroup, timeout: timedelta) -> None:
         """Takes groups of the same ranks.
 
         Args:
           tables: carries rows and dense gradients: Gloo on CPUs, NCCL on GPUs.
           words: Gloo's; nobody else uses it meanwhile.
+          timeout: how long ranks wait for each other, on channels that are made of it as well.
         """
         self.tables: Ranks | None = tables
         self._rows, self._words = tables.group, words
         self.rank, self.size = words.rank(), words.size()
+        self._timeout = timeout
 
     def gathered(self, values: Tensor) -> Tensor:
         """See `Group.gathered`."""
@@ -132,7 +135,8 @@ class Processes:
         """See `Group.beside`."""
         assert self.tables is not None
         ranks = distributed.get_process_group_ranks(self._words)
-        return Processes(self.tables, distributed.new_group(ranks, backend="gloo"))
+        words = distributed.new_group(ranks, backend="gloo", timeout=self._timeout)
+        return Processes(self.tables, words, self._timeout)
 
     def _run(self, collective: Callable[[], Result]) -> Result:
         try:

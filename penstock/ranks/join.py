@@ -123,18 +123,19 @@ def _take_gpu(device: str, place: Place) -> None:
 def _meet(place: Place, backend: str) -> Group:
     store = _store(place)
     _wait_for_all(store, place)
+    timeout = timedelta(seconds=COLLECTIVE_S)
     try:
         distributed.init_process_group(
             backend,
             store=store,
             rank=place.rank,
             world_size=place.size,
-            timeout=timedelta(seconds=COLLECTIVE_S),
+            timeout=timeout,
         )
-        words = distributed.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_S))
+        words = distributed.new_group(backend="gloo", timeout=timeout)
         world = distributed.group.WORLD
         assert world is not None
-        return Processes(Ranks(world, "sum"), words)
+        return Processes(Ranks(world, "sum"), words, timeout)
     except RuntimeError as error:
         raise GroupError(
             f"rank {place.rank} of {place.size} met the others and cannot reach one of them: "

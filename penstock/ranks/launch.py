@@ -258,4 +258,7 @@ def _outcome(ranks: _Ranks, folder: Path) -> Outcome:
             for one in ranks.every
         )
         words = f"error: {words}" if is_of_all else f"error: {who}: {words}"
+        hung = [str(one.number) for one in ranks.every if one.was_ended]
+        if status == LOST and hung:
+            words += f". Still there was rank {', '.join(hung)}: it did not come to the others"
     return Outcome(2 if status == LOST else status, words)

@@ -31,6 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from penstock.training.checkpoint.checkpoint import latest_checkpoint
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from run_contents import contents, differences  # noqa: E402
 
@@ -223,7 +225,7 @@ def kills(folder: Path, number: int, steps: int, seed: int) -> dict[str, object]
                     left = left_behind(out, shared)
                     assert not left, left
                     done += 1
-                is_new = not any((out / "checkpoints").glob("step-*[0-9]"))
+                is_new = latest_checkpoint(out / "checkpoints") is None
                 if is_new and out.exists():
                     subprocess.run(["rm", "-r", str(out)], check=True)
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
@@ -26,6 +26,11 @@ class Fed(NamedTuple):
     """On the CPU, as metrics read it."""
     there: Batch
     """What the step reads: `dense`, `sparse`, `labels`, `weights` are on the run's device."""
+
+
+def origin_of(item: Batch | Sequence[Fed]) -> object:
+    """Where the samples of a batch, or the first of a step, come from; in words by `str`."""
+    return item.origin if isinstance(item, Batch) else item[0].batch.origin
 
 
 class _Copy(NamedTuple):

@@ -155,6 +155,20 @@ def test_where_all_lost_each_other_the_first_says_so(tmp_path):
     assert (status, errors) == (2, "error: rank 0 of 3: lost by 0\n")
 
 
+def test_a_rank_that_the_others_waited_for_in_vain_is_named(tmp_path):
+    """Its model hangs, say: it says nothing."""
+    rank = """
+all_started()
+if rank != 1:
+    leave_words(f"rank {rank} lost the others"); sys.exit(LOST)
+while True:
+    time.sleep(0.1)
+"""
+    status, _, errors = ended(start(tmp_path, rank))
+    assert status == 2
+    assert "lost the others. Still there was rank 1: it did not come to the others" in errors
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_reaches_each_rank_as_often_as_it_comes(tmp_path, name, times):
