@@ -7,10 +7,12 @@ import torch
 from penstock import EmbeddingCollection, FeatureConfig, KeyedJagged, TableConfig
 from penstock.config import Adagrad, AdmitFrequent, Eviction
 from penstock.embedding.collection import table_files, table_stores
+from penstock.embedding.collection.table_files import import_tables
 from penstock.embedding.collection.table_state import pack_tables, unpack_tables
 from penstock.embedding.retention import NUMBERS
 from penstock.embedding.sharded import store as sharded_store
 from penstock.embedding.sharded.store import AlikeRanks
+from penstock.training.checkpoint.shares import remembered, share_of_all, write_share
 from tests.world.ranks import World
 
 SINCE = NUMBERS.index("admitted")
@@ -138,6 +140,35 @@ def test_no_rank_has_the_keys_of_all_in_memory(collection_of, tmp_path, monkeypa
     assert [len(found) for found in contents(made)[:2]] == [1500, 750]
     assert 2 * ranks <= len(joined)
     assert max(joined) < 1.5 * 1500 / ranks
+
+
+def test_a_rank_for_which_nobody_wrote_a_row_begins_empty(collection_of, tmp_path):
+    """Of two ranks one had all rows, more than a rank of four may have."""
+    fields = {"eviction": Eviction(order="lru"), "max_bytes": 24 * 68}
+
+    def save(exchange):
+        made = collection_of(exchange, **fields)
+        keys = torch.arange(100)
+        first = keys[made.own_places("t", keys)] if exchange.rank == 0 else keys[:0]
+        made(KeyedJagged(("f",), first[:20], torch.arange(len(first[:20]) + 1))).sum().backward()
+        made.apply_gradients()
+        states = remembered(made, exchange)
+        return share_of_all(exchange, write_share(tmp_path, made, exchange, states)), made
+
+    ended = World(2).run(save)
+    rows = contents([made for _, made in ended])[0]
+    (table,) = ended[0][0].tables
+    assert table.rows == len(rows) > 5 and set(table.writers) == {0}
+
+    def load(exchange):
+        made = collection_of(exchange, **fields)
+        import_tables(tmp_path, [table], made)
+        return made
+
+    made = World(4).run(load)
+    shares = [len(contents([one])[0]) for one in made]
+    assert shares[2:] == [0, 0] and min(shares[:2]) > 0
+    assert contents(made)[0].items() <= rows.items()
 
 
 def test_what_one_process_packed_is_counted_once(collection_of):

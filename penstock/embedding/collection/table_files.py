@@ -227,7 +227,7 @@ def _import_retention(
     leaving = None
     if table.shards and table.rows > limits.max_rows and config.eviction is not None:
         places, (keys, usage) = _own(path, table.shards, table.name, collection, "usage")
-        goes = state.let_go(config, limits, keys, usage).split([len(own) for own in places])
+        goes = torch.split(state.let_go(config, limits, keys, usage), [len(own) for own in places])
         leaving = [own[gone] for own, gone in zip(places, goes, strict=True)]
     counted = None
     if table.counts:

@@ -81,7 +81,8 @@ def test_the_line_is_that_of_the_code_that_called_torch(watched):
     class Waits(torch.nn.Module):
         def forward(self, told):
             with (condition := threading.Condition()):
-                condition.wait_for(lambda: bool(told), 10)
+                while not told:
+                    condition.wait(0.01)
             return told
 
     for _ in watch.in_step([0], Interruption()):
