@@ -9,12 +9,16 @@ that changes. Where memory comes to lie differs between processes and is worth s
 case runs in several pairs of them: reported are the median over pairs of the median ratio
 new / old of their turns, and its 95 % interval by bootstrap over pairs. A case is slower where its
 whole interval lies above the goal.
+
+Commits of before look whether gradients are finite in jobs alone, not in a loop of one's own as
+this is one; `--old-checks` has the old one do that here too, so that like is set against like.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -37,8 +41,11 @@ CASES = {
 }
 
 
-def make_steps(case: str) -> Callable[[], None]:
-    """Runs in a checkout: tables filled with the case's keys, and a call that trains one step."""
+def make_steps(case: str, checks: bool) -> Callable[[], None]:
+    """Runs in a checkout: tables filled with the case's keys, and a call that trains one step.
+
+    `checks`: the step looks whether its gradient is finite before it hands it over.
+    """
     import torch  # noqa: PLC0415 - the parent needs none of these
 
     from penstock.config import Adagrad, Eviction, FeatureConfig, TableConfig  # noqa: PLC0415
@@ -67,7 +74,10 @@ def make_steps(case: str) -> Callable[[], None]:
 
     def step() -> None:
         nonlocal at
-        collection(batches[at % len(batches)]).backward(grad)
+        out = collection(batches[at % len(batches)])
+        if checks and not math.isfinite(float(grad.sum())):
+            raise SystemExit("the gradient is not finite")
+        out.backward(grad)
         collection.apply_gradients()
         at += 1
 
@@ -76,9 +86,9 @@ def make_steps(case: str) -> Callable[[], None]:
     return step
 
 
-def serve(case: str) -> None:
+def serve(case: str, checks: bool) -> None:
     """The process of one checkout: prints the seconds of as many steps as a line of stdin asks."""
-    step = make_steps(case)
+    step = make_steps(case, checks)
     begin = time.perf_counter()
     step()
     print(time.perf_counter() - begin, flush=True)
@@ -92,9 +102,10 @@ def serve(case: str) -> None:
 class Checkout:
     """A checkout's process for one case."""
 
-    def __init__(self, folder: Path, case: str) -> None:
+    def __init__(self, folder: Path, case: str, checks: bool = False) -> None:
         python = folder / ".venv" / "bin" / "python"
         command = [str(python), str(Path(__file__).resolve()), "--serve", case]
+        command += ["--old-checks"] if checks else []
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -123,9 +134,11 @@ def interval_of(medians: np.ndarray) -> list[float]:
     return [round(float(q), 4) for q in np.quantile(np.median(draws, 1), [0.025, 0.975])]
 
 
-def ratios_of_pair(case: str, old: Path, new: Path, turns: int) -> tuple[np.ndarray, float]:
+def ratios_of_pair(
+    case: str, old: Path, new: Path, turns: int, checks: bool
+) -> tuple[np.ndarray, float]:
     """New over old, by turn, of one process each; and the old one's seconds a step."""
-    pair = [Checkout(old, case), Checkout(new, case)]
+    pair = [Checkout(old, case, checks), Checkout(new, case)]
     steps = max(1, int(TURN_S / min(checkout.step_s for checkout in pair)))
     times = np.empty((turns, 2))
     for turn in range(turns):
@@ -136,8 +149,9 @@ def ratios_of_pair(case: str, old: Path, new: Path, turns: int) -> tuple[np.ndar
     return times[:, 1] / times[:, 0], float(np.median(times[:, 0])) / steps
 
 
-def compare(case: str, old: Path, new: Path, pairs: int, turns: int) -> dict[str, object]:
-    found = [ratios_of_pair(case, old, new, turns) for _ in range(pairs)]
+def compare(case: str, arguments: argparse.Namespace) -> dict[str, object]:
+    old, new, pairs, turns = arguments.old, arguments.new, arguments.pairs, arguments.turns
+    found = [ratios_of_pair(case, old, new, turns, arguments.old_checks) for _ in range(pairs)]
     medians = np.array([np.median(ratios) for ratios, _ in found])
     return {
         "case": case,
@@ -147,6 +161,7 @@ def compare(case: str, old: Path, new: Path, pairs: int, turns: int) -> dict[str
         "old_step_ms": round(float(np.median([step_s for _, step_s in found])) * 1e3, 3),
         "pairs": pairs,
         "turns": turns,
+        "old_checks": arguments.old_checks,
     }
 
 
@@ -159,11 +174,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9, help="of processes, a case")
     parser.add_argument("--turns", type=int, default=10, help="of a pair")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only these")
+    parser.add_argument(
+        "--old-checks", action="store_true", help="the old one's gradients are looked at, too"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 if a case is slower")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve)
+        serve(arguments.serve, arguments.old_checks)
         return
     if arguments.old is None:
         parser.error("--old FOLDER: the checkout to compare with")
@@ -171,7 +189,7 @@ def main() -> None:
 
     slower = []
     for case in arguments.case or CASES:
-        found = compare(case, arguments.old, arguments.new, arguments.pairs, arguments.turns)
+        found = compare(case, arguments)
         print(
             json.dumps(
                 found | {"commit": commit(), "hardware": hardware(f"numpy {np.__version__}")}
