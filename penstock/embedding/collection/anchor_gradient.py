@@ -1,15 +1,15 @@
 """What stands for the tables' gradients where torch asks for the gradient of a parameter.
 
-The `grad` of an attached collection's anchor is a tensor without memory. Its value, one number, is
-the norm of the tables' gradients, computed when somebody reads it; what multiplies it in place
-multiplies them. So GradScaler and clip_grad_norm_, which know parameters alone, do the tables too.
+The `grad` of a collection's anchor is a tensor without memory. Its value, one number, is the norm
+of the tables' gradients, computed when somebody reads it; what multiplies it in place multiplies
+them. So GradScaler and clip_grad_norm_, which know parameters alone, do the tables too.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,28 +19,57 @@ from penstock.embedding.sharded.store import on_any_rank
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
-    from penstock.embedding.collection.attachment import Attachment
     from penstock.embedding.collection.collection import EmbeddingCollection
 
 _aten = torch.ops.aten
 
 
-class AnchorGradient(torch.Tensor):
-    """The gradients of tables that wait for the optimizer's step, as one number, [1]."""
+class ShowsGradient(Protocol):
+    """Who puts an `AnchorGradient` where torch looks for the gradient of a collection's anchor."""
 
-    attachment: weakref.ref[Attachment]
-    zeros_to_come: int
-    """Of compiled graphs, whose backward adds a 0 for each look-up."""
+    @property
+    def collection(self) -> EmbeddingCollection:
+        """Whose gradients are shown."""
+
+    def stands_for(self, gradient: AnchorGradient) -> bool:
+        """Whether it is that of the gradients there are, not of some applied or dropped before."""
+
+    def set_to_zero(self) -> None:
+        """Somebody has set the gradient to zero."""
+
+    def show_anew(self) -> None:
+        """The anchor has changed device or dtype, and its gradient must be as it is."""
+
+
+class AnchorGradient(torch.Tensor):
+    """The gradients of tables that wait for their update, as one number, [1]."""
+
+    shown_by: weakref.ref[ShowsGradient]
+    original: AnchorGradient | None
+    """Of a view of it, as `detach` and `.data` give: scaling one scales the tables, too."""
 
     @classmethod
-    def of(cls, attachment: Attachment, anchor: Tensor) -> AnchorGradient:
+    def of(cls, shown_by: ShowsGradient, anchor: Tensor) -> AnchorGradient:
         """As wide as the anchor, on its device, of its dtype."""
+        return cls._made(weakref.ref(shown_by), None, anchor.shape, anchor)
+
+    @classmethod
+    def _made(
+        cls,
+        shown_by: weakref.ref[ShowsGradient],
+        original: AnchorGradient | None,
+        shape: torch.Size,
+        like: Tensor,
+    ) -> AnchorGradient:
         made: AnchorGradient = torch.Tensor._make_wrapper_subclass(
-            cls, anchor.shape, dtype=anchor.dtype, device=anchor.device, requires_grad=False
+            cls, shape, dtype=like.dtype, device=like.device, requires_grad=False
         )
-        made.attachment = weakref.ref(attachment)
-        made.zeros_to_come = 0
+        made.shown_by, made.original = shown_by, original
         return made
+
+    def view_of(self, shape: torch.Size) -> AnchorGradient:
+        """The same gradients in another shape of one element."""
+        return self._made(self.shown_by, self.original or self, shape, self)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Not the norm: that would be computed for it."""
@@ -61,14 +90,18 @@ class AnchorGradient(torch.Tensor):
         special = _SPECIAL.get(func.overloadpacket)
         if special is not None:
             return special(func, args, kwargs)
-        changed = [
-            argument
-            for argument, given in zip(func._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-            for each in pytree.tree_leaves(given)
+        given = [*zip(func._schema.arguments, args, strict=False)]
+        given += [
+            (each, kwargs[each.name]) for each in func._schema.arguments if each.name in kwargs
+        ]
+        aliased = [
+            argument.alias_info
+            for argument, value in given
+            if argument.alias_info is not None
+            for each in pytree.tree_leaves(value)
             if isinstance(each, cls)
         ]
-        if changed:
+        if any(alias.is_write for alias in aliased):
             raise ConfigError(
                 f"{func} on the gradient that stands for the tables (of the collection's anchor): "
                 "it can be scaled (mul_, div_, GradScaler), clipped by norm and set to zero; "
@@ -76,6 +109,10 @@ class AnchorGradient(torch.Tensor):
                 "DistributedDataParallel, which copies gradients, must leave the anchor out "
                 "(docs/torch.md, Several processes)"
             )
+        if aliased:
+            view = _view(func, args, kwargs)
+            if view is not None:
+                return view
         args, kwargs = pytree.tree_map_only(cls, AnchorGradient.norm, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -86,18 +123,19 @@ class AnchorGradient(torch.Tensor):
         return torch.as_tensor(norm, dtype=self.dtype, device=self.device)
 
     def norm(self) -> Tensor:  # type: ignore[override]
-        """Its value, [1]: the L2 norm."""
-        return self.norm_of(2.0).reshape(1)
+        """Its value, of its shape: the L2 norm."""
+        return self.norm_of(2.0).reshape(self.shape)
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiplies the tables' gradients."""
         if self._collection is not None:
             self._collection.pending.scale(factor)
 
-    def drop(self) -> None:
-        """Forgets the tables' gradients."""
-        if self._collection is not None:
-            self._collection.pending.clear()
+    def set_to_zero(self) -> None:
+        """Forgets them as far as torch can see; attached, for good."""
+        shown_by = self.shown_by()
+        if shown_by is not None and shown_by.stands_for(self):
+            shown_by.set_to_zero()
 
     def check_finite(self, found_inf: Tensor) -> None:
         """Sets `found_inf`, [1], if the tables' gradients are NaN or infinite, on any rank."""
@@ -112,10 +150,21 @@ class AnchorGradient(torch.Tensor):
     @property
     def _collection(self) -> EmbeddingCollection | None:
         """Whose gradients it stands for; None: they are applied or dropped."""
-        attachment = self.attachment()
-        if attachment is None or not attachment.stands_for(self):
+        shown_by = self.shown_by()
+        if shown_by is None or not shown_by.stands_for(self):
             return None
-        return attachment.collection
+        return shown_by.collection
+
+
+def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AnchorGradient | None:
+    """Of one, if `func` gives one of as many elements: who scales a view scales what it is of."""
+    gradient = args[0] if args else None
+    if not isinstance(gradient, AnchorGradient):
+        return None
+    like = func(torch.empty(gradient.shape, device="meta"), *args[1:], **kwargs)
+    if isinstance(like, Tensor) and like.numel() == 1:
+        return gradient.view_of(like.shape)
+    return None
 
 
 def _split(tensors: Sequence[Tensor]) -> tuple[list[AnchorGradient], list[Tensor]]:
@@ -174,7 +223,7 @@ def _norm_of_each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
 def _zero(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ours, dense = _split(args[0] if isinstance(args[0], list | tuple) else [args[0]])
     for each in ours:
-        each.drop()
+        each.set_to_zero()
     if dense:
         func(dense, **kwargs)
     return args[0] if isinstance(args[0], Tensor) else None
@@ -192,15 +241,22 @@ def _unscale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _add(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The 0 that the backward of a compiled graph adds."""
+    """What autograd adds: of a compiled graph, or of a penalty on all parameters.
+
+    It is a gradient of the anchor itself, whose value means nothing.
+    """
     gradient = args[0]
-    if not isinstance(gradient, AnchorGradient) or not gradient.zeros_to_come:
+    if not isinstance(gradient, AnchorGradient) or not is_in_backward():
         raise ConfigError(
             "add_ to the gradient that stands for the tables (of the collection's anchor); change "
             "gradients of embeddings in a hook of the output (register_hook)"
         )
-    gradient.zeros_to_come -= 1
     return gradient
+
+
+def is_in_backward() -> bool:
+    """Whether autograd runs in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 _SPECIAL: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {

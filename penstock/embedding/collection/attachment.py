@@ -1,4 +1,10 @@
-"""A collection attached to an optimizer of torch: one `step()` updates dense part and tables."""
+"""What torch sees of a collection's gradients, attached to an optimizer of torch or not.
+
+Attached, one `step()` updates dense part and tables. Unattached, `apply_gradients` updates the
+tables; but who clips the gradients of all parameters means those of the tables, too. So the anchor
+has an `AnchorGradient` from the end of a backward pass on. Optimizers that hold the anchor do not
+see it in their step: they would train the anchor.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from penstock.config import FTRL
-from penstock.embedding.collection.anchor_gradient import AnchorGradient
+from penstock.embedding.collection.anchor_gradient import AnchorGradient, is_in_backward
+from penstock.embedding.collection.graph_operator import collections_by_anchor
 from penstock.errors import ConfigError, PenstockError
 
 if TYPE_CHECKING:
     from penstock.embedding.collection.collection import EmbeddingCollection
 
+
+Closure = Callable[[], Any]
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 
 
@@ -88,25 +101,33 @@ class Attachment:
         if grad is None:
             self._gradient = None
             return False
-        if grad is not self._gradient:
+        if not isinstance(grad, AnchorGradient) or not self.stands_for(grad):
             raise ConfigError(
                 "the gradient of the collection's anchor, which stands for those of the tables, "
                 f"was replaced by a {type(grad).__name__} ({grad.dtype}, {grad.device}): scale it "
-                "in place, and convert a model before the backward pass; zero_grad() drops it"
+                "in place; zero_grad() drops it"
             )
         return True
 
-    def show(self, *, zeros_to_come: int = 0) -> None:
+    def show(self) -> None:
         """Shows torch that there are gradients of tables."""
         if self._gradient is None:
             anchor = self.collection.anchor
             self._gradient = AnchorGradient.of(self, anchor)
             anchor.grad = self._gradient
-        self._gradient.zeros_to_come += zeros_to_come
+
+    def show_anew(self) -> None:
+        """After the anchor has changed device or dtype."""
+        self._gradient = None
+        self.show()
 
     def stands_for(self, gradient: AnchorGradient) -> bool:
         """Whether it is that of the gradients there are."""
-        return gradient is self._gradient
+        return (gradient.original or gradient) is self._gradient
+
+    def set_to_zero(self) -> None:
+        """Drops the tables' gradients."""
+        self.collection.pending.clear()
 
     def hide(self) -> None:
         """Shows torch that there are none."""
@@ -118,18 +139,12 @@ class Attachment:
     ) -> Hook:
         if self._collection() is None:
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        step = with_closure(args, kwargs, lambda closure: self._begin_after(closure, optimizer))
+        if step is None:
             self._begin(optimizer)
-            return None
-        wrapped = self._begin_after(closure, optimizer)
-        if len(args) > 1:
-            return (args[0], wrapped, *args[2:]), kwargs
-        return args, {**kwargs, "closure": wrapped}
+        return step
 
-    def _begin_after(
-        self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer
-    ) -> Callable[[], Any]:
+    def _begin_after(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Closure:
         has_run = False
 
         def once() -> Any:
@@ -260,3 +275,151 @@ def _add_group(
         "lr": rate,
         "tables": [table.name for table in collection.tables],
     })
+
+
+class Unattached:
+    """Shows that there are gradients; what torch sees never drops them, as `zero_grad` would."""
+
+    def __init__(self, collection: EmbeddingCollection) -> None:
+        """Of a collection; nothing is shown yet."""
+        self._collection = weakref.ref(collection)
+        self._gradient: AnchorGradient | None = None
+        self._backward: int | None = None
+
+    @property
+    def collection(self) -> EmbeddingCollection:
+        """That is not attached."""
+        collection = self._collection()
+        assert collection is not None
+        return collection
+
+    def show(self) -> None:
+        """Shows torch that there are gradients, at the end of the backward pass where it is in one.
+
+        Until then there are none: DistributedDataParallel would send them and write others, and a
+        compiled graph adds zeros.
+        """
+        if not is_in_backward():
+            self._show()
+            return
+        backward = torch._C._current_graph_task_id()
+        if backward == self._backward:
+            return
+        self._backward = backward
+        self.hide()
+        engine: Any = torch.autograd.Variable._execution_engine
+        # Behind all that is queued by then, as what DistributedDataParallel does at the end is.
+        engine.queue_callback(lambda: engine.queue_callback(self._show))
+
+    def show_anew(self) -> None:
+        """After the anchor has changed device or dtype."""
+        self._gradient = None
+        self._show()
+
+    def hide(self) -> None:
+        """Shows torch that there are none."""
+        if self._gradient is not None:
+            self.collection.anchor.grad = self._gradient = None
+
+    def settle(self) -> None:
+        """Looks at what became of the anchor's gradient.
+
+        Raises:
+          ConfigError: it is another tensor, whose scaling would not be that of the tables'.
+        """
+        collection = self.collection
+        grad = collection.anchor.grad
+        if grad is None or isinstance(grad, AnchorGradient) or not collection.pending:
+            return
+        raise ConfigError(
+            "the gradient of the collection's anchor, which stands for those of the tables, was "
+            f"replaced by a {type(grad).__name__} ({grad.dtype}, {grad.device}): scale it in "
+            "place; or set it to None, and clip by penstock.clip_grad_norm_, which does without"
+        )
+
+    def stands_for(self, gradient: AnchorGradient) -> bool:
+        """Whether it is that of the gradients there are."""
+        return (gradient.original or gradient) is self._gradient
+
+    def set_to_zero(self) -> None:
+        """As where `zero_grad` sets it to None: `apply_gradients` applies them all the same."""
+        self._gradient = None
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before an optimizer that holds the anchor reads the gradients."""
+        if self._gradient is None:
+            return
+        scale = getattr(optimizer, "grad_scale", None)
+        if isinstance(scale, Tensor) and self.collection.anchor.grad is not None:
+            # A fused optimizer divides by GradScaler's scale itself.
+            self.collection.pending.scale(scale.double().reciprocal().float())
+        self.hide()
+
+    def after_step(self) -> None:
+        """They are there still."""
+        if self._gradient is None:
+            self._show()
+
+    def _show(self) -> None:
+        collection = self._collection()
+        if collection is not None and collection.pending and not collection.is_attached:
+            anchor = collection.anchor
+            anchor.grad = self._gradient = AnchorGradient.of(self, anchor)
+
+
+def with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], wrap: Callable[[Closure], Closure]
+) -> Hook:
+    """What a hook before a step returns to change the step's closure; None: it has none."""
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        return None
+    if len(args) > 1:
+        return (args[0], wrap(closure), *args[2:]), kwargs
+    return args, {**kwargs, "closure": wrap(closure)}
+
+
+def _held_by(optimizer: torch.optim.Optimizer) -> list[Unattached]:
+    anchors = collections_by_anchor()
+    return [
+        anchors[id(each)].unattached
+        for group in optimizer.param_groups
+        for each in group["params"]
+        if id(each) in anchors and not anchors[id(each)].is_attached
+    ]
+
+
+def _before_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Hook:
+    if torch.compiler.is_compiling():
+        return None
+    held = _held_by(optimizer)
+    if not held:
+        return None
+    for each in held:
+        each.before_step(optimizer)
+
+    def wrap(closure: Closure) -> Closure:
+        def hiding() -> Any:
+            loss = closure()
+            for each in held:
+                each.before_step(optimizer)
+            return loss
+
+        return hiding
+
+    return with_closure(args, kwargs, wrap)
+
+
+def _after_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if not torch.compiler.is_compiling():
+        for each in _held_by(optimizer):
+            each.after_step()
+
+
+# Of all optimizers: a collection does not know those that hold its anchor.
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

@@ -34,6 +34,7 @@ from torch import Tensor, distributed, nn
 
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.checks import check_keys
+from penstock.embedding.collection.attachment import Unattached
 from penstock.embedding.collection.by_key import RowsByKey
 from penstock.embedding.collection.graph_operator import (
     check_features,
@@ -169,7 +170,7 @@ class EmbeddingCollection(RowsByKey, TableModule):
         self.is_attached = False
         self.seed = seed
         """Of the initial values."""
-        self.pending, self._attachment = PendingGradients(), None
+        self.pending, self._attachment, self.unattached = PendingGradients(), None, Unattached(self)
         self.number = register(self)
         # Autograd calls backward only where an input needs a gradient; the tables are none.
         self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=self.device))
@@ -397,7 +398,7 @@ class EmbeddingCollection(RowsByKey, TableModule):
 
     def _open(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
-        self.pending, self._attachment = PendingGradients(), None
+        self.pending, self._attachment, self.unattached = PendingGradients(), None, Unattached(self)
         self.number = register(self)
         self._stores = self._make_stores(self.seed)
 

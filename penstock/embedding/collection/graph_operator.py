@@ -140,7 +140,7 @@ def _(
 def _keep_gradient(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
     # A copy: a compiler uses the memory of what an operator was given again.
     found = _LOOKUPS[int(ticket)]
-    _collection_of(number).keep_gradient(found.lookups, found.plans, grad.clone(), zeros_to_come=1)
+    _collection_of(number).keep_gradient(found.lookups, found.plans, grad.clone())
     # That of the anchor: an output, so that no compiler takes the operator for needless.
     return grad.new_zeros(1)
 

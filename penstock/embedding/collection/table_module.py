@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
-from penstock.embedding.collection.attachment import Attachment
+from penstock.embedding.collection.anchor_gradient import AnchorGradient
+from penstock.embedding.collection.attachment import Attachment, Unattached
 from penstock.embedding.collection.pending import PendingGradients, describe_non_finite
 from penstock.embedding.collection.table_files import load_tables, save_tables
 from penstock.embedding.collection.table_state import copy_tables, pack_tables, unpack_tables
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from penstock.embedding.collection.collection import EmbeddingCollection
 
 # Attributes that belong to one process and one collection.
-_OF_PROCESS = frozenset({"_attachment", "_stores", "pending"})
+_OF_PROCESS = frozenset({"_attachment", "_stores", "pending", "unattached"})
 
 
 class TableModule(nn.Module):
@@ -41,6 +43,8 @@ class TableModule(nn.Module):
     """The gradients that are not applied yet; attached, see `Attachment.settle`."""
     _attachment: Attachment | None
     """None also in a copy of an attached collection, which its own optimizer must be told."""
+    unattached: Unattached
+    """What torch sees of the gradients where there is no attachment."""
 
     def _open(self, state: dict[str, Any]) -> None:
         """Takes attributes from `_state_but_tables` of another module; tables are empty."""
@@ -71,8 +75,13 @@ class TableModule(nn.Module):
                 "apply_gradients of a collection that is attached to an optimizer, whose step() "
                 "updates the tables: leave it out, or call detach_optimizer()"
             )
+        self._settle()
         self.refuse_non_finite()
-        self.update(1.0)
+        try:
+            self.update(1.0)
+        finally:
+            if not self.pending:
+                self.unattached.hide()
 
     def check_gradients(self) -> None:
         """Refuses gradients that are NaN or infinite; each is looked at once.
@@ -94,6 +103,7 @@ class TableModule(nn.Module):
     def discard_gradients(self) -> None:
         """Forgets the gradients that are not applied yet, as `zero_grad` does when attached."""
         self.pending.clear()
+        self.unattached.hide()
         if self._attachment is not None:
             self._attachment.hide()
 
@@ -121,6 +131,7 @@ class TableModule(nn.Module):
             )
         self._attachment = Attachment(self._collection, optimizer)
         self.is_attached = True
+        self.unattached.hide()
         self.anchor.grad = None
         if self.pending:
             self._attachment.show()
@@ -150,8 +161,6 @@ class TableModule(nn.Module):
         lookups: Sequence[PooledLookup],
         plans: Sequence[PoolingPlan],
         grad: Tensor,
-        *,
-        zeros_to_come: int = 0,
     ) -> None:
         """Keeps the gradient of a look-up's output, perhaps uncopied, until it is applied.
 
@@ -159,13 +168,21 @@ class TableModule(nn.Module):
           lookups: of the output, one a trained store.
           plans: of every store.
           grad: [B, columns of the plans].
-          zeros_to_come: times that autograd will add 0 to the anchor's gradient for it.
+
+        Raises:
+          ConfigError: torch's compiled autograd runs the backward pass.
         """
-        self._settle()
+        if torch.compiler.is_compiling() or compiled_autograd.in_compiled_autograd_region:
+            raise ConfigError(
+                "torch._dynamo's compiled autograd runs the backward pass, in which tables' "
+                "gradients get lost: turn it off; torch.compile compiles a model's backward pass "
+                "without it"
+            )
+        if self._attachment is not None:
+            self._settle()
         grad = grad.to(self._collection.device, torch.float32).contiguous()
         self.pending.add(lookups, plans, grad)
-        if self._attachment is not None:
-            self._attachment.show(zeros_to_come=zeros_to_come)
+        (self._attachment or self.unattached).show()
 
     def set_learning_rate(self, table: str, learning_rate: float) -> None:
         """Changes the learning rate of one table, from its next step on.
@@ -216,8 +233,22 @@ class TableModule(nn.Module):
         return total.to(torch.float32)
 
     def _settle(self) -> None:
-        if self._attachment is not None and not self._attachment.settle():
+        if self._attachment is None:
+            self.unattached.settle()
+        elif not self._attachment.settle():
             self.pending.clear()
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> TableModule:
+        """Moves or converts parameters; what stands for gradients has no data to be converted."""
+        gradient = self.anchor.grad
+        if not isinstance(gradient, AnchorGradient):
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+        self.anchor.grad = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        shown_by = gradient.shown_by()
+        if shown_by is not None and shown_by.stands_for(gradient):
+            shown_by.show_anew()
+        return self
 
     def update(self, rate_factor: float) -> None:
         """One step of the tables, all their learning rates multiplied by `rate_factor`."""

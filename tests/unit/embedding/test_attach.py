@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import compiled_autograd
 
 from penstock import (
     FTRL,
@@ -468,6 +469,16 @@ class TestRefused:
         with pytest.raises(ConfigError, match="was replaced by a Tensor"):
             optimizer.step()
 
+    def test_compiled_autograd(self):
+        ours = Ours()
+        keys, label = next(batches(1))
+        loss = loss_of(ours, keys, label)
+        with (
+            compiled_autograd._enable(torch.compile(backend="eager")),
+            pytest.raises(ConfigError, match="compiled autograd runs the backward pass"),
+        ):
+            loss.backward()
+
 
 def test_a_rate_of_0_moves_no_row_and_fills_the_state():
     ours, optimizer, twin, theirs = pair("adagrad")
@@ -652,17 +663,6 @@ class TestNonFinite:
         keys, _ = next(batches(1))
         (ours(keys) * 1e37).sum().backward()
         ours.embeddings.check_gradients()
-
-
-def test_without_attach_nothing_is_shown_to_torch():
-    ours = Ours()
-    keys, label = next(batches(1))
-    loss_of(ours, keys, label).backward()
-    assert ours.embeddings.anchor.grad is None
-    ours.zero_grad()
-    before = ours.rows()
-    ours.embeddings.apply_gradients()
-    assert not torch.equal(ours.rows(), before)
 
 
 def test_what_the_gradient_says_is_the_norm():
