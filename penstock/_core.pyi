@@ -93,6 +93,8 @@ class BagSums:
         batch_size: int,
         words: NDArray[np.int64],
         of_bucket: NDArray[np.int64],
+        of_table: NDArray[np.int64],
+        places: NDArray[np.int64],
         num_ranks: int,
         rank: int,
     ) -> tuple[

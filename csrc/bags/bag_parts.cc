@@ -28,8 +28,10 @@ void split_feature(const PoolingPlan& plan, const PackedKeys& batch, const Owned
       if (batch.weights != nullptr) parts.weights[*owner][place] = batch.weights[n];
       ++bag_keys[*owner];
     }
-    const int64_t bag = f * batch.batch_size + b;
     for (int64_t r = 0; r < ranks; ++r) {
+      const int64_t place = parts.places[r * plan.num_features + f];
+      if (place < 0) continue;
+      const int64_t bag = place * batch.batch_size + b;
       if (r == parts.self) {
         parts.offsets[bag + 1] = next[r];
       } else {
@@ -55,12 +57,13 @@ OwnedKeys owned_keys(ThreadPool& pool, const PoolingPlan& plan, const PackedKeys
   std::vector<std::vector<uint64_t>> sampled(features);
   pool.run(features, [&](int64_t f, int) {
     const uint64_t word = static_cast<uint64_t>(owners.words[plan.table[f]]);
+    const int64_t whole = owners.of_table[plan.table[f]];
     const int64_t* const keys = batch.keys + batch.begin(batch.first_bag(plan, f));
     uint16_t* const owner = out.owners.data() + out.first[f];
     std::vector<int64_t> counts(owners.num_ranks);
     for (int64_t i = 0, count = out.first[f + 1] - out.first[f]; i < count; ++i) {
       const uint64_t mixed = mix64(static_cast<uint64_t>(keys[i]) ^ word);
-      const int64_t rank = owners.of_bucket[mixed >> Owners::kBucketShift];
+      const int64_t rank = whole >= 0 ? whole : owners.of_bucket[mixed >> Owners::kBucketShift];
       owner[i] = static_cast<uint16_t>(rank);
       ++counts[rank];
       // Equal keys of two tables differ: their words do.

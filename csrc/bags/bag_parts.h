@@ -17,6 +17,7 @@ struct Owners {
 
   const int64_t* words;      // of each table
   const int64_t* of_bucket;  // [kBuckets] ranks
+  const int64_t* of_table;   // ranks of whole tables; -1: by bucket
   int64_t num_ranks;
 };
 
@@ -36,10 +37,11 @@ OwnedKeys owned_keys(ThreadPool& pool, const PoolingPlan& plan, const PackedKeys
 struct BagParts {
   int64_t** keys;
   float** weights;         // null: there are none
-  unsigned char** lengths;  // [features, samples] keys of each bag, little-endian in `length_bytes`; null for `self`
+  unsigned char** lengths;  // [features served, samples] keys of each bag, little-endian in `length_bytes`; null for `self`
   int length_bytes;        // 1, 2 or 4
+  const int64_t* places;   // [ranks, features]: where a feature is among those that a rank serves; -1: it has no key of it
   int64_t self;            // its bags have offsets instead
-  int64_t* offsets;        // [features * samples + 1]
+  int64_t* offsets;        // [features served * samples + 1]
 };
 
 void split_bags(ThreadPool& pool, const PoolingPlan& plan, const PackedKeys& batch, const OwnedKeys& owned, const BagParts& parts);

@@ -94,9 +94,26 @@ int length_bytes_of(const PoolingPlan& plan, const PackedKeys& batch) {
   return longest < 1 << 8 ? 1 : longest < 1 << 16 ? 2 : 4;
 }
 
+// How many features each rank serves: their places rise, and none is left out that it may have rows of.
+std::vector<int64_t> served_counts(const In<int64_t>& places, int64_t num_ranks, int64_t features, const In<int64_t>& of_table,
+                                   const PoolingPlan& plan) {
+  check(places.size() == static_cast<size_t>(num_ranks * features), "places: expected one a rank and feature");
+  std::vector<int64_t> counts(num_ranks);
+  for (int64_t r = 0; r < num_ranks; ++r) {
+    for (int64_t f = 0; f < features; ++f) {
+      const int64_t place = places.data()[r * features + f], whole = of_table.data()[plan.table[f]];
+      check(place == -1 || place == counts[r], "places: not in order");
+      check(place >= 0 || (whole >= 0 && whole != r), "places: a rank's rows are left out");
+      if (place >= 0) ++counts[r];
+    }
+  }
+  return counts;
+}
+
 // What goes to each rank lies side by side: keys, weights, lengths, and up to 7 bytes that nobody reads.
 nb::tuple py_split_bags(BagSums& self, const Plan& plan, In<int64_t> keys, In<int64_t> given, std::optional<In<float>> weights,
-                        int64_t batch_size, In<int64_t> words, In<int64_t> of_bucket, int64_t num_ranks, int64_t rank) {
+                        int64_t batch_size, In<int64_t> words, In<int64_t> of_bucket, In<int64_t> of_table, In<int64_t> places,
+                        int64_t num_ranks, int64_t rank) {
   check(plan != nullptr, "plan: none");
   const std::vector<int64_t> offsets = checked_offsets(*plan, given, keys.size(), batch_size, self.dim());
   const bool is_weighted = weights.has_value();
@@ -108,12 +125,16 @@ nb::tuple py_split_bags(BagSums& self, const Plan& plan, In<int64_t> keys, In<in
   const PoolingPlan view = plan->view();
   check(std::all_of(view.table, view.table + view.num_features, [&](uint32_t table) { return table < words.size(); }),
         "words: expected one a table");
+  check(of_table.size() == words.size() && std::all_of(of_table.data(), of_table.data() + of_table.size(),
+                                                       [&](int64_t whole) { return whole >= -1 && whole < num_ranks; }),
+        "of_table: expected a rank of each table, or -1");
   static const float kNoWeight = 1;
   const float* const factors = !is_weighted ? nullptr : weights->size() == 0 ? &kNoWeight : weights->data();
   const int64_t features = view.num_features, bags = features * batch_size;
   const PackedKeys batch{keys.data(), offsets.data(), batch_size, (static_cast<int64_t>(offsets.size()) - 1) / batch_size,
                          static_cast<int64_t>(keys.size()), factors};
-  const Owners owners{words.data(), of_bucket.data(), num_ranks};
+  const std::vector<int64_t> served = served_counts(places, num_ranks, features, of_table, view);
+  const Owners owners{words.data(), of_bucket.data(), of_table.data(), num_ranks};
   OwnedKeys owned;
   {
     const nb::gil_scoped_release release;
@@ -125,7 +146,7 @@ nb::tuple py_split_bags(BagSums& self, const Plan& plan, In<int64_t> keys, In<in
   for (int64_t r = 0; r < num_ranks; ++r) {
     for (int64_t f = 0; f < features; ++f) sizes[r] += owned.counts[r * features + f];
     begins[r] = total;
-    const size_t bytes = sizes[r] * (is_weighted ? 12 : 8) + static_cast<size_t>(length_bytes * bags);
+    const size_t bytes = sizes[r] * (is_weighted ? 12 : 8) + static_cast<size_t>(length_bytes * served[r] * batch_size);
     if (r != rank) total += (bytes + 7) / 8 * 8;
   }
   unsigned char* message;
@@ -133,7 +154,7 @@ nb::tuple py_split_bags(BagSums& self, const Plan& plan, In<int64_t> keys, In<in
   float *own_weights, *scales;
   auto message_array = make_array<unsigned char>(total, &message);
   auto key_array = make_array<int64_t>(sizes[rank], &own_keys);
-  auto offset_array = make_array<int64_t>(bags + 1, &own_offsets);
+  auto offset_array = make_array<int64_t>(served[rank] * batch_size + 1, &own_offsets);
   auto weight_array = make_array<float>(is_weighted ? sizes[rank] : 0, &own_weights);
   auto count_array = make_array<int64_t>(owned.counts.size(), &counts);
   std::copy(owned.counts.begin(), owned.counts.end(), counts);
@@ -152,7 +173,8 @@ nb::tuple py_split_bags(BagSums& self, const Plan& plan, In<int64_t> keys, In<in
   {
     const nb::gil_scoped_release release;
     split_bags(self.threads(), view, batch, owned,
-               {key_parts.data(), weight_parts.data(), length_parts.data(), length_bytes, rank, own_offsets});
+               {key_parts.data(), weight_parts.data(), length_parts.data(), length_bytes, places.data(), rank,
+                own_offsets});
     if (is_scaled) bag_scales(self.threads(), view, batch, scales);
   }
   return nb::make_tuple(key_array, offset_array, weight_array, message_array, count_array, length_bytes, owned.distinct, scale_array);
@@ -200,7 +222,8 @@ void bind_bag_sums(nb::module_& m) {
           },
           "bags"_a, "grad"_a.noconvert(), "sums"_a.noconvert())
       .def("split_bags", &py_split_bags, "plan"_a, "keys"_a.noconvert(), "offsets"_a.noconvert(), "weights"_a.noconvert().none(),
-           "batch_size"_a, "words"_a.noconvert(), "of_bucket"_a.noconvert(), "num_ranks"_a, "rank"_a);
+           "batch_size"_a, "words"_a.noconvert(), "of_bucket"_a.noconvert(), "of_table"_a.noconvert(),
+           "places"_a.noconvert(), "num_ranks"_a, "rank"_a);
 
   m.def(
       "grouped_keys",

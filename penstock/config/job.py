@@ -43,6 +43,7 @@ from penstock.config.tables import (
     Eviction,
     Initializer,
     Optimizer,
+    Placement,
     RowWiseAdagrad,
     TableConfig,
     Uniform,
@@ -170,6 +171,7 @@ class TableDefaults(Config):
     """Of each table."""
     eviction: Eviction | None = None
     trainable: bool = True
+    placement: Placement = "spread"
 
 
 class Job(Config):

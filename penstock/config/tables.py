@@ -246,6 +246,9 @@ class HashStack(Config):
     """Rows of each round; the table has at most rounds * size."""
 
 
+Placement = Literal["spread", "whole"]
+
+
 class TableConfig(Config):
     """One embedding table: rows by 64-bit key, unbounded. Many features may share it."""
 
@@ -269,11 +272,16 @@ class TableConfig(Config):
     """Most bytes of the table: row values, optimizer state, marks of use, and 24 bytes of index a
     key. `2GiB` is 2^31. Without `eviction`, new keys are refused once it is full. null: unbounded.
     Over several ranks each holds an equal share of it, whole rows, so that what is refused or
-    leaves depends on their number.
+    leaves depends on their number; but for `placement: whole`.
     """
     eviction: Eviction | None = None
     trainable: Annotated[bool, MAY_CHANGE] = True
     """False freezes the table: look-ups read it, and training changes, makes and evicts no row."""
+    placement: Annotated[Placement, MAY_CHANGE] = "spread"
+    """Over several ranks: `spread` divides the rows among them; `whole` keeps the table on one,
+    which is chosen so that tables are dealt evenly. A bag of it is then a sum from one rank
+    instead of one from each.
+    """
 
     @model_validator(mode="after")
     def _eviction_has_a_reason(self) -> TableConfig:

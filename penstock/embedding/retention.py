@@ -257,8 +257,8 @@ def limits_of(table: TableConfig, row_bytes: int) -> Limits:
 
 
 def share_of(table: TableConfig, num_ranks: int) -> TableConfig:
-    """What one of several ranks holds of a table: its share of the budget of bytes."""
-    if table.max_bytes is None:
+    """What one of several ranks may hold of a table: its share of the budget of bytes."""
+    if table.max_bytes is None or table.placement == "whole":
         return table
     return table.model_copy(update={"max_bytes": ByteSize(table.max_bytes // num_ranks)})
 

@@ -23,15 +23,18 @@ def over_ranks(group: Group, stats: Sequence[TableStats]) -> dict[str, Values]:
     if group.size == 1:
         return mine
     every = [json.loads(one) for one in group.gathered_bytes(json.dumps(mine).encode())]
-    return {table: _total([values[table] for values in every]) for table in mine}
+    return {
+        table.name: _total([values[table.name] for values in every], is_whole=table.is_whole)
+        for table in stats
+    }
 
 
-def _total(parts: Sequence[Values]) -> Values:
+def _total(parts: Sequence[Values], *, is_whole: bool) -> Values:
     """The sums; means of what is a mean (age, over all evicted rows) or a share of a part."""
     total: Values = {name: sum(part[name] for part in parts) for name in parts[0]}
     if "evicted_age" in total:
         ages = sum(part["evicted_age"] * part["evicted"] for part in parts)
         total["evicted_age"] = ages / max(1, total["evicted"])
-    if "budget_used" in total:
+    if "budget_used" in total and not is_whole:
         total["budget_used"] /= len(parts)  # each has an equal share of max_bytes
     return total

@@ -18,7 +18,7 @@ from penstock.config import (
 )
 from penstock.embedding.dict_store import DictStore
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.retention import NUMBERS, Clock
+from penstock.embedding.retention import NUMBERS, Clock, share_of
 from penstock.embedding.store import (
     CURSOR_START,
     Candidates,
@@ -131,6 +131,35 @@ def test_refused_keys_have_the_bits_of_one_store(case, ranks):
         assert remembered(alone, configs)[0] != remembered(HostStore(configs), configs)[0]
     if "eviction" in fields:
         assert numbers[:, NUMBERS.index("evicted")].sum() > 0
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_whole_table_has_its_budget_on_one_rank(ranks, evicts):
+    """So what is refused and what leaves does not depend on their number, and has the same bits."""
+    fields = {"max_bytes": 700, "eviction": Eviction(order="lru") if evicts else None}
+    configs = tables(Adagrad(), **fields, placement="whole")
+    assert [share_of(config, ranks) for config in configs] == configs
+    wholes = {name: number % ranks for number, name in enumerate("cab")}
+    steps = steps_of("ftrl, counts")
+    alone = HostStore(configs, seed=3, deterministic=True)
+    outs, _ = train(alone, [[step] for step in steps])
+
+    def of_rank(exchange):
+        store = sharded(exchange, configs, seed=3, wholes=wholes)
+        mine = train(store, [[dealt(step, ranks, exchange.rank)] for step in steps])
+        return store, *mine
+
+    made = World(ranks).run(of_rank)
+    for step, out in enumerate(outs):
+        for rank, (_, of_rank_outs, _) in enumerate(made):
+            assert torch.equal(of_rank_outs[step], out[rank::ranks]), (step, rank)
+    check_alike([store for store, *_ in made], alone, configs)
+    numbers = alone.counters().numbers[:, NUMBERS.index("evicted" if evicts else "refused")]
+    assert numbers[:2].min() > 0
+    for rank, (store, *_) in enumerate(made):
+        held = [store.num_rows(table) > 0 for table in range(2)]
+        assert held == [wholes[name] == rank for name in "ab"]
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from penstock.config import (
 from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import Clock
 from penstock.embedding.sharded.bags import HostBags
-from penstock.embedding.sharded.store import ShardedStore
+from penstock.embedding.sharded.store import NO_TABLES, ShardedStore
 from penstock.embedding.store import CURSOR_START, PooledFeature, PooledGradient, PoolingPlan
 from penstock.errors import GroupError
 from penstock.types import KeyedJagged
@@ -40,7 +40,7 @@ def tables(optimizer, **fields):
     return [TableConfig(name=name, dim=DIM, optimizer=optimizer, **fields) for name in "abc"]
 
 
-def sharded(exchange, configs, *, deterministic=True, reduction="sum", **options):
+def sharded(exchange, configs, *, deterministic=True, reduction="sum", wholes=NO_TABLES, **options):
     local = HostStore(configs, deterministic=deterministic, **options)
     return ShardedStore(
         local,
@@ -49,6 +49,7 @@ def sharded(exchange, configs, *, deterministic=True, reduction="sum", **options
         device=torch.device("cpu"),
         deterministic=deterministic,
         reduction=reduction,
+        wholes=wholes,
     )
 
 

@@ -14,7 +14,7 @@ from penstock.embedding.host_store import HostStore
 from penstock.embedding.sharded import bag_parts, lookups, store, ways
 from penstock.embedding.sharded.bags import HostBags
 from penstock.embedding.sharded.routes import Owners
-from penstock.embedding.sharded.shard_map import ShardMap, table_words
+from penstock.embedding.sharded.shard_map import ShardMap
 from penstock.embedding.store import CURSOR_START, PooledFeature, PooledGradient, PoolingPlan
 from penstock.types import KeyedJagged
 from tests.contract.stores import OnCpu
@@ -70,7 +70,7 @@ def configs_of(rule, dtype="float32"):
     return [TableConfig(name=name, dim=DIM, optimizer=rule, dtype=dtype) for name in "abc"]
 
 
-def sharded(exchange, configs, *, on_gpu=False, reduction="sum"):
+def sharded(exchange, configs, *, on_gpu=False, reduction="sum", wholes=store.NO_TABLES):
     if on_gpu:
         from penstock.embedding.gpu_store import GpuStore
         from penstock.embedding.sharded.device_bags import DeviceBags
@@ -80,7 +80,7 @@ def sharded(exchange, configs, *, on_gpu=False, reduction="sum"):
     else:
         local, bags = HostStore(configs, seed=3), HostBags(DIM, 2)
     device = local.device if on_gpu else torch.device("cpu")
-    made = {"device": device, "deterministic": False, "reduction": reduction}
+    made = {"device": device, "deterministic": False, "reduction": reduction, "wholes": wholes}
     return store.ShardedStore(local, bags, exchange, **made)
 
 
@@ -115,8 +115,14 @@ def rows_of(stores):
     return found
 
 
+def wholes_of(rng, ranks):
+    """Some tables whole, or all on one rank, or none."""
+    kept = {0: [], 1: list("b"), 2: list("ac"), 3: list("abc")}[int(rng.integers(4))]
+    return {name: int(rng.integers(ranks)) for name in kept}
+
+
 def check_against_one(seed, ranks, *, on_gpu=False, waiting=1, reduction="sum"):
-    """Random plans, batches and deals; returns the calls of each rank."""
+    """Random plans, batches, deals and placements; returns the calls of each rank."""
     rng = np.random.default_rng(seed)
     plan, weighted = plan_of(rng), bool(seed % 2)
     rule = (SGD(), Adagrad(), RowWiseAdagrad(), Adam())[seed // 2 % 4]
@@ -133,6 +139,7 @@ def check_against_one(seed, ranks, *, on_gpu=False, waiting=1, reduction="sum"):
             owners = rng.integers(0, int(rng.integers(1, ranks + 1)), size)
             parts.append((batch, grad, owners))
         steps.append(parts)
+    wholes = wholes_of(rng, ranks)
     alone = HostStore(configs, seed=3)
     wanted = [
         one_step(alone, plan, [(batch, grad * share) for batch, grad, _ in parts], number)
@@ -141,7 +148,7 @@ def check_against_one(seed, ranks, *, on_gpu=False, waiting=1, reduction="sum"):
     columns = [each.column + c for each in plan.features for c in range(DIM)]
 
     def of_rank(exchange):
-        made = sharded(exchange, configs, on_gpu=on_gpu, reduction=reduction)
+        made = sharded(exchange, configs, on_gpu=on_gpu, reduction=reduction, wholes=wholes)
         made = OnCpu.around(made) if on_gpu else made
         for number, parts in enumerate(steps):
             mine = [dealt(*part, exchange.rank) for part in parts]
@@ -156,6 +163,9 @@ def check_against_one(seed, ranks, *, on_gpu=False, waiting=1, reduction="sum"):
         return made, exchange.calls
 
     made = World(ranks, seed=seed).run(of_rank)
+    for rank, (one, _) in enumerate(made):
+        for table, config in enumerate(configs):
+            assert not one.num_rows(table) or wholes.get(config.name, rank) == rank
     rows, same = rows_of([one for one, _ in made]), rows_of([alone])
     assert rows.keys() == same.keys()
     assert len(rows) > 3
@@ -254,28 +264,62 @@ def test_a_way_is_kept_where_both_are_nearly_as_good():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("longest", [9, 300, 70_000])
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_bags_are_split_alike_on_a_host_and_a_device(ranks, longest, weighted):
+@pytest.mark.parametrize("kept", [{}, {"b": 0}, {"a": 1, "b": 0, "c": 1}])
+def test_bags_are_split_alike_on_a_host_and_a_device(ranks, longest, weighted, kept):
     """Lengths of one, two and four bytes; what is joined again is what was split."""
+    if max(kept.values(), default=0) >= ranks:
+        return
     rng = np.random.default_rng(ranks)
     plan = plan_of(rng)
-    batch = batch_of(rng, 3 if longest > 1000 else 11, weighted=weighted, longest=longest)
-    owners = Owners(ShardMap.even(ranks).on(torch.device("cpu")), table_words(list("abc")), ranks)
-    for rank in range(ranks):
-        made = HostBags(DIM, 2).split(plan, batch, owners, rank)
-        same = bag_parts.split_on_device(plan, batch, owners, rank)
+    sizes = [3 + rank if longest > 1000 else 11 - rank for rank in range(ranks)]
+    batches = [batch_of(rng, size, weighted=weighted, longest=longest) for size in sizes]
+    owners = Owners.by(ShardMap.even(ranks), list("abc"), kept, torch.device("cpu"))
+    served = owners.served(plan)
+    on_host = [HostBags(DIM, 2).split(plan, b, owners, rank) for rank, b in enumerate(batches)]
+    on_device = [bag_parts.split_on_device(plan, b, owners, rank) for rank, b in enumerate(batches)]
+    for made, same in zip(on_host, on_device, strict=True):
         assert made.form == same.form
         assert made.different == same.different
         assert torch.equal(made.counts, same.counts)
         assert made.message.numel() == same.message.numel()
-        came = torch.cat([made.counts, torch.tensor([[batch.batch_size, made.form]] * ranks)], 1)
-        if ranks > 1:
-            for one, other in zip(
-                *(bag_parts.joined(plan, each.message, came, rank) for each in (made, same)),
-                strict=True,
-            ):
-                assert_same(one, other) if isinstance(one, KeyedJagged) else None
         assert_same(made.own, same.own)
         assert (made.scales is None) == (same.scales is None)
+    for rank in range(ranks) if ranks > 1 else ():
+        mine = list(served.features[rank])
+        one, other = (joined_at(rank, made, sizes, served, plan) for made in (on_host, on_device))
+        assert_same(one, other)
+        place = 0
+        for feature in mine:
+            for sender, batch in enumerate(batches):
+                for sample in range(sizes[sender]) if sender != rank else ():
+                    bag = plan.features[feature].packed_feature * sizes[sender] + sample
+                    keys = batch.values[int(batch.offsets[bag]) : int(batch.offsets[bag + 1])]
+                    table = torch.full_like(keys, plan.features[feature].table)
+                    keys = keys[owners.of(table, keys) == rank]
+                    here = slice(int(one.offsets[place]), int(one.offsets[place + 1]))
+                    assert torch.equal(one.values[here], keys)
+                    place += 1
+        assert place == len(one.offsets) - 1
+
+
+def joined_at(rank, made, sizes, served, plan):
+    """What comes to a rank of what all have split, joined."""
+    messages, came = [], []
+    for sender, parts in enumerate(made):
+        told = torch.tensor([[sizes[sender], parts.form]] * len(made))
+        counts = torch.cat([parts.counts, told], 1)
+        of_each = bag_parts.message_bytes(
+            parts.counts.sum(1), counts[:, -2] * served.counts, counts[:, -1]
+        )
+        of_each[sender] = 0
+        messages.append(torch.split(parts.message, of_each.tolist())[rank])
+        came.append(counts[rank, [*served.features[rank], -2, -1]])
+    some = tuple(
+        PooledFeature(n, plan.features[f].table, "sum", n * DIM)
+        for n, f in enumerate(served.features[rank])
+    )
+    of_rank = PoolingPlan(some, DIM * len(some))
+    return bag_parts.joined(of_rank, torch.cat(messages), torch.stack(came), rank)[0]
 
 
 def assert_same(one, other):

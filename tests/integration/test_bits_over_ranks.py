@@ -69,7 +69,8 @@ def job(tmp_path_factory):
                 **table,
                 "admission": {"kind": "min_count", "min_count": 2},
                 "eviction": {"ttl": 600, "unit": "seconds"},
-            }
+            },
+            {"name": "k2", **table, "placement": "whole"},
         ],
         "table_defaults": table,
         "model": {"kind": "dlrm", "bottom": [8], "top": [16], "dropout": 0.2, "batch_norm": True},

@@ -110,6 +110,7 @@ MAY_IMPORT = {
         "embedding/store",
         "embedding/sharded/exchange",
     },
+    "embedding/sharded/placement": {"config"},
     "embedding/sharded/ways": {"embedding/store"},
     "embedding/sharded/bag_parts": {
         "types",

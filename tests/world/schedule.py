@@ -54,6 +54,8 @@ class Leg(NamedTuple):
 
     ranks: int
     shard_map: ShardMap
+    wholes: dict
+    """Ranks of whole tables."""
     faults: Faults
     save_at: frozenset
     """Steps after which a checkpoint is taken."""
@@ -129,7 +131,8 @@ class Schedule:
             signal_at = int(rng.integers(ranks)), int(rng.integers(self.saved.step, steps))
         weights = 1 + rng.permutation(ranks) * int(rng.integers(0, 3))
         self.shard_map = self.shard_map.resized(weights.tolist())
-        return Leg(ranks, self.shard_map, faults, save_at, signal_at)
+        wholes = {one.name: int(rng.integers(ranks)) for one in TABLES if rng.random() < 0.3}
+        return Leg(ranks, self.shard_map, wholes, faults, save_at, signal_at)
 
     def _has_finished(self, world, ended):
         """Whether all ranks came to the end; checks how they ended."""
@@ -162,6 +165,7 @@ class Schedule:
             deterministic=self.deterministic,
             reduction="sum",
             shard_map=leg.shard_map,
+            wholes=leg.wholes,
         )
         saved = self.saved
         for table, rows in enumerate(saved.rows):

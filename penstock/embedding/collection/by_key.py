@@ -197,8 +197,11 @@ class RowsByKey(nn.Module):
 
     def sources(self, table: str, num_ranks: int) -> tuple[int, ...]:
         """Which of so many ranks, over which a table was spread, had rows that live here now."""
-        store, _ = self._stores.find_table(table)
+        store, number = self._stores.find_table(table)
         if isinstance(store, ShardedStore):
+            whole = store.owners.wholes[number]
+            if whole >= 0:
+                return tuple(range(num_ranks)) if whole == store.ranks.rank else ()
             before = ShardMap.even(num_ranks)
             return Plan.between(before, store.shard_map).sources(store.ranks.rank)
         return tuple(range(num_ranks))

@@ -83,7 +83,7 @@ class TableRecord:
     dtype: ValueType = "float32"
     """Of the values."""
     writers: tuple[int, ...] = ()
-    """Of each of `shards` the rank that wrote it; empty: all rows may be in any."""
+    """Of each of `shards` the rank that wrote it; empty: any may have any row."""
     num_writers: int = 1
     """Ranks over which the rows were spread then, evenly by bucket."""
 
@@ -149,6 +149,8 @@ def write_tables(
             layout.usage_dim,
             dtype=layout.value_type,
         )
+        if part[1] > 1 and table.placement == "spread":
+            record = replace(record, writers=(part[0],) * len(shards), num_writers=part[1])
         if retains(table):
             state = (
                 collection.retention_state(table.name) if states is None else states.get(table.name)

@@ -20,6 +20,8 @@ class TableStats(NamedTuple):
     """With this table's share of the index and of free slots."""
     retention: RetentionStats | None = None
     """Of a table with admission, eviction or a budget."""
+    is_whole: bool = False
+    """Over several ranks one has all rows, and all of the budget."""
 
     def values(self) -> dict[str, int | float]:
         """By the names that events have."""

@@ -23,6 +23,7 @@ from penstock.embedding.shapes.hash_stack import Stacks
 from penstock.embedding.sharded.bags import Bags, HostBags
 from penstock.embedding.sharded.defaults import PartStore
 from penstock.embedding.sharded.exchange import Collective
+from penstock.embedding.sharded.placement import ranks_of_whole_tables
 from penstock.embedding.sharded.store import Ranks, ShardedStore
 from penstock.embedding.store import PooledFeature, PoolingPlan, RowLayout, Store
 from penstock.errors import CapacityError, ConfigError
@@ -88,7 +89,8 @@ class TableStores:
                 store = HostStore(held, num_threads=num_threads, **options)
             whole: Store = store
             if ranks is not None:
-                whole = self._spread(store, ranks, num_threads, options["deterministic"])
+                wholes = ranks_of_whole_tables(tables, features, ranks.part[1])
+                whole = self._spread(store, ranks, num_threads, wholes, options["deterministic"])
             stores.append((whole, its_tables[0].trainable))
         self._num_stores = len(stores)
         dim_of = {table.name: table.dim for table in tables}
@@ -103,7 +105,12 @@ class TableStores:
         )
 
     def _spread(
-        self, store: PartStore, ranks: Ranks, num_threads: int, deterministic: bool
+        self,
+        store: PartStore,
+        ranks: Ranks,
+        num_threads: int,
+        wholes: Mapping[str, int],
+        deterministic: bool,
     ) -> ShardedStore:
         dim = store.layout.dim
         bags: Bags = HostBags(dim, num_threads)
@@ -119,6 +126,7 @@ class TableStores:
             device=self.device,
             deterministic=deterministic,
             reduction=ranks.reduction,
+            wholes=wholes,
         )
 
     def _layout_of(
@@ -228,6 +236,7 @@ class TableStores:
                     rows * store.layout.row_bytes,
                     round(share * used),
                     retention_stats(store, number, counters) if retains(table) else None,
+                    table.placement == "whole",
                 )
         return [stats[name] for name in self._names]
 

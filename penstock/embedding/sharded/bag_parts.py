@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,11 @@ class BagParts(NamedTuple):
     """Of a batch, features in the order of the plan."""
 
     own: KeyedJagged
-    """Bags of the keys that are this rank's."""
+    """Bags of the keys that are this rank's, of the features that it serves."""
     message: Tensor
     """[bytes] uint8: for each other rank, in order, the keys that it owns [n] int64, their weights
-    [n] float32 if there are any, the lengths of their bags [F * B] (of 1, 2 or 4 bytes), and bytes
-    up to a multiple of 8.
+    [n] float32 if there are any, the lengths of their bags [F * B] (of 1, 2 or 4 bytes) of the
+    features that it serves, and bytes up to a multiple of 8.
     """
     counts: Tensor
     """[ranks, F] int64 keys, on the CPU."""
@@ -39,16 +40,17 @@ class BagParts(NamedTuple):
     """[B, F] float32 factor of the sum of each bag; None: all 1."""
 
 
-def names_of(plan: PoolingPlan) -> tuple[str, ...]:
-    """Of the features of parts, which nobody reads."""
-    return tuple(str(number) for number in range(len(plan.features)))
+@lru_cache(maxsize=64)
+def names_of(number: int) -> tuple[str, ...]:
+    """Of so many features of parts, which nobody reads."""
+    return tuple(map(str, range(number)))
 
 
-def no_bags(plan: PoolingPlan, num_ranks: int, device: torch.device) -> BagParts:
+def no_bags(plan: PoolingPlan, owners: Owners, rank: int) -> BagParts:
     """Of a batch without samples."""
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    own = KeyedJagged(names_of(plan), none, torch.zeros(1, dtype=torch.int64, device=device))
-    counts = torch.zeros(num_ranks, len(plan.features), dtype=torch.int64)
+    none, names = torch.zeros_like(owners.words[:0]), names_of(owners.served(plan).number(rank))
+    own = KeyedJagged(names, none, torch.zeros_like(owners.words[:1]))
+    counts = torch.zeros(owners.num_ranks, len(plan.features), dtype=torch.int64)
     return BagParts(own, none.to(torch.uint8), counts, 1, 0, None)
 
 
@@ -64,7 +66,7 @@ def joined(
     """The bags of the other ranks as one batch, those of a feature in the order of ranks.
 
     Args:
-      plan: of the features.
+      plan: of the features that this rank serves.
       message: [bytes] uint8, one message after the other.
       came: [ranks, F + 2] int64 on the CPU: keys of each feature, samples and form.
       rank: this one, of which there is no message.
@@ -97,9 +99,9 @@ def joined(
     if len(keys) == 1:  # all there is
         values, factors = keys[0], weights[0] if weights else None
     else:
-        block, order, _ = arrived(names_of(plan), torch.cat(keys), counts)
+        block, order, _ = arrived(names_of(features), torch.cat(keys), counts)
         values, factors = block.values, torch.cat(weights)[order] if weights else None
-    batch = KeyedJagged(names_of(plan), values, offsets, factors, is_checked=True)
+    batch = KeyedJagged(names_of(features), values, offsets, factors, is_checked=True)
     return batch, samples_of_all
 
 
@@ -121,8 +123,10 @@ def split_on_device(plan: PoolingPlan, batch: KeyedJagged, owners: Owners, rank:
     # Which bag each key is in.
     bag = torch.repeat_interleave(bag_lengths, output_size=chosen.values.numel())
     of_feature = torch.tensor([feature.table for feature in plan.features], device=device)
-    mixed = mixed_of(owners.words[of_feature[bag // size]], chosen.values)
-    owner = owners.of_bucket[bucket_of_mixed(mixed)]
+    tables = of_feature[bag // size]
+    mixed = mixed_of(owners.words[tables], chosen.values)
+    whole = owners.of_table[tables]
+    owner = torch.where(whole < 0, owners.of_bucket[bucket_of_mixed(mixed)], whole)
     order = torch.argsort(owner, stable=True)
     lengths = torch.bincount(owner * bags + bag, minlength=ranks * bags).view(ranks, bags)
     counts = lengths.view(ranks, features, size).sum(2)
@@ -137,19 +141,23 @@ def split_on_device(plan: PoolingPlan, batch: KeyedJagged, owners: Owners, rank:
     weights = None if chosen.weights is None else torch.split(chosen.weights[order], sizes)
     form = width + (0 if weights is None else IS_WEIGHTED)
     parts = []
+    served = owners.served(plan).features
     for other in range(ranks):
         if other == rank:
             continue
         part = [keys[other].view(torch.uint8)]
         if weights is not None:
             part.append(weights[other].view(torch.uint8))
-        part.append(lengths[other].to(_LENGTHS[width]).view(torch.uint8))
+        of_bags = lengths[other].view(features, size)[list(served[other])]
+        part.append(of_bags.flatten().to(_LENGTHS[width]).view(torch.uint8))
         used = sum(each.numel() for each in part)
         parts += [*part, torch.zeros(-used % 8, dtype=torch.uint8, device=device)]
-    offsets = torch.zeros(bags + 1, dtype=torch.int64, device=device)
-    torch.cumsum(lengths[rank], 0, out=offsets[1:])
+    own_lengths = lengths[rank].view(features, size)[list(served[rank])].flatten()
+    offsets = torch.zeros(len(own_lengths) + 1, dtype=torch.int64, device=device)
+    torch.cumsum(own_lengths, 0, out=offsets[1:])
     own_weights = None if weights is None else weights[rank]
-    own = KeyedJagged(names_of(plan), keys[rank], offsets, own_weights, is_checked=True)
+    names = names_of(len(served[rank]))
+    own = KeyedJagged(names, keys[rank], offsets, own_weights, is_checked=True)
     none = torch.zeros(0, dtype=torch.uint8, device=device)
     scales = _scales(plan, bag_lengths, bag, chosen.weights)
     return BagParts(own, torch.cat([none, *parts]), counts, form, different, scales)

@@ -79,12 +79,14 @@ class HostBags:
             batch.batch_size,
             owners.words.numpy(),
             owners.of_bucket.numpy(),
+            owners.of_table.numpy(),
+            owners.served(plan).places,
             owners.num_ranks,
             rank,
         )
         is_weighted = batch.weights is not None
         own = KeyedJagged(
-            names_of(plan),
+            names_of(owners.served(plan).number(rank)),
             torch.from_numpy(keys),
             torch.from_numpy(offsets),
             torch.from_numpy(weights) if is_weighted else None,

@@ -17,7 +17,7 @@ from penstock.embedding.sharded.bag_parts import message_bytes
 from penstock.embedding.sharded.bags import Bags
 from penstock.embedding.sharded.defaults import PartStore
 from penstock.embedding.sharded.exchange import Exchange
-from penstock.embedding.sharded.routes import Arrived, Owners, arrived, wanted_of
+from penstock.embedding.sharded.routes import Arrived, Owners, Served, arrived, served_of, wanted_of
 from penstock.embedding.sharded.ways import ROWS, SUMS, Size, can_send_sums, header_of, way_of
 from penstock.embedding.store import (
     PooledFeature,
@@ -159,7 +159,7 @@ class AskedRows:
         self._keys, self.counts, self._numbers, read = wanted
         self.sent = self.counts.sum(1).tolist()
         self.bags = parts.bags.numbered(plan, batch, self._numbers, self._keys.numel())
-        num_bags = len(plan.features) * batch.batch_size
+        num_bags = batch.batch_size * parts.owners.served(plan).elsewhere(parts.ranks.rank)
         self.size = Size(read, self._keys.numel(), num_bags, int(reads))
 
     def look_up(self, came: Tensor, *, insert: bool, out: Tensor) -> ShardedLookup:
@@ -209,86 +209,129 @@ class _SumsPlans(NamedTuple):
     """The features of a plan, in its order, each bag a sum."""
 
     own: PoolingPlan
-    """Into the plan's columns."""
+    """Those that this rank serves, into the plan's columns."""
     sent: PoolingPlan
-    """Into columns side by side."""
+    """The same, into columns side by side."""
     columns: Tensor | None
     """[F * D] int64, which the plan's columns are; None: all, side by side."""
+    served: Served
+    of_rank: tuple[Tensor | None, ...]
+    """Features that each rank serves; None: all."""
+    absent: Tensor | None
+    """Those that this rank does not; None: it serves all."""
 
 
 @lru_cache(maxsize=64)
-def _sums_plans(plan: PoolingPlan, dim: int, device: torch.device) -> _SumsPlans:
-    features = list(enumerate(plan.features))
-    own = [PooledFeature(n, each.table, "sum", each.column) for n, each in features]
-    sent = [PooledFeature(n, each.table, "sum", n * dim) for n, each in features]
+def _sums_plans(
+    plan: PoolingPlan,
+    dim: int,
+    device: torch.device,
+    wholes: tuple[int, ...],
+    rank: int,
+    num_ranks: int,
+) -> _SumsPlans:
+    served = served_of(plan, wholes, num_ranks)
+    mine = [(n, plan.features[f]) for n, f in enumerate(served.features[rank])]
+    own = [PooledFeature(n, each.table, "sum", each.column) for n, each in mine]
+    sent = [PooledFeature(n, each.table, "sum", n * dim) for n, each in mine]
     plans = PoolingPlan(tuple(own), plan.stride), PoolingPlan(tuple(sent), dim * len(sent))
-    if plans[0] == plans[1]:
-        return _SumsPlans(*plans, None)
-    first = torch.tensor([each.column for _, each in features], device=device)
-    return _SumsPlans(*plans, (first[:, None] + torch.arange(dim, device=device)).flatten())
+    of_rank = tuple(
+        None if len(some) == len(plan.features) else torch.tensor(some, device=device)
+        for some in served.features
+    )
+    others = sorted(set(range(len(plan.features))).difference(served.features[rank]))
+    absent = torch.tensor(others, device=device) if others else None
+    first = [each.column for each in plan.features]
+    columns = torch.tensor(first)[:, None] + torch.arange(dim)
+    if torch.equal(columns.flatten(), torch.arange(plan.stride)):
+        return _SumsPlans(*plans, None, served, of_rank, absent)
+    return _SumsPlans(*plans, columns.flatten().to(device), served, of_rank, absent)
 
 
 class AskedSums:
-    """The bags of a batch, which come back as a sum from each rank."""
+    """The bags of a batch, which come back as a sum from each rank that has rows of their table."""
 
     def __init__(
         self, parts: Parts, store: object, plan: PoolingPlan, batch: KeyedJagged, *, reads: bool
     ) -> None:
         """See `LookUps.look_up`."""
         self.parts, self._of = parts, (store, plan, batch)
-        self.plans = _sums_plans(plan, parts.dim, parts.device)
+        part, owners = (parts.ranks.rank, parts.ranks.size), parts.owners
+        self.plans = _sums_plans(plan, parts.dim, parts.device, owners.wholes, *part)
         size = batch.batch_size
         if size:
-            made = parts.bags.split(plan, batch, parts.owners, parts.ranks.rank)
+            made = parts.bags.split(plan, batch, owners, part[0])
         else:
-            made = bag_parts.no_bags(plan, parts.ranks.size, parts.device)
+            made = bag_parts.no_bags(plan, owners, part[0])
         self.made = made
-        told = torch.tensor([size, made.form]).expand(parts.ranks.size, -1)
+        told = torch.tensor([size, made.form]).expand(part[1], -1)
         self.counts = torch.cat([made.counts, told], 1)
-        num_bags = len(plan.features) * size
-        self.size = Size(int(made.counts.sum()), made.different, num_bags, int(reads))
-        self.back = [size] * parts.ranks.size
-        """Samples whose sums come from each rank."""
-        self.back[parts.ranks.rank] = 0
+        num_sums = size * self.plans.served.elsewhere(part[0])
+        self.size = Size(int(made.counts.sum()), made.different, num_sums, int(reads))
+        counts = self.plans.served.counts.tolist()
+        counts[part[0]] = 0
+        self.back = [size * count for count in counts]
+        """Sums that come from each rank."""
 
     def look_up(self, came: Tensor, *, insert: bool, out: Tensor) -> ShardedLookup:
         """See `Asked.look_up`."""
         parts, made, plans = self.parts, self.made, self.plans
-        sent, wanted = self._bytes(self.counts), self._bytes(came)
+        rank, of_each = parts.ranks.rank, plans.served.counts
+        sent = self._bytes(self.counts, of_each)
+        wanted = self._bytes(came, of_each[rank].expand(len(came)))
         message = parts.ranks.to_all("look-up", made.message, sent, wanted)
         self.made = made._replace(message=message[:0])
-        others, samples = bag_parts.joined(plans.sent, message, came, parts.ranks.rank)
+        if plans.of_rank[rank] is not None:
+            came = torch.cat([came[:, list(plans.served.features[rank])], came[:, -2:]], 1)
+        others, samples = bag_parts.joined(plans.sent, message, came, rank)
         own = parts.local.pooled_lookup(plans.own, made.own, insert=insert, out=out)
         sums = torch.empty(others.batch_size, plans.sent.stride, device=parts.device)
         of_others = parts.local.pooled_lookup(plans.sent, others, insert=insert, out=sums)
-        mine = parts.ranks.to_all("look-up", sums, samples, self.back)
+        asked = [size * len(plans.sent.features) for size in samples]
+        mine = parts.ranks.to_all("look-up", sums.view(-1, parts.dim), asked, self.back)
         if out.shape[0]:
-            self._add(mine.view(-1, out.shape[0], plans.sent.stride), out)
-        return SumsLookup(self._of, self, samples, (own, of_others), (made.own, others))
+            self._add(mine, out)
+        return SumsLookup(self._of, self, asked, (own, of_others), (made.own, others))
 
-    def _bytes(self, counts: Tensor) -> list[int]:
-        """Of the messages that headers announce."""
+    def _bytes(self, counts: Tensor, features: Tensor) -> list[int]:
+        """Of the messages that headers announce, of so many features [ranks] each."""
         samples, forms = counts[:, -2], counts[:, -1]
-        features = counts.shape[1] - 2
         sizes = message_bytes(counts[:, :-2].sum(1), samples * features, forms)
         sizes[self.parts.ranks.rank] = 0
         return [int(size) for size in sizes.tolist()]
 
     def _add(self, sums: Tensor, out: Tensor) -> None:
-        """Adds sums [others, B, F * D] to those that `out` has, and divides means."""
+        """Adds sums [n, D] of other ranks to those that `out` has, and divides means."""
         columns, scales = self.plans.columns, self.made.scales
-        if columns is None:
-            for each in sums:
-                out.add_(each)
-            if scales is not None:
-                out.view(*scales.shape, -1).mul_(scales[:, :, None])
-            return
-        total = out[:, columns]
-        for each in sums:
-            total += each
+        total = out if columns is None else out[:, columns]
+        by_feature = total.view(len(out), -1, self.parts.dim)
+        if self.plans.absent is not None:
+            by_feature.index_fill_(1, self.plans.absent, 0.0)
+        for features, part in zip(self.plans.of_rank, torch.split(sums, self.back), strict=True):
+            each = part.view(len(out), -1, self.parts.dim)
+            if not each.numel():  # of this rank
+                continue
+            if features is None:
+                by_feature += each
+            else:
+                by_feature.index_add_(1, features, each)
         if scales is not None:
-            total.view(*scales.shape, -1).mul_(scales[:, :, None])
-        out[:, columns] = total
+            by_feature.mul_(scales[:, :, None])
+        if columns is not None:
+            out[:, columns] = total
+
+    def for_rank(self, rank: int, side_by_side: Tensor) -> Tensor:
+        """[B, n, D] of [B, F * D]: of the features that a rank serves."""
+        plan, features = self._of[1], self.plans.of_rank[rank]
+        by_feature = side_by_side.view(-1, len(plan.features), self.parts.dim)
+        return by_feature if features is None else by_feature[:, features]
+
+    def for_others(self, side_by_side: Tensor) -> Tensor:
+        """[n, D]: what all other ranks get of [B, F * D]."""
+        ranks, dim = self.parts.ranks, self.parts.dim
+        others = [rank for rank in range(ranks.size) if rank != ranks.rank]
+        given = [self.for_rank(rank, side_by_side).reshape(-1, dim) for rank in others]
+        return given[0] if len(given) == 1 else torch.cat(given)
 
     def of_sums(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the sums, this rank's share: [B, plan.stride], and [B, F * D]."""
@@ -314,12 +357,12 @@ class SumsLookup(ShardedLookup):
         self,
         of: tuple[object, PoolingPlan, KeyedJagged],
         asked: AskedSums,
-        samples: list[int],
+        asked_of: list[int],
         own: tuple[PooledLookup, PooledLookup],
         batches: tuple[KeyedJagged, KeyedJagged],
     ) -> None:
         super().__init__(*of)
-        self._asked, self._samples, self._batches = asked, samples, batches
+        self._asked, self._asked_of, self._batches = asked, asked_of, batches
         self.own, self.sums_plan = own, asked.plans.sent
 
     def gradients(self, call: str, grad: Tensor) -> list[PooledGradient]:
@@ -330,16 +373,18 @@ class SumsLookup(ShardedLookup):
 
     def gradients_by_key(self, call: str, grad: Tensor) -> list[PooledGradient]:
         """See `ShardedLookup.gradients_by_key`: where look-ups of both ways wait for one update."""
-        _, side_by_side = self._asked.of_sums(grad)
-        both = side_by_side, self._of_others(call, side_by_side)
+        asked = self._asked
+        _, side_by_side = asked.of_sums(grad)
+        own = asked.for_rank(asked.parts.ranks.rank, side_by_side)
+        both = own, self._of_others(call, side_by_side)
         pairs = zip(self._batches, both, strict=True)
         return [self._by_key(batch, grads) for batch, grads in pairs if batch.batch_size]
 
     def _of_others(self, call: str, grad: Tensor) -> Tensor:
-        parts = self._asked.parts
-        others = parts.ranks.size - 1
-        repeated = grad if others == 1 else grad.repeat(others, 1)
-        return parts.ranks.to_all(call, repeated, self._asked.back, self._samples)
+        parts, plan = self._asked.parts, self._asked.plans.sent
+        rows = self._asked.for_others(grad)
+        came = parts.ranks.to_all(call, rows, self._asked.back, self._asked_of)
+        return came.view(self._batches[1].batch_size, plan.stride)
 
     def _by_key(self, batch: KeyedJagged, grad: Tensor) -> PooledGradient:
         """Of a batch of sums, and their gradients side by side: looked up again, key by key."""
@@ -352,7 +397,7 @@ class SumsLookup(ShardedLookup):
         keys, bag = batch.values[order], bag[order]
         offsets = torch.zeros(len(parts.names) + 1, dtype=torch.int64, device=device)
         torch.cumsum(torch.bincount(table, minlength=len(parts.names)), 0, out=offsets[1:])
-        of_keys = grad.view(size, len(features), parts.dim)[bag % size, bag // size]
+        of_keys = grad.reshape(size, len(features), parts.dim)[bag % size, bag // size]
         if batch.weights is not None:
             of_keys *= batch.weights[order, None]
         block = KeyedJagged(parts.names, keys, offsets, is_checked=True)

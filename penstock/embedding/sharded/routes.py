@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch import device as Device
 
 from penstock import _core
-from penstock.embedding.sharded.shard_map import bucket_of
+from penstock.embedding.sharded.shard_map import ShardMap, bucket_of, table_words
 from penstock.embedding.store import PoolingPlan
 from penstock.types import KeyedJagged
 
@@ -34,15 +38,77 @@ class Owners(NamedTuple):
     """[buckets] int64 ranks."""
     words: Tensor
     """[T] int64, of the tables; see `shard_map.table_words`."""
+    of_table: Tensor
+    """[T] int64: the rank that has a whole table; -1: its rows go by bucket."""
+    wholes: tuple[int, ...]
+    """The same."""
     num_ranks: int
+
+    @classmethod
+    def by(
+        cls, shard_map: ShardMap, names: Sequence[str], wholes: Mapping[str, int], device: Device
+    ) -> Owners:
+        """Of tables by name, of which some are whole."""
+        of_table = tuple(wholes.get(name, -1) for name in names)
+        return cls(
+            shard_map.on(device),
+            table_words(names).to(device),
+            torch.tensor(of_table, dtype=torch.int64, device=device),
+            of_table,
+            shard_map.num_ranks,
+        )
 
     def of(self, tables: Tensor, keys: Tensor) -> Tensor:
         """[n] int64 ranks of keys [n] of tables [n]."""
-        return self.of_bucket[bucket_of(self.words[tables], keys)]
+        by_bucket = self.of_bucket[bucket_of(self.words[tables], keys)]
+        if max(self.wholes, default=-1) < 0:
+            return by_bucket
+        whole = self.of_table[tables]
+        return torch.where(whole < 0, by_bucket, whole)
+
+    def served(self, plan: PoolingPlan) -> Served:
+        """What each rank sums up of a plan's features."""
+        return served_of(plan, self.wholes, self.num_ranks)
 
     def places_of(self, rank: int, table: int, keys: Tensor) -> Tensor:
         """[m] int64: which of the keys [n] of a table are a rank's."""
         return (self.of(torch.full_like(keys, table), keys) == rank).nonzero()[:, 0]
+
+
+class Served(NamedTuple):
+    """The features of a plan whose rows each rank has, or some of them."""
+
+    features: tuple[tuple[int, ...], ...]
+    """Of each rank, by their numbers in the plan; one at least where there are any, which may have
+    no key there.
+    """
+    places: NDArray[np.int64]
+    """[ranks * F]: where each feature is among those of a rank; -1: it is not."""
+    counts: Tensor
+    """[ranks] int64."""
+
+    def number(self, rank: int) -> int:
+        """Of features that a rank serves."""
+        return len(self.features[rank])
+
+    def elsewhere(self, rank: int) -> int:
+        """Sums of a sample that come from other ranks."""
+        return int(self.counts.sum() - self.counts[rank])
+
+
+@lru_cache(maxsize=64)
+def served_of(plan: PoolingPlan, wholes: tuple[int, ...], num_ranks: int) -> Served:
+    """Of a plan whose tables are whole on these ranks, or spread (-1)."""
+    of_feature = [wholes[feature.table] for feature in plan.features]
+    any_one = (0,) if of_feature else ()
+    features = [
+        tuple(f for f, whole in enumerate(of_feature) if whole in (-1, rank)) or any_one
+        for rank in range(num_ranks)
+    ]
+    places = np.full((num_ranks, len(of_feature)), -1)
+    for rank, some in enumerate(features):
+        places[rank, some] = np.arange(len(some))
+    return Served(tuple(features), places.ravel(), torch.tensor([len(some) for some in features]))
 
 
 def wanted_of(plan: PoolingPlan, batch: KeyedJagged, owners: Owners, *, once: bool) -> Wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from penstock.embedding.sharded.defaults import Defaults, PartStore, without_ref
 from penstock.embedding.sharded.exchange import Collective, Exchange
 from penstock.embedding.sharded.lookups import LookUps, Parts, ShardedLookup
 from penstock.embedding.sharded.routes import Arrived, Owners, arrived, wanted_of
-from penstock.embedding.sharded.shard_map import ShardMap, table_words
+from penstock.embedding.sharded.shard_map import ShardMap
 from penstock.embedding.store import (
     Candidates,
     Cursor,
@@ -35,6 +36,7 @@ from penstock.errors import ConfigError, GroupError
 from penstock.types import KeyedJagged
 
 Reduction = Literal["mean", "sum"]
+NO_TABLES: Mapping[str, int] = MappingProxyType({})
 
 
 class Ranks(NamedTuple):
@@ -96,6 +98,7 @@ class ShardedStore:
         deterministic: bool,
         reduction: Reduction,
         shard_map: ShardMap | None = None,
+        wholes: Mapping[str, int] = NO_TABLES,
     ) -> None:
         """Over a store that holds this rank's rows, and is empty.
 
@@ -108,13 +111,13 @@ class ShardedStore:
             the reduction `sum`, up to 2^22 keys an update). Every occurrence of a key travels.
           reduction: `mean` or `sum`.
           shard_map: of the ranks; None: as many buckets for each.
+          wholes: ranks of the tables that are not spread, by name.
         """
         self.local, self.layout = local, local.layout
         self.ranks, self.device = ranks, device
         names = [table.name for table in local.tables]
         self.shard_map = shard_map or ShardMap.even(ranks.size)
-        words = table_words(names).to(device)
-        self.owners = Owners(self.shard_map.on(device), words, ranks.size)
+        self.owners = Owners.by(self.shard_map, names, wholes, device)
         self._names = tuple(names)
         # What counts how often a key occurs must see every occurrence.
         once = not deterministic and not any(map(retains, local.tables))

@@ -21,7 +21,8 @@ class Size(NamedTuple):
     keys: int
     different: int
     """Keys that differ within their tables, or about as many."""
-    bags: int
+    sums: int
+    """Of its bags, that other ranks make."""
     reads_vectors: int
     """1: the vectors of single keys will be asked for, which sums do not have."""
 
@@ -40,16 +41,16 @@ def way_of(sizes: Tensor, dim: int, way: int) -> int:
       dim: columns of a row.
       way: as it is; kept where the other one is not clearly better.
     """
-    keys, different, bags, reads_vectors = sizes.sum(0).tolist()
+    keys, different, sums, reads_vectors = sizes.sum(0).tolist()
     if reads_vectors:
         return ROWS
     others = sizes.shape[0] - 1
-    # A key is another rank's with equal chances; each bag has a sum of every other rank.
+    # A key is another rank's with equal chances.
     share = others / sizes.shape[0]
     both_ways = 2 * _FLOAT * dim
     travels = {
         ROWS: share * different * (_KEY + both_ways),
-        SUMS: share * keys * _KEY + others * bags * (1 + both_ways),
+        SUMS: share * keys * _KEY + sums * (1 + both_ways),
     }
     other = ROWS if way == SUMS else SUMS
     return other if travels[other] < _WORTH_A_CHANGE * travels[way] else way

@@ -101,6 +101,5 @@ def _joined(records: Sequence[TableRecord]) -> TableRecord:
         rows=sum(one.rows for one in records),
         shards=tuple(shard for one in records for shard in one.shards),
         counts=tuple(shard for one in records for shard in one.counts),
-        writers=tuple(rank for rank, one in enumerate(records) for _ in one.shards),
-        num_writers=len(records),
+        writers=tuple(rank for one in records for rank in one.writers),
     )

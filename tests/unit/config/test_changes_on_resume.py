@@ -70,7 +70,7 @@ def test_marks_are_found_in_groups_lists_and_kinds():
             TableConfig,
             """
             optimizer.learning_rate optimizer.weight_decay optimizer.clip_norm
-            optimizer.weight_bound optimizer.schedule trainable
+            optimizer.weight_bound optimizer.schedule trainable placement
             """,
         ),
     ],

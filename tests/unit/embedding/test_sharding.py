@@ -27,6 +27,7 @@ from penstock.embedding.host_store import HostStore
 from penstock.embedding.retention import limits_of, share_of
 from penstock.embedding.sharded import routes
 from penstock.embedding.sharded.bags import HostBags
+from penstock.embedding.sharded.placement import ranks_of_whole_tables
 from penstock.embedding.sharded.shard_map import (
     NUM_BUCKETS,
     Plan,
@@ -109,6 +110,26 @@ def test_a_plan_says_which_bucket_goes_where():
             assert ShardMap.even(2).owners[bucket] == after
     assert (plan.sources(0), plan.sources(1)) == ((0, 1), (1, 2))
     assert Plan.between(ShardMap.even(3), ShardMap.even(3)).num_moved == 0
+
+
+def test_whole_tables_are_dealt_by_the_columns_that_are_read_of_them():
+    def table(name, dim, placement="whole"):
+        return TableConfig(name=name, dim=dim, placement=placement)
+
+    tables = [table("a", 8), table("spread", 99, "spread"), table("b", 4), table("c", 16)]
+    tables += [table("unread", 64), table("d", 4)]
+    features = [FeatureConfig(name=name, table=name) for name in ("a", "b", "c", "d", "spread")]
+    features.append(FeatureConfig(name="again", table="b"))
+    # c has 16 columns, a 8, b 4 twice, d 4.
+    assert ranks_of_whole_tables(tables, features, 2) == {
+        "c": 0,
+        "a": 1,
+        "b": 1,
+        "d": 0,
+        "unread": 1,
+    }
+    assert set(ranks_of_whole_tables(tables, features, 1).values()) == {0}
+    assert ranks_of_whole_tables(tables[1:2], features, 3) == {}
 
 
 def test_neighbouring_keys_are_spread():

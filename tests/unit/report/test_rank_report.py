@@ -148,6 +148,7 @@ def test_sizes_of_tables_are_those_of_all_ranks():
         return [
             TableStats("plain", rows=5 + rank, bytes=100, memory_bytes=1),
             TableStats("ruled", rows=rank, bytes=8, memory_bytes=1, retention=rules),
+            TableStats("whole", 1, 1, 1, retention=rules, is_whole=True),
         ]
 
     expected = {
@@ -164,5 +165,6 @@ def test_sizes_of_tables_are_those_of_all_ranks():
             "budget_used": 0.25,  # of equal parts of the budget
         },
     }
+    expected["whole"] = {**expected["ruled"], "bytes": 3, "budget_used": 0.75}
     assert over(3, lambda group: over_ranks(group, stats(group.rank))) == [expected] * 3
     assert over_ranks(ALONE, stats(1))["ruled"] == stats(1)[1].values()

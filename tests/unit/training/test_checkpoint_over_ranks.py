@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -157,13 +158,18 @@ def test_any_number_of_ranks_goes_on_from_any_other(tmp_path, monkeypatch):
     expected = rows_of(trained(tmp_path / "whole", 1, 12)[0])
     assert expected[1]["evicted"] > 0
     directory, path = tmp_path / "run", None
-    for size in (2, 3, 1, 2):
-        runs, path = trained(directory, size, 3, path)
+    legs = ((2, "spread"), (3, "whole"), (2, "spread"), (2, "whole"), (1, "whole"), (2, "spread"))
+    for size, placement in legs:
+        one, *others = TABLES
+        placed = one.model_copy(update={"placement": placement}), *others
+        monkeypatch.setattr(sys.modules[__name__], "TABLES", placed)
+        runs, path = trained(directory, size, 2, path)
         manifest = verify(path)
         held = {record.name: record for record in manifest.tables}
         assert held["user"].rows == sum(len(run_rows(run, "user")) for run in runs)
         ranks = sorted({name[16:26] for name in held["user"].shards if "rank" in name})
-        assert ranks == ([f"rank-{rank:05d}" for rank in range(size)] if size > 1 else [])
+        writers = range(size) if placement == "spread" else range(1)
+        assert ranks == ([f"rank-{rank:05d}" for rank in writers] if size > 1 else [])
         assert list(held["user"].shards) == sorted(held["user"].shards)
         assert held["unused"].shards == ()
     assert rows_of(runs) == expected
