@@ -119,7 +119,8 @@ class Troubles:
         if kind == "kill":
             assert last == f"error: rank {rank} of {RANKS} was killed by SIGKILL", case
         elif kind == "full":
-            assert last.startswith(f"error: rank {rank} of {RANKS}: cannot write check"), case
+            who = f"rank {rank} of {RANKS}: " if rank else ""  # the first says it for all
+            assert last.startswith(f"error: {who}cannot write checkpoint"), case
             assert "No space left on device" in last, case
         elif kind == "hang":
             assert f"Still there was rank {rank}: it did not come to the others" in last, case
