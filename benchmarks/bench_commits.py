@@ -38,6 +38,7 @@ CASES = {
     "one hot, D=128, batch 1024, 1 thread": (26, 1, 1024, 128, 20_000, 1, None),
     "five keys a bag, D=16, batch 1024, 1 thread": (26, 5, 1024, 16, 100_000, 1, None),
     "one evicting table, D=16, batch 16384, 1 thread": (1, 1, 16384, 16, 1 << 40, 1, 2_000_000),
+    "one evicting table of 2.2 M rows, D=16": (1, 1, 16384, 16, 1 << 40, 1, 2_200_000),
 }
 
 

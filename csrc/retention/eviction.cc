@@ -150,7 +150,8 @@ void Eviction::guess_bound(Due& due) const {
   const uint64_t keys = lists_.num_keys(due.table);
   if (keys < kSampleSize) return;
   const uint64_t size = lists_.num_positions(due.table);
-  const uint64_t stride = std::max<uint64_t>(1, size / std::min(kSampleSize, keys / 16));
+  // Odd: the index fills its groups of places from their first on, so that others would be all of one kind.
+  const uint64_t stride = std::max<uint64_t>(1, size / std::min(kSampleSize, keys / 16)) | 1;
   std::vector<Leaver> sample;
   const int64_t now = clock_.now(due.table);
   lists_.each(due.table, 0, size, stride, [&](const Entry* entry, uint64_t position) {
