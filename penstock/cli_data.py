@@ -1,4 +1,4 @@
-"""`penstock data inspect`, `data history` and `data synth`: parse, call, print."""
+"""`penstock data inspect`, `data plan`, `data history` and `data synth`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -186,6 +186,41 @@ def inspect_data(
     # After the files: nobody may be reading any more.
     for shown in (*survey_tables(survey), *written):
         show(shown)
+
+
+def plan_data(
+    job: Annotated[
+        str,
+        typer.Argument(metavar="JOB", help="A YAML file, or module:function.", show_default=False),
+    ],
+    *,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Changes a field of the job; repeatable."),
+    ] = None,
+) -> None:
+    """Says what a job will read: windows, files, bytes, extents and rows, in the order of reading.
+
+    Lists the files, and reads what they say of themselves, but no row: rows of text are unknown
+    ("?") until they are read. A window without a file is shown, too.
+
+    **Examples**
+
+        penstock data plan job.yaml
+        penstock data plan job.yaml --set data.source.streams.0.end=2026-02-01
+    """
+    from penstock.data.columns.schema import default_text_types
+    from penstock.data.opening import open_source
+    from penstock.data.windows.planned import planned
+    from penstock.job_file import load_job
+    from penstock.report.data_survey import plan_table
+    from penstock.report.display import show, stages
+
+    read = load_job(job, changes or ())
+    with stages() as begin:
+        advance = begin("what files say of themselves")
+        plan = list(planned(open_source(read.data.source, default_text_types(read)), advance))
+    show(plan_table(plan))
 
 
 def _source(given: FilesGiven) -> AnyFileSource:

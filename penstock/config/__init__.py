@@ -72,19 +72,18 @@ from penstock.config.schedule import Schedule, lasts_to_the_end, with_end
 from penstock.config.sources import (
     FILE_FORMATS,
     FILE_SOURCES,
-    SOURCES,
     AnyFileSource,
     ArrowSource,
     FileSource,
     JsonLinesSource,
     OrcSource,
     ParquetSource,
-    Source,
     SyntheticSource,
     TextSource,
     compression_of_path,
     format_of_path,
 )
+from penstock.config.streams import SOURCES, Source, Stream, StreamSource, StreamsSource, files_of
 from penstock.config.tables import (
     FTRL,
     LAMB,
@@ -189,6 +188,9 @@ __all__ = [
     "SliceConfig",
     "Source",
     "Split",
+    "Stream",
+    "StreamSource",
+    "StreamsSource",
     "SyntheticSource",
     "TableConfig",
     "TableDefaults",
@@ -204,6 +206,7 @@ __all__ = [
     "compression_of_path",
     "format_of_path",
     "check_lanes",
+    "files_of",
     "lasts_to_the_end",
     "mode_of",
     "with_end",

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from penstock.config.base import MAY_CHANGE, Config, FiniteFloat, Fraction, Int64, PositiveInt
 from penstock.config.labels import Label, LabelOrLabels, check_labels
-from penstock.config.sources import Source
+from penstock.config.streams import Source
 from penstock.config.tables import Pooling
 from penstock.errors import ConfigError
 

@@ -1,6 +1,6 @@
 """Sources: which files are read, in which format.
 
-A new one is a class here, in `Source`, and its line in `penstock/data/formats/opening.py`.
+A new one is a class here, in `AnyFileSource`, and its line in `penstock/data/opening.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ class FileSource(Config):
 
     Files are read in the order given; those of one directory or glob in order of name.
     """
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """Paths, directories and globs of its files."""
+        return (self.path,) if isinstance(self.path, str) else self.path
 
 
 class ParquetSource(FileSource):
@@ -184,13 +189,15 @@ class SyntheticSource(Config):
     """Power-law exponent of the keys: the r-th most frequent key has weight r ** -exponent."""
     seed: Int64 = 0
 
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """There are no files."""
+        return ()
+
 
 AnyFileSource: TypeAlias = ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource
-Source = Annotated[AnyFileSource | SyntheticSource, Field(discriminator="format")]
 
 FILE_SOURCES: tuple[type[FileSource], ...] = get_args(AnyFileSource)
-SOURCES: tuple[type[Config], ...] = (*FILE_SOURCES, SyntheticSource)
-
 _FORMATS = {end: name for source in FILE_SOURCES for end, name in source.endings.items()}
 FILE_FORMATS = tuple(dict.fromkeys(_FORMATS.values()))
 """All values of `format` that are files."""

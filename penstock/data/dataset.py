@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 from penstock.config import (
     FeatureConfig,
     Job,
+    StreamsSource,
     SyntheticSource,
     TableConfig,
     TimeSplit,
@@ -28,12 +30,13 @@ from penstock.data.columns.schema import (
 )
 from penstock.data.columns.transforms import KeyTransform
 from penstock.data.files import common_file
-from penstock.data.formats.opening import open_source
 from penstock.data.identity import WholeTags, check_files
+from penstock.data.opening import open_source
 from penstock.data.plan.counting import Stages, no_stages
 from penstock.data.plan.parts import Part, PartRows, divide
 from penstock.data.quarantine import Quarantine
 from penstock.data.source import RowCount, Source
+from penstock.data.windows.served import Streams
 from penstock.errors import ConfigError, DataError
 from penstock.types import FileTag, LanePosition, Position
 
@@ -321,10 +324,7 @@ def _with_lanes(start: Position, ranks: ReaderGroup | None) -> Position:
 def paths_of(job: Job) -> list[str]:
     """Files, directories, globs and URIs that a job reads."""
     sources = [job.data.source, job.data.evaluation_source]
-    given = [
-        one.path for one in sources if one is not None and not isinstance(one, SyntheticSource)
-    ]
-    return [path for one in given for path in ([one] if isinstance(one, str) else one)]
+    return [path for one in sources if one is not None for path in one.globs]
 
 
 def _refuse_common_rows(
@@ -335,7 +335,9 @@ def _refuse_common_rows(
         same = config == other_config.model_copy(update={"rows": getattr(config, "rows", 0)})
         shared = (source.paths[0], other.paths[0]) if same else None
     else:
-        shared = common_file(config.path, source.paths, other_config.path, other.paths)
+        pairs = product(_parts(config, source), _parts(other_config, other))
+        found = (common_file(*one, *two) for one, two in pairs)
+        shared = next((pair for pair in found if pair is not None), None)
     if shared is not None:
         trained, held_out = shared
         name = held_out if trained == held_out else f"{held_out} ({trained})"
@@ -343,6 +345,16 @@ def _refuse_common_rows(
             f"data.evaluation_source: {name} is in data.source, too, so rows that were trained on "
             "would be measured; name other files, or hold some out with data.split"
         )
+
+
+def _parts(config: SourceConfig, source: Source) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
+    """By file system: what names files, and the files."""
+    if isinstance(source, Streams):
+        assert isinstance(config, StreamsSource)
+        for one, part in zip(config.sources, source.sources, strict=True):
+            yield one.globs, part.paths
+    else:
+        yield config.globs, source.paths
 
 
 def _check_equal(columns: Columns, other: Columns, origin: str) -> None:

@@ -15,6 +15,8 @@ from penstock.errors import DataError
 
 GLOB = re.compile(r"[*?\[]")
 """Finds where a path begins to be a glob."""
+_VARIES = re.compile(r"[*?\[{]")
+"""Finds where a path begins to be a glob, or has a field."""
 
 
 def list_files(
@@ -112,7 +114,7 @@ def resolve_path(path: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), path
     try:
         # A glob is no valid URI, so only the part before it is given to pyarrow.
-        glob = GLOB.search(path)
+        glob = _VARIES.search(path)
         stem = path[: path.rindex("/", 0, glob.start())] if glob else path
         filesystem, inner = fs.FileSystem.from_uri(stem)
     except (ValueError, OSError, pa.ArrowException) as error:

@@ -22,7 +22,7 @@ from penstock.config import Source as SourceConfig
 from penstock.config import format_of_path
 from penstock.data.columns.checks import is_one_key, nearest
 from penstock.data.columns.transforms import one_array
-from penstock.data.formats.opening import open_source
+from penstock.data.opening import open_source
 from penstock.data.output import whole_file
 from penstock.data.source import Chunk, Source
 from penstock.errors import ConfigError, DataError

@@ -201,5 +201,11 @@ class Source(Protocol):
     def holds(self, path: str, before: FileTag) -> bool:
         """Whether what `before` identifies is there as it was; where rows may follow, they may."""
 
+    def window(self, path: str) -> int:
+        """Number of the window of event time that a file is in, ascending in the order of reading.
+
+        0 where nobody divided the files by time.
+        """
+
     def may_grow(self, path: str) -> bool:
         """Whether rows added at the end of the file leave those before as they are."""

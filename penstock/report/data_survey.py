@@ -1,15 +1,16 @@
-"""What a survey of unknown data found, as tables for the terminal."""
+"""What a survey of unknown data found, and what a job will read, as tables for the terminal."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from penstock.data.windows.planned import PlannedFiles
 from penstock.report.display import size_text
 from penstock.survey.label_rate import LabelRate
 from penstock.survey.profile import QUANTILES, ColumnSummary, NumberSummary
@@ -17,6 +18,7 @@ from penstock.survey.sketches import ValueSummary
 from penstock.survey.survey import Survey
 
 _BAR = 30
+_PLAN_ENDS = 30
 _LONGEST_VALUE = 20
 _SHOWN = (0.01, 0.5, 0.99)
 
@@ -41,6 +43,41 @@ def survey_tables(survey: Survey) -> Iterator[Table | str]:
     yield _roles(survey)
     if survey.rate is not None:
         yield _rate(survey.rate, survey)
+
+
+def plan_table(plan: Sequence[PlannedFiles]) -> Table:
+    """What a job will read: windows, the first and last of many, and their sum."""
+    shown = Table(title="what is read, in this order", show_footer=True)
+    has_streams = any(one.stream for one in plan)
+    if has_streams:
+        shown.add_column("stream")
+        shown.add_column("window", no_wrap=True)
+    shown.add_column("source", footer="all")
+    rows = [one.rows for one in plan]
+    known = sum(one for one in rows if one is not None)
+    totals = (
+        ("files", f"{sum(one.files for one in plan):,}"),
+        ("bytes", size_text(sum(one.bytes for one in plan))),
+        ("extents", f"{sum(one.extents for one in plan):,}"),
+        ("rows", f"{known:,}" if None not in rows else f"{known:,} and those of text"),
+    )
+    for name, total in totals:
+        shown.add_column(name, justify="right", footer=total)
+    for place, one in enumerate(plan):
+        left_out = len(plan) - 2 * _PLAN_ENDS
+        if left_out > 1 and _PLAN_ENDS <= place < len(plan) - _PLAN_ENDS:
+            if place == _PLAN_ENDS:
+                shown.add_row(*(["", f"{left_out:,} more"] if has_streams else []), "...")
+            continue
+        shown.add_row(
+            *([one.stream, one.window] if has_streams else []),
+            one.source or "no file",
+            f"{one.files:,}",
+            size_text(one.bytes),
+            f"{one.extents:,}",
+            "?" if one.rows is None else f"{one.rows:,}",
+        )
+    return shown
 
 
 def _overview(survey: Survey) -> Table:

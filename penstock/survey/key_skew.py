@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from penstock.config import Job
 from penstock.data.columns.decode import Decoder
 from penstock.data.columns.schema import default_text_types, resolve_columns, resolve_features
-from penstock.data.formats.opening import open_source
+from penstock.data.opening import open_source
 from penstock.survey.profile import spread_chunks
 from penstock.survey.sketches import ValueCounts, ValueSummary, affordable_values
 

@@ -9,8 +9,8 @@ from typing import Literal
 from penstock.config import AnyFileSource, JsonLinesSource, TextSource
 from penstock.data.files import list_files
 from penstock.data.formats.lines import OpenQuote
-from penstock.data.formats.opening import open_source
 from penstock.data.formats.text import guess_delimiter
+from penstock.data.opening import open_source
 from penstock.data.plan.counting import Progress
 from penstock.data.source import Chunk, Source
 from penstock.errors import DataError

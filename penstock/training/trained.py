@@ -16,8 +16,10 @@ from penstock.config import (
     Job,
     JsonLinesSource,
     Source,
+    StreamsSource,
     SyntheticSource,
     TextSource,
+    files_of,
     format_of_path,
     parse_job,
 )
@@ -279,6 +281,8 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _source_like(source: Source, path: str) -> Source:
+    if isinstance(source, StreamsSource):
+        source = files_of(source)[0]
     kind = format_of_path(path)
     if kind is None:
         kind = "parquet" if isinstance(source, SyntheticSource) else source.format

@@ -14,8 +14,8 @@ from penstock.data import Dataset
 from penstock.data.formats import lines
 from penstock.data.formats.json_lines import JsonParser
 from penstock.data.formats.lines import OpenQuote
-from penstock.data.formats.opening import open_source
 from penstock.data.formats.row_ends import TextRows
+from penstock.data.opening import open_source
 from penstock.errors import CheckpointError, ConfigError, DataError
 from penstock.training.trained import open_trained
 from tests.contract.data_cases import make_job, make_table, write_case

@@ -60,6 +60,16 @@ MAY_IMPORT = {
         "data/columns",
         "data/plan",
     },
+    "data/windows": {
+        "errors",
+        "types",
+        "config",
+        "data/files",
+        "data/source",
+        "data/plan",
+        "data/batches/channel",
+    },
+    "data/opening": {"config", "data/formats", "data/source", "data/windows"},
     "data": {"errors", "types", "config"},
     "survey": {"errors", "config", "data"},
     #

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from penstock.data.batches.lane_queue import Offer
 from penstock.data.batches.loader_plan import LoaderPlan
@@ -58,9 +58,9 @@ class Agreement:
             return dict(mine)
         said = [[number, *offer] for number, offer in mine.items()]
         return {
-            number: Offer(rows, is_last, is_limited)
+            number: Offer(*offer)
             for of_rank in self._told("offers", said)
-            for number, rows, is_last, is_limited in of_rank
+            for number, *offer in of_rank
         }
 
     def blocks(self, mine: Mapping[int, LaneBlock]) -> dict[int, LaneBlock]:
@@ -107,15 +107,21 @@ class Dealt(NamedTuple):
     """Whether they are the last of the lane in the epoch."""
 
 
-def deal(plan: LoaderPlan, offers: Callable[[Sequence[int], int], Sequence[Offer]]) -> Dealt:
+Asking: TypeAlias = Callable[[Sequence[int], int, int], Sequence[Offer]]
+"""Given the rows wanted of each lane, the memory that each may take and the last window of event
+time that they may be of, asks all lanes."""
+
+
+def deal(plan: LoaderPlan, offers: Asking) -> Dealt:
     """Asks the lanes for rows until a block is full, or nothing is left.
 
-    Every lane gives as many; where one has fewer, the others make up for it. Only at the end of an
-    epoch is a block no multiple of whole batches.
+    Every lane gives as many; where one has fewer, the others make up for it. No row of a window is
+    dealt before all rows of the windows before it, so that lanes stay at one event time. Only at
+    the end of an epoch is a block no multiple of whole batches.
 
     Args:
       plan: with the size of the block.
-      offers: given the rows wanted of each lane and the memory that each may take, asks all lanes.
+      offers: asks all lanes.
     """
     lanes, unit = plan.num_lanes, plan.rows_of_whole_batches
     found = _full(lanes, plan.block_rows, plan.block_bytes // lanes, offers)
@@ -132,18 +138,20 @@ def deal(plan: LoaderPlan, offers: Callable[[Sequence[int], int], Sequence[Offer
     return Dealt(rows, [one.is_last and n == one.rows for one, n in zip(found, rows, strict=True)])
 
 
-def _full(
-    lanes: int,
-    rows: int,
-    most_bytes: int,
-    offers: Callable[[Sequence[int], int], Sequence[Offer]],
-) -> Sequence[Offer]:
+def _full(lanes: int, rows: int, most_bytes: int, offers: Asking) -> Sequence[Offer]:
     wanted = [rows // lanes + (lane < rows % lanes) for lane in range(lanes)]
+    window = 0
     while True:
-        found = offers(wanted, most_bytes)
+        found = offers(wanted, most_bytes, window)
         missing = rows - sum(offer.rows for offer in found)
-        # Each time one lane more has come to its end, or nothing is missing.
-        able = [lane for lane, offer in enumerate(found) if not (offer.is_last or offer.is_limited)]
+        # Each time one lane more has come to its end, or all to that of a window; or nothing is
+        # missing.
+        free = [n for n, offer in enumerate(found) if not (offer.is_last or offer.is_limited)]
+        able = [n for n in free if found[n].next_window is None]
+        if missing > 0 and free and not able and not any(offer.is_limited for offer in found):
+            window = min(found[n].next_window or 0 for n in free)
+            able = [n for n in free if found[n].next_window == window]
+            wanted = [offer.rows for offer in found]
         if missing <= 0 or not able:
             return found
         for place, lane in enumerate(able):

@@ -116,9 +116,10 @@ class Blocks:
                 yield cut
                 at, number, plan = cut.after, number + 1, self._plan
 
-    def _ask(self, wanted: Sequence[int], most_bytes: int) -> list[Offer]:
+    def _ask(self, wanted: Sequence[int], most_bytes: int, window: int) -> list[Offer]:
         mine = {
-            number: lane.offer(wanted[number], most_bytes) for number, lane in self._lanes.items()
+            number: lane.offer(wanted[number], most_bytes, window)
+            for number, lane in self._lanes.items()
         }
         offers = self._agreement.offers(mine)
         return [offers[number] for number in range(len(wanted))]

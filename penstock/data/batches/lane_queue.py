@@ -20,6 +20,8 @@ class Offer(NamedTuple):
     """Whether these are the lane's last ones of the epoch."""
     is_limited: bool
     """Whether there are fewer than were wanted, as more would take too much memory."""
+    next_window: int | None = None
+    """Of event time, in which the row behind these is, if it lies behind what was asked for."""
 
 
 class LaneQueue:
@@ -42,22 +44,38 @@ class LaneQueue:
         """The rows of the block that a former run began; before the first epoch."""
         return list(self._reader.stretches())
 
-    def offer(self, wanted: int, most_bytes: int) -> Offer:
+    def offer(self, wanted: int, most_bytes: int, window: int) -> Offer:
         """What it can give of `wanted` good rows within some memory. Reads on for it.
 
-        Where it has any row, at least one.
+        Of the windows of event time up to `window`. Where these have any row, at least one.
         """
         while True:
             size = wanted
             if self._memory > most_bytes:
                 fit = rows_within(self._waiting, most_bytes)
                 size = min(size, max(fit // self._unit, 1) * self._unit)
+            is_limited, inside, behind = size < wanted, self._rows, None
+            if self._waiting and self._waiting[-1].passage.window > window:
+                inside, behind = self._up_to(window)
+            if behind is not None and inside < size:
+                size, is_limited = inside, False
+            else:
+                behind = None
             # A row that is left says where the next block begins.
             if self._rows >= size + self._plan.rows_to_begin_a_block(size):
-                return Offer(size, False, size < wanted)
+                return Offer(size, False, is_limited, behind)
             if self._has_ended:
                 return Offer(self._rows, True, False)
             self._read()
+
+    def _up_to(self, window: int) -> tuple[int, int | None]:
+        """Good rows of the windows up to one, and the window of the good row behind them."""
+        rows = 0
+        for one in self._waiting:
+            if one.size and one.passage.window > window:
+                return rows, one.passage.window
+            rows += one.size
+        return rows, None
 
     def take(self, rows: int) -> list[Stretch]:
         """Removes the first good rows, and what was left out before the next one."""
@@ -76,8 +94,8 @@ class LaneQueue:
     @property
     def begins_at(self) -> Cursor:
         """Where the next row is, of those that were read; there must be one."""
-        (file, start, _, _), first = self._waiting[0].passage, self._waiting[0].first
-        return Cursor(file, start, first)
+        first = self._waiting[0]
+        return Cursor(first.passage.file, first.passage.start, first.first)
 
     def _read(self) -> None:
         stretch = next(self._stretches, None)

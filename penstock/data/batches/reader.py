@@ -303,8 +303,10 @@ class Reader:
             return None
         if self._far_times is not None:
             chunk = self._far_times.leave_out(chunk)
-        passage = Passage(*self._place(extent), row, self._tag_of(chunk, extent.path))
-        return self._stretch(chunk, extent.path, passage, begin, end)
+        path = extent.path
+        window = self._part.source.window(path)
+        passage = Passage(*self._place(extent), row, self._tag_of(chunk, path), window)
+        return self._stretch(chunk, path, passage, begin, end)
 
     def _stretch(self, chunk: Chunk, path: str, passage: Passage, begin: int, end: int) -> Stretch:
         low, high = good_rows_between(chunk, begin, end)

@@ -32,6 +32,8 @@ class Passage(NamedTuple):
     """Rows of the extent before the chunk."""
     tag: FileTag | None
     """What identifies the file as far as it was read; None: nobody asks."""
+    window: int = 0
+    """Of event time, that the file is in; see `Source.window`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def pieces_of(stretches: Sequence[Stretch]) -> tuple[Piece, ...]:
     """What the stretches are made of; neighbours are joined."""
     pieces: list[Piece] = []
     for one in stretches:
-        file, start, _, _ = one.passage
+        file, start = one.passage[:2]
         if pieces and pieces[-1][:2] == (file, start) and pieces[-1].stop == one.first:
             pieces[-1] = pieces[-1]._replace(stop=one.stop)
         elif one.first < one.stop:

@@ -25,6 +25,7 @@ from penstock.config import (
     TableConfig,
     TextSource,
     TimeUnit,
+    files_of,
 )
 from penstock.data.columns.checks import (
     is_number,
@@ -225,7 +226,9 @@ def resolve_columns(
     )
     _check_crosses(columns, schema, origin)
     _check_key_weights(job, columns, schema, origin)
-    _check_types(columns, schema, origin, isinstance(data.source, TextSource | JsonLinesSource))
+    kinds = files_of(data.source)
+    reads_text = any(isinstance(one, TextSource | JsonLinesSource) for one in kinds)
+    _check_types(columns, schema, origin, reads_text)
     return replace(columns, negatives=_negative_columns(job, columns, schema, origin))
 
 

@@ -235,6 +235,10 @@ class GroupedFiles:
         """Files are compared whole: they have an index, so that none grows."""
         return self.identify(path).digest == before.digest
 
+    def window(self, path: str) -> int:
+        """There is one."""
+        return 0
+
     def may_grow(self, path: str) -> bool:
         """It may not."""
         return False

@@ -201,6 +201,10 @@ class LineFiles:
         with self._filesystem.open_input_file(path) as file:
             return before.size >= file.size() or b"\n" in file.read_at(2, before.size - 1)
 
+    def window(self, path: str) -> int:
+        """There is one."""
+        return 0
+
     def may_grow(self, path: str) -> bool:
         """Plain files may have lines added at their end."""
         return not is_compressed(path)

@@ -108,6 +108,10 @@ class SyntheticRows:
         """Whether the rows of before were made, too."""
         return before.digest == self.identify(path).digest
 
+    def window(self, path: str) -> int:
+        """There is one."""
+        return 0
+
     def may_grow(self, path: str) -> bool:
         """It may not."""
         return False

@@ -59,6 +59,10 @@ def test_marks_are_found_in_groups_lists_and_kinds():
             Job,
             """
             name data.source.path data.source.quoted_line_breaks data.source.on_malformed_row
+            data.source.streams.*.end data.source.streams.*.sources.*.marker
+            data.source.streams.*.sources.*.files.path
+            data.source.streams.*.sources.*.files.quoted_line_breaks
+            data.source.streams.*.sources.*.files.on_malformed_row
             data.evaluation_source data.shuffle.block_bytes tables table_defaults
             training.batch_size training.accumulate_batches training.epochs training.max_steps
             training.optimizer.learning_rate training.optimizer.weight_decay

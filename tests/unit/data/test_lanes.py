@@ -297,7 +297,7 @@ class Source:
         self.rows, self.row_bytes = list(rows), row_bytes
         self.asked = 0
 
-    def offers(self, wanted, most_bytes):
+    def offers(self, wanted, most_bytes, window):
         self.asked += 1
         found = []
         for rows, want, size in zip(self.rows, wanted, self.row_bytes, strict=True):
@@ -328,5 +328,60 @@ def test_blocks_are_whole_batches_until_nothing_is_left(seed):
             break
         assert sum(dealt.rows) and sum(dealt.rows) % batch == 0
         assert sum(dealt.rows) <= plan.block_rows
+
+
+class WindowedSource:
+    """Lanes of rows that each are in a window of event time, ascending."""
+
+    def __init__(self, rows):
+        self.rows = [list(one) for one in rows]
+
+    def offers(self, wanted, most_bytes, window):
+        found = []
+        for rows, want in zip(self.rows, wanted, strict=True):
+            fit = min(want, max(most_bytes // 10, 1))
+            inside = sum(one <= window for one in rows)
+            if len(rows) <= fit and inside == len(rows):
+                found.append(Offer(len(rows), True, False))
+            elif inside < fit:
+                found.append(Offer(inside, False, False, rows[inside]))
+            else:
+                found.append(Offer(fit, False, fit < want))
+        return found
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_row_of_a_window_is_dealt_before_those_of_the_windows_before(seed):
+    rng = np.random.default_rng(seed)
+    lanes, batch, block = (
+        int(rng.integers(1, 9)),
+        int(rng.integers(1, 12)),
+        int(rng.integers(1, 60)),
+    )
+    plan = LoaderPlan.of(batch, block, 0, 1, in_lanes(lanes), shuffled=True)
+    if seed % 3 == 0:
+        plan = replace(plan, block_bytes=int(rng.integers(10, 600)) * lanes)
+    rows = [
+        sorted(
+            rng.choice([0, 1, 2, 5, 9], int(rng.integers(0, 60)) * (rng.random() < 0.8)).tolist()
+        )
+        for _ in range(lanes)
+    ]
+    source, total = WindowedSource(rows), sum(map(len, rows))
+    while True:
+        dealt = deal(plan, source.offers)
+        taken = [of[:n] for of, n in zip(source.rows, dealt.rows, strict=True)]
+        source.rows = [of[n:] for of, n in zip(source.rows, dealt.rows, strict=True)]
+        total -= sum(dealt.rows)
+        newest = max((one[-1] for one in taken if one), default=0)
+        left = sum(row < newest for of in source.rows for row in of)
+        # What does not fill a batch is taken off the end of every lane, and opens the next block.
+        assert left < batch
+        if all(dealt.is_last):
+            break
+        assert sum(dealt.rows)
+        assert sum(dealt.rows) % batch == 0
+        assert sum(dealt.rows) <= plan.block_rows
+    assert total == 0
     assert not any(source.rows)
     assert agreement._without([1, 0, 5], 0) == [1, 0, 5]

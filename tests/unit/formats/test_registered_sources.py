@@ -4,9 +4,8 @@ from typing import get_args
 
 import pytest
 
-from penstock.config import FILE_FORMATS, FILE_SOURCES, SOURCES, FileSource, format_of_path
-from penstock.config.sources import Source
-from penstock.data.formats.opening import OPENERS
+from penstock.config import FILE_FORMATS, FILE_SOURCES, SOURCES, FileSource, Source, format_of_path
+from penstock.data.opening import OPENERS
 
 
 def formats_of(source):

@@ -10,6 +10,7 @@ from penstock.config import (
     JsonLinesSource,
     OrcSource,
     ParquetSource,
+    StreamsSource,
     SyntheticSource,
     TextSource,
 )
@@ -22,6 +23,7 @@ from penstock.data.formats.parquet import ParquetFormat
 from penstock.data.formats.synthetic import SyntheticRows
 from penstock.data.formats.text import open_text
 from penstock.data.source import Source, TextType
+from penstock.data.windows.served import Streams
 
 TextTypes = Mapping[str, TextType]
 
@@ -32,6 +34,9 @@ OPENERS: Mapping[type, Callable[[Any, TextTypes, str | None], Source]] = {
     TextSource: lambda config, types, time: open_text(config, types),
     JsonLinesSource: lambda config, types, time: open_json_lines(config, types),
     SyntheticSource: lambda config, types, time: SyntheticRows(config),
+    StreamsSource: lambda config, types, time: Streams(
+        config, lambda files: open_source(files, types, time)
+    ),
 }
 """What opens a configuration, given as `open_source` is."""
 

@@ -1,0 +1,269 @@
+"""Streams as one source: the files of all windows in their order, each read by its own format."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple, TypeAlias
+
+import pyarrow as pa
+from pyarrow import fs
+
+from penstock.config.sources import AnyFileSource
+from penstock.config.streams import Stream, StreamSource, StreamsSource
+from penstock.data.files import resolve_path
+from penstock.data.plan.lazy_extents import LazyExtents
+from penstock.data.source import Chunk, Extent, RowCount, Source
+from penstock.data.windows.folders import Folders
+from penstock.data.windows.graph import StoredPaths, TaskGraph, WindowFiles
+from penstock.data.windows.patterns import PathPattern
+from penstock.errors import DataError
+from penstock.types import FileTag
+
+_EXTENTS_AT_ONCE = 16
+
+
+Opener: TypeAlias = Callable[[AnyFileSource], Source]
+
+
+class _Origin(NamedTuple):
+    """Whose a file is."""
+
+    source: Source
+    window: int
+    order: int
+    """Of its source within the window."""
+
+
+class _Stored(NamedTuple):
+    """A source's files, where they are."""
+
+    paths: StoredPaths
+    scheme: str
+    """What comes before its paths in a URI; empty: nothing."""
+
+
+class Streams:
+    """Source over streams. Extents are those of the files' formats, in the order of windows."""
+
+    def __init__(self, config: StreamsSource, open_files: Opener) -> None:
+        """Lists all files.
+
+        Args:
+          config: the streams.
+          open_files: opens the files of one source, of all windows.
+
+        Raises:
+          DataError: see `TaskGraph`; a source has no file or one of another, or the columns of two
+            sources differ.
+        """
+        stored = _stored(config)
+        graph = TaskGraph(config, {name: one.paths for name, one in stored.items()})
+        self.windows: Sequence[WindowFiles] = list(graph)
+        """All windows, those without a file among them."""
+        given: dict[str, list[str]] = defaultdict(list)
+        for found in self.windows:
+            for part in found.sources:
+                name = _name(found.stream, part.source)
+                given[name] += [stored[name].scheme + path for path in part.files.paths]
+        sources = {
+            _name(stream, one): _open(stream, one, given, open_files)
+            for stream in config.streams
+            for one in stream.sources
+        }
+        self.sources: Sequence[Source] = list(sources.values())
+        """In the order of the streams', and of their sources."""
+        self.schema: pa.Schema = _common_schema(self.sources)
+        self._origins = self._found_origins(sources)
+        self.paths: Sequence[str] = list(self._origins)
+        self._extents = LazyExtents((), self._more_extents)
+        self._unread = heapq.merge(*(source.extents() for source in self.sources), key=self._turn)
+        self._error: DataError | None = None
+
+    def _found_origins(self, sources: Mapping[str, Source]) -> dict[str, _Origin]:
+        """Whose each file is, in the order of reading."""
+        left = {name: iter(source.paths) for name, source in sources.items()}
+        origins: dict[str, _Origin] = {}
+        for number, found in enumerate(self.windows):
+            for order, part in enumerate(found.sources):
+                name = _name(found.stream, part.source)
+                # A source keeps the order in which its files were given.
+                for path in islice(left[name], len(part.files.paths)):
+                    if path in origins:
+                        raise DataError(
+                            f"{path}: a file of two sources of data.source.streams; its rows would "
+                            "be read twice"
+                        )
+                    origins[path] = _Origin(sources[name], number, order)
+        return origins
+
+    def _turn(self, extent: Extent) -> tuple[int, int]:
+        origin = self._origins[extent.path]
+        return origin.window, origin.order
+
+    def _more_extents(self) -> list[Extent] | None:
+        if self._error is not None:
+            raise self._error
+        try:
+            return list(islice(self._unread, _EXTENTS_AT_ONCE)) or None
+        except DataError as error:
+            self._error = error
+            raise
+
+    @property
+    def num_groups(self) -> int | None:
+        """Of all files; None: not counted."""
+        found = [source.num_groups for source in self.sources]
+        return None if None in found else sum(one for one in found if one is not None)
+
+    def window(self, path: str) -> int:
+        """Number of the window that a file is in."""
+        return self._origins[path].window
+
+    def extents(self) -> Sequence[Extent]:
+        """All extents, in the order of reading; found when they are asked for."""
+        return self._extents
+
+    def expected_rows(self, extents: Sequence[Extent]) -> RowCount | None:
+        """Rows of the extents, as far as the sources know them."""
+        if extents is self._extents:
+            found = [source.expected_rows(source.extents()) for source in self.sources]
+        else:
+            by_source: dict[int, list[Extent]] = {id(one): [] for one in self.sources}
+            for extent in extents:
+                by_source[id(self._of(extent.path))].append(extent)
+            found = [source.expected_rows(by_source[id(source)]) for source in self.sources]
+        known = [one for one in found if one is not None]
+        if len(known) < len(found):
+            return None
+        return RowCount(sum(one.rows for one in known), all(one.is_exact for one in known))
+
+    def count_rows(self, extent: Extent) -> int:
+        """Rows of the extent."""
+        return self._of(extent.path).count_rows(extent)
+
+    def known_rows(self, extent: Extent) -> int | None:
+        """Rows of the extent; None: it must be read for that."""
+        return self._of(extent.path).known_rows(extent)
+
+    def row_counts(self, extent: Extent) -> Iterator[int]:
+        """Rows of successive stretches of the extent."""
+        return self._of(extent.path).row_counts(extent)
+
+    def cut(self, extent: Extent, row: int) -> tuple[Extent, Extent]:
+        """Cuts an extent before its row `row`."""
+        return self._of(extent.path).cut(extent, row)
+
+    def read(self, extent: Extent, columns: Sequence[str]) -> Iterator[Chunk]:
+        """Reads the rows of an extent in order, as the types that all sources have in common."""
+        types = pa.schema([self.schema.field(name) for name in columns])
+        for chunk in self._of(extent.path).read(extent, columns):
+            if chunk.table.schema.types == types.types:
+                yield chunk
+                continue
+            try:
+                table = chunk.table.cast(types)
+            except pa.ArrowInvalid as error:
+                raise DataError(
+                    f"{chunk.place.span(0, max(1, chunk.table.num_rows))}: cannot be read as the "
+                    f"types of the other sources of its streams: {error}"
+                ) from None
+            yield chunk._replace(table=table)
+
+    def may_hold(self, extent: Extent, column: str, low: int | None, high: int | None) -> bool:
+        """As the extent's own source knows."""
+        return self._of(extent.path).may_hold(extent, column, low, high)
+
+    def identify(self, path: str, until: int = 0) -> FileTag:
+        """The identity of a file."""
+        return self._of(path).identify(path, until)
+
+    def holds(self, path: str, before: FileTag) -> bool:
+        """Whether what `before` identifies is there as it was."""
+        return self._of(path).holds(path, before)
+
+    def may_grow(self, path: str) -> bool:
+        """As the file's own source knows."""
+        return self._of(path).may_grow(path)
+
+    def _of(self, path: str) -> Source:
+        return self._origins[path].source
+
+
+def _name(stream: Stream, source: StreamSource) -> str:
+    return f"{stream.name}/{source.name}"
+
+
+def _open(
+    stream: Stream,
+    source: StreamSource,
+    given: Mapping[str, Sequence[str]],
+    open_files: Opener,
+) -> Source:
+    paths = given.get(_name(stream, source))
+    if not paths:
+        raise DataError(
+            f"{source.files.path}: no file of it lies between {stream.start} and {stream.end} "
+            f"({stream.zone}); change the path of source {source.name!r}, or the times of stream "
+            f"{stream.name!r}"
+        )
+    return open_files(source.files.model_copy(update={"path": tuple(paths)}))
+
+
+def _common_schema(sources: Sequence[Source]) -> pa.Schema:
+    """The columns, which all sources have, of types that hold the values of all."""
+    first = sources[0]
+    fields: list[pa.Field] = list(first.schema)
+    for other in sources[1:]:
+        path = other.paths[0]
+        for one, before in ((other, first), (first, other)):
+            extra = next((n for n in one.schema.names if n not in before.schema.names), None)
+            if extra is not None:
+                raise DataError(
+                    f"{before.paths[0]}: column {extra!r} of {one.paths[0]} is missing; the "
+                    "sources of data.source.streams have the same columns"
+                )
+        for place, field in enumerate(fields):
+            found = other.schema.field(field.name)
+            try:
+                common = pa.unify_schemas(
+                    [pa.schema([field]), pa.schema([found])], promote_options="permissive"
+                )
+            except (pa.ArrowInvalid, pa.ArrowTypeError):
+                raise DataError(
+                    f"{path}: column {field.name!r} is {found.type}, but {field.type} in "
+                    f"{first.paths[0]}; declare the type in the source's `types`, or convert the "
+                    "files"
+                ) from None
+            fields[place] = common.field(0)
+    return pa.schema([pa.field(field.name, field.type) for field in fields])
+
+
+def _stored(config: StreamsSource) -> dict[str, _Stored]:
+    """By name of stream and source; sources of one file system share its folders."""
+    shared: list[tuple[fs.FileSystem, Folders]] = []
+
+    def folders_of(filesystem: fs.FileSystem) -> Folders:
+        for other, folders in shared:
+            if other.equals(filesystem):
+                return folders
+        shared.append((filesystem, Folders(filesystem)))
+        return shared[-1][1]
+
+    found = {}
+    for stream in config.streams:
+        for source in stream.sources:
+            assert isinstance(source.files.path, str)
+            filesystem, path = resolve_path(source.files.path)
+            marker = None if source.marker is None else resolve_path(source.marker)
+            if marker is not None and not marker[0].equals(filesystem):
+                raise DataError(f"{source.marker}: on another file system than its files")
+            paths = StoredPaths(
+                folders_of(filesystem),
+                PathPattern(path),
+                None if marker is None else PathPattern(marker[1]),
+            )
+            found[_name(stream, source)] = _Stored(paths, source.files.path.removesuffix(path))
+    return found

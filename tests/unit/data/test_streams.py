@@ -1,0 +1,317 @@
+"""Streams as the source of a job: windows in their order, lanes that stay at one of them."""
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import TypeAdapter
+
+from penstock.config import Source, parse_job
+from penstock.data import Dataset
+from penstock.data.formats import columnar
+from penstock.data.opening import open_source
+from penstock.data.windows.planned import planned
+from penstock.errors import ConfigError, DataError
+from penstock.types import LanePosition, Position
+from tests.world.ranks import World, in_world
+
+DAY = 1_000_000
+"""Ids of a day begin with its number times this."""
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    in_world(monkeypatch)
+    monkeypatch.setattr(columnar, "EXTENT_ROWS", 20)
+
+
+def write(path, first, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = np.arange(first, first + rows)
+    columns = {"label": np.zeros(rows, np.int64), "id": ids}
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path, row_group_size=10)
+    else:
+        path.write_text("\n".join(["label,id", *(f"0,{one}" for one in ids), ""]))
+
+
+@pytest.fixture
+def days(tmp_path):
+    """Ten days of unlike sizes, of two sources; one day lacks the first, one has nothing."""
+    rng = np.random.default_rng(0)
+    for day in range(10):
+        date = datetime(2026, 2, 24) + timedelta(days=day)
+        for part in range(int(rng.integers(1, 4))) if day not in (3, 6) else ():
+            path = tmp_path / f"new/{date:%Y/%m/%d}/{part}.parquet"
+            write(path, DAY * day + 1000 * part, int(rng.integers(1, 90)))
+        if day != 6:
+            write(tmp_path / f"old.{date:%Y%m%d}.csv", DAY * day + 9000, int(rng.integers(1, 50)))
+    return tmp_path
+
+
+def config(folder, *, sources=None, **stream):
+    both = [
+        {"name": "new", "files": {"format": "parquet",
+                                  "path": f"{folder}/new/{{YYYY}}/{{MM}}/{{DD}}/*.parquet"}},
+        {"name": "old", "files": {"format": "csv", "types": {"id": "int64"},
+                                  "path": f"{folder}/old.{{YYYY}}{{MM}}{{DD}}.csv"}},
+    ]  # fmt: skip
+    times = {"start": "2026-02-24", "end": "2026-03-06"}
+    return {
+        "format": "streams",
+        "streams": [{"name": "clicks", **times, "sources": sources or both, **stream}],
+    }
+
+
+def opened(source, block=40, **data):
+    fields = {
+        "data": {
+            "source": source,
+            "label": {"column": "label"},
+            "shuffle": {"block_rows": block},
+            **data,
+        },
+        "features": [{"columns": ["id"]}],
+    }
+    return Dataset.open(parse_job(fields))
+
+
+def parsed(source):
+    return TypeAdapter(Source).validate_python(source)
+
+
+def in_lanes(number):
+    return Position(lanes=(LanePosition(),) * number)
+
+
+def ids_in(loader):
+    with loader:
+        return [batch.sparse.values.tolist() for batch in loader]
+
+
+def all_ids(folder):
+    found = [one for path in folder.rglob("*.parquet") for one in pq.read_table(path)["id"]]
+    ids = [one.as_py() for one in found]
+    for path in folder.glob("*.csv"):
+        ids += [int(line.split(",")[1]) for line in path.read_text().split()[1:]]
+    return sorted(ids)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 5, 8])
+@pytest.mark.parametrize("block", [0, 40])
+def test_each_row_comes_once_and_no_window_before_another(days, lanes, block):
+    dataset = opened(config(days), block)
+    batches = ids_in(dataset.batches("train", batch_size=20, seed=1, start=in_lanes(lanes)))
+    found = [one for batch in batches for one in batch]
+    assert sorted(found) == all_ids(days)
+    assert {len(batch) for batch in batches[:-1]} == {20}
+    if block:
+        # A lane that has no row of a window waits for the others to end it: blocks that follow each
+        # other overlap in one window at most.
+        blocks = [found[at : at + block] for at in range(0, len(found), block)]
+        ends = [(min(one) // DAY, max(one) // DAY) for one in blocks]
+        assert all(first[1] <= second[0] + 1 for first, second in zip(ends, ends[1:], strict=False))
+    of_day = [one // DAY for one in found]
+    late = max(
+        before - now for before, now in zip(np.maximum.accumulate(of_day), of_day, strict=True)
+    )
+    assert late <= (3 if block else 10)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_one_goes_on_from_any_batch(days, lanes):
+    dataset = opened(config(days))
+    kwargs = {"batch_size": 20, "seed": 3, "epochs": 2}
+    with dataset.batches("train", start=in_lanes(lanes), **kwargs) as loader:
+        batches = [(batch.sparse.values.tolist(), batch.end) for batch in loader]
+    for number in range(0, len(batches), 3):
+        again = opened(config(days))
+        rest = ids_in(again.batches("train", start=batches[number][1], **kwargs))
+        assert rest == [ids for ids, _ in batches[number + 1 :]]
+
+
+def test_any_number_of_ranks_has_the_same_batches(days):
+    kwargs = {"batch_size": 20, "seed": 3, "start": in_lanes(4)}
+    whole = ids_in(opened(config(days)).batches("train", **kwargs))
+    for size in (2, 3):
+        parts = World(size).run(
+            lambda group: ids_in(opened(config(days)).batches("train", ranks=group, **kwargs))
+        )
+        joined = [
+            sorted(one for part in of_ranks for one in part)
+            for of_ranks in zip(*parts, strict=True)
+        ]
+        assert joined == [sorted(batch) for batch in whole]
+
+
+def test_the_end_may_move_on_and_what_was_read_is_not_read_again(days):
+    early = opened(config(days, end="2026-02-28"))
+    with early.batches("train", batch_size=16, start=in_lanes(4)) as loader:
+        first = [batch.sparse.values.tolist() for batch in loader]
+        end = loader.position
+    dataset = opened(config(days))
+    rest = ids_in(dataset.batches("train", batch_size=16, start=replace(end, epoch=0)))
+    found = [one for batch in first + rest for one in batch]
+    assert sorted(found) == all_ids(days)
+
+
+def test_a_delay_serves_a_source_beside_younger_rows(days):
+    sources = config(days)["streams"][0]["sources"]
+    sources[1]["delay"] = "2d"
+    dataset = opened(config(days, sources=sources, end="2026-03-08"), 0)
+    found = [one for batch in ids_in(dataset.batches("train", batch_size=10)) for one in batch]
+    assert sorted(found) == all_ids(days)
+    served = [one // DAY + (2 if one % DAY >= 9000 else 0) for one in found]
+    assert served == sorted(served)
+
+
+def test_streams_come_one_after_the_other_or_side_by_side(days):
+    new, old = config(days)["streams"][0]["sources"]
+    times = {"start": "2026-02-24", "end": "2026-03-06"}
+    streams = [{"name": "n", **times, "sources": [new]}, {"name": "o", **times, "sources": [old]}]
+    source = {"format": "streams", "streams": streams}
+    one_by_one = sum(ids_in(opened(source, 0).batches("train", batch_size=10)), [])
+    assert sorted(one_by_one) == all_ids(days)
+    kinds = [one % DAY >= 9000 for one in one_by_one]
+    assert kinds == sorted(kinds)
+    beside = sum(ids_in(opened(source | {"together": True}, 0).batches("train", batch_size=10)), [])
+    assert sorted(beside) == all_ids(days)
+    assert [one // DAY for one in beside] == sorted(one // DAY for one in beside)
+
+
+def test_rows_are_counted_and_divided_as_those_of_files(days):
+    dataset = opened(config(days), split={"by": "file", "evaluation": "old.*"})
+    total = len(all_ids(days))
+    held_out = sum(len(batch) for batch in ids_in(dataset.batches("evaluation", batch_size=64)))
+    assert dataset.num_rows("train") + dataset.num_rows("evaluation") == total
+    assert held_out == dataset.num_rows("evaluation") > 0
+
+
+def test_the_plan_says_what_each_window_has(days):
+    source = open_source(parsed(config(days)), {"label": "float64"})
+    told = []
+    plan = list(planned(source, lambda rows, share: told.append((rows, share))))
+    assert [one.window[:10] for one in plan if one.source != "old"][:8] == [
+        *("2026-02-24", "2026-02-25", "2026-02-26"),
+        *("2026-02-28", "2026-03-01", "2026-03-02"),
+        *("2026-03-03", "2026-03-04"),
+    ]
+    assert [(one.files, one.rows) for one in plan if not one.source] == [(0, 0)]
+    paths = [*days.rglob("*.parquet"), *days.glob("*.csv")]
+    assert sum(one.files for one in plan) == len(paths)
+    assert sum(one.bytes for one in plan) == sum(path.stat().st_size for path in paths)
+    assert sum(one.extents for one in plan) == len(source.extents())
+    for one in plan:
+        files = days.glob(f"new/{one.window[:10].replace('-', '/')}/*.parquet")
+        rows = sum(pq.read_metadata(path).num_rows for path in files)
+        assert one.rows == {"new": rows, "old": None, "": 0}[one.source]
+    assert told[-1][1] == 1.0
+
+
+def test_a_plan_without_windows_is_one_line(days):
+    source = open_source(parsed({"format": "parquet", "path": f"{days}/new"}), {})
+    (one,) = planned(source, lambda rows, share: None)
+    rows = sum(pq.read_metadata(path).num_rows for path in days.rglob("*.parquet"))
+    assert (one.stream, one.window, one.rows) == ("", "", rows)
+
+
+def test_a_uri_is_read_as_a_path(days):
+    new, _ = config(days)["streams"][0]["sources"]
+    files = new["files"] | {"path": "file://" + new["files"]["path"]}
+    found = ids_in(
+        opened(config(days, sources=[new | {"files": files}])).batches("train", batch_size=10)
+    )
+    assert sorted(sum(found, [])) == [one for one in all_ids(days) if one % DAY < 9000]
+
+
+def test_what_does_not_fit_is_named(days):
+    new, old = config(days)["streams"][0]["sources"]
+    late = config(days, start="2031-01-01", end="2031-02-01")
+    with pytest.raises(DataError, match="no file of it lies between 2031-01-01 and 2031-02-01"):
+        opened(late)
+    write(days / "old.20260225.csv", 0, 3)
+    (days / "old.20260226.csv").write_text("label,other\n0,1\n")
+    with pytest.raises(DataError, match=r"old\.20260226\.csv"):
+        opened(config(days))
+    (days / "old.20260226.csv").write_bytes(b"")
+    with pytest.raises(DataError, match=r"old\.20260226\.csv: empty file"):
+        opened(config(days))
+    twice = [new, new | {"name": "again"}]
+    with pytest.raises(DataError, match="a file of two sources"):
+        opened(config(days, sources=twice))
+    text = days / "text"
+    write(text / "2026/02/24.csv", 0, 4)
+    texts = {
+        "format": "csv",
+        "types": {"id": "string"},
+        "path": f"{text}/{{YYYY}}/{{MM}}/{{DD}}.csv",
+    }
+    with pytest.raises(DataError, match=r"24\.csv: column 'id' is string, but int64"):
+        opened(config(days, sources=[new, {"name": "text", "files": texts}]))
+    with pytest.raises(ConfigError, match="is in data.source, too"):
+        (days / "old.20260226.csv").unlink()
+        same = {"format": "csv", "types": {"id": "int64"}, "path": f"{days}/old.2026022[7]*.csv"}
+        opened(config(days), evaluation_source=same)
+
+
+PATH = "x/{YYYY}{MM}{DD}/{HH}.parquet"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"window": "1 week"}, "no duration"),
+        ({"window": "week"}, "one like hour, day, 90s"),
+        ({"window": "0s"}, "some length"),
+        ({"window": "30min"}, "shorter than the hours"),
+        ({"window": "400d"}, "more than 366d"),
+        ({"zone": "Mars/Olympus"}, "no time zone"),
+        ({"start": "soon"}, "no ISO 8601 time"),
+        ({"start": "2026-03-06", "end": "2026-03-06"}, "is not after start"),
+        ({"path": "x/*.parquet"}, "must say the year, month and day"),
+        ({"path": "x/{YYYY}{MM}.parquet"}, "must say the year, month and day"),
+        ({"path": "x/{YYYY}{MM}{DD}{mm}.parquet"}, "has a field {mm}"),
+        ({"path": "x/**/{YYYY}{MM}{DD}.parquet"}, r"has \*\*"),
+        ({"path": "{MM}/{YYYY}/{DD}.parquet"}, "stands below a finer field"),
+        ({"path": ["a", "b"]}, "give one path"),
+        ({"marker": "x/_SUCCESS"}, "must say the year"),
+        ({"marker": "x/{YYYY}{MM}{DD}/_SUCCESS"}, "must have the date fields of the path"),
+        ({"marker": "x/{YYYY}{MM}{DD}/{HH}*"}, "has no"),
+        ({"delay": "-1h"}, "no duration"),
+    ],
+)
+def test_wrong_streams_are_refused_by_name(change, words):
+    one = {"name": "a", "files": {"format": "parquet", "path": change.get("path", PATH)}}
+    one |= {name: change[name] for name in ("marker", "delay") if name in change}
+    stream = {"name": "s", "window": "hour", "start": "2026-02-24", "end": "2026-03-06",
+              "sources": [one]}  # fmt: skip
+    stream |= {name: change[name] for name in ("window", "zone", "start", "end") if name in change}
+    with pytest.raises(ConfigError, match=words):
+        parse_job({
+            "data": {
+                "source": {"format": "streams", "streams": [stream]},
+                "label": {"column": "label"},
+            },
+            "features": [{"columns": ["id"]}],
+        })
+
+
+def test_nothing_to_read_is_refused():
+    for source, words in (
+        ({"format": "streams", "streams": []}, "streams: there is none"),
+        (
+            config("x") | {"streams": [config("x")["streams"][0] | {"sources": []}]},
+            "sources: there",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=words) as refused:
+            opened(source)
+        assert str(refused.value).count("\n") == 0
+
+
+def test_days_are_too_long_for_windows_of_an_hour(days):
+    with pytest.raises(ConfigError, match="shorter than the days"):
+        opened(config(days, window="hour"))

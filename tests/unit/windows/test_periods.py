@@ -1,0 +1,118 @@
+"""Files by hour or day: found as one would find them by looking at every file there is."""
+
+import re
+from datetime import datetime, timedelta
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pytest
+from pyarrow import fs
+
+from penstock.config.streams import fields_of_path
+from penstock.data.windows.calendar import moment_ms
+from penstock.data.windows.folders import Folders
+from penstock.data.windows.patterns import PathPattern
+from penstock.data.windows.periods import Periods
+from penstock.errors import DataError
+
+DAY = 86_400_000
+PATTERNS = [
+    "{YYYY}/{MM}/{DD}/{HH}/*.parquet",
+    "{YYYY}-{MM}-{DD}/{HH}.csv",
+    "dt={YYYY}{MM}{DD}/*/part-*.orc",
+    "*/{YYYY}/{MM}-{DD}_{HH}.csv.gz",
+    "{YYYY}/{YYYY}{MM}{DD}.jsonl",
+    "log.{YYYY}{MM}{DD}{HH}.?.csv",
+]
+
+
+def path_at(pattern, moment, rng):
+    text = pattern
+    for field, value in zip(
+        ("YYYY", "MM", "DD", "HH"),
+        (f"{moment:%Y}", f"{moment:%m}", f"{moment:%d}", f"{moment:%H}"),
+        strict=True,
+    ):
+        text = text.replace("{" + field + "}", value)
+    while "*" in text or "?" in text:
+        text = re.sub(r"[*?]", lambda _: str(rng.integers(0, 4)), text, count=1)
+    return text
+
+
+def found(folder, pattern, zone, start, end, store=None):
+    store = store or Folders(fs.LocalFileSystem())
+    path = PathPattern(f"{folder}/{pattern}")
+    periods = list(Periods(store, path, ZoneInfo(zone), start, end))
+    assert [one.begin_ms for one in periods] == sorted(one.begin_ms for one in periods)
+    return {one.key: list(one.files.paths) for one in periods}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_trees(tmp_path, pattern, seed):
+    rng = np.random.default_rng(seed)
+    zone = ["UTC", "Europe/Paris", "Australia/Lord_Howe", "Pacific/Auckland"][seed]
+    first = datetime(2024, 12, 30)
+    expected = {}
+    start = moment_ms(first + timedelta(hours=int(rng.integers(0, 60))), ZoneInfo(zone))
+    end = start + int(rng.integers(DAY // 2, 5 * DAY))
+    for _ in range(80):
+        moment = first + timedelta(hours=int(rng.integers(0, 24 * 8)))
+        path = tmp_path / path_at(pattern, moment, rng)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * int(rng.integers(1, 9)))
+        key = (moment.year, moment.month, moment.day, moment.hour)[: len(fields_of_path(pattern))]
+        begin = moment.replace(hour=moment.hour if len(key) == 4 else 0)
+        if start <= moment_ms(begin, ZoneInfo(zone)) < end:
+            expected.setdefault(key, set()).add(str(path))
+    for name in ("_hidden", ".part", "other.txt", "2024", "20241231.csv~"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "1.parquet").write_bytes(b"x")
+    assert found(tmp_path, pattern, zone, start, end) == {
+        key: sorted(paths) for key, paths in sorted(expected.items())
+    }
+
+
+def test_listings_do_not_depend_on_the_number_of_windows_and_far_folders_are_not_listed(tmp_path):
+    for day in range(1, 29):
+        for month in (1, 2, 3):
+            folder = tmp_path / "2025" / f"{month:02}" / f"{day:02}"
+            folder.mkdir(parents=True)
+            (folder / "00.csv").write_bytes(b"x")
+    start = moment_ms(datetime(2025, 2, 10), ZoneInfo("UTC"))
+    store = Folders(fs.LocalFileSystem())
+    pattern = "{YYYY}/{MM}/{DD}/{HH}.csv"
+    assert len(found(tmp_path, pattern, "UTC", start, start + 3 * DAY, store)) == 3
+    assert store.listings <= 2 + 1 + 3 + 2 * 3
+    before = store.listings
+    found(tmp_path, pattern, "UTC", start, start + 3 * DAY, store)
+    assert store.listings == before
+
+
+@pytest.mark.parametrize("name", ["2025/02/30.csv", "2025/13/01.csv"])
+def test_a_day_that_there_is_not_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    with pytest.raises(DataError, match=re.escape(name)):
+        found(tmp_path, "{YYYY}/{MM}/{DD}.csv", "UTC", 0, 4_000_000_000_000)
+
+
+def test_paths_that_contradict_themselves_are_no_files_of_the_source(tmp_path):
+    (tmp_path / "2025").mkdir()
+    (tmp_path / "2025" / "20240101.csv").write_bytes(b"x")
+    assert found(tmp_path, "{YYYY}/{YYYY}{MM}{DD}.csv", "UTC", 0, 4_000_000_000_000) == {}
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match="no such directory: .*nowhere"):
+        found(tmp_path, "nowhere/{YYYY}{MM}{DD}.csv", "UTC", 0, DAY)
+
+
+def test_relative_paths_begin_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("20250101.csv").write_bytes(b"x")
+    store = Folders(fs.LocalFileSystem())
+    periods = Periods(store, PathPattern("{YYYY}{MM}{DD}.csv"), ZoneInfo("UTC"), 0, 2**42)
+    assert [list(one.files.paths) for one in periods] == [["20250101.csv"]]
