@@ -37,10 +37,11 @@ class MemorySource:
 
     schema = SCHEMA
 
-    def __init__(self, files, *, grows):
+    def __init__(self, files, *, windows, grows):
         self.paths = list(files)
         self.files = files
         """Chunks by path and extent."""
+        self._windows = dict(zip(files, windows, strict=True))
         self._grows = grows
 
     def extents(self):
@@ -55,6 +56,10 @@ class MemorySource:
     def identify(self, path, until=0):
         """As of a file that never changes."""
         return FileTag(path, 1 + self.paths.index(path), path)
+
+    def window(self, path):
+        """Of event time."""
+        return self._windows[path]
 
     def may_grow(self, path):
         """Whether a position at the end of a file waits for more rows of it."""
@@ -117,7 +122,9 @@ def drawn(rng):
                     first += chunks[-1].num_read
                 extents.append(chunks)
             files[path] = extents
-    return Data(MemorySource(files, grows=bool(rng.random() < 0.5)), samples, malformed)
+    grows = bool(rng.random() < 0.5)
+    windows = np.cumsum(rng.integers(0, 1 + int(rng.integers(0, 4)), len(files))).tolist()
+    return Data(MemorySource(files, windows=windows, grows=grows), samples, malformed)
 
 
 class Reading(NamedTuple):
