@@ -73,6 +73,8 @@ class Data(NamedTuple):
     samples: dict
     """Key of `one` and keys of `bag`, by id."""
     malformed: int
+    of_windows: list
+    """Samples of each window of event time."""
 
 
 def drawn(rng):
@@ -124,7 +126,11 @@ def drawn(rng):
             files[path] = extents
     grows = bool(rng.random() < 0.5)
     windows = np.cumsum(rng.integers(0, 1 + int(rng.integers(0, 4)), len(files))).tolist()
-    return Data(MemorySource(files, windows=windows, grows=grows), samples, malformed)
+    of_windows = dict.fromkeys(windows, 0)
+    for window, extents in zip(windows, files.values(), strict=True):
+        of_windows[window] += sum(one.table.num_rows for chunks in extents for one in chunks)
+    source = MemorySource(files, windows=windows, grows=grows)
+    return Data(source, samples, malformed, list(of_windows.values()))
 
 
 class Reading(NamedTuple):

@@ -84,7 +84,9 @@ class Schedule:
             for batch in loader:
                 found.append((ids_of(batch), batch.lane_sizes, batch.end))
         samples, size = len(self.data.samples), self.reading.batch_size
-        of_epoch = [size] * (samples // size) + [samples % size] * (samples % size > 0)
+        of_epoch = [
+            min(size, of - low) for of in self.data.of_windows for low in range(0, of, size)
+        ]
         assert [len(ids) for ids, *_ in found] == of_epoch * self.reading.epochs
         for epoch in range(self.reading.epochs):
             some = found[epoch * len(of_epoch) : (epoch + 1) * len(of_epoch)]

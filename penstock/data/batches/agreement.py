@@ -105,6 +105,8 @@ class Dealt(NamedTuple):
     rows: list[int]
     is_last: list[bool]
     """Whether they are the last of the lane in the epoch."""
+    window: int
+    """Of event time, of which all of them are."""
 
 
 Asking: TypeAlias = Callable[[Sequence[int], int, int], Sequence[Offer]]
@@ -112,48 +114,56 @@ Asking: TypeAlias = Callable[[Sequence[int], int, int], Sequence[Offer]]
 time that they may be of, asks all lanes."""
 
 
-def deal(plan: LoaderPlan, offers: Asking) -> Dealt:
+def deal(plan: LoaderPlan, offers: Asking, window: int) -> Dealt:
     """Asks the lanes for rows until a block is full, or nothing is left.
 
-    Every lane gives as many; where one has fewer, the others make up for it. No row of a window is
-    dealt before all rows of the windows before it, so that lanes stay at one event time. Only at
-    the end of an epoch is a block no multiple of whole batches.
+    Every lane gives as many; where one has fewer, the others make up for it. A block has rows of
+    one window of event time, so that lanes stay at one, and what it holds does not depend on which
+    later windows are there yet. Only at the end of a window or an epoch is it no multiple of whole
+    batches.
 
     Args:
       plan: with the size of the block.
       offers: asks all lanes.
+      window: that of the block before, or any earlier one.
     """
     lanes, unit = plan.num_lanes, plan.rows_of_whole_batches
-    found = _full(lanes, plan.block_rows, plan.block_bytes // lanes, offers)
-    total = sum(offer.rows for offer in found)
-    if all(offer.is_last for offer in found):
-        return Dealt([offer.rows for offer in found], [True] * lanes)
-    if total < unit:
+    found, window = _full(lanes, plan.block_rows, plan.block_bytes // lanes, offers, window)
+    if not _is_whole_window(found) and sum(offer.rows for offer in found) < unit:
         # Not one batch fits into the memory: there is one all the same.
-        found = _full(lanes, unit, _UNLIMITED, offers)
-        total = sum(offer.rows for offer in found)
-        if all(offer.is_last for offer in found):
-            return Dealt([offer.rows for offer in found], [True] * lanes)
-    rows = _without([offer.rows for offer in found], total % unit)
-    return Dealt(rows, [one.is_last and n == one.rows for one, n in zip(found, rows, strict=True)])
+        found, window = _full(lanes, unit, _UNLIMITED, offers, window)
+    rows = [offer.rows for offer in found]
+    if not _is_whole_window(found):
+        rows = _without(rows, sum(rows) % unit)
+    is_last = [one.is_last and n == one.rows for one, n in zip(found, rows, strict=True)]
+    return Dealt(rows, is_last, window)
 
 
-def _full(lanes: int, rows: int, most_bytes: int, offers: Asking) -> Sequence[Offer]:
+def _is_whole_window(found: Sequence[Offer]) -> bool:
+    """Whether lanes offer all that they have of the window."""
+    return all(offer.is_last or offer.next_window is not None for offer in found)
+
+
+def _full(
+    lanes: int, rows: int, most_bytes: int, offers: Asking, window: int
+) -> tuple[Sequence[Offer], int]:
+    """Offers of so many rows together, or of all that there are; and their window."""
     wanted = [rows // lanes + (lane < rows % lanes) for lane in range(lanes)]
-    window = 0
     while True:
         found = offers(wanted, most_bytes, window)
         missing = rows - sum(offer.rows for offer in found)
-        # Each time one lane more has come to its end, or all to that of a window; or nothing is
-        # missing.
-        free = [n for n, offer in enumerate(found) if not (offer.is_last or offer.is_limited)]
-        able = [n for n in free if found[n].next_window is None]
-        if missing > 0 and free and not able and not any(offer.is_limited for offer in found):
-            window = min(found[n].next_window or 0 for n in free)
-            able = [n for n in free if found[n].next_window == window]
-            wanted = [offer.rows for offer in found]
+        nexts = [offer.next_window for offer in found if offer.next_window is not None]
+        if missing == rows and nexts and _is_whole_window(found):
+            window = min(nexts)
+            continue
+        # Each time one lane more has come to its end; or nothing is missing.
+        able = [
+            n
+            for n, offer in enumerate(found)
+            if not (offer.is_last or offer.is_limited or offer.next_window is not None)
+        ]
         if missing <= 0 or not able:
-            return found
+            return found, window
         for place, lane in enumerate(able):
             wanted[lane] += missing // len(able) + (place < missing % len(able))
 

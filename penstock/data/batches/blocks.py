@@ -100,9 +100,10 @@ class Blocks:
             number = at.block if epoch == plan.start.epoch else 0
             for lane in self._lanes.values():
                 lane.begin_epoch()
-            has_more = True
+            has_more, window = True, 0
             while has_more:
-                dealt = deal(plan, self._ask)
+                dealt = deal(plan, self._ask, window)
+                window = dealt.window
                 has_more = not all(dealt.is_last)
                 if not sum(dealt.rows) and not number and plan.trains:
                     raise DataError(

@@ -21,7 +21,7 @@ class Offer(NamedTuple):
     is_limited: bool
     """Whether there are fewer than were wanted, as more would take too much memory."""
     next_window: int | None = None
-    """Of event time, in which the row behind these is, if it lies behind what was asked for."""
+    """Of event time, in which the row behind these is, if these are all of the windows asked for."""
 
 
 class LaneQueue:
@@ -47,7 +47,8 @@ class LaneQueue:
     def offer(self, wanted: int, most_bytes: int, window: int) -> Offer:
         """What it can give of `wanted` good rows within some memory. Reads on for it.
 
-        Of the windows of event time up to `window`. Where these have any row, at least one.
+        Of the windows of event time up to `window`; all of these, where fewer would be left than
+        make a block.
         """
         while True:
             size = wanted
@@ -57,15 +58,13 @@ class LaneQueue:
             is_limited, inside, behind = size < wanted, self._rows, None
             if self._waiting and self._waiting[-1].passage.window > window:
                 inside, behind = self._up_to(window)
-            if behind is not None and inside < size:
-                size, is_limited = inside, False
-            else:
-                behind = None
             # A row that is left says where the next block begins.
-            if self._rows >= size + self._plan.rows_to_begin_a_block(size):
-                return Offer(size, False, is_limited, behind)
+            if inside >= size + self._plan.rows_to_begin_a_block(size):
+                return Offer(size, False, is_limited)
+            if behind is not None:
+                return Offer(inside, False, False, behind)
             if self._has_ended:
-                return Offer(self._rows, True, False)
+                return Offer(inside, True, False)
             self._read()
 
     def _up_to(self, window: int) -> tuple[int, int | None]:

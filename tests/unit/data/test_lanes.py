@@ -319,7 +319,7 @@ def test_blocks_are_whole_batches_until_nothing_is_left(seed):
     source = Source(rows, rng.integers(1, 30, lanes).tolist())
     while True:
         source.asked = 0
-        dealt = deal(plan, source.offers)
+        dealt = deal(plan, source.offers, 0)
         assert source.asked <= 2 * (lanes + 1)
         assert all(0 <= n <= left for n, left in zip(dealt.rows, source.rows, strict=True))
         source.rows = [left - n for left, n in zip(source.rows, dealt.rows, strict=True)]
@@ -341,17 +341,33 @@ class WindowedSource:
         for rows, want in zip(self.rows, wanted, strict=True):
             fit = min(want, max(most_bytes // 10, 1))
             inside = sum(one <= window for one in rows)
-            if len(rows) <= fit and inside == len(rows):
-                found.append(Offer(len(rows), True, False))
-            elif inside < fit:
+            # As a queue that knows no row behind `fit` but one.
+            if inside > fit:
+                found.append(Offer(fit, False, fit < want))
+            elif inside < len(rows):
                 found.append(Offer(inside, False, False, rows[inside]))
             else:
-                found.append(Offer(fit, False, fit < want))
+                found.append(Offer(inside, True, False))
         return found
 
 
+def dealt_from(plan, rows):
+    """The blocks of lanes of windowed rows: of each lane, those that it gives."""
+    source, window, blocks = WindowedSource(rows), 0, []
+    while True:
+        dealt = deal(plan, source.offers, window)
+        window = dealt.window
+        blocks.append([of[:n] for of, n in zip(source.rows, dealt.rows, strict=True)])
+        source.rows = [of[n:] for of, n in zip(source.rows, dealt.rows, strict=True)]
+        if all(dealt.is_last):
+            assert not any(source.rows)
+            return blocks
+        assert sum(dealt.rows)
+        assert sum(dealt.rows) <= plan.block_rows
+
+
 @pytest.mark.parametrize("seed", range(60))
-def test_no_row_of_a_window_is_dealt_before_those_of_the_windows_before(seed):
+def test_a_block_is_of_one_window_and_knows_nothing_of_later_ones(seed):
     rng = np.random.default_rng(seed)
     lanes, batch, block = (
         int(rng.integers(1, 9)),
@@ -367,21 +383,23 @@ def test_no_row_of_a_window_is_dealt_before_those_of_the_windows_before(seed):
         )
         for _ in range(lanes)
     ]
-    source, total = WindowedSource(rows), sum(map(len, rows))
-    while True:
-        dealt = deal(plan, source.offers)
-        taken = [of[:n] for of, n in zip(source.rows, dealt.rows, strict=True)]
-        source.rows = [of[n:] for of, n in zip(source.rows, dealt.rows, strict=True)]
-        total -= sum(dealt.rows)
-        newest = max((one[-1] for one in taken if one), default=0)
-        left = sum(row < newest for of in source.rows for row in of)
-        # What does not fill a batch is taken off the end of every lane, and opens the next block.
-        assert left < batch
-        if all(dealt.is_last):
-            break
-        assert sum(dealt.rows)
-        assert sum(dealt.rows) % batch == 0
-        assert sum(dealt.rows) <= plan.block_rows
-    assert total == 0
-    assert not any(source.rows)
+    blocks = dealt_from(plan, rows)
+    assert sum(len(of) for one in blocks for of in one) == sum(map(len, rows))
+    windows = [{row for of in one for row in of} for one in blocks]
+    assert all(len(one) == 1 for one in windows if one)
+    in_order = [one.pop() for one in windows if one]
+    assert in_order == sorted(in_order)
+    sizes = [sum(map(len, one)) for one in blocks if any(one)]
+    for size, window, after in zip(sizes, in_order, [*in_order[1:], None], strict=False):
+        assert size % batch == 0 or window != after, "only a window's last block is short"
+    for last in (0, 1, 5):
+        until = dealt_from(plan, [[row for row in of if row <= last] for of in rows])
+        assert [one for one in until if any(one)] == [
+            one
+            for one, window in zip([b for b in blocks if any(b)], in_order, strict=True)
+            if window <= last
+        ]
+
+
+def test_nothing_is_taken_off_where_nothing_is_over():
     assert agreement._without([1, 0, 5], 0) == [1, 0, 5]
