@@ -21,7 +21,7 @@ class Offer(NamedTuple):
     is_limited: bool
     """Whether there are fewer than were wanted, as more would take too much memory."""
     next_window: int | None = None
-    """Of event time, in which the row behind these is, if these are all of the windows asked for."""
+    """Of event time, in which the next row is, if these are all of the windows asked for."""
 
 
 class LaneQueue:
