@@ -1,28 +1,42 @@
-"""Folders of a file system, listed once each, however many windows and sources look into them."""
+"""Folders of a file system, listed once for all who look into them at about the same time."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs
 
-from penstock.data.files import is_hidden
 from penstock.errors import DataError
+
+KEPT_BYTES = 64 << 20
+"""Of names and sizes that stay for who asks later; the last listing stays however large it is."""
 
 
 class Entries(NamedTuple):
     """What a folder holds, hidden names and markers among them."""
 
-    folders: Sequence[str]
+    folders: pa.LargeStringArray
     """Names, ascending."""
-    files: Sequence[str]
+    files: pa.LargeStringArray
     """Names, ascending."""
-    sizes: Sequence[int]
-    """[files] bytes."""
+    sizes: npt.NDArray[np.int64]
+    """[files] bytes; 0 where the store does not say it."""
+
+    @classmethod
+    def of(cls, folders: Sequence[str], files: Sequence[str], sizes: Sequence[int]) -> Entries:
+        """From names in any order; `sizes`: [files] bytes."""
+        names, order = _ascending(files)
+        counts = np.array(sizes, np.int64)
+        return cls(_ascending(folders)[0], names, counts if order is None else counts[order])
 
 
 class FolderStore(Protocol):
@@ -36,50 +50,103 @@ class FolderStore(Protocol):
         """
 
 
-class Folders:
-    """The folders of a pyarrow file system, each listed once. Safe to share by threads."""
+def listed(filesystem: fs.FileSystem, folder: str) -> Entries | None:
+    """What a folder of a pyarrow file system holds; None: there is no such folder.
 
-    def __init__(self, filesystem: fs.FileSystem) -> None:
-        self._filesystem = filesystem
-        self._found: dict[str, Future[Entries | None]] = {}
+    Raises:
+      DataError: it cannot be listed.
+    """
+    base = folder or "."
+    try:
+        infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
+        if not infos and filesystem.get_file_info(base).type != fs.FileType.Directory:
+            return None
+        names = [info.base_name for info in infos]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{base}: cannot be listed: {error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{base}: cannot be listed: a name in it is not UTF-8 ({error.object!r}); rename it"
+        ) from None
+    sizes = [info.size for info in infos]
+    # Arrow's own file systems give a size to files alone; to ask for a type takes 15 times as long.
+    is_certain = not isinstance(filesystem, fs.PyFileSystem)
+    kinds = [
+        fs.FileType.File if is_certain and size is not None else info.type
+        for info, size in zip(infos, sizes, strict=True)
+    ]
+    files = [number for number, kind in enumerate(kinds) if kind == fs.FileType.File]
+    return Entries.of(
+        [name for name, kind in zip(names, kinds, strict=True) if kind == fs.FileType.Directory],
+        [names[number] for number in files],
+        [sizes[number] or 0 for number in files],
+    )
+
+
+class Folders:
+    """The folders of a file system, each listed once while it is kept. Safe to share by threads."""
+
+    def __init__(self, filesystem: fs.FileSystem | Callable[[str], Entries | None]) -> None:
+        """`filesystem`: of pyarrow, or what lists a folder of another; see `listed`."""
+        self._list = (
+            partial(listed, filesystem) if isinstance(filesystem, fs.FileSystem) else filesystem
+        )
+        self._asked: dict[str, Future[Entries | None]] = {}
+        """Folders that are being listed."""
+        self._kept: OrderedDict[str, Entries | None] = OrderedDict()
+        """Those that were, the one asked for longest ago first."""
+        self._kept_bytes = 0
         self._lock = threading.Lock()
+        self.listings = 0
+        """Folders that were listed so far, one as often as it was."""
 
     def entries(self, folder: str) -> Entries | None:
         """See `FolderStore`."""
         with self._lock:
-            future = self._found.get(folder)
+            if folder in self._kept:
+                self._kept.move_to_end(folder)
+                return self._kept[folder]
+            future = self._asked.get(folder)
             is_first = future is None
             if future is None:
-                future = self._found[folder] = Future()
+                future = self._asked[folder] = Future()
+                self.listings += 1
         if is_first:
             try:
                 future.set_result(self._list(folder))
-            except DataError as error:
+            # Those who wait for the same folder fail with it, whatever it is; who asks later
+            # lists it again.
+            except BaseException as error:
                 future.set_exception(error)
+                raise
+            finally:
+                self._keep(folder, future)
         return future.result()
 
-    @property
-    def listings(self) -> int:
-        """Calls of the file system so far."""
-        return len(self._found)
-
-    def _list(self, folder: str) -> Entries | None:
-        base = folder or "."
-        try:
-            infos = self._filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
-            if not infos and self._filesystem.get_file_info(base).type != fs.FileType.Directory:
-                return None
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{base}: cannot be listed: {error}") from None
-        infos.sort(key=lambda info: info.base_name)
-        files = [info for info in infos if info.type == fs.FileType.File]
-        return Entries(
-            [info.base_name for info in infos if info.type == fs.FileType.Directory],
-            [info.base_name for info in files],
-            [info.size for info in files],
-        )
+    def _keep(self, folder: str, future: Future[Entries | None]) -> None:
+        """Drops what was asked for longest ago, until the rest may stay beside this one."""
+        with self._lock:
+            del self._asked[folder]
+            if future.exception() is not None:
+                return
+            self._kept[folder] = future.result()
+            self._kept_bytes += _bytes_of(folder, future.result())
+            while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+                self._kept_bytes -= _bytes_of(*self._kept.popitem(last=False))
 
 
-def is_seen(name: str) -> bool:
-    """Whether patterns find a name; see `is_hidden`."""
-    return not is_hidden(name)
+def _bytes_of(folder: str, entries: Entries | None) -> int:
+    """That a kept folder takes, about."""
+    known = 0 if entries is None else sum(part.nbytes for part in entries)
+    return known + len(folder) + 1000  # Python's objects
+
+
+def _ascending(
+    names: Sequence[str],
+) -> tuple[pa.LargeStringArray, npt.NDArray[np.int64] | None]:
+    """Names in order, and their places before; None: they were in order."""
+    found = pa.array(names, pa.large_string())
+    if len(found) < 2 or pc.all(pc.less_equal(found[:-1], found[1:])).as_py():
+        return found, None
+    order = pc.sort_indices(found)
+    return found.take(order), order.to_numpy()

@@ -1,63 +1,111 @@
 """Paths with date fields: which folders may hold files of some time, and when a file's rows were.
 
-A pattern is taken apart into folder levels, each a regular expression. What is found so far on the
-way down is a `Key`: year, month, day, hour, as far as they are known.
+A pattern is taken apart into folder levels, and the names of a folder are matched all at once: by
+their bytes where a level has fields and text at fixed places and perhaps one `*` behind them, else
+by a regular expression. What is found so far on the way down is a `Key`: year, month, day, hour, as
+far as they are known.
 """
 
 from __future__ import annotations
 
 import re
 from datetime import date, datetime
-from typing import NamedTuple, TypeAlias
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from penstock.config.streams import DATE_FIELDS, fields_of_path
 from penstock.data.files import GLOB, glob_pattern
 from penstock.data.windows.calendar import moment_ms
+from penstock.data.windows.files import Numbers, Rows, texts
 from penstock.errors import DataError
 
 Key: TypeAlias = tuple[int, ...]
 """Year, month, day and hour, as many of them as are known, from the year on."""
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 _FIELD = re.compile(r"\{(YYYY|MM|DD|HH)\}")
+_PARTS = re.compile(r"\{(?:YYYY|MM|DD|HH)\}|\*|\?|\[.[^]]*\]|[^*?{\[]+|.", re.DOTALL)
 _LEAST = (1, 1, 0)
 """Month, day and hour with which a period begins."""
+_RADIX = 100
+"""Of a key as one number: more than a month, day or hour that two digits can say."""
+_DIGIT = -1
 
 
 class Level(NamedTuple):
     """One name on the way down."""
 
-    name: re.Pattern[str]
-    """With a group for each field that it has, named like it; a field that is there twice has the
-    other in a group of the name and `_2`."""
     fields: tuple[str, ...]
-    """That it has, in the order of its name."""
+    """That it has, in the order of its name; one may be there twice."""
+    head: tuple[int, ...]
+    """Bytes with which a name begins, -1 for any digit; of a level of text and fields first."""
+    tail: bytes | None
+    """Bytes with which it ends, anything being between; None: it is the head and no more."""
+    pattern: str | None
+    """Regular expression of RE2, a group a field; None: head and tail say it all."""
+
+
+class Matches(NamedTuple):
+    """The names of a folder that a level matches, by what is known of them."""
+
+    keys: list[Key]
+    """Ascending."""
+    rows: list[Rows]
+    """[keys] places of their names, ascending."""
 
 
 class PathPattern:
     """A path with date fields and globs, level by level."""
 
     def __init__(self, path: str) -> None:
-        """`path`: within its file system."""
+        """`path`: within its file system.
+
+        Raises:
+          DataError: a glob of it is none.
+        """
         self.path = path
         self.fields = fields_of_path(path)
         names = path.split("/")
         varies = next(n for n, name in enumerate(names) if _FIELD.search(name) or GLOB.search(name))
         self.root = "/".join(names[:varies])
         """The folder that all files are below; empty: the working directory, or all there is."""
-        self.levels = [_level(name) for name in names[varies:]]
+        self.levels = [_level(name, path) for name in names[varies:]]
 
-    def key_of(self, level: int, name: str, above: Key) -> Key | None:
-        """What is known of a file or folder of a level; None: the pattern does not match it."""
-        pattern, fields = self.levels[level]
-        found = pattern.fullmatch(name)
-        if found is None:
-            return None
-        known = dict(zip(DATE_FIELDS, above, strict=False))
-        for field, text in zip(fields, found.groups(), strict=True):
-            if known.setdefault(field, int(text)) != int(text):
-                return None  # two names of one path that contradict each other
-        return tuple(known[field] for field in DATE_FIELDS if field in known)
+    def matches(self, level: int, names: pa.LargeStringArray, above: Key) -> Matches:
+        """Those names of files or folders of a level that are not hidden and that it matches.
+
+        Args:
+          level: counted from 0 below the root.
+          names: ascending.
+          above: what is known of their folder.
+        """
+        of_level = self.levels[level]
+        if not len(names):
+            return Matches([], [])
+        match = _in_bytes if of_level.pattern is None else _by_expression
+        found, numbers = match(of_level, names)
+        found &= _seen(names)
+        known: dict[str, int | Numbers] = dict(zip(DATE_FIELDS, above, strict=False))
+        for field, values in zip(of_level.fields, numbers, strict=True):
+            # Two names of one path that contradict each other are no match.
+            if field in known:
+                found &= known[field] == values
+            else:
+                known[field] = values
+        rows = slice(0, len(names)) if found.all() else np.flatnonzero(found)
+        added = len(known) - len(above)
+        if not added:
+            return Matches([above], [rows]) if found.any() else Matches([], [])
+        code: Any = 0
+        for field in DATE_FIELDS[: len(known)]:
+            code = code * _RADIX + known[field]
+        return _by_key(code[rows], rows, len(known))
 
     def path_of(self, key: Key) -> str:
         """The path of a key, of a pattern without globs."""
@@ -99,12 +147,112 @@ def _local(key: Key, path: str) -> datetime:
         ) from None
 
 
-def _level(name: str) -> Level:
-    parts, fields, at = [], [], 0
-    for found in _FIELD.finditer(name):
-        parts.append(glob_pattern(name[at : found.start()]).pattern)
-        parts.append(r"(\d{4})" if found[1] == "YYYY" else r"(\d{2})")
-        fields.append(found[1])
-        at = found.end()
-    parts.append(glob_pattern(name[at:]).pattern)
-    return Level(re.compile("".join(parts)), tuple(fields))
+def _level(name: str, path: str) -> Level:
+    fields: list[str] = []
+    head: list[int] = []
+    pattern: list[str] = []
+    tail: bytes | None = None
+    is_plain = True
+    for part in _PARTS.findall(name):
+        field = _FIELD.fullmatch(part)
+        if field is not None:
+            width = len(field[1])
+            pattern.append(f"(?P<f{len(fields)}>[0-9]{{{width}}})")
+            fields.append(field[1])
+            head += [_DIGIT] * width
+            is_plain = is_plain and tail is None
+        elif part in "*?" or (part[0] == "[" and len(part) > 1):
+            # RE2 has named classes, which globs have not.
+            pattern.append("[" + glob_pattern(part).pattern[1:].replace("[", r"\["))
+            is_plain = is_plain and part == "*" and tail is None
+            tail = b""
+        else:
+            pattern.append(re.escape(part))
+            if tail is None:
+                head += part.encode()
+            else:
+                tail += part.encode()
+    if is_plain:
+        return Level(tuple(fields), tuple(head), tail, None)
+    whole = "^" + "".join(pattern) + "$"
+    try:
+        pc.match_substring_regex(pa.array([], pa.large_string()), whole)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: {name!r} is no glob: {error}") from None
+    return Level(tuple(fields), (), None, whole)
+
+
+def _in_bytes(level: Level, names: pa.LargeStringArray) -> tuple[Mask, list[Numbers]]:
+    """Which names have the level's head and tail, and [fields] the numbers of each of them."""
+    at, text = texts(names)
+    lengths = np.diff(at)
+    tail = level.tail or b""
+    least = len(level.head) + len(tail)
+    found = lengths == least if level.tail is None else lengths >= least
+    if tail:
+        found &= pc.ends_with(names, tail.decode()).to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero(found)
+    begins = at[rows]
+    fits = np.ones(len(rows), np.bool_)
+    digits = []
+    for place, byte in enumerate(level.head):
+        column = text[begins + place]
+        if byte == _DIGIT:
+            column -= np.uint8(ord("0"))
+            fits &= column < 10
+            digits.append(column)
+        else:
+            fits &= column == byte
+    found[rows] = fits
+    numbers = []
+    for field in level.fields:
+        values = np.zeros(len(names), np.int64)
+        for _ in field:
+            values[rows] = values[rows] * 10 + digits.pop(0)
+        numbers.append(values)
+    return found, numbers
+
+
+def _by_expression(level: Level, names: pa.LargeStringArray) -> tuple[Mask, list[Numbers]]:
+    """As `_in_bytes`, by the level's regular expression."""
+    if not level.fields:
+        return _mask(pc.match_substring_regex(names, level.pattern)), []
+    parts = pc.extract_regex(names, level.pattern)
+    numbers = [pc.fill_null(pc.cast(part, pa.int64()), 0).to_numpy() for part in parts.flatten()]
+    return _mask(parts.is_valid()), numbers
+
+
+def _seen(names: pa.LargeStringArray) -> Mask:
+    """Which names patterns find: those that are not hidden; see `is_hidden`."""
+    begins = pc.or_(pc.starts_with(names, "."), pc.starts_with(names, "_"))
+    return _mask(pc.invert(pc.or_(begins, pc.ends_with(names, "~"))))
+
+
+def _mask(found: pa.BooleanArray) -> Mask:
+    # A copy, because one without is read-only.
+    return np.array(found.to_numpy(zero_copy_only=False))
+
+
+def _by_key(codes: Numbers, rows: Rows, num_fields: int) -> Matches:
+    """Rows by the keys that their codes say; `codes`: [rows]."""
+    if not len(codes):
+        return Matches([], [])
+    order: Numbers | None = None
+    if (codes[1:] < codes[:-1]).any():
+        order = np.argsort(codes, kind="stable")
+        codes = codes[order]
+    edges = np.flatnonzero(np.diff(codes)) + 1
+    found = Matches([], [])
+    for start, stop in pairwise([0, *edges.tolist(), len(codes)]):
+        part = slice(start, stop) if order is None else order[start:stop]
+        found.keys.append(_key(int(codes[start]), num_fields))
+        found.rows.append(part if isinstance(rows, slice) else rows[part])
+    return found
+
+
+def _key(code: int, num_fields: int) -> Key:
+    behind = []
+    for _ in range(num_fields - 1):
+        code, number = divmod(code, _RADIX)
+        behind.append(number)
+    return (code, *reversed(behind))

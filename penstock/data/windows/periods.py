@@ -7,13 +7,16 @@ their own; folders that cannot hold the time asked for are not listed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from datetime import datetime
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
-from penstock.data.windows.folders import Entries, FolderStore, is_seen
+import pyarrow as pa
+
+from penstock.data.windows.files import Files, InFolder, Rows, taken
+from penstock.data.windows.folders import FolderStore
 from penstock.data.windows.patterns import Key, PathPattern, begin_of, naive_days
 from penstock.errors import DataError
 
@@ -21,15 +24,6 @@ _AHEAD = 16
 """Folders of a source that are listed at a time: a remote store takes as long for one."""
 _SPARE_DAYS = 2
 """A zone's days and those of UTC differ by less."""
-
-
-class Files(NamedTuple):
-    """Some files of one source."""
-
-    paths: Sequence[str]
-    """In order of path."""
-    sizes: Sequence[int]
-    """[files] bytes."""
 
 
 class Period(NamedTuple):
@@ -46,31 +40,50 @@ class _Folders(NamedTuple):
     key: Key
     level: int
     paths: Sequence[str]
+    """In the order of the files below them."""
 
 
 class _Listed(NamedTuple):
-    """What lies below such folders."""
+    """What lies in one folder, by its key, ascending."""
 
-    folders: Sequence[_Folders]
-    """By what is known of them, ascending."""
-    files: Sequence[tuple[Key, Files]]
+    folders: Sequence[tuple[Key, list[str]]]
+    """Their paths."""
+    files: Sequence[tuple[Key, InFolder]]
+    num_entries: int
+    """That were looked at."""
 
 
 class _Asked(NamedTuple):
-    """Folders, and what will be known of them; None: nobody was asked to list them yet."""
+    """Folders, and what will be known of each; None: nobody was asked to list them yet."""
 
     folders: _Folders
-    listed: Future[_Listed] | None
+    listed: Sequence[Future[_Listed]] | None
 
 
 class Periods:
     """The periods of a source that begin in [start, end)."""
 
     def __init__(
-        self, store: FolderStore, pattern: PathPattern, zone: ZoneInfo, start_ms: int, end_ms: int
+        self,
+        store: FolderStore,
+        pattern: PathPattern,
+        zone: ZoneInfo,
+        start_ms: int,
+        end_ms: int,
+        most_ahead: int = 1 << 20,
     ) -> None:
+        """Looks at nothing yet.
+
+        Args:
+          store: where the folders are.
+          pattern: of the files.
+          zone: whose hours and days it names.
+          start_ms: in ms since 1970 UTC.
+          end_ms: exclusive.
+          most_ahead: names in folders that are listed at a time; one folder may have more.
+        """
         self._store, self._pattern, self._zone = store, pattern, zone
-        self._times = start_ms, end_ms
+        self._times, self._most_ahead = (start_ms, end_ms), most_ahead
         low, high = (
             datetime.fromtimestamp(ms / 1000, zone).toordinal() for ms in (start_ms, end_ms)
         )
@@ -84,75 +97,85 @@ class Periods:
         """
         with ThreadPoolExecutor(_AHEAD, thread_name_prefix="penstock-lister") as threads:
             try:
-                for listed in self._listed(threads):
-                    yield from self._periods(listed.files)
+                for found in self._found(threads):
+                    yield from self._periods(found)
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
 
-    def _listed(self, threads: Executor) -> Iterator[_Listed]:
-        """What lies in folders, those above others before them, in order of time."""
-        first = _Folders((), 0, [self._pattern.root])
-        waiting = deque([_Asked(first, threads.submit(self._list, first))])
+    def _found(self, threads: Executor) -> Iterator[Mapping[Key, list[InFolder]]]:
+        """The files in folders of one key each, those above others before them, by time."""
+        waiting = deque([_Asked(_Folders((), 0, [self._pattern.root]), None)])
+        ahead = largest = 1
         while waiting:
-            asked = waiting.popleft().listed
-            assert asked is not None
-            listed = asked.result()
-            yield listed
-            waiting.extendleft(_Asked(one, None) for one in reversed(listed.folders))
-            for place in range(min(_AHEAD, len(waiting))):
-                folders, known = waiting[place]
-                if known is None:
-                    waiting[place] = _Asked(folders, threads.submit(self._list, folders))
+            self._ask(threads, waiting, ahead)
+            asked = waiting.popleft()
+            assert asked.listed is not None
+            below: dict[Key, list[str]] = {}
+            files: dict[Key, list[InFolder]] = {}
+            for future in asked.listed:
+                listed = future.result()
+                largest = max(largest, listed.num_entries)
+                for key, paths in listed.folders:
+                    below.setdefault(key, []).extend(paths)
+                for key, in_folder in listed.files:
+                    files.setdefault(key, []).append(in_folder)
+            waiting.extendleft(
+                # Of folders of one depth, all files of one come before all of the next by path.
+                _Asked(_Folders(key, asked.folders.level + 1, sorted(below[key], key=_below)), None)
+                for key in sorted(below, reverse=True)
+            )
+            # One at first, which nothing holds up, and more when it is known how large they are.
+            ahead = max(1, min(2 * ahead, _AHEAD, self._most_ahead // largest))
+            self._ask(threads, waiting, ahead)
+            yield files
 
-    def _periods(self, found: Sequence[tuple[Key, Files]]) -> Iterator[Period]:
-        for key, files in found:
-            begin = begin_of(key, self._zone, files.paths[0])
+    def _ask(self, threads: Executor, waiting: deque[_Asked], ahead: int) -> None:
+        """Sees to it that the first folders, `ahead` or a few more, are being listed."""
+        for place, (folders, listed) in enumerate(waiting):
+            if ahead <= 0:
+                return
+            if listed is None:
+                futures = [threads.submit(self._list, folders, path) for path in folders.paths]
+                waiting[place] = _Asked(folders, futures)
+            ahead -= len(folders.paths)
+
+    def _periods(self, found: Mapping[Key, list[InFolder]]) -> Iterator[Period]:
+        for key in sorted(found):
+            files = Files(found[key])
+            begin = begin_of(key, self._zone, files[0])
             if self._times[0] <= begin < self._times[1]:
                 yield Period(key, begin, files)
 
-    def _list(self, folders: _Folders) -> _Listed:
-        below: dict[Key, list[str]] = {}
-        files: dict[Key, list[tuple[str, int]]] = {}
-        for path in folders.paths:
-            entries = self._store.entries(path)
-            if entries is None:
-                if folders.level:
-                    continue  # removed since its parent was listed
-                raise DataError(f"{self._pattern.path}: no such directory: {path or '.'}")
-            prefix = path + "/" if path else ""
-            for name, key in self._matching(folders, entries):
-                below.setdefault(key, []).append(prefix + name)
-            for name, size, key in self._files(folders, entries):
-                files.setdefault(key, []).append((prefix + name, size))
-        return _Listed(
-            [_Folders(key, folders.level + 1, below[key]) for key in sorted(below)],
-            [(key, Files(*zip(*sorted(files[key]), strict=True))) for key in sorted(files)],
-        )
+    def _list(self, folders: _Folders, path: str) -> _Listed:
+        entries = self._store.entries(path)
+        if entries is None:
+            if folders.level:
+                return _Listed([], [], 0)  # removed since its parent was listed
+            raise DataError(f"{self._pattern.path}: no such directory: {path or '.'}")
+        num_entries = len(entries.files) + len(entries.folders)
+        if folders.level == len(self._pattern.levels) - 1:
+            files = [
+                (key, InFolder.of(path, entries.files, entries.sizes, rows))
+                for key, rows in self._near(folders, entries.files)
+            ]
+            return _Listed([], files, num_entries)
+        prefix = _below(path) if path else ""
+        below = [
+            (key, [prefix + name for name in taken(entries.folders, rows).to_pylist()])
+            for key, rows in self._near(folders, entries.folders)
+        ]
+        return _Listed(below, [], num_entries)
 
-    def _is_last(self, folders: _Folders) -> bool:
-        return folders.level == len(self._pattern.levels) - 1
+    def _near(self, folders: _Folders, names: pa.LargeStringArray) -> Iterator[tuple[Key, Rows]]:
+        """The names that may be of the time asked for, by their keys."""
+        for key, rows in zip(
+            *self._pattern.matches(folders.level, names, folders.key), strict=True
+        ):
+            days = naive_days(key) if key else None
+            # A day that there is not is told by name where it is read.
+            if days is None or (days[0] <= self._days[1] and days[1] >= self._days[0]):
+                yield key, rows
 
-    def _matching(self, folders: _Folders, entries: Entries) -> Iterator[tuple[str, Key]]:
-        for name in () if self._is_last(folders) else entries.folders:
-            key = self._key(folders, name)
-            if key is not None:
-                yield name, key
 
-    def _files(self, folders: _Folders, entries: Entries) -> Iterator[tuple[str, int, Key]]:
-        found = zip(entries.files, entries.sizes, strict=True)
-        for name, size in found if self._is_last(folders) else ():
-            key = self._key(folders, name)
-            if key is not None:
-                yield name, size, key
-
-    def _key(self, folders: _Folders, name: str) -> Key | None:
-        if not is_seen(name):
-            return None
-        key = self._pattern.key_of(folders.level, name, folders.key)
-        if not key:
-            return key
-        days = naive_days(key)
-        if days is None:
-            return key  # told by name where it is read
-        is_near = days[0] <= self._days[1] and days[1] >= self._days[0]
-        return key if is_near else None
+def _below(folder: str) -> str:
+    return folder + "/"

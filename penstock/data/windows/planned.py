@@ -55,7 +55,7 @@ def planned(source: Source, advance: Callable[[int, float], None]) -> Iterator[P
                 words,
                 part.source.name,
                 len(paths),
-                sum(part.files.sizes),
+                int(part.files.sizes.sum()),
                 *known.of(paths),
             )
 
