@@ -191,6 +191,8 @@ def _in_bytes(level: Level, names: pa.LargeStringArray) -> tuple[Mask, list[Numb
     found = lengths == least if level.tail is None else lengths >= least
     if tail:
         found &= pc.ends_with(names, tail.decode()).to_numpy(zero_copy_only=False)
+    if not level.head:
+        return found, []
     rows = np.flatnonzero(found)
     begins = at[rows]
     fits = np.ones(len(rows), np.bool_)
