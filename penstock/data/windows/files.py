@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -57,7 +59,7 @@ class Files(Sequence[str]):
     def __init__(self, parts: Sequence[InFolder]) -> None:
         """`parts`: in the order of their files."""
         self.parts = parts
-        self._ends = np.cumsum([len(part.names) for part in parts], dtype=np.int64)
+        self._ends = list(accumulate(len(part.names) for part in parts))
 
     @classmethod
     def joined(cls, files: Sequence[Files]) -> Files:
@@ -75,7 +77,7 @@ class Files(Sequence[str]):
         return np.concatenate([part.sizes for part in self.parts] or [np.zeros(0, np.int64)])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[str]:
         for folder, names, _ in self.parts:
@@ -96,9 +98,9 @@ class Files(Sequence[str]):
             raise ValueError(f"files are cut by steps of 1, not of {step}")
         cut = []
         # From the part that `start` lies in.
-        for n in range(int(np.searchsorted(self._ends, start, "right")), len(self.parts)):
+        for n in range(bisect_right(self._ends, start), len(self.parts)):
             folder, names, sizes = self.parts[n]
-            before = int(self._ends[n]) - len(names)
+            before = self._ends[n] - len(names)
             if before >= stop:
                 break
             low, high = max(start - before, 0), min(stop - before, len(names))

@@ -71,16 +71,17 @@ def listed(filesystem: fs.FileSystem, folder: str) -> Entries | None:
     sizes = [info.size for info in infos]
     # Arrow's own file systems give a size to files alone; to ask for a type takes 15 times as long.
     is_certain = not isinstance(filesystem, fs.PyFileSystem)
-    kinds = [
-        fs.FileType.File if is_certain and size is not None else info.type
-        for info, size in zip(infos, sizes, strict=True)
-    ]
-    files = [number for number, kind in enumerate(kinds) if kind == fs.FileType.File]
-    return Entries.of(
-        [name for name, kind in zip(names, kinds, strict=True) if kind == fs.FileType.Directory],
-        [names[number] for number in files],
-        [sizes[number] or 0 for number in files],
-    )
+    kinds = {
+        number: infos[number].type
+        for number, size in enumerate(sizes)
+        if size is None or not is_certain
+    }
+    folders = [names[number] for number, kind in kinds.items() if kind == fs.FileType.Directory]
+    others = {number for number, kind in kinds.items() if kind != fs.FileType.File}
+    if kinds:
+        files = [number for number in range(len(names)) if number not in others]
+        names, sizes = [names[n] for n in files], [sizes[n] or 0 for n in files]
+    return Entries.of(folders, names, sizes)
 
 
 class Folders:
