@@ -81,7 +81,7 @@ class TaskGraph:
 
     def __init__(self, config: StreamsSource, stored: Mapping[str, StoredPaths]) -> None:
         """`stored`: by the names of stream and source, `stream/source`."""
-        self._config, self._stored = config, stored
+        self._config, self.stored = config, stored
 
     def __iter__(self) -> Generator[WindowFiles]:
         """In order; a window is found when it is asked for, or somewhat before.
@@ -144,7 +144,7 @@ class TaskGraph:
                 yield WindowPart(stream, window, source, period.key, period.files)
 
     def _periods(self, stream: Stream, source: StreamSource, most_ahead: int) -> Generator[Period]:
-        stored = self._stored[f"{stream.name}/{source.name}"]
+        stored = self.stored[f"{stream.name}/{source.name}"]
         times = stream.start_ms - source.delay_ms, stream.end_ms - source.delay_ms
         check = None if stored.marker is None else _Markers(stored.store, stored.marker).check
         for period in Periods(stored.store, stored.files, stream.time_zone, *times, most_ahead):

@@ -75,7 +75,13 @@ class PathPattern:
         varies = next(n for n, name in enumerate(names) if _FIELD.search(name) or GLOB.search(name))
         self.root = "/".join(names[:varies])
         """The folder that all files are below; empty: the working directory, or all there is."""
-        self.levels = [_level(name, path) for name in names[varies:]]
+        try:
+            self.levels = [_level(name) for name in names[varies:]]
+            for level in self.levels:
+                if level.pattern is not None:
+                    pc.match_substring_regex(pa.array([], pa.large_string()), level.pattern)
+        except (re.error, pa.ArrowInvalid) as error:
+            raise DataError(f"{path}: no glob: {error}; mend what stands in [ ]") from None
 
     def matches(self, level: int, names: pa.LargeStringArray, above: Key) -> Matches:
         """Those names of files or folders of a level that are not hidden and that it matches.
@@ -147,7 +153,7 @@ def _local(key: Key, path: str) -> datetime:
         ) from None
 
 
-def _level(name: str, path: str) -> Level:
+def _level(name: str) -> Level:
     fields: list[str] = []
     head: list[int] = []
     pattern: list[str] = []
@@ -174,12 +180,7 @@ def _level(name: str, path: str) -> Level:
                 tail += part.encode()
     if is_plain:
         return Level(tuple(fields), tuple(head), tail, None)
-    whole = "^" + "".join(pattern) + "$"
-    try:
-        pc.match_substring_regex(pa.array([], pa.large_string()), whole)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: {name!r} is no glob: {error}") from None
-    return Level(tuple(fields), (), None, whole)
+    return Level(tuple(fields), (), None, "^" + "".join(pattern) + "$")
 
 
 def _in_bytes(level: Level, names: pa.LargeStringArray) -> tuple[Mask, list[Numbers]]:
