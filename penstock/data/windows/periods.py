@@ -6,11 +6,10 @@ their own; folders that cannot hold the time asked for are not listed.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from datetime import datetime
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
 import pyarrow as pa
@@ -19,6 +18,8 @@ from penstock.data.windows.files import Files, InFolder, Rows, taken
 from penstock.data.windows.folders import FolderStore
 from penstock.data.windows.patterns import Key, PathPattern, begin_of, naive_days
 from penstock.errors import DataError
+
+T = TypeVar("T")
 
 _AHEAD = 16
 """Folders of a source that are listed at a time: a remote store takes as long for one."""
@@ -46,7 +47,7 @@ class _Folders(NamedTuple):
 class _Listed(NamedTuple):
     """What lies in one folder, by its key, ascending."""
 
-    folders: Sequence[tuple[Key, list[str]]]
+    folders: Sequence[tuple[Key, str]]
     """Their paths."""
     files: Sequence[tuple[Key, InFolder]]
     num_entries: int
@@ -103,41 +104,40 @@ class Periods:
                 threads.shutdown(wait=False, cancel_futures=True)
 
     def _found(self, threads: Executor) -> Iterator[Mapping[Key, list[InFolder]]]:
-        """The files in folders of one key each, those above others before them, by time."""
-        waiting = deque([_Asked(_Folders((), 0, [self._pattern.root]), None)])
+        """The files in folders of one key each, by time."""
+        waiting = [_Asked(_Folders((), 0, [self._pattern.root]), None)]
         ahead = largest = 1
         while waiting:
             self._ask(threads, waiting, ahead)
-            asked = waiting.popleft()
+            asked = waiting.pop(0)
             assert asked.listed is not None
-            below: dict[Key, list[str]] = {}
-            files: dict[Key, list[InFolder]] = {}
-            for future in asked.listed:
-                listed = future.result()
-                largest = max(largest, listed.num_entries)
-                for key, paths in listed.folders:
-                    below.setdefault(key, []).extend(paths)
-                for key, in_folder in listed.files:
-                    files.setdefault(key, []).append(in_folder)
-            waiting.extendleft(
-                # Of folders of one depth, all files of one come before all of the next by path.
-                _Asked(_Folders(key, asked.folders.level + 1, sorted(below[key], key=_below)), None)
-                for key in sorted(below, reverse=True)
-            )
+            listed = [future.result() for future in asked.listed]
+            if not self._is_last(asked.folders):
+                waiting[:0] = _below(asked.folders, listed)
+            largest = max(largest, *(one.num_entries for one in listed))
             # One at first, which nothing holds up, and more when it is known how large they are.
             ahead = max(1, min(2 * ahead, _AHEAD, self._most_ahead // largest))
             self._ask(threads, waiting, ahead)
-            yield files
+            yield _by_key(one.files for one in listed)
 
-    def _ask(self, threads: Executor, waiting: deque[_Asked], ahead: int) -> None:
+    def _ask(self, threads: Executor, waiting: list[_Asked], ahead: int) -> None:
         """Sees to it that the first folders, `ahead` or a few more, are being listed."""
-        for place, (folders, listed) in enumerate(waiting):
-            if ahead <= 0:
-                return
+        place = 0
+        while place < len(waiting) and ahead > 0:
+            folders, listed = waiting[place]
             if listed is None:
                 futures = [threads.submit(self._list, folders, path) for path in folders.paths]
                 waiting[place] = _Asked(folders, futures)
+            elif not self._is_last(folders) and all(_is_known(future) for future in listed):
+                # What is below the next day is listed before the last hour of this one is taken.
+                below = _below(folders, [future.result() for future in listed])
+                waiting[place : place + 1] = below
+                continue
             ahead -= len(folders.paths)
+            place += 1
+
+    def _is_last(self, folders: _Folders) -> bool:
+        return folders.level == len(self._pattern.levels) - 1
 
     def _periods(self, found: Mapping[Key, list[InFolder]]) -> Iterator[Period]:
         for key in sorted(found):
@@ -153,16 +153,17 @@ class Periods:
                 return _Listed([], [], 0)  # removed since its parent was listed
             raise DataError(f"{self._pattern.path}: no such directory: {path or '.'}")
         num_entries = len(entries.files) + len(entries.folders)
-        if folders.level == len(self._pattern.levels) - 1:
+        if self._is_last(folders):
             files = [
                 (key, InFolder.of(path, entries.files, entries.sizes, rows))
                 for key, rows in self._near(folders, entries.files)
             ]
             return _Listed([], files, num_entries)
-        prefix = _below(path) if path else ""
+        prefix = _prefix(path) if path else ""
         below = [
-            (key, [prefix + name for name in taken(entries.folders, rows).to_pylist()])
+            (key, prefix + name)
             for key, rows in self._near(folders, entries.folders)
+            for name in taken(entries.folders, rows).to_pylist()
         ]
         return _Listed(below, [], num_entries)
 
@@ -177,5 +178,29 @@ class Periods:
                 yield key, rows
 
 
-def _below(folder: str) -> str:
+def _is_known(future: Future[_Listed]) -> bool:
+    # An error is raised when the folder's turn comes.
+    return future.done() and future.exception() is None
+
+
+def _below(folders: _Folders, listed: Iterable[_Listed]) -> list[_Asked]:
+    """The folders below some, of the same key together, by their keys."""
+    paths = _by_key(one.folders for one in listed)
+    return [
+        # Of folders of one depth, all files of one come before all of the next in order of path.
+        _Asked(_Folders(key, folders.level + 1, sorted(paths[key], key=_prefix)), None)
+        for key in sorted(paths)
+    ]
+
+
+def _by_key(found: Iterable[Sequence[tuple[Key, T]]]) -> dict[Key, list[T]]:
+    """In their order."""
+    by_key: dict[Key, list[T]] = {}
+    for pairs in found:
+        for key, one in pairs:
+            by_key.setdefault(key, []).append(one)
+    return by_key
+
+
+def _prefix(folder: str) -> str:
     return folder + "/"

@@ -1,6 +1,7 @@
 """Files by hour or day: found as one would find them by looking at every file there is."""
 
 import re
+import threading
 from datetime import datetime, timedelta
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -116,3 +117,32 @@ def test_relative_paths_begin_in_the_working_directory(tmp_path, monkeypatch):
     store = Folders(fs.LocalFileSystem())
     periods = Periods(store, PathPattern("{YYYY}{MM}{DD}.csv"), ZoneInfo("UTC"), 0, 2**42)
     assert [list(one.files.paths) for one in periods] == [["20250101.csv"]]
+
+
+def test_the_next_day_is_looked_into_before_the_last_hour_of_this_one_is_known(tmp_path):
+    for day in ("01", "02", "03"):
+        for hour in ("00", "01", "02", "03"):
+            (tmp_path / f"202501{day}" / hour).mkdir(parents=True)
+            (tmp_path / f"202501{day}" / hour / "a.csv").write_bytes(b"x")
+    gate, asked = threading.Event(), []
+    store = Folders(fs.LocalFileSystem())
+
+    class Held:
+        def entries(self, folder):
+            asked.append(folder.removeprefix(f"{tmp_path}/"))
+            if asked[-1] == "20250101/03":
+                assert gate.wait(20)
+            return store.entries(folder)
+
+    pattern = PathPattern(f"{tmp_path}/{{YYYY}}{{MM}}{{DD}}/{{HH}}/*.csv")
+    found = iter(Periods(Held(), pattern, ZoneInfo("UTC"), 0, 2**42))
+    assert [next(found).key[2:] for _ in range(3)] == [(1, 0), (1, 1), (1, 2)]
+    for _ in range(1000):
+        if "20250102/00" in asked:
+            break
+        threading.Event().wait(0.01)
+    assert "20250102/00" in asked
+    gate.set()
+    assert [one.key[2:] for one in found] == [
+        (1, 3), *((day, hour) for day in (2, 3) for hour in range(4)),
+    ]  # fmt: skip
