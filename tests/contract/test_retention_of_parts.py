@@ -131,12 +131,14 @@ def test_no_rank_has_the_keys_of_all_in_memory(collection_of, tmp_path, monkeypa
 
     def load(exchange):
         made = collection_of(exchange, **fields)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "cat", noted)
-            made.load_tables(path)
+        made.load_tables(path)
         return made
 
-    made = World(ranks).run(load)
+    # Around all ranks: each of them would put back what another one had put there.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", noted)
+        made = World(ranks).run(load)
+    assert torch.cat is join
     assert [len(found) for found in contents(made)[:2]] == [1500, 750]
     assert 2 * ranks <= len(joined)
     assert max(joined) < 1.5 * 1500 / ranks
