@@ -146,3 +146,32 @@ def test_the_next_day_is_looked_into_before_the_last_hour_of_this_one_is_known(t
     assert [one.key[2:] for one in found] == [
         (1, 3), *((day, hour) for day in (2, 3) for hour in range(4)),
     ]  # fmt: skip
+
+
+def test_a_day_that_a_zone_left_out_is_in_the_next_one(tmp_path):
+    # Samoa went from the 29th to the 31st of December 2011.
+    for day in (29, 30, 31):
+        (tmp_path / f"201112{day}.csv").write_bytes(b"x")
+    start = moment_ms(datetime(2011, 12, 31), ZoneInfo("Pacific/Apia"))
+    days = found(tmp_path, "{YYYY}{MM}{DD}.csv", "Pacific/Apia", start, start + DAY)
+    assert list(days) == [(2011, 12, 30), (2011, 12, 31)]
+
+
+def test_what_comes_before_a_folder_that_cannot_be_listed_is_given(tmp_path):
+    for day in ("01", "02"):
+        for hour in ("00", "01", "02", "03"):
+            (tmp_path / f"202501{day}" / hour).mkdir(parents=True)
+            (tmp_path / f"202501{day}" / hour / "a.csv").write_bytes(b"x")
+    store = Folders(fs.LocalFileSystem())
+
+    class Broken:
+        def entries(self, folder):
+            if folder.endswith("20250102"):
+                raise DataError("20250102: cannot be listed")
+            return store.entries(folder)
+
+    pattern = PathPattern(f"{tmp_path}/{{YYYY}}{{MM}}{{DD}}/{{HH}}/*.csv")
+    days = iter(Periods(Broken(), pattern, ZoneInfo("UTC"), 0, 2**42))
+    assert [next(days).key[3] for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(DataError, match="cannot be listed"):
+        next(days)
