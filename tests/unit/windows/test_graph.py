@@ -153,7 +153,7 @@ PATTERNS = [
     "{n}/{YYYY}/{n}-{MM}{DD}{HH}-*.parquet",
     "{n}.{YYYY}{MM}{DD}.*.parquet",
     "{n}/*/{YYYY}-{MM}/part?{DD}_{HH}.parquet",
-    "{n}/h*/{YYYY}{MM}{DD}/[xy]/*.parquet",
+    "{n}/h*/{YYYY}{MM}{DD}/x*/*.parquet",
 ]
 CHANGES = [
     ("Europe/Paris", "2026-03-28"),
@@ -172,7 +172,6 @@ def path_at(pattern, moment, rng):
         pattern
         .replace("{YYYY}", "%Y").replace("{MM}", "%m").replace("{DD}", "%d").replace("{HH}", "%H")
     )  # fmt: skip
-    path = path.replace("[xy]", str(rng.choice(["x", "y"])))
     while "*" in path or "?" in path:
         # `-` comes before the `/` behind the name of a folder, `a` after it.
         glob, texts = ("*", ["a", "a-", "a.b", "0"]) if "*" in path else ("?", ["-", ".", "a"])
