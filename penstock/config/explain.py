@@ -11,6 +11,15 @@ from pydantic_core import ErrorDetails
 
 from penstock.errors import ConfigError
 
+_KINDS = {
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "model_type": "fields",
+}
+"""What a value is not, by the type of the error: of a member of a union, perhaps."""
 _Node: TypeAlias = dict[str, Any]
 """Of a JSON schema."""
 
@@ -19,12 +28,25 @@ def explain(
     error: ValidationError, model: type[BaseModel], given: Mapping[str, Any], origin: str = ""
 ) -> ConfigError:
     """Turns pydantic's error into lines of `path: what is wrong (value); remedy`."""
-    lines = []
+    at: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
     for item in error.errors():
-        path = ".".join(str(part) for part in _without_tags(item, given))
+        at.setdefault(tuple(_without_tags(item, given)), []).append(item)
+    lines = []
+    for place, items in at.items():
+        kinds = [_KINDS.get(item["type"], "") for item in items]
+        if all(kinds) and any(_is_below(other, place) for other in at):
+            continue  # it is of another member of the union, of which something is wrong inside
+        path = ".".join(map(str, place))
         where = f"{origin}: {path}" if origin and path else path or origin or model.__name__
-        lines.append(f"{where}: {_what_is_wrong(item, model)}")
+        if len(items) > 1 and all(kinds):
+            lines.append(f"{where}: expected {' or '.join(kinds)}{_shown(items[0]['input'])}")
+        else:
+            lines += [f"{where}: {_what_is_wrong(item, model)}" for item in items]
     return ConfigError("\n".join(lines))
+
+
+def _is_below(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    return len(place) > len(other) and place[: len(other)] == other
 
 
 def _what_is_wrong(item: ErrorDetails, model: type[BaseModel]) -> str:

@@ -250,7 +250,7 @@ def limits_of(table: TableConfig, row_bytes: int) -> Limits:
     candidates = for_counts // COUNT_BYTES
     if rows < 1 or (for_counts and candidates < 1):
         raise ConfigError(
-            f"table {table.name!r}: max_bytes {int(table.max_bytes)} holds no row: one takes "
+            f"table {table.name!r}: max_bytes {_budget(table)} holds no row: one takes "
             f"{bytes_each} bytes; raise max_bytes"
         )
     return Limits(rows, candidates)
@@ -258,16 +258,37 @@ def limits_of(table: TableConfig, row_bytes: int) -> Limits:
 
 def share_of(table: TableConfig, num_ranks: int) -> TableConfig:
     """What one of several ranks may hold of a table: its share of the budget of bytes."""
-    if table.max_bytes is None or table.placement == "whole":
+    if table.max_bytes is None or table.placement == "whole" or num_ranks == 1:
         return table
-    return table.model_copy(update={"max_bytes": ByteSize(table.max_bytes // num_ranks)})
+    fields = dict(table) | {
+        "max_bytes": ByteSize(table.max_bytes // num_ranks),
+        "whole_bytes": table.max_bytes,
+        "num_ranks": num_ranks,
+    }
+    return TableShare.model_construct(table.model_fields_set, **fields)
+
+
+class TableShare(TableConfig):
+    """A table of which this rank holds a share, `max_bytes` among what that is."""
+
+    whole_bytes: ByteSize
+    """`max_bytes` of the table over all ranks."""
+    num_ranks: int
+
+
+def _budget(table: TableConfig) -> str:
+    """`max_bytes` as the job has it, and what this rank has of it."""
+    if isinstance(table, TableShare):
+        share = f"{int(table.max_bytes or 0)} on each of {table.num_ranks} ranks"
+        return f"{int(table.whole_bytes)} ({share})"
+    return str(int(table.max_bytes or 0))
 
 
 def over_budget(table: TableConfig, limits: Limits) -> str:
     """Message for rows that a table must take and cannot."""
     return (
         f"table {table.name!r} holds {limits.max_rows} rows, all that its max_bytes of "
-        f"{int(table.max_bytes or 0)} takes; raise max_bytes, or set eviction"
+        f"{_budget(table)} takes; raise max_bytes, or set eviction"
     )
 
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import time
+from itertools import count
+from pathlib import Path
 
-from torch.utils.tensorboard.writer import SummaryWriter
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from penstock.events.event import Event, measurements, to_json
 from penstock.events.registry import KINDS
 from penstock.report.folder import RunFolder, cannot_write, replace_file
+
+_NUMBERS = count()
 
 
 class TensorBoard:
@@ -26,9 +34,14 @@ class TensorBoard:
     def __init__(self, folder: RunFolder, step: int) -> None:
         self._folder = folder
         try:
-            self._writer = SummaryWriter(
-                str(folder.tensorboard), purge_step=step + 1 if step else None
-            )
+            folder.tensorboard.mkdir(exist_ok=True)
+            # Written here: SummaryWriter has a thread, whose errors end up on the standard error.
+            self._file = _event_file(folder.tensorboard).open("wb")
+            self._records = RecordWriter(self._file)
+            self._add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+            if step:
+                begins = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._add(event_pb2.Event(step=step + 1, session_log=begins))
         except OSError as error:
             raise cannot_write(folder.path, error) from None
 
@@ -40,22 +53,35 @@ class TensorBoard:
         """
         if not KINDS[event.kind].is_computed:
             return
+        points = [
+            summary_pb2.Summary.Value(tag="/".join((event.kind, *path)), simple_value=value)
+            for path, _, quantity, value in measurements(event)
+            if quantity.unit.is_number and math.isfinite(value)
+        ]
+        told = summary_pb2.Summary(value=points)
         try:
-            for path, _, quantity, value in measurements(event):
-                if quantity.unit.is_number and math.isfinite(value):
-                    name = "/".join((event.kind, *path))
-                    self._writer.add_scalar(name, value, event.step, walltime=event.time_s)
+            self._add(event_pb2.Event(wall_time=event.time_s, step=event.step, summary=told))
         except OSError as error:
             raise cannot_write(self._folder.path, error) from None
+
+    def _add(self, record: event_pb2.Event) -> None:
+        self._records.write(record.SerializeToString())
+        self._records.flush()
 
     def close(self) -> None:
         """Flushes and closes the file."""
         try:
-            self._writer.close()
+            self._records.close()
         except OSError as error:
             self._folder.note(
                 f"{self._folder.tensorboard}: {error}; its last numbers are in metrics.jsonl"
             )
+
+
+def _event_file(folder: Path) -> Path:
+    """A new name, by which boards read what is in a folder in the order in which it was begun."""
+    parts = f"{int(time.time()):010}", socket.gethostname(), str(os.getpid()), str(next(_NUMBERS))
+    return folder / ".".join(("events.out.tfevents", *parts))
 
 
 class SummaryFile:

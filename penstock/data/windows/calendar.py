@@ -22,15 +22,15 @@ class Window(NamedTuple):
     stop_ms: int
 
     def words(self, zone: ZoneInfo) -> str:
-        """When it is, for people."""
-        start, stop = (
-            datetime
-            .fromtimestamp(ms / 1000, zone)
-            .strftime("%Y-%m-%d %H:%M:%S")
-            .removesuffix(":00")
-            for ms in self
-        )
+        """When it is, for people: with the offset from UTC where an hour is there twice."""
+        start, stop = (_words(datetime.fromtimestamp(ms / 1000, zone)) for ms in self)
         return f"{start} to {stop.removeprefix(start[:11])}"
+
+
+def _words(at: datetime) -> str:
+    text = at.strftime("%Y-%m-%d %H:%M:%S").removesuffix(":00")
+    is_twice = at.utcoffset() != at.replace(fold=1 - at.fold).utcoffset()
+    return text + at.strftime(" %z") if is_twice else text
 
 
 def windows(unit: Unit, zone: ZoneInfo, start_ms: int, end_ms: int | None) -> Iterator[Window]:

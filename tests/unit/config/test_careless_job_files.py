@@ -193,6 +193,19 @@ def test_a_value_is_shown_if_it_is_short(write, change, message):
     assert refusal(path, [change.format(x="x" * 76)]) == whole + shown
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("null", "path: expected a text or a list (got None)"),
+        ("3", "path: expected a text or a list (got 3)"),
+        ("[a, 3]", "path.1: input should be a valid string (got 3)"),
+    ],
+)
+def test_a_field_of_two_types_is_told_of_in_one_line(write, path, message):
+    source = f"data.source={{format: csv, path: {path}}}"
+    assert refusal(write(JOB), [source]) == f"JOB: data.source.{message}"
+
+
 @pytest.mark.parametrize("change", ["[a]", "{a: 1}", "null", "1"])
 def test_a_kind_that_is_no_text_is_refused(write, change):
     path = write(JOB)

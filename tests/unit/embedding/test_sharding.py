@@ -11,6 +11,7 @@ from torch import distributed
 
 from penstock import (
     SGD,
+    CapacityError,
     CheckpointError,
     ConfigError,
     EmbeddingCollection,
@@ -36,7 +37,7 @@ from penstock.embedding.sharded.shard_map import (
     table_word,
     table_words,
 )
-from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan
+from penstock.embedding.store import PooledFeature, PooledGradient, PoolingPlan, TableRows
 
 EDGES = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 123456789])
 
@@ -317,12 +318,18 @@ def test_each_rank_holds_its_share_of_a_budget(monkeypatch):
     options = {"num_threads": 1, "device": torch.device("cpu"), "deterministic": True}
     made = table_stores.TableStores([budget], features, ranks=ranks, **options)
     (held,) = made.groups[0].store.tables
-    assert held == budget.model_copy(update={"max_bytes": 333})
+    assert dict(held) == dict(budget) | {"max_bytes": 333, "whole_bytes": 1000, "num_ranks": 3}
     # 8 values and 24 bytes of index a row: 17 rows in all.
     assert limits_of(held, 32).max_rows == 5
-    assert share_of(held, 1) == held
-    with pytest.raises(ConfigError, match=r"table 't': max_bytes 41 holds no row"):
-        table_stores.TableStores([share_of(budget, 8)], features, ranks=ranks, **options)
+    assert share_of(budget, 1) == budget
+    keys = torch.arange(6)
+    rows = TableRows(keys, torch.zeros(6, 8), torch.zeros(6, 0))
+    # What is wrong is told of the budget that the job has, and of the share.
+    with pytest.raises(CapacityError, match=r"holds 5 rows, .* 1000 \(333 on each of 3 ranks\)"):
+        made.groups[0].store.local.insert_or_assign(0, rows)
+    small = budget.model_copy(update={"max_bytes": 150})
+    with pytest.raises(ConfigError, match=r"max_bytes 150 \(50 on each of 3 ranks\) holds no row"):
+        table_stores.TableStores([small], features, ranks=ranks, **options)
 
 
 @pytest.mark.parametrize("once", [False, True])

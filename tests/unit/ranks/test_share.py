@@ -32,3 +32,13 @@ def test_ranks_that_have_samples_are_not_told_of(samples):
 
 def test_one_process_asks_nobody():
     assert Share(ALONE, "row groups").warning() is None
+
+
+def test_a_rank_that_had_samples_at_any_batch_is_not_idle():
+    def act(rank):
+        share = Share(rank, "row groups")
+        for samples in (3 * rank.rank, 3 - 3 * rank.rank, 0):
+            share.add(samples)
+        return share.warning()
+
+    assert World(2).run(act) == [None, None]

@@ -2,12 +2,15 @@
 
 import json
 import math
+import threading
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from penstock.errors import ConfigError
 from penstock.events.event import Event, Role
+from penstock.report import sinks
 from penstock.report.folder import RunFolder
 from penstock.report.sinks import RunLog, SummaryFile, TensorBoard
 
@@ -50,6 +53,23 @@ def test_curves_are_the_numbers_of_what_is_computed_at_the_time_it_was_told(fold
     }
 
 
+def test_a_full_disk_is_an_error_where_it_comes_and_nothing_is_printed(folder, monkeypatch, capfd):
+    threads, place = threading.active_count(), folder.path / "events"
+    monkeypatch.setattr(sinks, "_event_file", lambda _: place)
+    board = TensorBoard(folder, 0)
+    board.take(event("train", 4, WINDOW))
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(board._records, "_writer", full)
+        with pytest.raises(ConfigError, match="No space left"):
+            board.take(event("train", 8, WINDOW))
+    board.close()
+    monkeypatch.setattr(sinks, "_event_file", lambda _: Path("/dev/full"))
+    with pytest.raises(ConfigError, match="No space left"):
+        TensorBoard(folder, 0)
+    assert threading.active_count() == threads
+    assert capfd.readouterr() == ("", "")
+
+
 def test_where_a_run_goes_on_later_points_are_hidden_and_that_step_stays(folder):
     for begin, steps in ((0, (2, 4, 6)), (4, (8,))):
         board = TensorBoard(folder, begin)
@@ -61,16 +81,16 @@ def test_where_a_run_goes_on_later_points_are_hidden_and_that_step_stays(folder)
 
 def test_a_disk_that_is_gone_is_told_and_at_the_end_noted(folder, monkeypatch):
     board = TensorBoard(folder, 0)
-    writer = board._writer
+    records = board._records
 
     def gone(*_, **__):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(writer, "add_scalar", gone)
+    monkeypatch.setattr(records, "write", gone)
     with pytest.raises(ConfigError, match="run: cannot write the run folder: .*Input/output error"):
         board.take(event("train", 4, WINDOW))
-    close = writer.close
-    monkeypatch.setattr(writer, "close", gone)
+    close = records.close
+    monkeypatch.setattr(records, "close", gone)
     board.close()
     close()
     assert folder.log_file.read_text(encoding="utf-8").endswith(

@@ -30,6 +30,8 @@ def of(unit, zone, start, end):
         ("America/Sao_Paulo", "2017-10-15", 23, {HOUR}),
         ("America/Havana", "2026-11-01", 25, {HOUR}),
         ("Asia/Kathmandu", "2026-06-01", 24, {HOUR}),
+        # A minute past midnight: what is left of the hour before and behind it.
+        ("America/St_Johns", "2010-03-14", 24, {HOUR, HOUR // 60, HOUR - HOUR // 60}),
     ],
 )
 def test_days_have_the_hours_that_their_clocks_show(zone, day, hours, lengths):
@@ -47,6 +49,11 @@ def test_days_have_the_hours_that_their_clocks_show(zone, day, hours, lengths):
             for at in [datetime.fromtimestamp(part / 1000, ZoneInfo(zone))]
         }
         assert len(shown) == 1
+
+
+def test_a_day_ends_with_its_first_midnight():
+    days = of("day", "America/Havana", "2026-10-31", "2026-11-02")
+    assert [one.stop_ms - one.start_ms for one in days] == [24 * HOUR, 25 * HOUR]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -93,3 +100,18 @@ def test_words_name_the_day_once():
     window = Window(ms("2026-01-01T23:00"), ms("2026-01-02T00:00"))
     assert window.words(ZoneInfo("UTC")) == "2026-01-01 23:00 to 2026-01-02 00:00"
     assert datetime.fromtimestamp(window.start_ms / 1000, UTC).hour == 23
+
+
+def test_words_tell_hours_that_are_there_twice_apart():
+    hours = of("hour", "Europe/Paris", "2026-10-25T01:00", "2026-10-25T04:00")
+    assert [one.words(ZoneInfo("Europe/Paris")) for one in hours] == [
+        "2026-10-25 01:00 to 02:00 +0200",
+        "2026-10-25 02:00 +0200 to 02:00 +0100",
+        "2026-10-25 02:00 +0100 to 03:00",
+        "2026-10-25 03:00 to 04:00",
+    ]
+    hours = of("hour", "Europe/Paris", "2026-03-29T01:00", "2026-03-29T04:00")
+    assert [one.words(ZoneInfo("Europe/Paris")) for one in hours] == [
+        "2026-03-29 01:00 to 03:00",
+        "2026-03-29 03:00 to 04:00",
+    ]
