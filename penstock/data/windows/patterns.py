@@ -9,6 +9,7 @@ far as they are known.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import date, datetime
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -36,6 +37,8 @@ _LEAST = (1, 1, 0)
 _RADIX = 100
 """Of a key as one number: more than a month, day or hour that two digits can say."""
 _DIGIT = -1
+_MAY_BE_DIGIT = re.compile(r"[0-9*?\[\]{}]")
+"""What beside a field may be, or stand for, a digit."""
 
 
 class Level(NamedTuple):
@@ -49,6 +52,8 @@ class Level(NamedTuple):
     """Bytes with which it ends, anything being between; None: it is the head and no more."""
     pattern: str | None
     """Regular expression of RE2, a group a field; None: head and tail say it all."""
+    loose: str | None = None
+    """The same, where numbers may have one digit (`month=3`); None: none may."""
 
 
 class Matches(NamedTuple):
@@ -63,13 +68,17 @@ class Matches(NamedTuple):
 class PathPattern:
     """A path with date fields and globs, level by level."""
 
-    def __init__(self, path: str) -> None:
-        """`path`: within its file system.
+    def __init__(self, path: str, where: str = "") -> None:
+        """Takes a path apart.
+
+        Args:
+          path: within its file system.
+          where: it begins, for messages; see `where_from`.
 
         Raises:
           DataError: a glob of it is none.
         """
-        self.path = path
+        self.path, self.where = path, where
         self.fields = fields_of_path(path)
         names = path.split("/")
         varies = next(n for n, name in enumerate(names) if _FIELD.search(name) or GLOB.search(name))
@@ -83,27 +92,43 @@ class PathPattern:
         except (re.error, pa.ArrowInvalid) as error:
             raise DataError(f"{path}: no glob: {error}; mend what stands in [ ]") from None
 
-    def matches(self, level: int, names: pa.LargeStringArray, above: Key) -> Matches:
+    def matches(
+        self, level: int, names: pa.LargeStringArray, above: Key, folder: str | None = None
+    ) -> Matches:
         """Those names of files or folders of a level that are not hidden and that it matches.
 
         Args:
           level: counted from 0 below the root.
           names: ascending.
           above: what is known of their folder.
+          folder: its path; names that say another time than it, or two, are refused. None: they
+            are no match.
+
+        Raises:
+          DataError: names of one path contradict each other.
         """
         of_level = self.levels[level]
         if not len(names):
             return Matches([], [])
         match = _in_bytes if of_level.pattern is None else _by_expression
         found, numbers = match(of_level, names)
+        if of_level.loose is not None and not found.all():
+            _add_loose(of_level.loose, names, found, numbers)
         found &= _seen(names)
         known: dict[str, int | Numbers] = dict(zip(DATE_FIELDS, above, strict=False))
         for field, values in zip(of_level.fields, numbers, strict=True):
-            # Two names of one path that contradict each other are no match.
-            if field in known:
-                found &= known[field] == values
-            else:
+            if field not in known:
                 known[field] = values
+                continue
+            is_same = known[field] == values
+            unlike = np.flatnonzero(found & ~is_same)
+            if folder is not None and len(unlike):
+                path = f"{folder}/{names[unlike[0]]}" if folder else names[unlike[0]]
+                raise DataError(
+                    f"{path}: its path says two times, by two numbers for {{{field}}}; move it, or "
+                    "change the path of its source"
+                )
+            found &= is_same
         rows = slice(0, len(names)) if found.all() else np.flatnonzero(found)
         added = len(known) - len(above)
         if not added:
@@ -158,12 +183,18 @@ def _level(name: str) -> Level:
     head: list[int] = []
     pattern: list[str] = []
     tail: bytes | None = None
-    is_plain = True
+    is_plain, is_strict, at = True, True, 0
     for part in _PARTS.findall(name):
         field = _FIELD.fullmatch(part)
+        beside = name[:at][-1:] + name[at + len(part) :][:1]
+        at += len(part)
         if field is not None:
             width = len(field[1])
-            pattern.append(f"(?P<f{len(fields)}>[0-9]{{{width}}})")
+            # `month=3`, where the number ends without doubt.
+            may_be_one = width == 2 and _MAY_BE_DIGIT.search(beside) is None
+            is_strict = is_strict and not may_be_one
+            digits = "1,2" if may_be_one else str(width)
+            pattern.append(f"(?P<f{len(fields)}>[0-9]{{{digits}}})")
             fields.append(field[1])
             head += [_DIGIT] * width
             is_plain = is_plain and tail is None
@@ -178,9 +209,10 @@ def _level(name: str) -> Level:
                 head += part.encode()
             else:
                 tail += part.encode()
+    whole = "^" + "".join(pattern) + "$"
     if is_plain:
-        return Level(tuple(fields), tuple(head), tail, None)
-    return Level(tuple(fields), (), None, "^" + "".join(pattern) + "$")
+        return Level(tuple(fields), tuple(head), tail, None, None if is_strict else whole)
+    return Level(tuple(fields), (), None, whole)
 
 
 def _in_bytes(level: Level, names: pa.LargeStringArray) -> tuple[Mask, list[Numbers]]:
@@ -220,9 +252,24 @@ def _by_expression(level: Level, names: pa.LargeStringArray) -> tuple[Mask, list
     """As `_in_bytes`, by the level's regular expression."""
     if not level.fields:
         return _mask(pc.match_substring_regex(names, level.pattern)), []
-    parts = pc.extract_regex(names, level.pattern)
+    return _numbers_in(names, level.pattern)
+
+
+def _numbers_in(names: pa.LargeStringArray, pattern: str | None) -> tuple[Mask, list[Numbers]]:
+    parts = pc.extract_regex(names, pattern)
     numbers = [pc.fill_null(pc.cast(part, pa.int64()), 0).to_numpy() for part in parts.flatten()]
     return _mask(parts.is_valid()), numbers
+
+
+def _add_loose(
+    pattern: str, names: pa.LargeStringArray, found: Mask, numbers: Sequence[Numbers]
+) -> None:
+    """Adds to what was found the names with numbers of one digit; in place."""
+    rows = np.flatnonzero(~found)
+    more, of_more = _numbers_in(names.take(pa.array(rows)), pattern)
+    found[rows] = more
+    for values, some in zip(numbers, of_more, strict=True):
+        values[rows] = some
 
 
 def _seen(names: pa.LargeStringArray) -> Mask:

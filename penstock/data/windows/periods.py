@@ -151,27 +151,30 @@ class Periods:
         if entries is None:
             if folders.level:
                 return _Listed([], [], 0)  # removed since its parent was listed
-            raise DataError(f"{self._pattern.path}: no such directory: {path or '.'}")
+            raise DataError(
+                f"{self._pattern.path}: no such directory: {path or '.'}{self._pattern.where}"
+            )
         num_entries = len(entries.files) + len(entries.folders)
         if self._is_last(folders):
             files = [
                 (key, InFolder.of(path, entries.files, entries.sizes, rows))
-                for key, rows in self._near(folders, entries.files)
+                for key, rows in self._near(folders, path, entries.files)
             ]
             return _Listed([], files, num_entries)
         prefix = _prefix(path) if path else ""
         below = [
             (key, prefix + name)
-            for key, rows in self._near(folders, entries.folders)
+            for key, rows in self._near(folders, path, entries.folders)
             for name in taken(entries.folders, rows).to_pylist()
         ]
         return _Listed(below, [], num_entries)
 
-    def _near(self, folders: _Folders, names: pa.LargeStringArray) -> Iterator[tuple[Key, Rows]]:
-        """The names that may be of the time asked for, by their keys."""
-        for key, rows in zip(
-            *self._pattern.matches(folders.level, names, folders.key), strict=True
-        ):
+    def _near(
+        self, folders: _Folders, path: str, names: pa.LargeStringArray
+    ) -> Iterator[tuple[Key, Rows]]:
+        """The names in a folder that may be of the time asked for, by their keys."""
+        found = self._pattern.matches(folders.level, names, folders.key, path)
+        for key, rows in zip(*found, strict=True):
             days = naive_days(key) if key else None
             # A day that there is not is told by name where it is read.
             if days is None or (days[0] <= self._days[1] and days[1] >= self._days[0]):

@@ -25,6 +25,7 @@ PATTERNS = [
     "*/{YYYY}/{MM}-{DD}_{HH}.csv.gz",
     "{YYYY}/{YYYY}{MM}{DD}.jsonl",
     "log.{YYYY}{MM}{DD}{HH}.?.csv",
+    "{DD}.{MM}.{YYYY}/*/{HH}.csv",
 ]
 
 
@@ -75,6 +76,36 @@ def test_random_trees(tmp_path, pattern, seed):
     }
 
 
+def written(folder, *paths):
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"x")
+
+
+def test_periods_begin_with_their_hour_or_day(tmp_path):
+    written(tmp_path, "2025/03/07.csv", "2025/03/07/05.csv")
+    zone = ZoneInfo("Europe/Paris")
+    for pattern, hour in (("{YYYY}/{MM}/{DD}.csv", 0), ("{YYYY}/{MM}/{DD}/{HH}.csv", 5)):
+        begin = moment_ms(datetime(2025, 3, 7, hour), zone)
+        for start, end, number in ((begin, begin + 1, 1), (begin + 1, 2**42, 0), (0, begin, 0)):
+            assert len(found(tmp_path, pattern, "Europe/Paris", start, end)) == number
+
+
+def test_files_of_several_folders_are_in_order_of_path(tmp_path):
+    written(tmp_path, "a/20250307.csv", "a-b/20250307.csv", "a/b20250307.csv")
+    (paths,) = found(tmp_path, "*/*{YYYY}{MM}{DD}.csv", "UTC", 0, 2**42).values()
+    names = [path.removeprefix(f"{tmp_path}/") for path in paths]
+    assert names == ["a-b/20250307.csv", "a/20250307.csv", "a/b20250307.csv"]
+
+
+def test_hidden_names_are_passed_over(tmp_path):
+    kept = "a/2025-03-07/1.csv"
+    written(tmp_path, kept, "a/2025-03-07/_1.csv", "a/2025-03-07/.1.csv", "_a/2025-03-07/1.csv")
+    written(tmp_path, "a/2025-03-07/1.csv~")
+    (paths,) = found(tmp_path, "*/{YYYY}-{MM}-{DD}/*", "UTC", 0, 2**42).values()
+    assert paths == [f"{tmp_path}/{kept}"]
+
+
 def test_listings_do_not_depend_on_the_number_of_windows_and_far_folders_are_not_listed(tmp_path):
     for day in range(1, 29):
         for month in (1, 2, 3):
@@ -100,10 +131,40 @@ def test_a_day_that_there_is_not_is_named(tmp_path, name):
         found(tmp_path, "{YYYY}/{MM}/{DD}.csv", "UTC", 0, 4_000_000_000_000)
 
 
-def test_paths_that_contradict_themselves_are_no_files_of_the_source(tmp_path):
+def test_paths_that_contradict_themselves_are_named(tmp_path):
     (tmp_path / "2025").mkdir()
     (tmp_path / "2025" / "20240101.csv").write_bytes(b"x")
-    assert found(tmp_path, "{YYYY}/{YYYY}{MM}{DD}.csv", "UTC", 0, 4_000_000_000_000) == {}
+    with pytest.raises(DataError, match=r"2025/20240101\.csv: its path says two times"):
+        found(tmp_path, "{YYYY}/{YYYY}{MM}{DD}.csv", "UTC", 0, 4_000_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "files"),
+    [
+        ("year={YYYY}/month={MM}/day={DD}/h{HH}.csv", ["year=2025/month=3/day=7/h5.csv"]),
+        ("{YYYY}/{MM}/{DD}.{HH}.csv", ["2025/3/7.5.csv", "2025/03/7.05.csv", "2025/3/07.5.csv"]),
+        ("{YYYY}-{MM}-{DD}/{HH}/*.csv", ["2025-3-7/5/1.csv", "2025-03-07/5/1.csv"]),
+        # Where a digit could follow or precede, a number has two.
+        ("{YYYY}{MM}{DD}/{HH}*.csv", ["20250307/05-1.csv"]),
+        ("{YYYY}/{MM}/{DD}/*{HH}.csv", ["2025/3/7/105.csv"]),
+        ("{YYYY}/{MM}/{DD}/[0-9]{HH}?.csv", ["2025/3/7/1051.csv"]),
+        ("{YYYY}/{MM}/{DD}/1{HH}2.csv", ["2025/3/7/1052.csv"]),
+    ],
+)
+def test_numbers_of_one_digit_are_read_where_they_end_without_doubt(tmp_path, pattern, files):
+    for path in files:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x")
+    key = (2025, 3, 7, 5)
+    assert found(tmp_path, pattern, "UTC", 0, 4_000_000_000_000) == {
+        key: sorted(f"{tmp_path}/{path}" for path in files)
+    }
+
+
+def test_one_digit_where_two_must_be_is_another_name(tmp_path):
+    for name in ("2025307", "20250307"):
+        (tmp_path / f"{name}.csv").write_bytes(b"x")
+    assert list(found(tmp_path, "{YYYY}{MM}{DD}.csv", "UTC", 0, 2**42)) == [(2025, 3, 7)]
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
