@@ -41,8 +41,9 @@ from penstock.report.display import stages
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.rank_report import held, report_of
 from penstock.report.run_report import Report
+from penstock.training.beginning import beginning_of, newest_of_all
 from penstock.training.checkpoint.best import OF_CHECKPOINTS, OF_STOPPING, best_values
-from penstock.training.checkpoint.checkpoint import Checkpoints, position_of
+from penstock.training.checkpoint.checkpoint import Checkpoints
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.planned import planned_samples, planned_steps
 from penstock.training.prediction import write_scores
@@ -207,17 +208,17 @@ def open_run(
     refuse_ranks_left_out(group)
     folder = RunFolder(out)
     with held(folder, job, group, partial(_check_folder, folder, job, resume)):
+        with stages() as begin:
+            begun = beginning_of(job, folder.path, group, begin, resume=resume)
         with together(group, "open the data"), stages() as begin:
-            newest = _newest_of_all(folder, group) if resume else None
-            after = None if newest is None else position_of(newest, job)
             kept_in, leads = folder.quarantine_file, group.rank == 0
             dataset = Dataset.open(
-                job, quarantine=kept_in, writes_quarantine=leads, after=after, stages=begin
+                job, quarantine=kept_in, writes_quarantine=leads, stages=begin, **begun._asdict()
             )
             steps = planned_steps(job, dataset, begin) if lasts_to_the_end(job) else None
         planned = partial(planned_samples, job, dataset)
         with closing(report_of(group, folder, job, planned, console)) as report:
-            lanes = None if after is None else len(after.lanes)
+            lanes = None if begun.after is None else len(begun.after.lanes)
             stop = stop or Interruption()
             made = build(job, dataset, steps, group=group, lanes=lanes)
             yield Run(job, dataset, folder, report, stop, made, group)
@@ -229,11 +230,6 @@ def _check_folder(folder: RunFolder, job: Job, resume: bool) -> None:
         newest_of_run(folder.path)
     else:
         folder.refuse_unless_new()
-
-
-def _newest_of_all(folder: RunFolder, group: Group) -> Path:
-    """The newest checkpoint as the first rank sees it."""
-    return folder.checkpoints / from_first(group, lambda: newest_of_run(folder.path).name)
 
 
 class Run:
@@ -294,7 +290,7 @@ class Run:
         unmatched = [] if config is None or resume else begin_from(config, self.state)
         loaded = [] if resume else self._pretrained()
         if resume:
-            self.checkpoints.restore(_newest_of_all(self.folder, self.group), self.state)
+            self.checkpoints.restore(newest_of_all(self.folder.path, self.group), self.state)
             self.dataset.take_up_quarantine(self.state.position)
             self._is_saved = True
         self._began_at = self.state.position
@@ -327,6 +323,10 @@ class Run:
             epochs=training.epochs,
             start=self.state.position,
             ranks=self._readers,
+        )
+        self.watch.is_waiting = lambda: loader.is_waiting
+        self.dataset.tell_of_waits(
+            lambda text: self.report.tell("waiting", self.state.step, {"text": text})
         )
         return Feed(loader, self.state.collection)
 

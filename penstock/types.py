@@ -330,6 +330,40 @@ class Counts(NamedTuple):
     """Given to the model. Where negatives are drawn: samples over samples a row, rounded down."""
 
 
+class SpanWindow(NamedTuple):
+    """A window of event time and what it has; only windows with a file are in a span."""
+
+    stream: int
+    """Number among those of the job."""
+    start_ms: int
+    stop_ms: int
+    files: tuple[int, ...]
+    """Of each of the stream's sources, how many."""
+
+
+class Span(NamedTuple):
+    """The windows that a run reads at present whose streams grow; those before are behind it.
+
+    So neither a position nor a listing grows with what was read.
+    """
+
+    first_file: int
+    """Number of the first of `Position.files`: files of the windows before count, too."""
+    until_ms: tuple[int, ...]
+    """Of each stream, where the windows begin that come after these."""
+    windows: tuple[SpanWindow, ...]
+    """In the order of reading, which is that of `Position.files`."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Span:
+        """Inverse of `_asdict`, which JSON may have carried."""
+        windows = [
+            SpanWindow(int(one[0]), int(one[1]), int(one[2]), tuple(one[3]))
+            for one in fields["windows"]
+        ]
+        return cls(int(fields["first_file"]), tuple(fields["until_ms"]), tuple(windows))
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where in the input the next unread sample lies; enough to continue a run bit for bit.
@@ -353,6 +387,8 @@ class Position:
     """Of the part, in the order of reading."""
     divided: int = 0
     """Number of files, the first ones, of which a fraction is held out; 0: no split by fraction."""
+    span: Span | None = None
+    """Where streams grow, the windows of `files`; None: `files` are all that there are."""
     version_1: tuple[int, int, int] | None = None
     """Of a checkpoint of version 1, which knows no files: number of the extent in which the block
     begins, good rows of it before the block, and rows of the block unless it is the last one.
@@ -375,17 +411,19 @@ class Position:
             "lanes": [lane.to_dict() for lane in self.lanes],
             "counts": self.counts._asdict(),
             "files": [list(tag) for tag in self.files],
+            "span": None if self.span is None else self.span._asdict(),
         }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Position:
         """Inverse of `to_dict`."""
-        before = fields["version_1"]
+        before, span = fields["version_1"], fields.get("span")
         return cls(**{
             **fields,
             "lanes": tuple(map(LanePosition.from_dict, fields["lanes"])),
             "counts": Counts(**fields["counts"]),
             "files": tuple(FileTag(str(p), int(size), str(d)) for p, size, d in fields["files"]),
+            "span": None if span is None else Span.from_dict(span),
             "version_1": None if before is None else (before[0], before[1], before[2]),
         })
 

@@ -35,8 +35,9 @@ from penstock.config.running import (
     ReportConfig,
     RunConfig,
 )
-from penstock.config.schedule import Schedule
+from penstock.config.schedule import Schedule, lasts_to_the_end
 from penstock.config.sources import SyntheticSource
+from penstock.config.streams import StreamsSource
 from penstock.config.tables import (
     Admission,
     EmbeddingDim,
@@ -200,6 +201,28 @@ class Job(Config):
             raise ValueError(
                 "data: give `label`, the column of what to predict, or, if every row is a "
                 "positive, `negatives`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_has_no_end_is_read_once(self) -> Job:
+        source = self.data.source
+        if not isinstance(source, StreamsSource) or not source.grows:
+            return self
+        if self.data.split is not None:
+            raise ValueError(
+                "data.split: nobody knows what part of streams without an end (`end: now`) is held "
+                "out; name data.evaluation_source, or give the streams an end"
+            )
+        if self.training.epochs > 1:
+            raise ValueError(
+                f"training.epochs {self.training.epochs}: streams without an end (`end: now`) are "
+                "read once; set 1, or give them an end"
+            )
+        if self.training.max_steps is None and lasts_to_the_end(self):
+            raise ValueError(
+                "a schedule decays to the end of the run, but streams without an end (`end: now`) "
+                "have none; set its decay_steps, or training.max_steps"
             )
         return self
 

@@ -23,6 +23,7 @@ _FIELD = re.compile(r"\{(\w*)\}")
 _DURATION = re.compile(r"(\d+) ?(s|min|h|d)")
 _UNITS_MS = {"s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 _MOST_MS = 366 * 86_400_000
+_NOW = "now"
 
 
 def duration_ms(text: str, others: str = "") -> int:
@@ -79,6 +80,15 @@ class StreamSource(Config):
     (`clicks/{YYYY}-{MM}-{DD}/{HH}/_SUCCESS`). Where it is missing, the run stops by name.
     """
 
+    lateness: Annotated[str, MAY_CHANGE] = "0s"
+    """Where a stream grows: how much event time a later file must be ahead of an hour or day, for
+    its files to be complete. With a marker, that tells it.
+    """
+    closes_after: Annotated[str | None, MAY_CHANGE] = None
+    """Where a stream grows: how long after its end, by the clock, an hour or day is complete also
+    if no later file came.
+    """
+
     @property
     def globs(self) -> tuple[str, ...]:
         """A glob of its files, of any time."""
@@ -89,10 +99,21 @@ class StreamSource(Config):
         """`delay` in milliseconds."""
         return duration_ms(self.delay)
 
-    @field_validator("delay")
+    @property
+    def lateness_ms(self) -> int:
+        """`lateness` in milliseconds."""
+        return duration_ms(self.lateness)
+
+    @property
+    def closes_after_ms(self) -> int:
+        """`closes_after` in milliseconds, where it is given."""
+        return duration_ms(self.closes_after or "")
+
+    @field_validator("delay", "lateness", "closes_after")
     @classmethod
-    def _is_duration(cls, text: str) -> str:
-        duration_ms(text)
+    def _is_duration(cls, text: str | None) -> str | None:
+        if text is not None:
+            duration_ms(text)
         return text
 
     @model_validator(mode="after")
@@ -136,7 +157,9 @@ class Stream(Config):
     start: str
     """The first moment, ISO 8601 (`2026-01-31` or `2026-01-31T06`)."""
     end: Annotated[str, MAY_CHANGE]
-    """The moment behind the last one."""
+    """The moment behind the last one; `now`: there is none, and the run goes on with new files as
+    they appear.
+    """
     sources: tuple[StreamSource, ...]
 
     @field_validator("start", "end", mode="before")
@@ -167,8 +190,13 @@ class Stream(Config):
         return self._moment(self.start)
 
     @property
+    def grows(self) -> bool:
+        """Whether files appear while it is read."""
+        return self.end == _NOW
+
+    @property
     def end_ms(self) -> int:
-        """`end` in ms since 1970 UTC."""
+        """`end` in ms since 1970 UTC; of a stream that has one."""
         return self._moment(self.end)
 
     @property
@@ -186,6 +214,8 @@ class Stream(Config):
     @model_validator(mode="after")
     def _times_are_times(self) -> Stream:
         for field, text in (("start", self.start), ("end", self.end)):
+            if field == "end" and self.grows:
+                return self
             try:
                 self._moment(text)
             except (ValueError, OverflowError):
@@ -227,6 +257,35 @@ class StreamsSource(Config):
     """Whether streams are served side by side, by the end of their windows; false: one after the
     other.
     """
+    poll: Annotated[str, MAY_CHANGE] = "10s"
+    """Where a stream grows: how often folders are listed while there is nothing to read."""
+
+    @property
+    def poll_s(self) -> float:
+        """`poll` in seconds."""
+        return duration_ms(self.poll) / 1000
+
+    @property
+    def grows(self) -> bool:
+        """Whether files appear while it is read."""
+        return any(stream.grows for stream in self.streams)
+
+    @field_validator("poll")
+    @classmethod
+    def _is_some_time(cls, text: str) -> str:
+        if not duration_ms(text):
+            raise ValueError("poll 0s: folders are listed again after some time; write 10s")
+        return text
+
+    @model_validator(mode="after")
+    def _only_the_last_grows(self) -> StreamsSource:
+        first = next((n for n, stream in enumerate(self.streams) if stream.grows), None)
+        if first is not None and not self.together and first + 1 < len(self.streams):
+            raise ValueError(
+                f"stream {self.streams[first].name!r} has no end, so those behind it would never "
+                "be read; put it last, or serve streams side by side (together: true)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> StreamsSource:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from penstock.data.batches.agreement import ReaderGroup
 from penstock.data.batches.blocks import FileTags
 from penstock.data.batches.loader import Loader
 from penstock.data.batches.loader_plan import LoaderPlan
+from penstock.data.batches.stage import Stage
 from penstock.data.columns.schema import (
     Columns,
     default_text_types,
@@ -36,7 +37,9 @@ from penstock.data.plan.counting import Stages, no_stages
 from penstock.data.plan.parts import Part, PartRows, divide
 from penstock.data.quarantine import Quarantine
 from penstock.data.source import RowCount, Source
+from penstock.data.windows.growing import Listing
 from penstock.data.windows.served import Streams
+from penstock.data.windows.spans import Spans, listing_of, rows_of
 from penstock.errors import ConfigError, DataError
 from penstock.types import FileTag, LanePosition, Position
 
@@ -58,7 +61,12 @@ class Dataset:
     """Names of the labels that the source has; in prediction some may be missing."""
 
     def __init__(
-        self, job: Job, columns: Columns, parts: dict[Part, PartRows], quarantine: Quarantine
+        self,
+        job: Job,
+        columns: Columns,
+        parts: dict[Part, PartRows],
+        quarantine: Quarantine,
+        spans: Spans | None = None,
     ) -> None:
         self.numeric = columns.numeric_names
         self.numeric_widths = columns.numeric_widths
@@ -69,6 +77,7 @@ class Dataset:
         self._columns = columns
         self._parts = parts
         self._quarantine = quarantine
+        self._spans = spans
         self._tags = {part: WholeTags(rows.source) for part, rows in parts.items()}
         self._checked: tuple[FileTag, ...] = ()
         """Files of a position that were found to be those of the training part."""
@@ -93,6 +102,7 @@ class Dataset:
         labels: Literal["required", "optional"] = "required",
         order: Sequence[str] = (),
         stages: Stages = no_stages,
+        listing: Listing | None = None,
     ) -> Dataset:
         """Lists the files and extents of a job and checks columns and types.
 
@@ -105,6 +115,8 @@ class Dataset:
           order: names of numeric columns and features in the order to give them, as those of
             another data set; empty: that of the source.
           stages: told where rows must be counted to divide them.
+          listing: of streams that grow, the windows with which a run begins; None: those that are
+            complete now.
 
         Raises:
           ConfigError: columns, features or tables of the job do not fit together.
@@ -117,16 +129,24 @@ class Dataset:
         data = job.data
         text_types = default_text_types(job)
         by_time = data.event_time if isinstance(data.split, TimeSplit) else None
-        source = open_source(data.source, text_types, by_time)
+
+        def open_files(files: SourceConfig) -> Source:
+            return open_source(files, text_types, by_time)
+
+        spans, held_out = _growing(data.source, open_files, after, listing), None
+        source = open_files(data.source) if spans is None else spans.first
         columns = resolve_columns(job, source.schema, source.paths[0], labels, order)
-        train, held_out = divide(
-            source,
-            data.split,
-            data.event_time,
-            data.event_time_unit,
-            0 if after is None else after.divided,
-            stages,
-        )
+        if spans is not None:
+            train = rows_of(spans.first)
+        else:
+            train, held_out = divide(
+                source,
+                data.split,
+                data.event_time,
+                data.event_time_unit,
+                0 if after is None else after.divided,
+                stages,
+            )
         if data.evaluation_source is not None:
             other = open_source(data.evaluation_source, text_types)
             other_columns = resolve_columns(job, other.schema, other.paths[0], labels, order)
@@ -136,7 +156,7 @@ class Dataset:
         parts: dict[Part, PartRows] = {"train": train}
         if held_out is not None:
             parts["evaluation"] = held_out
-        dataset = cls(job, columns, parts, Quarantine(quarantine, writes=writes_quarantine))
+        dataset = cls(job, columns, parts, Quarantine(quarantine, writes=writes_quarantine), spans)
         if after is not None:
             dataset.check(after)
         return dataset
@@ -150,6 +170,11 @@ class Dataset:
     def has_evaluation(self) -> bool:
         """Whether rows are held out."""
         return "evaluation" in self._parts
+
+    @property
+    def grows(self) -> bool:
+        """Whether more than is listed may come to be trained on."""
+        return self._spans is not None
 
     @property
     def quarantined_rows(self) -> int:
@@ -171,7 +196,7 @@ class Dataset:
         at all yet.
         """
         expected = self._rows(part).expected_rows()
-        if expected is None:
+        if expected is None or (part == "train" and self.grows):
             return None
         return expected._replace(rows=expected.rows * self._samples_per_row)
 
@@ -215,6 +240,8 @@ class Dataset:
           DataError: `start` lies outside the data.
         """
         start = _with_lanes(start, ranks)
+        if self._spans is not None and part == "train":
+            start = self._spans.within_first(start)
         if batch_size <= 0 or epochs <= 0:
             raise ConfigError(f"batch_size {batch_size} and epochs {epochs} must be positive")
         rows = self._rows(part)
@@ -236,16 +263,27 @@ class Dataset:
         plan = replace(plan, block_bytes=self._job.data.shuffle.block_bytes)
         run = self._job.run
         columns = self._columns if groups else replace(self._columns, groups=())
+        files = FileTags(
+            self._files(part, start),
+            self._tags[part],
+            shows=part == "train",
+            first=rows.first_file,
+        )
         return Loader(
-            rows,
+            Stage(rows, files, start),
             columns,
             replace(plan, trains=part == "train"),
             run.reader_threads,
             run.prefetch_batches,
             quarantine=self._quarantine,
-            files=FileTags(self._files(part, start), self._tags[part], shows=part == "train"),
             ranks=ranks,
+            following=self._spans if part == "train" else None,
         )
+
+    def tell_of_waits(self, tell: Callable[[str], None]) -> None:
+        """Has `tell` called, from another thread, with what reading waits for."""
+        if self._spans is not None:
+            self._spans.on_wait = tell
 
     def take_up_quarantine(self, after: Position) -> None:
         """Takes up the entries that a run left, without those that it made behind a position.
@@ -321,6 +359,27 @@ def _with_lanes(start: Position, ranks: ReaderGroup | None) -> Position:
     return start
 
 
+def _growing(
+    config: SourceConfig,
+    open_files: Callable[[SourceConfig], Source],
+    after: Position | None,
+    listing: Listing | None,
+) -> Spans | None:
+    """The windows of streams that grow, or grew while a run read them; None: of others."""
+    if not isinstance(config, StreamsSource):
+        return None
+    if after is not None and after.span is not None:
+        return Spans(config, open_files, listing_of(config, after))
+    if not config.grows:
+        return None
+    if after is not None and after.files:
+        raise DataError(
+            "data.source.streams: a run that began with streams that end cannot go on with `end: "
+            "now`; give them an end, or begin a new run, with training.init_from for what it learnt"
+        )
+    return Spans(config, open_files, listing)
+
+
 def paths_of(job: Job) -> list[str]:
     """Files, directories, globs and URIs that a job reads."""
     sources = [job.data.source, job.data.evaluation_source]
@@ -351,8 +410,13 @@ def _parts(config: SourceConfig, source: Source) -> Iterator[tuple[Sequence[str]
     """By file system: what names files, and the files."""
     if isinstance(source, Streams):
         assert isinstance(config, StreamsSource)
-        for one, part in zip(config.sources, source.sources, strict=True):
-            yield one.globs, part.paths
+        globs = {
+            f"{stream.name}/{one.name}": one.globs
+            for stream in config.streams
+            for one in stream.sources
+        }
+        for name, part in source.sources.items():
+            yield globs[name], part.paths
     else:
         yield config.globs, source.paths
 

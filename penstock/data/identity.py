@@ -98,7 +98,8 @@ def check_files(source: Identified, paths: Sequence[str], before: Position) -> N
     begun = [tag for tag in before.files if tag.is_begun]
     names = _Names(before.files)
     # Behind a lane's cursor, or where a fraction is held out, added rows would be left out.
-    passed = max(before.divided, *(lane.cursor.file for lane in before.lanes), 0)
+    first = 0 if before.span is None else before.span.first_file
+    passed = max(before.divided, *(lane.cursor.file - first for lane in before.lanes), 0)
 
     def is_same(number: int) -> bool:
         old, now = begun[number], source.identify(paths[number])

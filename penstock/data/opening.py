@@ -15,6 +15,7 @@ from penstock.config import (
     TextSource,
 )
 from penstock.config import Source as SourceConfig
+from penstock.config.sources import AnyFileSource
 from penstock.data.formats.arrow import ArrowFormat
 from penstock.data.formats.columnar import GroupedFiles
 from penstock.data.formats.json_lines import open_json_lines
@@ -23,7 +24,7 @@ from penstock.data.formats.parquet import ParquetFormat
 from penstock.data.formats.synthetic import SyntheticRows
 from penstock.data.formats.text import open_text
 from penstock.data.source import Source, TextType
-from penstock.data.windows.served import Streams
+from penstock.data.windows.served import Streams, complete_now
 
 TextTypes = Mapping[str, TextType]
 
@@ -34,11 +35,17 @@ OPENERS: Mapping[type, Callable[[Any, TextTypes, str | None], Source]] = {
     TextSource: lambda config, types, time: open_text(config, types),
     JsonLinesSource: lambda config, types, time: open_json_lines(config, types),
     SyntheticSource: lambda config, types, time: SyntheticRows(config),
-    StreamsSource: lambda config, types, time: Streams(
-        config, lambda files: open_source(files, types, time)
-    ),
+    StreamsSource: lambda config, types, time: _open_streams(config, types, time),
 }
 """What opens a configuration, given as `open_source` is."""
+
+
+def _open_streams(config: StreamsSource, text_types: TextTypes, time_column: str | None) -> Streams:
+    def open_files(files: AnyFileSource) -> Source:
+        return open_source(files, text_types, time_column)
+
+    # Of streams that grow, what is complete now.
+    return Streams(config, open_files, complete_now(config) if config.grows else None)
 
 
 def open_source(

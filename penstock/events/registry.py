@@ -234,6 +234,7 @@ KINDS: Mapping[str, Kind] = {
             "command": Quantity(Unit.TEXT, "which goes on"),
         },
     ),
+    "waiting": Kind("All that is complete was read; the run waits for data.", {"text": _TEXT}),
     "stopped_early": Kind("Evaluations get no better: the run ends.", {"text": _TEXT}),
     "nothing_new": Kind("A finished run was resumed and found nothing to do.", {"text": _TEXT}),
     "summary": Kind(

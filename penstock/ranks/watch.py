@@ -53,6 +53,8 @@ class Watch:
         self._at: tuple[float, object] = 0.0, None
         """Since when, and the item."""
         self._is_watched = False
+        self.is_waiting: Callable[[], bool] = lambda: False
+        """Whether there is no data yet, so that nobody is at anything."""
 
     def in_step(self, items: Iterable[Item], stop: Interruption) -> Iterator[Item]:
         """See `penstock.ranks.in_step`, by this thread: at each item until it has the next."""
@@ -94,6 +96,8 @@ class Watch:
                     return
                 continue
             patience_s *= 2
+            if self.is_waiting():
+                continue
             batch = (
                 "before the first batch"
                 if at[1] is None

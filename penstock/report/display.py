@@ -86,6 +86,7 @@ class Display:
             "warning": self._warning,
             "stopped": self._stopped,
             "nothing_new": self._nothing_new,
+            "waiting": self._waiting,
             "stopped_early": self._stopped_early,
             "summary": self._summary,
         }.get(event.kind)
@@ -168,6 +169,9 @@ class Display:
         kept = "the checkpoint is complete" if whole else "the last checkpoint is an earlier one"
         self._line(f"stopped after step {step:,}; {kept}. Continue:")
         self._line(f"  {values['command']}")
+
+    def _waiting(self, step: int, values: Mapping[str, Any]) -> None:
+        self._line(f"waiting after step {step:,} for {values['text']}")
 
     def _stopped_early(self, step: int, values: Mapping[str, Any]) -> None:
         self._line(f"early stopping after step {step:,}: {values['text']}")

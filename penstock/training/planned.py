@@ -11,6 +11,8 @@ from penstock.data.source import RowCount
 def planned_steps(job: Job, dataset: Dataset, stages: Stages) -> int:
     """Steps of the whole run, if no row is quarantined. Reads text once to count its rows."""
     training = job.training
+    if dataset.grows and training.max_steps is not None:
+        return training.max_steps
     samples = dataset.num_samples("train", stages)
     batches = -(-samples // training.batch_size)
     steps = training.epochs * -(-batches // training.accumulate_batches)

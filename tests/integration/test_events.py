@@ -47,6 +47,7 @@ def test_all_that_a_run_tells_is_registered_documented_and_in_order(stopped, sma
         "warning",
         "pretrained",
         "stopped_early",
+        "waiting",
     }
     assert {str(event.role) for event in events} == {"trainer 0"}
     times = [event.time_s for event in events]

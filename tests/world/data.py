@@ -10,6 +10,7 @@ from penstock.config import parse_job
 from penstock.data.batches.blocks import FileTags
 from penstock.data.batches.loader import Loader
 from penstock.data.batches.loader_plan import LoaderPlan
+from penstock.data.batches.stage import Stage
 from penstock.data.columns.schema import resolve_columns
 from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
@@ -170,12 +171,15 @@ class Reading(NamedTuple):
         begun = [tag for tag in start.files if tag.is_begun]
         unread = [FileTag(path, -1, "") for path in source.paths]
         return Loader(
-            PartRows(source, source.extents(), source.paths),
+            Stage(
+                PartRows(source, source.extents(), source.paths),
+                FileTags(begun + unread[len(begun) :], WholeTags(source), shows=True),
+                start,
+            ),
             COLUMNS,
             replace(plan, block_bytes=self.block_bytes),
             self.prefetch,
             self.prefetch,
             quarantine=Quarantine(None),
-            files=FileTags(begun + unread[len(begun) :], WholeTags(source), shows=True),
             ranks=ranks,
         )

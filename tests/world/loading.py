@@ -52,7 +52,7 @@ class Condition:
 class TaskThreads:
     """In place of the module `threading`."""
 
-    Semaphore = threading.Semaphore
+    Semaphore, Lock, Event = threading.Semaphore, threading.Lock, threading.Event
 
     @staticmethod
     def Thread(target, name, daemon):  # noqa: N802 (its name)

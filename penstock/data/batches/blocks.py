@@ -45,19 +45,29 @@ class Cut(NamedTuple):
 class FileTags:
     """Identities of a part's files as far as they were read, by all lanes together."""
 
-    def __init__(self, files: Sequence[FileTag], tags: WholeTags, *, shows: bool) -> None:
-        """Of `files` as far as they were read before; `shows`: whether anybody asks."""
-        self._files, self.whole, self._shows = list(files), tags, shows
+    def __init__(
+        self, files: Sequence[FileTag], tags: WholeTags, *, shows: bool, first: int = 0
+    ) -> None:
+        """Of `files` as far as they were read before.
+
+        Args:
+          files: the part's.
+          tags: identities of whole files.
+          shows: whether anybody asks.
+          first: number of the first file.
+        """
+        self._files, self.whole, self._shows, self._first = list(files), tags, shows, first
         self._passed = 0
         self._shown: tuple[FileTag, ...] | None = None
 
     def path(self, file: int) -> str:
         """Of a file by its number."""
-        return self._files[file].path
+        return self._files[file - self._first].path
 
     def add(self, read: Sequence[tuple[int, FileTag]]) -> tuple[FileTag, ...]:
         """Takes note of files that were read so far; returns all."""
-        for file, tag in sorted(read):
+        for numbered, tag in sorted(read):
+            file = numbered - self._first
             if tag.size <= self._files[file].size:
                 continue
             # Files without a row were passed, too.
@@ -107,9 +117,9 @@ class Blocks:
                 has_more = not all(dealt.is_last)
                 if not sum(dealt.rows) and not number and plan.trains:
                     raise DataError(
-                        f"{self._files.path(0)}: no row is left to train on; every one that was "
-                        "read is malformed (see quarantine.jsonl in the run) or held out by its "
-                        "time"
+                        f"{self._files.path(self._part.first_file)}: no row is left to train on; "
+                        "every one that was read is malformed (see quarantine.jsonl in the run) "
+                        "or held out by its time"
                     )
                 cut = self._new(dealt, at, (epoch, number))
                 if not cut.inside.is_in_block:
@@ -186,6 +196,7 @@ class Blocks:
             ),
             files=self._files.add([tag for block in every for tag in block.tags]),
             divided=self._part.divided,
+            span=at.span,
         )
         malformed = [row for block in every for row in block.malformed]
         return Cut(stretches, malformed, at, inside, self._behind(inside))
@@ -232,4 +243,5 @@ def within(block: Position, samples: int, per_row: int) -> Position:
         Counts(read + rows, filtered, quarantined, applied + rows),
         block.files,
         block.divided,
+        block.span,
     )

@@ -12,23 +12,24 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from types import TracebackType
 from typing import NamedTuple
 
 from penstock.data.batches.agreement import Agreement, ReaderGroup
-from penstock.data.batches.blocks import Blocks, Cut, FileTags, within
+from penstock.data.batches.blocks import Blocks, Cut, within
 from penstock.data.batches.channel import Channel, Closed, Ended
 from penstock.data.batches.lane_queue import LaneQueue
 from penstock.data.batches.lanes_block import LanesBlock
 from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.batches.reader import Reader, Threads
+from penstock.data.batches.stage import Following, Stage
 from penstock.data.columns.block import Samples, no_samples
 from penstock.data.columns.decode import Decoder
 from penstock.data.columns.schema import Columns
 from penstock.data.plan.lanes import Lane, lanes_of_rank
-from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import LeftOut, Quarantine
 from penstock.errors import GroupError, Interrupted
 from penstock.types import Batch, KeyedJagged, Position
@@ -61,27 +62,27 @@ class Loader:
 
     def __init__(
         self,
-        part: PartRows,
+        stage: Stage,
         columns: Columns,
         plan: LoaderPlan,
         threads: int,
         prefetch: int,
         *,
         quarantine: Quarantine,
-        files: FileTags,
         ranks: ReaderGroup | None = None,
+        following: Following | None = None,
     ) -> None:
         """Starts reading.
 
         Args:
-          part: what to read.
+          stage: what to read; its files are nobody else's.
           columns: what to decode.
-          plan: what to deliver.
+          plan: what to deliver, from the start of the stage on.
           threads: that read.
           prefetch: batches that wait for the consumer.
           quarantine: takes malformed rows when the batch is taken behind which they lie.
-          files: of the part, as far as they were read before `plan.start`; nobody else's.
           ranks: that read the lanes together; None: this process reads all.
+          following: gives what comes behind the stage; None: nothing does.
 
         Raises:
           DataError: the data does not have the place at which to start.
@@ -97,35 +98,51 @@ class Loader:
         # Half of them, so that neither side wakes the other for every batch.
         self._at_once = max(1, prefetch // 2)
         self._closed = False
-        self._decoder, self._schema = Decoder(columns), part.source.schema
+        self._decoder, self._schema = Decoder(columns), stage.part.source.schema
+        self._columns, self._num_threads = columns, threads
+        self._following, self._is_closed = following, threading.Event()
         rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-        mine = lanes_of_rank(plan.num_lanes, rank, size)
-        of_lane = Threads(-(-threads // max(len(mine), 1)), threading.Semaphore(threads))
-        self._readers = [
-            Reader(
-                part,
-                columns,
-                Lane(number, plan.num_lanes),
-                plan.start,
-                plan.epochs,
-                of_lane,
-                tags=files.whole,
-                trains=plan.trains,
-            )
-            for number in mine
-        ]
+        self._lanes = lanes_of_rank(plan.num_lanes, rank, size)
         self._agreement = Agreement(ranks)
-        self._blocks = Blocks(
-            part,
-            plan,
-            [LaneQueue(n, reader, plan) for n, reader in zip(mine, self._readers, strict=True)],
-            self._agreement,
-            files,
-        )
+        self._change = threading.Lock()
+        self._readers: list[Reader] = []
+        self._stage, self._blocks = stage, self._begin(stage)
         self._assembler = threading.Thread(
             target=self._assemble, name="penstock-assembler", daemon=True
         )
         self._assembler.start()
+
+    def _begin(self, stage: Stage) -> Blocks:
+        """Starts the threads that read a stage; those of the one before have come to its end."""
+        plan = replace(self._plan, start=stage.start)
+        at_work = threading.Semaphore(self._num_threads)
+        of_lane = Threads(-(-self._num_threads // max(len(self._lanes), 1)), at_work)
+        with self._change:
+            if self._is_closed.is_set():
+                raise Closed
+            self._readers = [
+                Reader(
+                    stage.part,
+                    self._columns,
+                    Lane(number, plan.num_lanes),
+                    plan.start,
+                    plan.epochs,
+                    of_lane,
+                    tags=stage.files.whole,
+                    trains=plan.trains,
+                )
+                for number in self._lanes
+            ]
+        queues = [
+            LaneQueue(number, reader, plan)
+            for number, reader in zip(self._lanes, self._readers, strict=True)
+        ]
+        return Blocks(stage.part, plan, queues, self._agreement, stage.files)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether all that there is was read, and more may come."""
+        return self._following is not None and self._following.is_waiting
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -169,20 +186,30 @@ class Loader:
         end_s = time.monotonic() + patience_s
         self._closed = True
         self._out.close()
-        for reader in self._readers:
+        with self._change:
+            self._is_closed.set()
+            readers = self._readers
+        for reader in readers:
             reader.close()
-        for reader in self._readers:
+        for reader in readers:
             reader.join(max(0.0, end_s - time.monotonic()))
         self._assembler.join(max(0.0, end_s - time.monotonic()))
 
     # The assembler thread.
 
     def _assemble(self) -> None:
+        stage: Stage | None = self._stage
         try:
-            for cut in self._blocks:
-                deliveries = self._deliver(cut)
-                while some := list(islice(deliveries, self._at_once)):
-                    self._out.put(*some)
+            while stage is not None:
+                end = stage.start
+                for cut in self._blocks:
+                    deliveries = self._deliver(cut)
+                    while some := list(islice(deliveries, self._at_once)):
+                        self._out.put(*some)
+                    end = cut.after
+                stage = self._after(end)
+                if stage is not None:
+                    self._blocks = self._begin(stage)
             self._out.end()
         except Closed:
             self._leave()
@@ -190,6 +217,11 @@ class Loader:
         except BaseException as error:
             self._out.fail(error)
             self._leave()
+
+    def _after(self, end: Position) -> Stage | None:
+        if self._following is None:
+            return None
+        return self._following.after(end, self._agreement.from_first, self._is_closed)
 
     def _leave(self) -> None:
         """The other ranks stop reading, too, but for those that are gone."""

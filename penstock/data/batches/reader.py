@@ -98,7 +98,9 @@ class Reader:
             self._far_times = FarTimes(columns.event_time, columns.time_unit, ahead_s)
         self._columns = columns.names
         self._decoder = Decoder(columns)
-        self._file_numbers = {path: number for number, path in enumerate(part.files)}
+        self._file_numbers = {
+            path: number for number, path in enumerate(part.files, part.first_file)
+        }
         self._begun = [self._task_of(piece) for piece in self._from.pieces]
         self._first = self._first_tasks()
         self._todo = self._tasks()
@@ -203,7 +205,8 @@ class Reader:
             if self._place(extent) > place:
                 break
         files = self._part.files
-        path = files[piece.file] if piece.file < len(files) else f"file {piece.file}"
+        number = piece.file - self._part.first_file
+        path = files[number] if 0 <= number < len(files) else f"file {piece.file}"
         raise DataError(
             f"position in the unit of reading of {path} that begins at {piece.start:,}, but none "
             "begins there; it is not the data that the checkpoint was taken on"

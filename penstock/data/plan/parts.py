@@ -85,6 +85,8 @@ class PartRows:
     time_range: TimeRange | None = None
     divided: int = 0
     """Files, the first of the source, of which a fraction is held out; 0: no split by fraction."""
+    first_file: int = 0
+    """Number of the first of `files`, where others were read before and are no longer listed."""
     _kept: _Kept = field(default_factory=_Kept, compare=False)
 
     def read(self, extent: Extent, columns: Sequence[str]) -> Generator[Chunk]:

@@ -113,3 +113,9 @@ class Files(Sequence[str]):
         for part in self.parts:
             digest = part.digest(digest)
         return digest
+
+
+def files_at(paths: Sequence[str]) -> Files:
+    """Files whose sizes nobody knows, 0 bytes each."""
+    names = pa.array(paths, pa.large_string())
+    return Files([InFolder("", names, np.zeros(len(paths), np.int64))] if paths else [])

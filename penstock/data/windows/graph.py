@@ -146,7 +146,7 @@ class TaskGraph:
     def _periods(self, stream: Stream, source: StreamSource, most_ahead: int) -> Generator[Period]:
         stored = self.stored[f"{stream.name}/{source.name}"]
         times = stream.start_ms - source.delay_ms, stream.end_ms - source.delay_ms
-        check = None if stored.marker is None else _Markers(stored.store, stored.marker).check
+        check = None if stored.marker is None else Markers(stored.store, stored.marker).check
         for period in Periods(stored.store, stored.files, stream.time_zone, *times, most_ahead):
             if check is not None:
                 check(period)
@@ -216,7 +216,7 @@ class _Pump:
             self._channel.fail(error)
 
 
-class _Markers:
+class Markers:
     """Says of hours or days whether their markers are there."""
 
     def __init__(self, store: FolderStore, marker: PathPattern) -> None:
@@ -225,17 +225,21 @@ class _Markers:
         self._entries: Entries | None = None
         """Of the folder of the last marker: those of many hours may lie side by side."""
 
-    def check(self, period: Period) -> None:
-        """Raises DataError: its marker is missing."""
-        path = self._marker.path_of(period.key)
-        folder, _, name = path.rpartition("/")
+    def has(self, period: Period) -> bool:
+        """Whether its marker is there."""
+        folder, _, name = self._marker.path_of(period.key).rpartition("/")
         if self._entries is None or folder != self._folder:
             self._folder, self._entries = folder, self._store.entries(folder)
-        if self._entries is None or pc.index(self._entries.files, _text(name)).as_py() < 0:
+        entries = self._entries
+        return entries is not None and pc.index(entries.files, _text(name)).as_py() >= 0
+
+    def check(self, period: Period) -> None:
+        """Raises DataError: its marker is missing."""
+        if not self.has(period):
             raise DataError(
-                f"{path}: missing, so {period.files[0]} and what lies beside it may be "
-                "incomplete; wait for it, end the stream before it, or take `marker` out of the "
-                "source"
+                f"{self._marker.path_of(period.key)}: missing, so {period.files[0]} and "
+                "what lies beside it may be incomplete; wait for it, end the stream before it, "
+                "or take `marker` out of the source"
             )
 
 

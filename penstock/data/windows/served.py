@@ -9,16 +9,20 @@ from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 import pyarrow as pa
-from pyarrow import fs
 
 from penstock.config.sources import AnyFileSource
 from penstock.config.streams import Stream, StreamSource, StreamsSource
-from penstock.data.files import resolve_path
 from penstock.data.plan.lazy_extents import LazyExtents
 from penstock.data.source import Chunk, Extent, RowCount, Source
-from penstock.data.windows.folders import Folders
-from penstock.data.windows.graph import StoredPaths, TaskGraph, WindowFiles
-from penstock.data.windows.patterns import PathPattern
+from penstock.data.windows.graph import TaskGraph, WindowFiles
+from penstock.data.windows.growing import (
+    Listing,
+    begins,
+    listed_windows,
+    next_span,
+    waits_for,
+)
+from penstock.data.windows.stored import stored_paths
 from penstock.errors import DataError
 from penstock.types import FileTag
 
@@ -37,32 +41,36 @@ class _Origin(NamedTuple):
     """Of its source within the window."""
 
 
-class _Stored(NamedTuple):
-    """A source's files, where they are."""
-
-    paths: StoredPaths
-    scheme: str
-    """What comes before its paths in a URI; empty: nothing."""
-
-
 class Streams:
     """Source over streams. Extents are those of the files' formats, in the order of windows."""
 
-    def __init__(self, config: StreamsSource, open_files: Opener) -> None:
-        """Lists all files.
+    def __init__(
+        self,
+        config: StreamsSource,
+        open_files: Opener,
+        listing: Listing | None = None,
+        like: pa.Schema | None = None,
+    ) -> None:
+        """Lists all files, unless they are known.
 
         Args:
-          config: the streams.
+          config: the streams; with a listing, they may grow.
           open_files: opens the files of one source, of all windows.
+          listing: some windows and their files.
+          like: the columns and types to read; None: those of the files.
 
         Raises:
           DataError: see `TaskGraph`; a source has no file or one of another, or the columns of two
             sources differ.
         """
-        stored = _stored(config)
-        graph = TaskGraph(config, {name: one.paths for name, one in stored.items()})
-        self.windows: Sequence[WindowFiles] = list(graph)
-        """All windows, those without a file among them."""
+        stored = stored_paths(config)
+        paths = {name: one.paths for name, one in stored.items()}
+        self.span = None if listing is None else listing.span
+        """Of streams that grow."""
+        self.windows: Sequence[WindowFiles] = list(
+            TaskGraph(config, paths) if listing is None else listed_windows(config, listing)
+        )
+        """All windows, those without a file among them, but of streams that grow."""
         given: dict[str, list[str]] = defaultdict(list)
         for found in self.windows:
             for part in found.sources:
@@ -72,14 +80,18 @@ class Streams:
             _name(stream, one): _open(stream, one, given, open_files)
             for stream in config.streams
             for one in stream.sources
+            if listing is None or _name(stream, one) in given
         }
-        self.sources: Sequence[Source] = list(sources.values())
-        """In the order of the streams', and of their sources."""
-        self.schema: pa.Schema = _common_schema(self.sources)
+        self.sources: Mapping[str, Source] = sources
+        """By names of stream and source, in the order of the streams', and of their sources."""
+        found_of = list(sources.values())
+        self.schema: pa.Schema = _common_schema(found_of) if like is None else like
+        for source in () if like is None else found_of:
+            _check_columns(source, like)
         self._origins = self._found_origins(sources)
         self.paths: Sequence[str] = list(self._origins)
         self._extents = LazyExtents((), self._more_extents)
-        self._unread = heapq.merge(*(source.extents() for source in self.sources), key=self._turn)
+        self._unread = heapq.merge(*(source.extents() for source in found_of), key=self._turn)
         self._error: DataError | None = None
 
     def _found_origins(self, sources: Mapping[str, Source]) -> dict[str, _Origin]:
@@ -115,7 +127,7 @@ class Streams:
     @property
     def num_groups(self) -> int | None:
         """Of all files; None: not counted."""
-        found = [source.num_groups for source in self.sources]
+        found = [source.num_groups for source in self.sources.values()]
         return None if None in found else sum(one for one in found if one is not None)
 
     def window(self, path: str) -> int:
@@ -129,12 +141,14 @@ class Streams:
     def expected_rows(self, extents: Sequence[Extent]) -> RowCount | None:
         """Rows of the extents, as far as the sources know them."""
         if extents is self._extents:
-            found = [source.expected_rows(source.extents()) for source in self.sources]
+            found = [source.expected_rows(source.extents()) for source in self.sources.values()]
         else:
-            by_source: dict[int, list[Extent]] = {id(one): [] for one in self.sources}
+            by_source: dict[int, list[Extent]] = {id(one): [] for one in self.sources.values()}
             for extent in extents:
                 by_source[id(self._of(extent.path))].append(extent)
-            found = [source.expected_rows(by_source[id(source)]) for source in self.sources]
+            found = [
+                source.expected_rows(by_source[id(source)]) for source in self.sources.values()
+            ]
         known = [one for one in found if one is not None]
         if len(known) < len(found):
             return None
@@ -192,6 +206,27 @@ class Streams:
         return self._origins[path].source
 
 
+def first_listing(config: StreamsSource) -> Listing | None:
+    """The span with which a run over streams that grow begins; None: no window is complete yet.
+
+    Raises:
+      DataError: as `TaskGraph`.
+    """
+    paths = {name: one.paths for name, one in stored_paths(config).items()}
+    return next_span(config, paths, begins(config), 0)
+
+
+def complete_now(config: StreamsSource) -> Listing:
+    """As `first_listing`; raises DataError where nothing is complete."""
+    listing = first_listing(config)
+    if listing is None:
+        raise DataError(
+            f"{config.sources[0].files.path}: no window is complete yet; that takes "
+            f"{waits_for(config)}"
+        )
+    return listing
+
+
 def _name(stream: Stream, source: StreamSource) -> str:
     return f"{stream.name}/{source.name}"
 
@@ -210,6 +245,15 @@ def _open(
             f"{stream.name!r}"
         )
     return open_files(source.files.model_copy(update={"path": tuple(paths)}))
+
+
+def _check_columns(source: Source, schema: pa.Schema) -> None:
+    missing = next((name for name in schema.names if name not in source.schema.names), None)
+    if missing is not None:
+        raise DataError(
+            f"{source.paths[0]}: no column {missing!r}, which the files before it have; the "
+            "sources of data.source.streams have the same columns"
+        )
 
 
 def _common_schema(sources: Sequence[Source]) -> pa.Schema:
@@ -239,31 +283,3 @@ def _common_schema(sources: Sequence[Source]) -> pa.Schema:
                 ) from None
             fields[place] = common.field(0)
     return pa.schema([pa.field(field.name, field.type) for field in fields])
-
-
-def _stored(config: StreamsSource) -> dict[str, _Stored]:
-    """By name of stream and source; sources of one file system share its folders."""
-    shared: list[tuple[fs.FileSystem, Folders]] = []
-
-    def folders_of(filesystem: fs.FileSystem) -> Folders:
-        for other, folders in shared:
-            if other.equals(filesystem):
-                return folders
-        shared.append((filesystem, Folders(filesystem)))
-        return shared[-1][1]
-
-    found = {}
-    for stream in config.streams:
-        for source in stream.sources:
-            assert isinstance(source.files.path, str)
-            filesystem, path = resolve_path(source.files.path)
-            marker = None if source.marker is None else resolve_path(source.marker)
-            if marker is not None and not marker[0].equals(filesystem):
-                raise DataError(f"{source.marker}: on another file system than its files")
-            paths = StoredPaths(
-                folders_of(filesystem),
-                PathPattern(path),
-                None if marker is None else PathPattern(marker[1]),
-            )
-            found[_name(stream, source)] = _Stored(paths, source.files.path.removesuffix(path))
-    return found

@@ -59,7 +59,9 @@ def test_marks_are_found_in_groups_lists_and_kinds():
             Job,
             """
             name data.source.path data.source.quoted_line_breaks data.source.on_malformed_row
-            data.source.streams.*.end data.source.streams.*.sources.*.marker
+            data.source.poll data.source.streams.*.end data.source.streams.*.sources.*.marker
+            data.source.streams.*.sources.*.lateness
+            data.source.streams.*.sources.*.closes_after
             data.source.streams.*.sources.*.files.path
             data.source.streams.*.sources.*.files.quoted_line_breaks
             data.source.streams.*.sources.*.files.on_malformed_row

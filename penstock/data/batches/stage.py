@@ -1,0 +1,44 @@
+"""What a loader reads at a time: all of its part, or, of streams that grow, one span of windows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from penstock.data.batches.blocks import FileTags
+from penstock.data.plan.parts import PartRows
+from penstock.types import Position
+
+
+class Stage(NamedTuple):
+    """Files that are listed, and where to begin in them."""
+
+    part: PartRows
+    files: FileTags
+    start: Position
+
+
+class Following(Protocol):
+    """What comes behind a stage."""
+
+    is_waiting: bool
+    """Whether `after` has nothing yet."""
+
+    def after(
+        self,
+        end: Position,
+        from_first: Callable[[Callable[[], Any]], Any],
+        is_closed: threading.Event,
+    ) -> Stage | None:
+        """The next stage; waits until there is one. None: nothing comes any more.
+
+        Args:
+          end: behind all of the stage before.
+          from_first: what the first rank says, as JSON has it, on every rank.
+          is_closed: set when nobody wants it any longer.
+
+        Raises:
+          Closed: nobody does.
+          DataError: files cannot be listed or opened.
+        """

@@ -1,0 +1,135 @@
+"""Opens the windows of streams that grow, span after span, while a run goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from penstock.config.streams import StreamsSource
+from penstock.data.batches.blocks import FileTags
+from penstock.data.batches.channel import Closed
+from penstock.data.batches.stage import Stage
+from penstock.data.identity import WholeTags
+from penstock.data.plan.parts import PartRows
+from penstock.data.windows.growing import Listing, has_ended, next_span, waits_for
+from penstock.data.windows.served import Opener, Streams, complete_now
+from penstock.data.windows.stored import stored_paths
+from penstock.errors import DataError
+from penstock.types import Cursor, FileTag, LanePosition, Position, Span
+
+
+class Spans:
+    """Of the training part of a job."""
+
+    def __init__(
+        self,
+        config: StreamsSource,
+        open_files: Opener,
+        listing: Listing | None,
+    ) -> None:
+        """Opens the files of the first span.
+
+        Args:
+          config: the streams.
+          open_files: opens the files of one source.
+          listing: of the span with which to begin; None: what is complete now.
+
+        Raises:
+          DataError: no window is complete, or as `Streams`.
+        """
+        self._config, self._open_files = config, open_files
+        listing = listing or complete_now(config)
+        self.first = Streams(config, open_files, listing)
+        """The span with which to begin; the columns and types are those of all that follow."""
+        self.is_waiting = False
+        self.on_wait: Callable[[str], None] = lambda words: None
+        """Told, from a thread of the loader, what it waits for, each time that it begins to."""
+
+    def within_first(self, start: Position) -> Position:
+        """A position at the beginning of the first span, or one within it.
+
+        Raises:
+          DataError: it is in another span.
+        """
+        span = self.first.span
+        if start.span is None:
+            return replace(start, span=span)
+        if start.span.first_file != (span and span.first_file):
+            raise DataError(
+                "the position is in windows that are not open; open the data with the position to "
+                "go on from"
+            )
+        return start
+
+    def after(
+        self,
+        end: Position,
+        from_first: Callable[[Callable[[], Any]], Any],
+        is_closed: threading.Event,
+    ) -> Stage | None:
+        """See `Following`."""
+        assert end.span is not None
+        first = end.span.first_file + len(end.files)
+        try:
+            while True:
+                found = from_first(lambda: self._found(end.span, first))
+                if found == "ended":
+                    return None
+                if found != "waiting":
+                    return self._stage(end, Listing.from_plain(found))
+                if not self.is_waiting:
+                    self.is_waiting = True
+                    self.on_wait(waits_for(self._config))
+                if is_closed.wait(self._config.poll_s):
+                    raise Closed
+        finally:
+            self.is_waiting = False
+
+    def _found(self, span: Span | None, first: int) -> Any:
+        assert span is not None
+        if has_ended(self._config, span.until_ms):
+            return "ended"
+        paths = {name: one.paths for name, one in stored_paths(self._config).items()}
+        listing = next_span(self._config, paths, span.until_ms, first)
+        return "waiting" if listing is None else listing.to_plain()
+
+    def _stage(self, end: Position, listing: Listing) -> Stage:
+        streams = Streams(self._config, self._open_files, listing, self.first.schema)
+        part = rows_of(streams)
+        tags = [FileTag(path, -1, "") for path in part.files]
+        first = part.first_file
+        start = replace(
+            end,
+            block_row=0,
+            lanes=tuple(LanePosition(cursor=Cursor(first)) for _ in end.lanes),
+            files=tuple(tags),
+            span=listing.span,
+        )
+        files = FileTags(tags, WholeTags(streams), shows=True, first=first)
+        return Stage(part, files, start)
+
+
+def rows_of(streams: Streams) -> PartRows:
+    """All rows of a span."""
+    assert streams.span is not None
+    return PartRows(streams, streams.extents(), streams.paths, first_file=streams.span.first_file)
+
+
+def listing_of(config: StreamsSource, position: Position) -> Listing:
+    """The span in which a position is, with the files that it had."""
+    assert position.span is not None
+    prefixes = {name: one.scheme for name, one in stored_paths(config).items()}
+    left = iter(position.files)
+    paths: list[str] = []
+    for number, _, _, counts in position.span.windows:
+        stream = config.streams[number]
+        for source, count in zip(stream.sources, counts, strict=True):
+            prefix = prefixes[f"{stream.name}/{source.name}"]
+            paths += _taken(left, count, prefix)
+    return Listing(position.span, paths)
+
+
+def _taken(left: Any, count: int, prefix: str) -> Sequence[str]:
+    return [next(left).path.removeprefix(prefix) for _ in range(count)]

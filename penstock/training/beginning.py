@@ -1,0 +1,68 @@
+"""Where a run begins: at its newest checkpoint, or at the first windows that are complete."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from penstock.config import Job, StreamsSource
+from penstock.data.plan.counting import Stages
+from penstock.data.windows.growing import Listing, waits_for
+from penstock.data.windows.served import first_listing
+from penstock.ranks.group import Group
+from penstock.ranks.together import from_first, together
+from penstock.training.checkpoint.checkpoint import position_of
+from penstock.training.trained import newest_of_run
+from penstock.types import Position
+
+
+class Beginning(NamedTuple):
+    """Where a run begins to read."""
+
+    after: Position | None
+    """Where it stopped; None: it is a new one."""
+    listing: Listing | None
+    """Of streams that grow, the first windows of a new run; None: of others."""
+
+
+def newest_of_all(run: Path, group: Group) -> Path:
+    """The newest checkpoint of a run as the first rank sees it."""
+    return run / from_first(group, lambda: newest_of_run(run).relative_to(run).as_posix())
+
+
+def beginning_of(job: Job, run: Path, group: Group, stages: Stages, *, resume: bool) -> Beginning:
+    """Finds where to begin. Where streams grow, waits until a window is complete.
+
+    Every rank reads what the first one has listed.
+
+    Args:
+      job: what to read.
+      run: its folder.
+      group: every rank of it comes to this place.
+      stages: told while it waits.
+      resume: whether it goes on.
+
+    Raises:
+      CheckpointError: there is no checkpoint to go on from, or it is of another job.
+      DataError: files cannot be listed.
+      Interrupted: a signal came meanwhile.
+    """
+    if resume:
+        with together(group, "find where to go on"):
+            return Beginning(position_of(newest_of_all(run, group), job), None)
+    source = job.data.source
+    if not isinstance(source, StreamsSource) or not source.grows:
+        return Beginning(None, None)
+
+    def listed() -> Any:
+        found = first_listing(source)
+        return "waiting" if found is None else found.to_plain()
+
+    is_told = False
+    while (said := from_first(group, listed)) == "waiting":
+        if not is_told:
+            stages(f"nothing yet, waiting for {waits_for(source)}")(0, None)
+        is_told = True
+        time.sleep(source.poll_s)
+    return Beginning(None, Listing.from_plain(said))
