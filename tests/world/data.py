@@ -16,7 +16,7 @@ from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import MalformedRow, Quarantine
 from penstock.data.source import Chunk, Extent, KeptPlace, RowPlace
-from penstock.types import FileTag, LanePosition, Position
+from penstock.types import Cursor, FileTag, LanePosition, Position, Span, SpanWindow
 from tests.world.oracle import MOST_KEYS
 
 SCHEMA = pa.schema([
@@ -134,6 +134,58 @@ def drawn(rng):
     return Data(source, samples, malformed, list(of_windows.values()))
 
 
+class Growing:
+    """What comes behind a span: as many windows as the first rank says."""
+
+    is_waiting = False
+
+    def __init__(self, source, seed):
+        self._source, self._rng = source, np.random.default_rng(seed)
+
+    def stage(self, start):
+        """The span of a position; of none, that with which a run begins."""
+        if start.span is None:
+            # As every rank draws it.
+            return self._next(start, 0, int(self._rng.integers(1, 4)))
+        files = [tag.path for tag in start.files]
+        return self._stage(start, files, list(start.files))
+
+    def after(self, end, from_first, is_closed):
+        """See `Following`."""
+        first = end.span.first_file + len(end.files)
+        windows = from_first(lambda: int(self._rng.integers(1, 4)))
+        if first == len(self._source.paths):
+            return None
+        return self._next(end, first, windows)
+
+    def _next(self, end, first, windows):
+        files = self._source.paths[first:]
+        among = sorted({self._source.window(path) for path in files})[:windows]
+        files = [path for path in files if self._source.window(path) in among]
+        spans = [
+            SpanWindow(0, one, one + 1, (sum(self._source.window(path) == one for path in files),))
+            for one in among
+        ]
+        tags = [FileTag(path, -1, "") for path in files]
+        start = replace(
+            end,
+            block_row=0,
+            lanes=tuple(LanePosition(cursor=Cursor(first)) for _ in end.lanes),
+            files=tuple(tags),
+            span=Span(first, (among[-1] + 1,), tuple(spans)),
+        )
+        return self._stage(start, files, tags)
+
+    def _stage(self, start, files, tags):
+        first = start.span.first_file
+        extents = [one for one in self._source.extents() if one.path in set(files)]
+        return Stage(
+            PartRows(self._source, extents, files, first_file=first),
+            FileTags(tags, WholeTags(self._source), shows=True, first=first),
+            start,
+        )
+
+
 class Reading(NamedTuple):
     """How a schedule reads its data."""
 
@@ -144,42 +196,52 @@ class Reading(NamedTuple):
     epochs: int
     shuffled: bool
     prefetch: int
+    grows: bool
+    """Whether windows appear while they are read."""
 
     @classmethod
     def drawn(cls, rng):
         """At random."""
+        grows = bool(rng.random() < 0.5)
         return cls(
             lanes=int(rng.integers(1, 9)),
             batch_size=int(rng.integers(3, 40)),
             block_rows=int(rng.integers(1, 90)),
             block_bytes=int(rng.integers(200, 4000)) if rng.random() < 0.3 else 2**40,
-            epochs=int(rng.integers(1, 3)),
+            epochs=1 if grows else int(rng.integers(1, 3)),
             shuffled=bool(rng.random() < 0.7),
             prefetch=int(rng.integers(1, 5)),
+            grows=grows,
         )
 
     def start(self):
         """The beginning."""
         return Position(lanes=(LanePosition(),) * self.lanes)
 
-    def loader(self, data, seed, start, ranks=None):
-        """Reads the data from a position on, as `Dataset.batches` does."""
+    def loader(self, data, seed, start, ranks=None, luck=None):
+        """Reads the data from a position on, as `Dataset.batches` does.
+
+        `luck`: a seed of which windows are there when somebody looks; None: all are.
+        """
         plan = LoaderPlan.of(
             self.batch_size, self.block_rows, seed, self.epochs, start, shuffled=self.shuffled
         )
         source = data.source
         begun = [tag for tag in start.files if tag.is_begun]
         unread = [FileTag(path, -1, "") for path in source.paths]
+        growing = None if luck is None or not self.grows else Growing(source, luck)
+        stage = Stage(
+            PartRows(source, source.extents(), source.paths),
+            FileTags(begun + unread[len(begun) :], WholeTags(source), shows=True),
+            start,
+        )
         return Loader(
-            Stage(
-                PartRows(source, source.extents(), source.paths),
-                FileTags(begun + unread[len(begun) :], WholeTags(source), shows=True),
-                start,
-            ),
+            stage if growing is None else growing.stage(start),
             COLUMNS,
             replace(plan, block_bytes=self.block_bytes),
             self.prefetch,
             self.prefetch,
             quarantine=Quarantine(None),
             ranks=ranks,
+            following=growing,
         )

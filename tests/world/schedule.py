@@ -59,6 +59,7 @@ class Leg(NamedTuple):
     faults: Faults
     save_at: frozenset
     """Steps after which a checkpoint is taken."""
+    number: int
     signal_at: tuple | None
     """Rank and step at which a signal comes; then all stop and save."""
 
@@ -98,7 +99,7 @@ class Schedule:
         threads = threading.active_count()
         faults = 0
         for number in range(_MOST_LEGS):
-            leg = self._drawn_leg(is_last=number == _MOST_LEGS - 1)
+            leg = self._drawn_leg(number)
             world = World(leg.ranks, faults=leg.faults, seed=self.seed * _MOST_LEGS + number)
             ended = world.ended(lambda rank, leg=leg: self._of_rank(rank, leg))
             faults += world.mail.fault_at is not None
@@ -115,7 +116,8 @@ class Schedule:
         assert rows == oracle.bits(), "rows differ from the oracle's"
         return Done(len(self.batches), len(rows), number + 1, faults)
 
-    def _drawn_leg(self, *, is_last):
+    def _drawn_leg(self, number_of_leg):
+        is_last = number_of_leg == _MOST_LEGS - 1
         rng, steps = self.rng, len(self.batches)
         ranks = int(rng.integers(1, 1 + min(4, self.reading.lanes)))
         fault = rng.random()
@@ -134,7 +136,7 @@ class Schedule:
         weights = 1 + rng.permutation(ranks) * int(rng.integers(0, 3))
         self.shard_map = self.shard_map.resized(weights.tolist())
         wholes = {one.name: int(rng.integers(ranks)) for one in TABLES if rng.random() < 0.3}
-        return Leg(ranks, self.shard_map, wholes, faults, save_at, signal_at)
+        return Leg(ranks, self.shard_map, wholes, faults, save_at, number_of_leg, signal_at)
 
     def _has_finished(self, world, ended):
         """Whether all ranks came to the end; checks how they ended."""
@@ -176,7 +178,8 @@ class Schedule:
         stop = Interruption()
         signal_at = leg.signal_at[1] if (leg.signal_at or (-1,))[0] == rank.rank else None
         position = start
-        reads = self.reading.loader(self.data, self.seed, start, rank.beside())
+        luck = [self.seed, leg.number]
+        reads = self.reading.loader(self.data, self.seed, start, rank.beside(), luck)
         with reads as loader, stop.deferred():
             try:
                 for batch in in_step(loader, rank, stop):

@@ -115,7 +115,8 @@ class Blocks:
                 dealt = deal(plan, self._ask, window)
                 window = dealt.window
                 has_more = not all(dealt.is_last)
-                if not sum(dealt.rows) and not number and plan.trains:
+                is_all = at.span is None  # where streams grow, more may come
+                if not sum(dealt.rows) and not number and plan.trains and is_all:
                     raise DataError(
                         f"{self._files.path(self._part.first_file)}: no row is left to train on; "
                         "every one that was read is malformed (see quarantine.jsonl in the run) "
