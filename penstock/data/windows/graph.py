@@ -28,8 +28,10 @@ from penstock.errors import DataError
 
 _PERIODS_AHEAD = 256
 """Hours or days of a source that are found before somebody asks for them."""
-_FILES_AHEAD = 1 << 20
-"""Files of all sources at work, about as many: a name and size take some 40 bytes."""
+_FILES_AHEAD = 1 << 21
+"""Files of all sources at work, about as many: a name and size take some 40 bytes. Nearly all of
+them are for folders that are listed at a time, since a store that is far away takes its time for
+each; an eighth is for what is found and not taken yet."""
 
 
 class StoredPaths(NamedTuple):
@@ -131,7 +133,7 @@ class TaskGraph:
             pumps = []
             for source in stream.sources:
                 periods = self._periods(stream, source, most_ahead)
-                pumps.append(_Pump(periods, most_ahead))
+                pumps.append(_Pump(periods, most_ahead // 8))
                 opened.callback(pumps[-1].close)
             for window in windows(stream.unit, stream.time_zone, stream.start_ms, stream.end_ms):
                 yield _OpenWindow(stream, window, self._joined(stream, window, pumps))
