@@ -35,9 +35,10 @@ from penstock.job_file import override
 from penstock.ranks.group import ALONE, Group, refuse_ranks_left_out
 from penstock.ranks.share import Share
 from penstock.ranks.table_totals import over_ranks
-from penstock.ranks.together import from_first, together
+from penstock.ranks.together import from_first, summed, together
 from penstock.ranks.watch import Watch
 from penstock.report.display import stages
+from penstock.report.environment import peak_memory_bytes
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.rank_report import held, report_of
 from penstock.report.run_report import Report
@@ -304,12 +305,9 @@ class Run:
 
     def _pretrained(self) -> list[Loaded]:
         """Gives tables the vectors that the job names."""
+        given = self.dataset.transforms_of
         return [
-            load_vectors(
-                one,
-                self.state.collection,
-                transforms_of(one, self.dataset.transforms_of(one.table)),
-            )
+            load_vectors(one, self.state.collection, transforms_of(one, given(one.table)))
             for one in self.job.training.pretrained
         ]
 
@@ -487,6 +485,7 @@ class Run:
             "wall_s": time.monotonic() - self._began_s,
             **self._state_values(),
             "quarantined_rows": self.dataset.quarantined_rows,
+            "peak_memory_bytes": summed(self.group, peak_memory_bytes()),
             "checkpoint": str(self.checkpoints.latest()),
             **best_values(self.state.best),
         }

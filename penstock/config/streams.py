@@ -12,7 +12,7 @@ from datetime import UTC, date, datetime
 from typing import Annotated, Any, ClassVar, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from penstock.config.base import MAY_CHANGE, Config
 from penstock.config.sources import FILE_SOURCES, AnyFileSource, SyntheticSource
@@ -24,6 +24,8 @@ _DURATION = re.compile(r"(\d+) ?(s|min|h|d)")
 _UNITS_MS = {"s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 _MOST_MS = 366 * 86_400_000
 _NOW = "now"
+_MOST_WINDOWS = 1_000_000
+_TIME = "ISO 8601 time of the years 1 to 9999; write it like 2026-01-31 or 2026-01-31T06"
 
 
 def duration_ms(text: str, others: str = "") -> int:
@@ -47,6 +49,12 @@ def fields_of_path(path: str) -> tuple[str, ...]:
     Raises:
       ValueError: it has a field that there is not, or a finer one without the coarser ones.
     """
+    brace = re.search(r"[{}]", _FIELD.sub("", path))
+    if brace is not None:
+        raise ValueError(
+            f"{path!r} has a {brace[0]} that belongs to no field; there are "
+            + ", ".join(f"{{{name}}}" for name in DATE_FIELDS)
+        )
     found = set(_FIELD.findall(path))
     unknown = sorted(found - set(DATE_FIELDS))
     if unknown:
@@ -63,10 +71,16 @@ def fields_of_path(path: str) -> tuple[str, ...]:
     return fields
 
 
+def _without_slash(name: str) -> str:
+    if "/" in name:
+        raise ValueError("a name has no /, which stands between those of stream and source")
+    return name
+
+
 class StreamSource(Config):
     """Files of one format whose paths say when their rows happened."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1), AfterValidator(_without_slash)]
     files: Annotated[AnyFileSource, Field(discriminator="format")]
     """With one `path`, a glob with the fields {YYYY} {MM} {DD} and perhaps {HH}:
     `clicks/{YYYY}-{MM}-{DD}/{HH}/*.parquet`.
@@ -124,7 +138,7 @@ class StreamSource(Config):
         if "**" in path:
             raise ValueError(f"{self.name}: {path!r} has **; name each level, by * or fields")
         fields = fields_of_path(path)
-        _check_order(path)
+        _check_levels(path)
         if self.marker is not None and fields_of_path(self.marker) != fields:
             raise ValueError(f"{self.name}: the marker must have the date fields of the path")
         if self.marker is not None and re.search(r"[*?\[]", self.marker):
@@ -132,22 +146,30 @@ class StreamSource(Config):
         return self
 
 
-def _check_order(path: str) -> None:
-    coarsest = 0
-    for folder in path.split("/"):
-        places = [DATE_FIELDS.index(name) for name in _FIELD.findall(folder)]
-        if places and min(places) < coarsest:
+def _check_levels(path: str) -> None:
+    """Refuses folders that no file can be found by."""
+    known: set[str] = set()
+    for name in path.split("/"):
+        new = [field for field in _FIELD.findall(name) if field not in known]
+        coarsest = max((DATE_FIELDS.index(field) for field in known), default=0)
+        late = next((field for field in new if DATE_FIELDS.index(field) < coarsest), None)
+        if late is not None:
             raise ValueError(
-                f"{path!r}: {{{DATE_FIELDS[min(places)]}}} stands below a finer field; folders go "
-                "from the year to the hour"
+                f"{path!r}: {{{late}}} stands below a finer field; folders go from the year to the "
+                "hour"
             )
-        coarsest = max([coarsest, *places])
+        if known and name in ("", ".", ".."):
+            raise ValueError(
+                f"{path!r} has {name!r} for a name below its fields; name each folder, and the "
+                "files in the last one, by * where they vary"
+            )
+        known.update(new)
 
 
 class Stream(Config):
     """Sources mixed over windows of event time: one window after the other, all of its sources."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1), AfterValidator(_without_slash)]
     window: str = "day"
     """`hour` and `day` are those of `zone`; a duration (`90s`, `15min`, `6h`, `7d`) counts from
     `start`.
@@ -165,7 +187,9 @@ class Stream(Config):
     @field_validator("start", "end", mode="before")
     @classmethod
     def _moment_of_yaml(cls, at: Any) -> Any:
-        # YAML reads ISO 8601 without quotation marks as a moment.
+        # YAML reads ISO 8601 without quotation marks as a moment, and 20260131 as a number.
+        if isinstance(at, int | float):
+            raise ValueError(f"{at} is a number, not an {_TIME}")
         return at.isoformat() if isinstance(at, date) else at
 
     @field_validator("zone")
@@ -205,6 +229,13 @@ class Stream(Config):
         named: dict[str, Literal["hour", "day"]] = {"hour": "hour", "day": "day"}
         return named.get(self.window) or duration_ms(self.window, "hour, day, ")
 
+    @field_validator("window")
+    @classmethod
+    def _is_unit(cls, text: str) -> str:
+        if text not in ("hour", "day"):
+            duration_ms(text, "hour, day, ")
+        return text
+
     def _moment(self, text: str) -> int:
         moment = datetime.fromisoformat(text)
         if moment.tzinfo is None:
@@ -219,10 +250,7 @@ class Stream(Config):
             try:
                 self._moment(text)
             except (ValueError, OverflowError):
-                raise ValueError(
-                    f"{field} {text!r} is no ISO 8601 time; write it like 2026-01-31 or "
-                    "2026-01-31T06"
-                ) from None
+                raise ValueError(f"{field} {text!r} is no {_TIME}") from None
         if self.start_ms >= self.end_ms:
             raise ValueError(f"end {self.end!r} is not after start {self.start!r}")
         return self
@@ -235,6 +263,12 @@ class Stream(Config):
         ms = unit if isinstance(unit, int) else {"hour": 3_600_000, "day": 86_400_000}[unit]
         if not ms:
             raise ValueError("window 0s: a window has some length")
+        number = 0 if self.grows else (self.end_ms - self.start_ms) // ms
+        if number > _MOST_WINDOWS:
+            raise ValueError(
+                f"{number:,} windows {self.window!r} from start {self.start!r} to end "
+                f"{self.end!r}, at most {_MOST_WINDOWS:,}; set end to where the files end"
+            )
         for source in self.sources:
             of_hours = "HH" in fields_of_path(str(source.files.path))
             if ms < (3_600_000 if of_hours else 86_400_000):

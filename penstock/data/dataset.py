@@ -369,7 +369,7 @@ def _growing(
     if not isinstance(config, StreamsSource):
         return None
     if after is not None and after.span is not None:
-        return Spans(config, open_files, listing_of(config, after))
+        return Spans(config, open_files, listing_of(after))
     if not config.grows:
         return None
     if after is not None and after.files:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -57,7 +58,7 @@ def list_files(
         raise DataError(f"{twice}: named twice; its rows would be read twice")
     seen: dict[object, str] = {}
     for path in found:
-        first = seen.setdefault(_key(filesystem, path), path)
+        first = seen.setdefault(file_key(filesystem, path), path)
         if first is not path:
             raise DataError(f"{path}: the same file as {first}; its rows would be read twice")
     return filesystem, found
@@ -85,15 +86,15 @@ def common_file(
     )
     if not first.equals(second):
         return None
-    names = {_key(first, path): path for path in paths}
+    names = {file_key(first, path): path for path in paths}
     for path in others:
-        name = names.get(_key(first, path))
+        name = names.get(file_key(first, path))
         if name is not None:
             return name, path
     return None
 
 
-def _key(filesystem: fs.FileSystem, path: str) -> object:
+def file_key(filesystem: fs.FileSystem, path: str) -> object:
     """Equal for two names of one file; links are found on this machine alone."""
     if not isinstance(filesystem, fs.LocalFileSystem):
         return path
@@ -113,13 +114,38 @@ def resolve_path(path: str) -> tuple[fs.FileSystem, str]:
     if "://" not in path:
         return fs.LocalFileSystem(), path
     try:
-        # A glob is no valid URI, so only the part before it is given to pyarrow.
-        glob = _VARIES.search(path)
-        stem = path[: path.rindex("/", 0, glob.start())] if glob else path
+        stem = _stem(path)
         filesystem, inner = fs.FileSystem.from_uri(stem)
     except (ValueError, OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be opened: {error}") from None
     return filesystem, inner + path[len(stem) :]
+
+
+def _stem(uri: str) -> str:
+    """The part before a glob, which would be no valid URI.
+
+    Raises:
+      ValueError: there is no folder in it.
+    """
+    glob = _VARIES.search(uri)
+    return uri[: uri.rindex("/", 0, glob.start())] if glob else uri
+
+
+def paths_like(given: str, inner: str, paths: Sequence[str]) -> list[str]:
+    """Paths within a file system as `list_files` takes them.
+
+    Args:
+      given: a path, glob or URI of that file system.
+      inner: what `resolve_path` made of it.
+      paths: of files.
+    """
+    if "://" not in given or given.startswith("file:"):
+        return list(paths)
+    stem = _stem(given)
+    begin = inner.removesuffix(given[len(stem) :])
+    # A URI is percent-encoded, the paths within a file system are not.
+    at = next(at for at in range(len(stem) + 1) if unquote(stem[at:]) == begin)
+    return [stem[:at] + quote(path) for path in paths]
 
 
 def _expand(filesystem: fs.FileSystem, path: str, given: str) -> list[str]:
@@ -154,6 +180,11 @@ def _expand(filesystem: fs.FileSystem, path: str, given: str) -> list[str]:
 
 def _of_home(path: str) -> str:
     return "; a ~ is not expanded here: write the whole path" if path.startswith("~") else ""
+
+
+def where_from(given: str, filesystem: fs.FileSystem) -> str:
+    """What an error adds about a path of which nothing was found: where it begins."""
+    return _of_home(given) or _begins_at(filesystem, given)
 
 
 def _begins_at(filesystem: fs.FileSystem, path: str) -> str:

@@ -263,7 +263,7 @@ KINDS: Mapping[str, Kind] = {
                     "step": Quantity(Unit.STEPS, "trained by then"),
                 },
             ),
-            "peak_memory_bytes": Quantity(Unit.BYTES, "resident, of this process"),
+            "peak_memory_bytes": Quantity(Unit.BYTES, "resident, the sum over ranks"),
             "versions": Group(
                 "versions",
                 "Of what decides a run's numbers.",

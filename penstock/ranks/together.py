@@ -64,6 +64,19 @@ def from_first(group: Group, say: Callable[[], Said]) -> Said:
     return words
 
 
+def summed(group: Group, number: int) -> int:
+    """The sum of what ranks have of something.
+
+    Args:
+      group: every rank of it comes to this place.
+      number: of this rank.
+
+    Raises:
+      GroupError: a rank is gone.
+    """
+    return int(group.gathered(torch.tensor(number)).sum())
+
+
 def check_alike(group: Group, what: str, mine: str) -> None:
     """Refuses ranks that were given unlike things.
 

@@ -18,7 +18,7 @@ from penstock.events.event import Role
 from penstock.events.registry import KINDS, METRICS, field_named
 from penstock.events.stream import EventStream, Latest
 from penstock.report.display import Display
-from penstock.report.environment import hardware, peak_memory_bytes, versions
+from penstock.report.environment import hardware, versions
 from penstock.report.folder import RunFolder
 from penstock.report.json_lines import JsonLines
 from penstock.report.sinks import RunLog, SummaryFile, TensorBoard
@@ -263,7 +263,6 @@ class RunReport(Report):
         whole = {
             "name": self._job.name,
             **summary,
-            "peak_memory_bytes": peak_memory_bytes(),
             "versions": versions(),
             "hardware": hardware(),
         }

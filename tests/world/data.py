@@ -17,7 +17,7 @@ from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import MalformedRow, Quarantine
 from penstock.data.source import Chunk, Extent, KeptPlace, RowPlace
 from penstock.types import Cursor, FileTag, LanePosition, Position, Span, SpanWindow
-from tests.world.oracle import MOST_KEYS
+from tests.world.oracle import BAGS
 
 SCHEMA = pa.schema([
     ("label", pa.int64()),
@@ -78,8 +78,8 @@ class Data(NamedTuple):
     """Samples of each window of event time."""
 
 
-def drawn(rng):
-    """Files with extents of unlike sizes, empty ones among them."""
+def drawn(rng, pooling):
+    """Files with extents of unlike sizes, empty ones among them, of bags that are pooled so."""
     span = int(rng.choice([2, 9, 40]))
     most_rows = int(rng.choice([3, 12, 30]))
     samples, files, malformed = {}, {}, 0
@@ -98,7 +98,7 @@ def drawn(rng):
                     bad.append(row)
                 continue
             number = len(samples)
-            bag = [key() for _ in range(rng.integers(0, MOST_KEYS + 1))]
+            bag = [key() for _ in range(rng.integers(0, BAGS[pooling] + 1))]
             samples[number] = key(), bag
             kept.append(row)
             ids.append(number)

@@ -9,24 +9,42 @@ from collections import Counter
 import numpy as np
 import torch
 
-from penstock.config import SGD, TableConfig
+from penstock.config import SGD, Constant, TableConfig
 from penstock.embedding.rules.initializer import initial_values
+from penstock.embedding.sharded.ways import ROWS
 from penstock.embedding.store import CURSOR_START, PooledFeature, PoolingPlan
 
 DIM = 3
 RATE = 0.125
 MOST_KEYS = 3
 """Of a bag."""
-TABLES = [TableConfig(name=name, dim=DIM, optimizer=SGD(learning_rate=RATE)) for name in "ab"]
-PLAN = PoolingPlan(
-    (
+BAGS = {"sequence": MOST_KEYS, "sum": MOST_KEYS, "mean": 2}
+"""Most keys of a bag, by how it is pooled: means of three would be rounded."""
+
+
+def tables_of(pooling):
+    """Two tables; where bags are pooled, of values whose sums are not rounded in any order."""
+    fields = {"dim": DIM, "optimizer": SGD(learning_rate=RATE)}
+    if pooling != "sequence":
+        fields["initializer"] = Constant(value=0.25)
+    return [TableConfig(name=name, **fields) for name in "ab"]
+
+
+def plan_of(pooling):
+    """Features `id`, `one` and `bag`; what is read of a bag without keys is 0."""
+    rows = MOST_KEYS if pooling == "sequence" else 1
+    most = (MOST_KEYS,) if pooling == "sequence" else ()
+    features = (
         PooledFeature(0, 1, "sum", 0),
         PooledFeature(1, 0, "sum", DIM),
-        PooledFeature(2, 0, "sequence", 2 * DIM, MOST_KEYS),
-    ),
-    (2 + MOST_KEYS) * DIM,
-)
-"""Features `id`, `one` and `bag`; what is read are rows as they are, 0 where a bag has none."""
+        PooledFeature(2, 0, pooling, 2 * DIM, *most),
+    )
+    return PoolingPlan(features, (2 + rows) * DIM)
+
+
+def any_way(sizes, dim, way):
+    """In place of `way_of`: either way, alike on all ranks, and another one now and then."""
+    return ROWS if sizes[:, -1].any() else int(sizes.sum()) * 7919 % 5 % 2
 
 
 def gradient(ids, read):
@@ -38,14 +56,15 @@ def gradient(ids, read):
 class Oracle:
     """Rows by (table, key)."""
 
-    def __init__(self, samples, seed):
+    def __init__(self, samples, seed, pooling):
         """Of samples by id: the key of `one`, and the keys of `bag`."""
+        self._pooling, self._width = pooling, plan_of(pooling).stride
         self._keys = {
             number: [(1, number), (0, one), *((0, key) for key in bag)]
             for number, (one, bag) in samples.items()
         }
         self._first = {}
-        for table, config in enumerate(TABLES):
+        for table, config in enumerate(tables_of(pooling)):
             wanted = {key for of in self._keys.values() for t, key in of if t == table}
             keys = np.array(sorted(wanted), np.int64)
             values = initial_values(config.initializer, seed, config.name, keys, DIM)
@@ -57,17 +76,26 @@ class Oracle:
     def read(self, number):
         """[W] what a sample reads."""
         rows = [self.rows.get(key, self._first[key]) for key in self._keys[number]]
-        read = np.zeros(PLAN.stride, np.float32)
-        read[: len(rows) * DIM] = np.concatenate(rows)
+        read = np.zeros(self._width, np.float32)
+        for row, (place, factor) in zip(rows, self._parts(len(rows)), strict=True):
+            read[place * DIM : (place + 1) * DIM] += row * factor
         return read
+
+    def _parts(self, keys):
+        """Of each key of a sample: where its row goes, and by what factor."""
+        if self._pooling == "sequence":
+            return [(place, np.float32(1)) for place in range(keys)]
+        factor = np.float32(1 / max(1, keys - 2) if self._pooling == "mean" else 1)
+        return [(min(place, 2), factor if place > 1 else np.float32(1)) for place in range(keys)]
 
     def step(self, ids):
         """Trains on a global batch."""
         sums = {}
         for number in ids:
             grad = gradient([number], self.read(number)[None])[0].astype(np.float64)
-            for place, key in enumerate(self._keys[number]):
-                part = grad[place * DIM : (place + 1) * DIM]
+            keys = self._keys[number]
+            for key, (place, factor) in zip(keys, self._parts(len(keys)), strict=True):
+                part = grad[place * DIM : (place + 1) * DIM] * factor
                 sums[key] = sums.get(key, 0) + part
         for key, total in sums.items():
             row = self.rows.get(key, self._first[key])
@@ -134,7 +162,7 @@ class Log:
 def bits_of(store):
     """Rows of a store by (table, key), as bytes; and as they are exported, by table."""
     bits, parts = {}, []
-    for table in range(len(TABLES)):
+    for table in range(len(store.tables)):
         rows, _ = store.export_batch(table, CURSOR_START, 1 << 20)
         parts.append(rows)
         values = rows.values.numpy()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from penstock.embedding.host_store import HostStore
+from penstock.embedding.sharded import lookups
 from penstock.embedding.sharded.bags import HostBags
 from penstock.embedding.sharded.shard_map import ShardMap
 from penstock.embedding.sharded.store import ShardedStore
@@ -23,7 +24,17 @@ from penstock.ranks.together import of_checkpoint
 from penstock.types import Position
 from tests.world.data import Reading, drawn
 from tests.world.mail import Faults
-from tests.world.oracle import PLAN, TABLES, Log, Oracle, bits_of, gradient, merged
+from tests.world.oracle import (
+    BAGS,
+    Log,
+    Oracle,
+    any_way,
+    bits_of,
+    gradient,
+    merged,
+    plan_of,
+    tables_of,
+)
 from tests.world.ranks import PATIENCE, World, in_world
 from tests.world.scheduler import Killed
 
@@ -69,7 +80,9 @@ class Schedule:
 
     def __init__(self, seed):
         self.seed, self.rng = seed, np.random.default_rng(seed)
-        self.data = drawn(self.rng)
+        self.pooling = str(self.rng.choice(list(BAGS)))
+        self.plan, self.tables = plan_of(self.pooling), tables_of(self.pooling)
+        self.data = drawn(self.rng, self.pooling)
         self.reading = Reading.drawn(self.rng)
         self.deterministic = bool(self.rng.random() < 0.5)
         self.log = Log()
@@ -107,7 +120,7 @@ class Schedule:
             if self._has_finished(world, ended):
                 break
             self.log.cut(self.saved.step)
-        oracle = Oracle(self.data.samples, self.seed)
+        oracle = Oracle(self.data.samples, self.seed, self.pooling)
         self.log.check(oracle, self.batches, self.data.samples, self.reading.epochs)
         rows = {}
         for bits in ended:
@@ -135,7 +148,7 @@ class Schedule:
             signal_at = int(rng.integers(ranks)), int(rng.integers(self.saved.step, steps))
         weights = 1 + rng.permutation(ranks) * int(rng.integers(0, 3))
         self.shard_map = self.shard_map.resized(weights.tolist())
-        wholes = {one.name: int(rng.integers(ranks)) for one in TABLES if rng.random() < 0.3}
+        wholes = {one.name: int(rng.integers(ranks)) for one in self.tables if rng.random() < 0.3}
         return Leg(ranks, self.shard_map, wholes, faults, save_at, number_of_leg, signal_at)
 
     def _has_finished(self, world, ended):
@@ -160,7 +173,7 @@ class Schedule:
 
     def _of_rank(self, rank, leg):
         """What a rank does: rows by (table, key) at its end."""
-        local = HostStore(TABLES, seed=self.seed, deterministic=self.deterministic)
+        local = HostStore(self.tables, seed=self.seed, deterministic=self.deterministic)
         store = ShardedStore(
             local,
             HostBags(local.layout.dim, 1),
@@ -196,15 +209,18 @@ class Schedule:
         assert loader.position.counts.quarantined == self.data.malformed * self.reading.epochs
         rank.gathered(torch.tensor(0))
         store.check_invariants()
+        for number, table in enumerate(self.tables):
+            is_elsewhere = leg.wholes.get(table.name, rank.rank) != rank.rank
+            assert not (is_elsewhere and store.num_rows(number)), "rows of a whole table elsewhere"
         return bits_of(store)[0]
 
     def _train(self, store, batch, step, rank):
-        out = torch.full((batch.batch_size, PLAN.stride), 7.0)
-        lookup = store.pooled_lookup(PLAN, batch.sparse, insert=True, out=out)
+        out = torch.full((batch.batch_size, self.plan.stride), 7.0)
+        lookup = store.pooled_lookup(self.plan, batch.sparse, insert=True, out=out)
         ids = ids_of(batch)
         grad = torch.from_numpy(gradient(ids, out))
         self.log.add(step, rank.rank, ids, out.numpy(), batch.end)
-        store.apply_gradients(PLAN, [PooledGradient(lookup, batch.sparse, grad)], step)
+        store.apply_gradients(self.plan, [PooledGradient(lookup, batch.sparse, grad)], step)
 
     def _save(self, store, rank, step, position):
         with of_checkpoint(rank, "write a checkpoint"):
@@ -226,6 +242,7 @@ def run(seed):
     try:
         with pytest.MonkeyPatch.context() as patch:
             in_world(patch)
+            patch.setattr(lookups, "way_of", any_way)
             return Schedule(seed).run()
     except AssertionError as error:
         raise AssertionError(f"seed {seed}: {error}") from error

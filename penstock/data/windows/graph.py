@@ -229,20 +229,22 @@ class Markers:
 
     def has(self, period: Period) -> bool:
         """Whether its marker is there."""
-        folder, _, name = self._marker.path_of(period.key).rpartition("/")
-        if self._entries is None or folder != self._folder:
-            self._folder, self._entries = folder, self._store.entries(folder)
-        entries = self._entries
-        return entries is not None and pc.index(entries.files, _text(name)).as_py() >= 0
+        return any(map(self._is_there, self._marker.paths_of(period.key)))
 
     def check(self, period: Period) -> None:
         """Raises DataError: its marker is missing."""
         if not self.has(period):
             raise DataError(
-                f"{self._marker.path_of(period.key)}: missing, so {period.files[0]} and "
+                f"{self._marker.paths_of(period.key)[0]}: missing, so {period.files[0]} and "
                 "what lies beside it may be incomplete; wait for it, end the stream before it, "
                 "or take `marker` out of the source"
             )
+
+    def _is_there(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        if self._entries is None or folder != self._folder:
+            self._folder, self._entries = folder, self._store.entries(folder)
+        return self._entries is not None and pc.index(self._entries.files, _text(name)).as_py() >= 0
 
 
 def _text(name: str) -> pa.LargeStringScalar:

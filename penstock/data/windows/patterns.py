@@ -138,11 +138,15 @@ class PathPattern:
             code = code * _RADIX + known[field]
         return _by_key(code[rows], rows, len(known))
 
-    def path_of(self, key: Key) -> str:
-        """The path of a key, of a pattern without globs."""
-        texts = (f"{key[0]:04}", *(f"{number:02}" for number in key[1:]))
-        values = dict(zip(DATE_FIELDS, texts, strict=False))
-        return _FIELD.sub(lambda found: values[found[1]], self.path)
+    def paths_of(self, key: Key) -> Sequence[str]:
+        """The paths that a key may have, of a pattern without globs: with two digits, and one."""
+        year, *others = key
+        paths = []
+        for form in ("02", ""):
+            numbers = [f"{year:04}", *(format(one, form) for one in others)]
+            values = dict(zip(DATE_FIELDS, numbers, strict=False))
+            paths.append(self.path.format_map(values))
+        return list(dict.fromkeys(paths))
 
 
 def begin_of(key: Key, zone: ZoneInfo, path: str) -> int:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from penstock.config.sources import AnyFileSource
 from penstock.config.streams import Stream, StreamSource, StreamsSource
+from penstock.data.files import file_key, paths_like
 from penstock.data.plan.lazy_extents import LazyExtents
 from penstock.data.source import Chunk, Extent, RowCount, Source
 from penstock.data.windows.graph import TaskGraph, WindowFiles
@@ -22,7 +23,7 @@ from penstock.data.windows.growing import (
     next_span,
     waits_for,
 )
-from penstock.data.windows.stored import stored_paths
+from penstock.data.windows.stored import Stored, stored_paths
 from penstock.errors import DataError
 from penstock.types import FileTag
 
@@ -75,12 +76,15 @@ class Streams:
         for found in self.windows:
             for part in found.sources:
                 name = _name(found.stream, part.source)
-                given[name] += [stored[name].scheme + path for path in part.files.paths]
+                given[name] += paths_like(
+                    str(part.source.files.path), stored[name].path, part.files.paths
+                )
         sources = {
-            _name(stream, one): _open(stream, one, given, open_files)
+            name: _open(stream, one, stored[name], given[name], open_files)
             for stream in config.streams
             for one in stream.sources
-            if listing is None or _name(stream, one) in given
+            for name in [_name(stream, one)]
+            if listing is None or name in given
         }
         self.sources: Mapping[str, Source] = sources
         """By names of stream and source, in the order of the streams', and of their sources."""
@@ -88,14 +92,17 @@ class Streams:
         self.schema: pa.Schema = _common_schema(found_of) if like is None else like
         for source in () if like is None else found_of:
             _check_columns(source, like)
-        self._origins = self._found_origins(sources)
+        self._origins = self._found_origins(sources, stored)
         self.paths: Sequence[str] = list(self._origins)
         self._extents = LazyExtents((), self._more_extents)
         self._unread = heapq.merge(*(source.extents() for source in found_of), key=self._turn)
         self._error: DataError | None = None
 
-    def _found_origins(self, sources: Mapping[str, Source]) -> dict[str, _Origin]:
+    def _found_origins(
+        self, sources: Mapping[str, Source], stored: Mapping[str, Stored]
+    ) -> dict[str, _Origin]:
         """Whose each file is, in the order of reading."""
+        seen: dict[object, str] = {}
         left = {name: iter(source.paths) for name, source in sources.items()}
         origins: dict[str, _Origin] = {}
         for number, found in enumerate(self.windows):
@@ -103,10 +110,13 @@ class Streams:
                 name = _name(found.stream, part.source)
                 # A source keeps the order in which its files were given.
                 for path in islice(left[name], len(part.files.paths)):
-                    if path in origins:
+                    one = stored[name]
+                    before = seen.setdefault((one.number, file_key(one.filesystem, path)), path)
+                    if before is not path:
+                        as_other = "" if before == path else f" (the same as {before})"
                         raise DataError(
-                            f"{path}: a file of two sources of data.source.streams; its rows would "
-                            "be read twice"
+                            f"{path}: a file of two sources of data.source.streams{as_other}; its "
+                            "rows would be read twice"
                         )
                     origins[path] = _Origin(sources[name], number, order)
         return origins
@@ -232,17 +242,14 @@ def _name(stream: Stream, source: StreamSource) -> str:
 
 
 def _open(
-    stream: Stream,
-    source: StreamSource,
-    given: Mapping[str, Sequence[str]],
-    open_files: Opener,
+    stream: Stream, source: StreamSource, stored: Stored, paths: Sequence[str], open_files: Opener
 ) -> Source:
-    paths = given.get(_name(stream, source))
     if not paths:
+        delay = f", less its delay of {source.delay}" if source.delay_ms else ""
         raise DataError(
             f"{source.files.path}: no file of it lies between {stream.start} and {stream.end} "
-            f"({stream.zone}); change the path of source {source.name!r}, or the times of stream "
-            f"{stream.name!r}"
+            f"({stream.zone}){delay}; change the path of source {source.name!r}, or the times of "
+            f"stream {stream.name!r}{stored.paths.files.where}"
         )
     return open_files(source.files.model_copy(update={"path": tuple(paths)}))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from penstock.config.streams import StreamsSource
 from penstock.data.batches.blocks import FileTags
 from penstock.data.batches.channel import Closed
 from penstock.data.batches.stage import Stage
+from penstock.data.files import resolve_path
 from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
 from penstock.data.windows.growing import Listing, has_ended, next_span, waits_for
@@ -117,19 +118,7 @@ def rows_of(streams: Streams) -> PartRows:
     return PartRows(streams, streams.extents(), streams.paths, first_file=streams.span.first_file)
 
 
-def listing_of(config: StreamsSource, position: Position) -> Listing:
+def listing_of(position: Position) -> Listing:
     """The span in which a position is, with the files that it had."""
     assert position.span is not None
-    prefixes = {name: one.scheme for name, one in stored_paths(config).items()}
-    left = iter(position.files)
-    paths: list[str] = []
-    for number, _, _, counts in position.span.windows:
-        stream = config.streams[number]
-        for source, count in zip(stream.sources, counts, strict=True):
-            prefix = prefixes[f"{stream.name}/{source.name}"]
-            paths += _taken(left, count, prefix)
-    return Listing(position.span, paths)
-
-
-def _taken(left: Any, count: int, prefix: str) -> Sequence[str]:
-    return [next(left).path.removeprefix(prefix) for _ in range(count)]
+    return Listing(position.span, [resolve_path(tag.path)[1] for tag in position.files])

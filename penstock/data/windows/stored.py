@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pyarrow import fs
 
 from penstock.config.streams import StreamsSource
-from penstock.data.files import resolve_path
+from penstock.data.files import resolve_path, where_from
 from penstock.data.windows.folders import Folders
 from penstock.data.windows.graph import StoredPaths
 from penstock.data.windows.patterns import PathPattern
@@ -18,8 +18,11 @@ class Stored(NamedTuple):
     """A source's files, where they are."""
 
     paths: StoredPaths
-    scheme: str
-    """What comes before its paths in a URI; empty: nothing."""
+    filesystem: fs.FileSystem
+    number: int
+    """Of the file system, among those of all sources."""
+    path: str
+    """Of the source, within its file system."""
 
 
 def stored_paths(config: StreamsSource) -> dict[str, Stored]:
@@ -32,12 +35,12 @@ def stored_paths(config: StreamsSource) -> dict[str, Stored]:
     """
     shared: list[tuple[fs.FileSystem, Folders]] = []
 
-    def folders_of(filesystem: fs.FileSystem) -> Folders:
-        for other, folders in shared:
+    def number_of(filesystem: fs.FileSystem) -> int:
+        for number, (other, _) in enumerate(shared):
             if other.equals(filesystem):
-                return folders
+                return number
         shared.append((filesystem, Folders(filesystem)))
-        return shared[-1][1]
+        return len(shared) - 1
 
     found = {}
     for stream in config.streams:
@@ -47,12 +50,11 @@ def stored_paths(config: StreamsSource) -> dict[str, Stored]:
             marker = None if source.marker is None else resolve_path(source.marker)
             if marker is not None and not marker[0].equals(filesystem):
                 raise DataError(f"{source.marker}: on another file system than its files")
+            number = number_of(filesystem)
             paths = StoredPaths(
-                folders_of(filesystem),
-                PathPattern(path),
+                shared[number][1],
+                PathPattern(path, where_from(source.files.path, filesystem)),
                 None if marker is None else PathPattern(marker[1]),
             )
-            found[f"{stream.name}/{source.name}"] = Stored(
-                paths, source.files.path.removesuffix(path)
-            )
+            found[f"{stream.name}/{source.name}"] = Stored(paths, filesystem, number, path)
     return found

@@ -1,4 +1,4 @@
-"""What ranks do at one place: told to all, compared; and items in step."""
+"""What ranks do at one place: told to all, compared, summed; and items in step."""
 
 import math
 
@@ -15,7 +15,7 @@ from penstock.errors import (
 from penstock.interruption import Interruption
 from penstock.ranks.in_step import in_step
 from penstock.ranks.table_totals import _total
-from penstock.ranks.together import check_alike, from_first, of_checkpoint
+from penstock.ranks.together import check_alike, from_first, of_checkpoint, summed
 from tests.world.ranks import World
 
 
@@ -62,6 +62,12 @@ def test_a_part_of_a_checkpoint_that_fails_ends_it_for_all():
     kinds = [CheckpointFailedElsewhere, CheckpointError, CheckpointFailedElsewhere]
     assert [type(one) for one in ended] == kinds
     assert str(ended[0]).startswith("1 of 3 ranks cannot write a checkpoint")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_numbers_are_summed(size):
+    found = World(size).run(lambda rank: summed(rank, 1 << 40 + rank.rank))
+    assert found == [sum(1 << 40 + rank for rank in range(size))] * size
 
 
 @pytest.mark.parametrize("longer", [0, 1, 2])
