@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 
@@ -41,6 +41,16 @@ ColumnsOption = Annotated[
     typer.Option(
         metavar="A,B,...",
         help="Columns of csv or tsv without a header; I{1..13} stands for I1, I2, ... I13.",
+        show_default=False,
+    ),
+]
+PartitionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--partition",
+        metavar="NAME=TYPE",
+        help="A column that folders name (region=01/), as string, int64, uint64, float64, date or "
+        "timestamp; repeatable.",
         show_default=False,
     ),
 ]
@@ -87,6 +97,7 @@ class FilesGiven:
     files: FilesArgument
     file_format: FormatOption = None
     columns: ColumnsOption = None
+    partitions: PartitionsOption = None
 
 
 @dataclass(frozen=True)
@@ -243,13 +254,33 @@ def _source(given: FilesGiven) -> AnyFileSource:
             )
     chosen = file_format or found[files[0]]
     kind = next(kind for kind in FILE_SOURCES if chosen in kind.endings.values())
-    fields = {"format": chosen, "path": files[0] if len(files) == 1 else tuple(files)}
+    fields: dict[str, Any] = {
+        "format": chosen,
+        "path": files[0] if len(files) == 1 else tuple(files),
+        "partitions": _partitions(given.partitions),
+    }
     if columns is not None:
         if "columns" not in kind.model_fields:
             message = f"--columns: {chosen} files name their columns themselves; leave it out"
             raise ConfigError(message)
         fields["columns"] = _names(columns)
     return cast("AnyFileSource", kind.model_validate(fields))
+
+
+def _partitions(given: Sequence[str] | None) -> dict[str, str]:
+    """Types by name, as a job has them."""
+    from penstock.config import PartitionType
+
+    types: dict[str, str] = {}
+    for one in given or ():
+        name, _, kind = one.partition("=")
+        if not name or "/" in name or kind not in get_args(PartitionType) or name in types:
+            raise ConfigError(
+                f"--partition {one!r}: write NAME=TYPE once for each name, as in region=string; "
+                f"types are {', '.join(get_args(PartitionType))}"
+            )
+        types[name] = kind
+    return types
 
 
 def _names(given: str | None) -> tuple[str, ...] | None:
@@ -283,8 +314,18 @@ def _job_text(survey: Survey, path: Path, files: Sequence[str]) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class HistoryFile:
+    """What is written."""
+
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")]
+    force: ForceOption = False
+
+
+@grouped
 def add_history(
     context: typer.Context,
+    *,
     files: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Files, directories or globs.")
     ],
@@ -293,9 +334,9 @@ def add_history(
         list[str], typer.Option(help="Column whose values are gathered (item_id); repeatable.")
     ],
     order: Annotated[str, typer.Option(help="Column of the time: integers, timestamps or dates.")],
-    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    target: HistoryFile,
     last: Annotated[int, typer.Option(min=1, max=10_000, help="Longest history.")] = 50,
-    force: ForceOption = False,
+    partitions: PartitionsOption = None,
 ) -> None:
     """Adds to each row of a log what its user did before, as a column of lists.
 
@@ -322,11 +363,12 @@ def add_history(
         rows = write_history(
             files,
             columns,
-            out,
-            overwrite=force,
+            target.out,
+            partitions=_partitions(partitions),
+            overwrite=target.force,
             progress=lambda done, total: advance(done, done / total),
         )
-    say(f"{rows:,} rows: {out}")
+    say(f"{rows:,} rows: {target.out}")
 
 
 class FileFormat(enum.StrEnum):

@@ -12,6 +12,10 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from penstock.config.base import MAY_CHANGE, Config, Int64, PositiveInt
 
+PartitionType: TypeAlias = Literal["string", "int64", "uint64", "float64", "date", "timestamp"]
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+"""What a folder says of a value that is null."""
+
 
 class FileSource(Config):
     """Fields common to all sources that are files."""
@@ -26,6 +30,10 @@ class FileSource(Config):
     (`s3://bucket/key`).
 
     Files are read in the order given; those of one directory or glob in order of name.
+    """
+    partitions: Mapping[Annotated[str, Field(min_length=1, pattern="^[^/=]+$")], PartitionType] = {}
+    """Type by name of columns that folders name, as Hive does (`region=01/day=2024-01-03/`); they
+    come behind those of the files, in order of name. A name that is not here is no column.
     """
 
     @property

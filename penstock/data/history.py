@@ -7,9 +7,10 @@ by group and time, each history is a stretch of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from penstock.data.output import whole_file
 from penstock.data.source import Chunk, Source
 from penstock.errors import ConfigError, DataError
 
+no_partitions: Mapping[str, str] = MappingProxyType({})
 ROW_GROUP_ROWS = 65_536
 
 
@@ -108,6 +110,7 @@ def write_history(
     columns: HistoryColumns,
     out: Path,
     *,
+    partitions: Mapping[str, str] = no_partitions,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
@@ -120,6 +123,7 @@ def write_history(
       paths: files, directories or globs of one format and schema, in the order of the rows.
       columns: what is gathered.
       out: the file; it appears under its name when it is complete.
+      partitions: types by name of columns that folders name, which are written as others.
       overwrite: whether `out` may exist.
       progress: called with what is done, and of how much.
 
@@ -132,16 +136,17 @@ def write_history(
       DataError: the files cannot be read, a column is missing or of a wrong type, or a time is.
     """
     with whole_file(out, reads=paths, overwrite=overwrite) as part:
-        return _write_history(paths, columns, part, progress)
+        return _write_history(paths, partitions, columns, part, progress)
 
 
 def _write_history(
     paths: Sequence[str],
+    partitions: Mapping[str, str],
     columns: HistoryColumns,
     path: Path,
     progress: Callable[[int, int], None] | None,
 ) -> int:
-    source = _open(paths, columns.order)
+    source = _open(paths, partitions, columns.order)
     _check(columns, source)
     extents = source.extents()
     total = sum(source.count_rows(extent) for extent in extents)
@@ -165,13 +170,13 @@ def _write_history(
     return total
 
 
-def _open(paths: Sequence[str], order: str) -> Source:
+def _open(paths: Sequence[str], partitions: Mapping[str, str], order: str) -> Source:
     kinds = {format_of_path(path) or "parquet" for path in paths}
     if len(kinds) > 1:
         raise ConfigError(
             f"files of several formats ({', '.join(sorted(kinds))}); give those of one"
         )
-    fields = {"path": tuple(paths), "format": kinds.pop()}
+    fields = {"path": tuple(paths), "format": kinds.pop(), "partitions": partitions}
     config: SourceConfig = TypeAdapter(SourceConfig).validate_python(fields)
     return open_source(config, {order: "int64"})
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from penstock.config import (
     ArrowSource,
+    FileSource,
     JsonLinesSource,
     OrcSource,
     ParquetSource,
@@ -21,6 +22,7 @@ from penstock.data.formats.columnar import GroupedFiles
 from penstock.data.formats.json_lines import open_json_lines
 from penstock.data.formats.orc import OrcFormat
 from penstock.data.formats.parquet import ParquetFormat
+from penstock.data.formats.partitioned import Partitioned
 from penstock.data.formats.synthetic import SyntheticRows
 from penstock.data.formats.text import open_text
 from penstock.data.source import Source, TextType
@@ -63,4 +65,7 @@ def open_source(
       ConfigError: columns or types of `config` do not fit together.
       DataError: files are missing or not what `config` says.
     """
-    return OPENERS[type(config)](config, text_types, time_column)
+    source = OPENERS[type(config)](config, text_types, time_column)
+    if isinstance(config, FileSource) and config.partitions:
+        return Partitioned(source, config.partitions)
+    return source

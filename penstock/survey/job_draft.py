@@ -90,6 +90,8 @@ def _source(survey: Survey) -> Iterator[str]:
     yield "  source:"
     yield f"    format: {source.format}"
     yield f"    path: {_flow(source.path)}"
+    if source.partitions:
+        yield f"    partitions: {_flow(source.partitions)}"
     if isinstance(source, TextSource):
         for field in ("delimiter", "quote"):
             if (given := getattr(source, field)) is not None:

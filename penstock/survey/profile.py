@@ -7,7 +7,7 @@ Knows columns and values; what they are good for is decided in `penstock.survey.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -105,7 +105,7 @@ def profile_source(
     source: Source,
     *,
     max_rows: int | None = None,
-    as_text: bool = False,
+    as_text: Container[str] = (),
     progress: Progress = lambda rows, share: None,
     watch: Callable[[Chunk], None] = lambda chunk: None,
 ) -> DataProfile:
@@ -115,7 +115,8 @@ def profile_source(
       source: what to read.
       max_rows: look at no more rows than this, from the beginnings of extents that are spread
         evenly over the files; None: at all.
-      as_text: the source gives text for every column (CSV, TSV): say what it may be read as.
+      as_text: columns that are text because the source has no types (CSV, TSV): say what they may
+        be read as.
       progress: told after each chunk.
       watch: given each chunk before its rows are looked at.
 
@@ -139,7 +140,7 @@ def profile_source(
         paths=tuple(source.paths),
         rows=rows,
         is_whole=max_rows is None or rows < max_rows,
-        columns=tuple(column.summary(as_text=as_text) for column in columns),
+        columns=tuple(column.summary(as_text=column.name in as_text) for column in columns),
         counts=tuple(column.counts for column in columns),
         max_values=most,
     )

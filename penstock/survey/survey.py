@@ -121,9 +121,13 @@ def _profile(
         malformed.good = rows
         tell(rows, share)
 
-    is_text = isinstance(source, TextSource)
+    untyped = set(opened.schema.names) if isinstance(source, TextSource) else set()
     profile = profile_source(
-        opened, max_rows=max_rows, as_text=is_text, progress=told, watch=malformed.watch
+        opened,
+        max_rows=max_rows,
+        as_text=untyped - set(source.partitions),
+        progress=told,
+        watch=malformed.watch,
     )
     return opened, profile, malformed
 
@@ -174,6 +178,8 @@ def _text_types(
     types: dict[str, Literal["int64", "string"]] = {}
     if isinstance(source, TextSource):
         for name in roles.named("categorical", "event time"):
+            if name in source.partitions:
+                continue  # has the type that was declared
             if profile[name].kind == "integer":
                 types[name] = "int64"
             elif name == roles.event_time:

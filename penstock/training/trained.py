@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from penstock.config import (
+    FileSource,
     InitFrom,
     Job,
     JsonLinesSource,
@@ -286,7 +287,9 @@ def _source_like(source: Source, path: str) -> Source:
     kind = format_of_path(path)
     if kind is None:
         kind = "parquet" if isinstance(source, SyntheticSource) else source.format
-    fields = {"path": path, "format": kind}
+    fields: dict[str, Any] = {"path": path, "format": kind}
+    if isinstance(source, FileSource):
+        fields["partitions"] = source.partitions
     text = {"csv", "tsv"}
     if source.format == kind or {source.format, kind} <= text:
         fields = source.model_dump() | fields

@@ -84,6 +84,7 @@ def number_remedy(kind: pa.DataType, width: int | None) -> str | None:
 
 def is_time(kind: pa.DataType) -> bool:
     """Whether values are moments, or integers or text that stand for them."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(
         pa.types.is_integer(kind)
         or pa.types.is_timestamp(kind)
@@ -102,13 +103,15 @@ def is_text(kind: pa.DataType) -> bool:
     )
 
 
-def key_remedy(name: str, kind: pa.DataType, config: FeatureColumns, text: bool) -> str | None:
+def key_remedy(
+    name: str, kind: pa.DataType, config: FeatureColumns, declared: str | None
+) -> str | None:
     """What to do about the type of a feature's column; None if it is fine.
 
-    `text`: whether the source could be told another type.
+    `declared`: field by which the source could be told another type; None: there is none.
     """
     if config.separator is not None:
-        return _separated_remedy(kind, config, text)
+        return _separated_remedy(kind, config, declared)
     if is_list(kind):
         kind = kind.value_type
     if pa.types.is_dictionary(kind):
@@ -130,14 +133,16 @@ def key_remedy(name: str, kind: pa.DataType, config: FeatureColumns, text: bool)
             return "the transform hex reads text; remove it, or put it first"
         as_text = as_text and not isinstance(transform, Hash | Hex)
     if as_text:
-        declare = f", or declare data.source.types: {{{name}: int64}}" if text else ""
+        declare = f", or declare {declared}: {{{name}: int64}}" if declared else ""
         return f"keys are 64-bit integers: add the transform hash (or hex){declare}"
     return None
 
 
-def _separated_remedy(kind: pa.DataType, config: FeatureColumns, text: bool) -> str | None:
+def _separated_remedy(
+    kind: pa.DataType, config: FeatureColumns, declared: str | None
+) -> str | None:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if is_text(kind) or pa.types.is_null(kind):
         return None
-    declare = ", or declare it as string in data.source.types" if text else ""
+    declare = f", or declare it as string in {declared}" if declared else ""
     return f"the separator {config.separator!r} splits text; remove it{declare}"

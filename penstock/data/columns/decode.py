@@ -281,6 +281,8 @@ def read_times(
       DataError: a time is missing or cannot be read.
     """
     array = one_array(column)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     if array.null_count:
         row = int(array.is_null().to_numpy(zero_copy_only=False).argmax())
         raise DataError(

@@ -18,6 +18,7 @@ from penstock.config import (
     CrossedFeature,
     FeatureColumns,
     FeatureConfig,
+    FileSource,
     Job,
     JsonLinesSource,
     Label,
@@ -226,9 +227,7 @@ def resolve_columns(
     )
     _check_crosses(columns, schema, origin)
     _check_key_weights(job, columns, schema, origin)
-    kinds = files_of(data.source)
-    reads_text = any(isinstance(one, TextSource | JsonLinesSource) for one in kinds)
-    _check_types(columns, schema, origin, reads_text)
+    _check_types(columns, schema, origin, files_of(data.source))
     return replace(columns, negatives=_negative_columns(job, columns, schema, origin))
 
 
@@ -448,7 +447,16 @@ def _claim(claims: dict[str, str], name: str, field: str) -> None:
     claims[name] = field
 
 
-def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -> None:
+def _check_types(
+    columns: Columns, schema: pa.Schema, origin: str, files: Sequence[FileSource]
+) -> None:
+    reads_text = any(isinstance(one, TextSource | JsonLinesSource) for one in files)
+
+    def declared(name: str) -> str | None:
+        if any(name in one.partitions for one in files):
+            return "data.source.partitions"
+        return "data.source.types" if reads_text else None
+
     def wrong(name: str, remedy: str) -> DataError:
         return DataError(f"{origin}: column {name!r} is {schema.field(name).type}; {remedy}")
 
@@ -462,7 +470,8 @@ def _check_types(columns: Columns, schema: pa.Schema, origin: str, text: bool) -
     if columns.event_time is not None and not is_time(schema.field(columns.event_time).type):
         raise wrong(columns.event_time, "event times are timestamps, dates or integers (ms)")
     for feature in columns.features:
-        remedy = key_remedy(feature.name, schema.field(feature.name).type, feature.config, text)
+        kind = schema.field(feature.name).type
+        remedy = key_remedy(feature.name, kind, feature.config, declared(feature.name))
         if remedy is not None:
             raise wrong(feature.name, remedy)
 

@@ -36,8 +36,10 @@ class OrcFormat:
     ) -> Iterator[pa.Table]:
         """Reads stripes, one table each."""
         parsed = orc.ORCFile(opened.file)
+        # Of no column, pyarrow reads no row.
+        some = list(columns) or parsed.schema.names[:1]
         for stripe in range(parsed.nstripes) if groups is None else groups:
-            batch = parsed.read_stripe(stripe, columns=list(columns))
+            batch = parsed.read_stripe(stripe, columns=some)
             yield pa.Table.from_batches([batch]).select(list(columns))
 
 

@@ -278,6 +278,9 @@ def _common_schema(sources: Sequence[Source]) -> pa.Schema:
                 )
         for place, field in enumerate(fields):
             found = other.schema.field(field.name)
+            if field.type != found.type:
+                # One that has a dictionary and one that has none share the values.
+                field, found = _without_dictionary(field), _without_dictionary(found)
             try:
                 common = pa.unify_schemas(
                     [pa.schema([field]), pa.schema([found])], promote_options="permissive"
@@ -290,3 +293,8 @@ def _common_schema(sources: Sequence[Source]) -> pa.Schema:
                 ) from None
             fields[place] = common.field(0)
     return pa.schema([pa.field(field.name, field.type) for field in fields])
+
+
+def _without_dictionary(field: pa.Field) -> pa.Field:
+    kind = field.type
+    return field.with_type(kind.value_type) if pa.types.is_dictionary(kind) else field
