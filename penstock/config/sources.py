@@ -6,7 +6,7 @@ A new one is a class here, in `AnyFileSource`, and its line in `penstock/data/op
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -196,6 +196,25 @@ class SyntheticSource(Config):
     exponent: Annotated[float, Field(gt=0, le=4, allow_inf_nan=False)] = 1.2
     """Power-law exponent of the keys: the r-th most frequent key has weight r ** -exponent."""
     seed: Int64 = 0
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """There are no files."""
+        return ()
+
+
+class PythonSource(Config):
+    """Rows that a class of the user's gives, see `penstock.data.formats.users_source`.
+
+    Its module is imported when the data is opened, and by nothing else.
+    """
+
+    extents: ClassVar[str] = "parts"
+    format: Literal["python"] = "python"
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+    """`module:name` of a class or function on the Python path."""
+    arguments: Annotated[Mapping[str, Any], MAY_CHANGE] = {}
+    """It is called with these, by name."""
 
     @property
     def globs(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from penstock.config.base import MAY_CHANGE, Config
-from penstock.config.sources import FILE_SOURCES, AnyFileSource, SyntheticSource
+from penstock.config.sources import FILE_SOURCES, AnyFileSource, PythonSource, SyntheticSource
 
 DATE_FIELDS = ("YYYY", "MM", "DD", "HH")
 """Of paths, the coarsest first."""
@@ -340,10 +340,10 @@ class StreamsSource(Config):
 
 
 def files_of(source: Source) -> tuple[AnyFileSource, ...]:
-    """The files that a source is made of, by their format; none of a synthetic one."""
+    """The files that a source is made of, by their format; none of one without files."""
     if isinstance(source, StreamsSource):
         return tuple(one.files for one in source.sources)
-    return () if isinstance(source, SyntheticSource) else (source,)
+    return () if isinstance(source, SyntheticSource | PythonSource) else (source,)
 
 
 def _refuse_twice(what: str, names: list[str]) -> None:
@@ -352,6 +352,13 @@ def _refuse_twice(what: str, names: list[str]) -> None:
         raise ValueError(f"two {what}s are named {twice!r}; give each its own name")
 
 
-Source = Annotated[AnyFileSource | SyntheticSource | StreamsSource, Field(discriminator="format")]
+Source = Annotated[
+    AnyFileSource | PythonSource | SyntheticSource | StreamsSource, Field(discriminator="format")
+]
 
-SOURCES: tuple[type[Config], ...] = (*FILE_SOURCES, SyntheticSource, StreamsSource)
+SOURCES: tuple[type[Config], ...] = (
+    *FILE_SOURCES,
+    PythonSource,
+    SyntheticSource,
+    StreamsSource,
+)

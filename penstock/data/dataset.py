@@ -11,6 +11,7 @@ from typing import Literal
 from penstock.config import (
     FeatureConfig,
     Job,
+    PythonSource,
     StreamsSource,
     SyntheticSource,
     TableConfig,
@@ -390,13 +391,7 @@ def _refuse_common_rows(
     config: SourceConfig, source: Source, other_config: SourceConfig, other: Source
 ) -> None:
     """Rows that are trained on say nothing of others."""
-    if isinstance(config, SyntheticSource) or isinstance(other_config, SyntheticSource):
-        same = config == other_config.model_copy(update={"rows": getattr(config, "rows", 0)})
-        shared = (source.paths[0], other.paths[0]) if same else None
-    else:
-        pairs = product(_parts(config, source), _parts(other_config, other))
-        found = (common_file(*one, *two) for one, two in pairs)
-        shared = next((pair for pair in found if pair is not None), None)
+    shared = _shared(config, source, other_config, other)
     if shared is not None:
         trained, held_out = shared
         name = held_out if trained == held_out else f"{held_out} ({trained})"
@@ -404,6 +399,26 @@ def _refuse_common_rows(
             f"data.evaluation_source: {name} is in data.source, too, so rows that were trained on "
             "would be measured; name other files, or hold some out with data.split"
         )
+
+
+def _shared(
+    config: SourceConfig, source: Source, other_config: SourceConfig, other: Source
+) -> tuple[str, str] | None:
+    """Names, in both sources, of a file or part that both have."""
+    if isinstance(config, PythonSource) and isinstance(other_config, PythonSource):
+        if config.factory != other_config.factory:
+            return None
+        tags = {source.identify(path).digest: path for path in source.paths}
+        theirs = ((tags.get(other.identify(path).digest), path) for path in other.paths)
+        return next(((mine, path) for mine, path in theirs if mine is not None), None)
+    if isinstance(config, SyntheticSource) or isinstance(other_config, SyntheticSource):
+        same = config == other_config.model_copy(update={"rows": getattr(config, "rows", 0)})
+        return (source.paths[0], other.paths[0]) if same else None
+    if isinstance(config, PythonSource) or isinstance(other_config, PythonSource):
+        return None
+    pairs = product(_parts(config, source), _parts(other_config, other))
+    found = (common_file(*one, *two) for one, two in pairs)
+    return next((pair for pair in found if pair is not None), None)
 
 
 def _parts(config: SourceConfig, source: Source) -> Iterator[tuple[Sequence[str], Sequence[str]]]:

@@ -11,6 +11,7 @@ from penstock.config import (
     JsonLinesSource,
     OrcSource,
     ParquetSource,
+    PythonSource,
     StreamsSource,
     SyntheticSource,
     TextSource,
@@ -25,6 +26,7 @@ from penstock.data.formats.parquet import ParquetFormat
 from penstock.data.formats.partitioned import Partitioned
 from penstock.data.formats.synthetic import SyntheticRows
 from penstock.data.formats.text import open_text
+from penstock.data.formats.users_source import UsersSource
 from penstock.data.source import Source, TextType
 from penstock.data.windows.served import Streams, complete_now
 
@@ -36,6 +38,7 @@ OPENERS: Mapping[type, Callable[[Any, TextTypes, str | None], Source]] = {
     ArrowSource: lambda config, types, time: GroupedFiles(config, ArrowFormat()),
     TextSource: lambda config, types, time: open_text(config, types),
     JsonLinesSource: lambda config, types, time: open_json_lines(config, types),
+    PythonSource: lambda config, types, time: UsersSource(config),
     SyntheticSource: lambda config, types, time: SyntheticRows(config),
     StreamsSource: lambda config, types, time: _open_streams(config, types, time),
 }

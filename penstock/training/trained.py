@@ -16,6 +16,7 @@ from penstock.config import (
     InitFrom,
     Job,
     JsonLinesSource,
+    PythonSource,
     Source,
     StreamsSource,
     SyntheticSource,
@@ -286,7 +287,8 @@ def _source_like(source: Source, path: str) -> Source:
         source = files_of(source)[0]
     kind = format_of_path(path)
     if kind is None:
-        kind = "parquet" if isinstance(source, SyntheticSource) else source.format
+        without_files = isinstance(source, SyntheticSource | PythonSource)
+        kind = "parquet" if without_files else source.format
     fields: dict[str, Any] = {"path": path, "format": kind}
     if isinstance(source, FileSource):
         fields["partitions"] = source.partitions

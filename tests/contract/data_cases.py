@@ -65,6 +65,15 @@ def write_case(kind: str, table: pa.Table, path: Path) -> dict[str, object]:
             with new(path / f"part-{number}.arrow", rows.schema) as out:
                 out.write_table(rows, max_chunksize=60)
         return {"format": "arrow", "path": str(path / "part-*.arrow")}
+    if kind.startswith("users"):
+        for number, first in enumerate(range(0, table.num_rows, 110)):
+            pq.write_table(table[first : first + 110], path / f"{number}.parquet")
+        factory = "UncountedRows" if kind == "users uncounted" else "CountedRows"
+        return {
+            "format": "python",
+            "factory": f"tests.contract.users_rows:{factory}",
+            "arguments": {"folder": str(path)},
+        }
     kind, _, ending = kind.partition(".")
     is_quoted, kind = kind.startswith("quoted "), kind.removeprefix("quoted ")
     file = path / f"rows.{kind}{'.' if ending else ''}{ending}"

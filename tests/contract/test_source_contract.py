@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from penstock.data import Dataset, source
-from penstock.data.formats import columnar, lines, parquet, synthetic
+from penstock.data.formats import columnar, lines, parquet, synthetic, users_source
 from tests.contract.data_cases import (
     assert_resumes_everywhere,
     assert_same_batches,
@@ -32,6 +32,8 @@ KINDS = [
     "quoted csv.zst",
     "jsonl",
     "jsonl.gz",
+    "users",
+    "users uncounted",
 ]
 ROWS = 517
 
@@ -44,6 +46,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(parquet, "CHUNK_ROWS", 37)
     monkeypatch.setattr(columnar, "EXTENT_ROWS", 100)
     monkeypatch.setattr(columnar, "CHUNK_ROWS", 37)
+    monkeypatch.setattr(users_source, "CHUNK_ROWS", 37)
     monkeypatch.setattr(synthetic, "BLOCK_ROWS", 64)
     monkeypatch.setattr(synthetic, "EXTENT_ROWS", 128)
     assert source.CHUNK_ROWS > 0

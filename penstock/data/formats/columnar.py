@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pyarrow.fs import LocalFileSystem
 
 from penstock.config import FileSource
+from penstock.data.columns.view_types import plain_table, without_views
 from penstock.data.files import list_files
-from penstock.data.formats.view_types import plain_table, without_views
 from penstock.data.identity import tag_of
 from penstock.data.plan.lazy_extents import LazyExtents
 from penstock.data.source import CHUNK_ROWS, Chunk, Extent, RowCount, RowPlace, chunk_rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,23 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config import CustomModel
+from penstock.config.users_code import USERS_CODE_ERRORS, described, find_named
 from penstock.errors import ConfigError
 from penstock.types import FeatureShape
 
-# What a user's code raises when it is wrong. Interrupts, exits and lack of memory pass through.
-_USER_CODE_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
 _PROBE_SAMPLES = 2
 
 
@@ -50,7 +35,7 @@ def build_custom(
     Raises:
       ConfigError: names the factory and what failed: import, look-up, call, or result.
     """
-    factory = _find(config.factory)
+    factory = find_named("model.factory", config.factory)
     given: dict[str, Any] = {
         "num_numeric": num_numeric,
         "feature_dims": tuple(feature.width for feature in features),
@@ -60,12 +45,12 @@ def build_custom(
     given |= {"num_tasks": num_tasks} if num_tasks > 1 else {}
     try:
         model = factory(**given, **config.arguments)
-    except _USER_CODE_ERRORS as error:
+    except USERS_CODE_ERRORS as error:
         shown = ", ".join(
             f"{name}={value!r}" for name, value in {**given, **config.arguments}.items()
         )
         raise ConfigError(
-            f"model.factory {config.factory!r}: calling it with {shown} failed: {_describe(error)}"
+            f"model.factory {config.factory!r}: calling it with {shown} failed: {described(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -82,33 +67,16 @@ def build_custom(
     return model
 
 
-def _find(name: str) -> Any:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except _USER_CODE_ERRORS as error:
-        raise ConfigError(
-            f"model.factory {name!r}: cannot import {module_name!r}: {_describe(error)}; "
-            "is its folder on PYTHONPATH?"
-        ) from error
-    try:
-        return functools.reduce(getattr, attribute.split("."), module)
-    except AttributeError as error:
-        raise ConfigError(
-            f"model.factory {name!r}: module {module_name!r} has no {attribute!r}"
-        ) from error
-
-
 def _probe(name: str, model: nn.Module, inputs: Mapping[str, Tensor], num_tasks: int) -> None:
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             logits = model(*inputs.values())
-    except _USER_CODE_ERRORS as error:
+    except USERS_CODE_ERRORS as error:
         shown = ", ".join(f"{what} {list(tensor.shape)}" for what, tensor in inputs.items())
         raise ConfigError(
-            f"model.factory {name!r}: forward({shown}) failed: {_describe(error)}"
+            f"model.factory {name!r}: forward({shown}) failed: {described(error)}"
         ) from error
     model.train(was_training)
     wanted = [_PROBE_SAMPLES, num_tasks] if num_tasks > 1 else [_PROBE_SAMPLES]
@@ -123,7 +91,3 @@ def _probe(name: str, model: nn.Module, inputs: Mapping[str, Tensor], num_tasks:
         f"model.factory {name!r}: forward returned {got} for {_PROBE_SAMPLES} samples; "
         f"it must return logits {wanted}, {numbers} a sample"
     )
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

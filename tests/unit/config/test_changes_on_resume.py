@@ -58,7 +58,8 @@ def test_marks_are_found_in_groups_lists_and_kinds():
         (
             Job,
             """
-            name data.source.path data.source.quoted_line_breaks data.source.on_malformed_row
+            name data.source.path data.source.arguments data.source.quoted_line_breaks
+            data.source.on_malformed_row
             data.source.poll data.source.streams.*.end data.source.streams.*.sources.*.marker
             data.source.streams.*.sources.*.lateness
             data.source.streams.*.sources.*.closes_after
