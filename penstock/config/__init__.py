@@ -83,6 +83,8 @@ from penstock.config.sources import (
     PythonSource,
     SyntheticSource,
     TextSource,
+    TfRecordSource,
+    TfRecordType,
     compression_of_path,
     format_of_path,
 )
@@ -201,6 +203,8 @@ __all__ = [
     "TableConfig",
     "TableDefaults",
     "TextSource",
+    "TfRecordSource",
+    "TfRecordType",
     "TimeSplit",
     "TimeUnit",
     "TrainingConfig",

@@ -181,6 +181,37 @@ class JsonLinesSource(FileSource):
     """
 
 
+TfRecordType: TypeAlias = Literal[
+    "int64",
+    "float32",
+    "float64",
+    "string",
+    "bytes",
+    "list<int64>",
+    "list<float32>",
+    "list<float64>",
+    "list<string>",
+    "list<bytes>",
+]
+
+
+class TfRecordSource(FileSource):
+    """TFRecord files of `tf.train.Example`, plain or compressed (`.gz`).
+
+    Needs `pip install 'penstock[tfrecord]'`. A feature that a record lacks is null.
+    """
+
+    endings: ClassVar[Mapping[str, str]] = {"tfrecord": "tfrecord", "tfrecords": "tfrecord"}
+    extents: ClassVar[str] = "files"
+    format: Literal["tfrecord"] = "tfrecord"
+    types: Mapping[str, TfRecordType] = {}
+    """Type by name of the features that are columns, at least one; others are not read.
+
+    A name may stand for several: `I{1..13}` is I1, I2, ... I13. A type that is no list takes one
+    value a record.
+    """
+
+
 class SyntheticSource(Config):
     """Click log made by a known teacher, so that the best reachable AUC is known.
 
@@ -222,7 +253,9 @@ class PythonSource(Config):
         return ()
 
 
-AnyFileSource: TypeAlias = ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource
+AnyFileSource: TypeAlias = (
+    ParquetSource | OrcSource | ArrowSource | TextSource | JsonLinesSource | TfRecordSource
+)
 
 FILE_SOURCES: tuple[type[FileSource], ...] = get_args(AnyFileSource)
 _FORMATS = {end: name for source in FILE_SOURCES for end, name in source.endings.items()}

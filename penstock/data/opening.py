@@ -15,6 +15,7 @@ from penstock.config import (
     StreamsSource,
     SyntheticSource,
     TextSource,
+    TfRecordSource,
 )
 from penstock.config import Source as SourceConfig
 from penstock.config.sources import AnyFileSource
@@ -26,6 +27,7 @@ from penstock.data.formats.parquet import ParquetFormat
 from penstock.data.formats.partitioned import Partitioned
 from penstock.data.formats.synthetic import SyntheticRows
 from penstock.data.formats.text import open_text
+from penstock.data.formats.tfrecord import TfRecordFormat
 from penstock.data.formats.users_source import UsersSource
 from penstock.data.source import Source, TextType
 from penstock.data.windows.served import Streams, complete_now
@@ -38,6 +40,7 @@ OPENERS: Mapping[type, Callable[[Any, TextTypes, str | None], Source]] = {
     ArrowSource: lambda config, types, time: GroupedFiles(config, ArrowFormat()),
     TextSource: lambda config, types, time: open_text(config, types),
     JsonLinesSource: lambda config, types, time: open_json_lines(config, types),
+    TfRecordSource: lambda config, types, time: GroupedFiles(config, TfRecordFormat(config)),
     PythonSource: lambda config, types, time: UsersSource(config),
     SyntheticSource: lambda config, types, time: SyntheticRows(config),
     StreamsSource: lambda config, types, time: _open_streams(config, types, time),

@@ -21,11 +21,11 @@ from pyarrow import fs
 from penstock import _core
 from penstock.config import compression_of_path
 from penstock.data.formats.compressed import ByteStream
-from penstock.data.formats.line_index import LineIndex
 from penstock.data.formats.row_ends import (
     BOM,
     FIELD_START,
     LINES,
+    LineIndex,
     QuoteStates,
     RowEnds,
     TextRows,

@@ -1,9 +1,10 @@
-"""Where the rows of text end: at every line feed, or at those outside of quotes."""
+"""Where the rows of text end: at every line feed, or at those outside of quotes; and its lines."""
 
 from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -14,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from penstock import _core
+from penstock.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 FIELD_START = 0
@@ -203,3 +205,33 @@ class QuoteStates:
 def view(data: bytes) -> NDArray[np.uint8]:
     """The bytes as an array."""
     return np.frombuffer(data, dtype=np.uint8)
+
+
+class LineIndex:
+    """Line numbers of byte offsets in large files, counted only when a message needs them.
+
+    Remembers those asked for, so that a file is counted at most once. Thread-safe.
+    """
+
+    def __init__(self, open_file: Callable[[str], pa.NativeFile]) -> None:
+        self._open = open_file
+        self._known: dict[str, list[tuple[int, int]]] = {}
+        self._lock = threading.Lock()
+
+    def number(self, path: str, start: int) -> int:
+        """Number (from 1) of the line that begins at byte `start` of `path`."""
+        with self._lock:
+            known = self._known.setdefault(path, [(0, 1)])
+            byte, line = known[bisect_right(known, (start, 2**63)) - 1]
+            if byte == start:
+                return line
+            with self._open(path) as file:
+                file.seek(byte)
+                while byte < start:
+                    piece = file.read(min(start - byte, _READ_BYTES))
+                    if not piece:
+                        raise DataError(f"{path}: became shorter while it was read")
+                    byte += len(piece)
+                    line += _core.count_newlines(np.frombuffer(piece, dtype=np.uint8))
+            known.insert(bisect_right(known, (start, 2**63)), (start, line))
+            return line
