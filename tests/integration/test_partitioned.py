@@ -16,7 +16,7 @@ def log(tmp_path):
     rng = np.random.default_rng(0)
     for day in range(1, 5):
         for number, region in enumerate(REGIONS):
-            folder = tmp_path / f"log/day=2024-01-0{day}/region={region}"
+            folder = tmp_path / f"log/day=2024-01-0{day}/region={region}/shop={10 + number}"
             folder.mkdir(parents=True)
             rows = 200
             pq.write_table(
@@ -72,7 +72,7 @@ def test_train_evaluate_and_predict(penstock, job, log, tmp_path):
     # The folder alone tells the three apart.
     assert scores["01"] > 0.7 > scores["2A"] > 0.3 > scores["1"]
 
-    pq.write_table(pq.ParquetFile(path / "p.parquet").read(), tmp_path / "flat.parquet")
+    pq.write_table(pq.ParquetFile(path / "shop=12" / "p.parquet").read(), tmp_path / "flat.parquet")
     code, shown, errors = penstock(
         "predict", out, "--data", tmp_path / "flat.parquet", "--out", tmp_path / "s.parquet"
     )
@@ -105,16 +105,19 @@ def test_inspect_writes_them_into_the_job(penstock, kind, log, tmp_path):
             lines = [",".join(map(str, row.values())) for row in rows]
             to.write_text("\n".join([",".join(rows[0]), *lines, ""]))
     given = ["--partition", "region=string", "--partition", "day=date"]
+    # Declared as text, its digits are no number.
+    given += ["--partition", "shop=string"]
     drafted = tmp_path / "drafted.yaml"
     options = [*given, "--format", kind, "--job", drafted]
     code, shown, errors = penstock("data", "inspect", path, *options)
     assert (code, errors) == (0, ""), shown
     job = yaml.safe_load(drafted.read_text())
-    assert job["data"]["source"]["partitions"] == TYPES
-    assert not set(job["data"]["source"].get("types", {})) & set(TYPES)
+    assert job["data"]["source"]["partitions"] == {**TYPES, "shop": "string"}
+    assert not set(job["data"]["source"].get("types", {})) & {*TYPES, "shop"}
     assert job["data"]["event_time"] == "day"
-    features = [one for one in job["features"] if "region" in one["columns"]]
-    assert features[0]["transforms"] == [{"kind": "hash"}]
+    for name in ("region", "shop"):
+        (feature,) = [one for one in job["features"] if name in one["columns"]]
+        assert feature["transforms"] == [{"kind": "hash"}]
     code, shown, errors = penstock("train", drafted, "--out", tmp_path / "run")
     assert code == 0, errors
 

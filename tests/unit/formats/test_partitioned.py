@@ -16,6 +16,7 @@ from penstock.data import Dataset
 from penstock.data.formats import columnar, lines, parquet
 from penstock.data.opening import open_source
 from penstock.errors import ConfigError, DataError
+from penstock.training.trained import _source_like
 from penstock.types import Position
 from tests.contract.data_cases import (
     assert_resumes_everywhere,
@@ -170,10 +171,10 @@ def test_a_split_by_time_leaves_whole_folders_unread(tmp_path, monkeypatch):
         "read",
         lambda self, extent, names: read.append(extent.path) or before(self, extent, names),
     )
-    batches = read_all(dataset, "evaluation")
-    assert sum(batch.batch_size for batch in batches) == 3 * ROWS
-    assert len(set(read)) == 3
-    assert sum(batch.batch_size for batch in read_all(dataset)) == 3 * ROWS
+    for part in ("evaluation", "train"):
+        read.clear()
+        assert sum(batch.batch_size for batch in read_all(dataset, part)) == 3 * ROWS
+        assert len(set(read)) == 3
 
 
 @pytest.mark.parametrize(
@@ -376,6 +377,17 @@ class TestResume:
         with pytest.raises(DataError, match="removed since the run began, and rows of it were"):
             Dataset.open(self.job(tmp_path), after=at)
 
+    @pytest.mark.parametrize(
+        "kind, texts",
+        [("timestamp", ["2024-01-31T06", "2024-01-31 08%3A00%2B02:00", "2024-01-31T06:00:00Z"]),
+         ("int64", ["7", "007", "%2B7"]), ("float64", ["0.5", ".50", "5e-1"])],
+    )  # fmt: skip
+    def test_two_ways_to_write_a_value_are_one(self, kind, texts, tmp_path):
+        for text in texts:
+            self.write(tmp_path / f"key={text}")
+        source = opened({"format": "csv", "path": str(tmp_path), "partitions": {"key": kind}})
+        assert len({source.identify(path).digest for path in source.paths}) == 1
+
     def test_folders_that_moved_together_must_say_the_same(self, tmp_path):
         self.write(tmp_path / "key=1", rows=16)
         at = self.position(tmp_path)
@@ -481,4 +493,23 @@ def test_a_time_that_is_null_is_told(tmp_path):
                     "split": {"by": "time", "at": "2024-01-02"}},
            "features": [{"columns": ["key"]}]}  # fmt: skip
     with pytest.raises(DataError, match=r"column 'day': the event time is missing"):
+        read_all(Dataset.open(parse_job(job)))
+
+
+def test_prediction_reads_them_from_files_of_another_format(tmp_path):
+    config, _ = write_log("parquet", tmp_path / "a")
+    write_log("csv", tmp_path / "b")
+    source = TypeAdapter(Source).validate_python(config)
+    like = _source_like(source, str(tmp_path / "b" / "*" / "*" / "*" / "*" / "*" / "*.csv"))
+    assert (like.format, like.partitions) == ("csv", TYPES)
+    assert open_source(like, {}).schema.names[-3:] == ["day", "region", "shop"]
+
+
+def test_a_text_of_folders_that_is_no_time_is_named(tmp_path):
+    for name in ("2024-01-01", "2024-01-02", "soon"):
+        one_file(tmp_path / f"day={name}" / "p.parquet", {"label": [0, 1], "key": [3, 4]})
+    source = {"format": "parquet", "path": str(tmp_path), "partitions": {"day": "string"}}
+    job = {"data": {"source": source, "label": {"column": "label"}, "event_time": "day"},
+           "features": [{"columns": ["key"]}]}  # fmt: skip
+    with pytest.raises(DataError, match="column 'day': 'soon' is no ISO 8601 time"):
         read_all(Dataset.open(parse_job(job)))

@@ -313,7 +313,12 @@ class TestDamaged:
          "UTF-8; declare {0}: {{t: list<bytes>}}"),
     ],
 )  # fmt: skip
-def test_records_that_are_not_as_declared(row, types, said, tmp_path):
+@pytest.mark.parametrize("chunk, read_bytes", [(1000, 1 << 20), (3, 1 << 20), (1000, 40)])
+def test_records_that_are_not_as_declared(
+    row, types, said, chunk, read_bytes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tfrecord, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(tfrecord, "READ_BYTES", read_bytes)
     # Values before it that are right, at another place among the values than among the records.
     right = {"t": ["x", "y", "z"]} if "list" in str(types) else {}
     write(tmp_path / "a.tfrecord", [{}, right] + [{}] * 5 + [row, {}])
