@@ -136,7 +136,7 @@ def test_a_job_is_not_overwritten_unless_told(penstock, tmp_path):
         (
             ["rows.txt"],
             "rows.txt: no format is known by this name; give --format parquet, orc, arrow, csv, "
-            "tsv, jsonl",
+            "tsv, jsonl, tfrecord",
         ),
         (
             ["a.csv", "b.parquet"],
