@@ -370,7 +370,7 @@ def _growing(
     if not isinstance(config, StreamsSource):
         return None
     if after is not None and after.span is not None:
-        return Spans(config, open_files, listing_of(after))
+        return Spans(config, open_files, listing_of(config, after))
     if not config.grows:
         return None
     if after is not None and after.files:

@@ -79,6 +79,18 @@ def has_ended(config: StreamsSource, since_ms: Sequence[int]) -> bool:
     )
 
 
+def is_behind_end(config: StreamsSource, window: SpanWindow) -> bool:
+    """Whether a window was listed when its stream had no end yet, and lies behind that."""
+    stream = config.streams[window.stream]
+    return not stream.grows and window.start_ms >= stream.end_ms
+
+
+def windows_behind_end(config: StreamsSource, listing: Listing) -> set[int]:
+    """Numbers of a span's windows that are not to be read any more; see `is_behind_end`."""
+    every = enumerate(listing.span.windows)
+    return {number for number, one in every if is_behind_end(config, one)}
+
+
 def next_span(
     config: StreamsSource,
     stored: Mapping[str, StoredPaths],

@@ -22,6 +22,7 @@ from penstock.data.windows.growing import (
     listed_windows,
     next_span,
     waits_for,
+    windows_behind_end,
 )
 from penstock.data.windows.stored import Stored, stored_paths
 from penstock.errors import DataError
@@ -95,7 +96,10 @@ class Streams:
         self._origins = self._found_origins(sources, stored)
         self.paths: Sequence[str] = list(self._origins)
         self._extents = LazyExtents((), self._more_extents)
-        self._unread = heapq.merge(*(source.extents() for source in found_of), key=self._turn)
+        in_order = heapq.merge(*(source.extents() for source in found_of), key=self._turn)
+        # Their files keep their numbers.
+        unwanted = set() if listing is None else windows_behind_end(config, listing)
+        self._unread = (one for one in in_order if self._origins[one.path].window not in unwanted)
         self._error: DataError | None = None
 
     def _found_origins(

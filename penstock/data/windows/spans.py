@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from penstock.config.streams import StreamsSource
@@ -14,7 +15,13 @@ from penstock.data.batches.stage import Stage
 from penstock.data.files import resolve_path
 from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
-from penstock.data.windows.growing import Listing, has_ended, next_span, waits_for
+from penstock.data.windows.growing import (
+    Listing,
+    has_ended,
+    is_behind_end,
+    next_span,
+    waits_for,
+)
 from penstock.data.windows.served import Opener, Streams, complete_now
 from penstock.data.windows.stored import stored_paths
 from penstock.errors import DataError
@@ -118,7 +125,20 @@ def rows_of(streams: Streams) -> PartRows:
     return PartRows(streams, streams.extents(), streams.paths, first_file=streams.span.first_file)
 
 
-def listing_of(position: Position) -> Listing:
-    """The span in which a position is, with the files that it had."""
+def listing_of(config: StreamsSource, position: Position) -> Listing:
+    """The span in which a position is, with the files that it had.
+
+    Raises:
+      DataError: it was read on behind the end that a stream has by now.
+    """
     assert position.span is not None
+    left = iter(position.files)
+    for window in position.span.windows:
+        files = list(islice(left, sum(window.files)))
+        if is_behind_end(config, window) and any(tag.is_begun for tag in files):
+            stream = config.streams[window.stream]
+            raise DataError(
+                f"{files[0].path}: was begun, but stream {stream.name!r} ends at {stream.end!r}, "
+                "before it; set a later end"
+            )
     return Listing(position.span, [resolve_path(tag.path)[1] for tag in position.files])
