@@ -20,7 +20,14 @@ from typing import Annotated, Any
 import typer
 
 import penstock
-from penstock.cli_data import ForceOption, add_history, inspect_data, plan_data, synthesize
+from penstock.cli_data import (
+    ForceOption,
+    add_history,
+    audit_data,
+    inspect_data,
+    plan_data,
+    synthesize,
+)
 from penstock.errors import (
     ConfigError,
     FailedElsewhere,
@@ -73,6 +80,7 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 data_app.command("inspect")(inspect_data)
 data_app.command("plan")(plan_data)
+data_app.command("audit")(audit_data)
 data_app.command("history")(add_history)
 data_app.command("synth")(synthesize)
 

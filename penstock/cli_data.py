@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, DataError
 from penstock.report.terminal import ignored, say
 
 if TYPE_CHECKING:
@@ -232,6 +232,46 @@ def plan_data(
         advance = begin("what files say of themselves")
         plan = list(planned(open_source(read.data.source, default_text_types(read)), advance))
     show(plan_table(plan))
+
+
+def audit_data(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False),
+    ],
+    *,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="PATH=VALUE", help="Where the data is by now: data.source.path=..."
+        ),
+    ] = None,
+) -> None:
+    """Says what became of every row that a run has read, and counts them anew in its files.
+
+    Read = applied + filtered + quarantined, and the files, as far as the newest checkpoint has
+    come, must have as many rows. Files are compared with what they were when they were read; rows
+    of text are counted by reading them. Of streams that grow, the windows at hand are counted, and
+    those behind are not looked for. An error where something was lost, or read twice.
+
+    **Examples**
+
+        penstock data audit runs/first
+        penstock data audit runs/first --set data.source.path=/mnt/logs
+    """
+    from penstock.job_file import override
+    from penstock.report.data_survey import audit_table
+    from penstock.report.display import show, stages
+    from penstock.training.trained import audit_run
+
+    with stages() as begin:
+        found = audit_run(run, begin, lambda fields: override(fields, changes or ()))
+    show(audit_table(found))
+    if not found.is_right:
+        raise DataError(
+            f"{run}: rows were lost or read twice: the files have {found.in_files:,} up to the "
+            f"position, which says {found.said:,}"
+        )
 
 
 def _source(given: FilesGiven) -> AnyFileSource:

@@ -353,6 +353,8 @@ class Span(NamedTuple):
     """Of each stream, where the windows begin that come after these."""
     windows: tuple[SpanWindow, ...]
     """In the order of reading, which is that of `Position.files`."""
+    read: int = 0
+    """Rows that were read when it began, of `Counts`."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Span:
@@ -361,7 +363,8 @@ class Span(NamedTuple):
             SpanWindow(int(one[0]), int(one[1]), int(one[2]), tuple(one[3]))
             for one in fields["windows"]
         ]
-        return cls(int(fields["first_file"]), tuple(fields["until_ms"]), tuple(windows))
+        first, read = int(fields["first_file"]), int(fields["read"])
+        return cls(first, tuple(fields["until_ms"]), tuple(windows), read)
 
 
 @dataclass(frozen=True, slots=True)

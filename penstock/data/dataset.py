@@ -34,6 +34,7 @@ from penstock.data.columns.transforms import KeyTransform
 from penstock.data.files import common_file
 from penstock.data.identity import WholeTags, check_files
 from penstock.data.opening import open_source
+from penstock.data.plan.audit import Audit, audit
 from penstock.data.plan.counting import Stages, no_stages
 from penstock.data.plan.parts import Part, PartRows, divide
 from penstock.data.quarantine import Quarantine
@@ -280,6 +281,18 @@ class Dataset:
             ranks=ranks,
             following=self._spans if part == "train" else None,
         )
+
+    def audit(self, position: Position, stages: Stages = no_stages) -> Audit:
+        """Counts anew what a position says was read of the training part. May read its files.
+
+        Raises:
+          DataError: a file has changed since it was read, or cannot be read; or the position is of
+            a checkpoint of version 1, which does not say what was read.
+        """
+        if position.version_1 is not None:
+            raise DataError("a checkpoint of version 1 does not say what was read; train on first")
+        self.check(position)
+        return audit(self._rows("train"), position, self._samples_per_row, stages)
 
     def tell_of_waits(self, tell: Callable[[str], None]) -> None:
         """Has `tell` called, from another thread, with what reading waits for."""

@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from penstock.data.plan.audit import Audit
 from penstock.data.windows.planned import PlannedFiles
 from penstock.report.display import size_text
 from penstock.survey.label_rate import LabelRate
@@ -77,6 +78,20 @@ def plan_table(plan: Sequence[PlannedFiles]) -> Table:
             f"{one.extents:,}",
             "?" if one.rows is None else f"{one.rows:,}",
         )
+    return shown
+
+
+def audit_table(found: Audit) -> Table:
+    """What became of the rows that a run has read."""
+    shown = Table(title="what was read", show_header=False)
+    shown.add_column(style="bold")
+    shown.add_column(justify="right")
+    for name, rows in found.counts._asdict().items():
+        shown.add_row(name, f"{rows:,}")
+    shown.add_section()
+    shown.add_row("by the position", f"{found.said:,}")
+    shown.add_row("in the files", f"{found.in_files:,}")
+    shown.add_row("verdict", "right" if found.is_right else "wrong")
     return shown
 
 

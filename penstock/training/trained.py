@@ -27,6 +27,8 @@ from penstock.config import (
 )
 from penstock.data.batches.loader import Loader
 from penstock.data.dataset import Dataset, check_widths
+from penstock.data.plan.audit import Audit
+from penstock.data.plan.counting import Stages
 from penstock.data.plan.parts import Part
 from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.embedding.durable_files import MANIFEST
@@ -144,6 +146,25 @@ def begin_from(config: InitFrom, state: TrainState) -> list[str]:
 def _read_description(checkpoint: Path) -> tuple[Manifest, Position]:
     manifest = read_manifest(checkpoint)
     return manifest, read_position(checkpoint, manifest)
+
+
+def audit_run(path: Path, stages: Stages, change: Callable[[Any], Any]) -> Audit:
+    """Counts anew what the newest checkpoint of a run says was read.
+
+    Args:
+      path: a run folder, or one of its checkpoints.
+      stages: told of the counting.
+      change: of the fields of the job: where the data is by now.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is damaged.
+      ConfigError: `change` makes no job.
+      DataError: files are missing, or not what was read.
+    """
+    manifest, position = read_newest(path, _read_description)
+    origin = f"{path}: job of the checkpoint"
+    job = parse_job(change(manifest.job), origin=origin, is_record=True)
+    return Dataset.open(job, after=position, stages=stages).audit(position, stages)
 
 
 def read_newest(path: Path, read: Callable[[Path], T]) -> T:

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "data/quarantine": {"errors", "types", "data/identity"},
     "data/source": {"types", "data/quarantine"},
     "data/columns": {"errors", "config", "_core", "data/quarantine", "data/source"},
-    "data/plan": {"errors", "config", "data/files", "data/source", "data/columns"},
+    "data/plan": {"errors", "types", "config", "data/files", "data/source", "data/columns"},
     "data/formats": {
         "errors",
         "types",
@@ -242,7 +242,7 @@ MAY_IMPORT = {
         "report",
         "interruption",
     },
-    "cli_data": {"errors", "config", "data", "survey", "job_file", "report"},
+    "cli_data": {"errors", "config", "data", "survey", "job_file", "report", "training"},
     "cli": {
         "_core",
         "errors",

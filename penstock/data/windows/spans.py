@@ -113,7 +113,7 @@ class Spans:
             block_row=0,
             lanes=tuple(LanePosition(cursor=Cursor(first)) for _ in end.lanes),
             files=tuple(tags),
-            span=listing.span,
+            span=listing.span._replace(read=end.counts.read),
         )
         files = FileTags(tags, WholeTags(streams), shows=True, first=first)
         return Stage(part, files, start)

@@ -1,6 +1,7 @@
 """Streams that grow while they are read: the same batches as if all had been there."""
 
 import shutil
+from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import islice
 
@@ -205,6 +206,20 @@ def test_what_needs_an_end_is_refused(tmp_path, change, message):
     }
     with pytest.raises(ConfigError, match=message):
         parse_job(fields)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_the_rows_of_the_files_are_those_that_a_position_counts(shown, whole, lanes):
+    number = len(whole(lanes))
+    found = taken(opened(shown).batches("train", start=in_lanes(lanes), **KWARGS), number)
+    spans = set()
+    for _, end in found[::3]:
+        spans.add(end.span.first_file)
+        audit = Dataset.open(growing_job(shown), after=end).audit(end)
+        assert audit.is_right and audit.in_files > 0
+        wrong = replace(end, counts=end.counts._replace(read=end.counts.read - 1))
+        assert not Dataset.open(growing_job(shown), after=wrong).audit(wrong).is_right
+    assert len(spans) > 2
 
 
 def test_an_end_before_what_was_listed_is_kept(shown):

@@ -1,0 +1,63 @@
+"""Counts anew, in the files, what a position says was read of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from penstock.data.plan.counting import Stages, count_rows, no_stages
+from penstock.data.plan.lanes import Lane
+from penstock.data.plan.parts import PartRows
+from penstock.data.source import Extent
+from penstock.types import Counts, Position
+
+
+class Audit(NamedTuple):
+    """What a position counts, and what is found."""
+
+    counts: Counts
+    in_files: int
+    """Rows of the files that are listed, before the position, in all epochs."""
+    said: int
+    """Rows that the position says were read of them, with those of the block being delivered that
+    were not given to the model yet."""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether nothing was lost and nothing read twice."""
+        read, filtered, quarantined, applied = self.counts
+        return read == filtered + quarantined + applied and self.in_files == self.said
+
+
+def audit(
+    part: PartRows, position: Position, samples_per_row: int, stages: Stages = no_stages
+) -> Audit:
+    """Counts the rows of a part that lie before a position, lane by lane.
+
+    Args:
+      part: the training part, of the files of the position.
+      position: where a run is.
+      samples_per_row: more than 1 where negatives are drawn.
+      stages: told of the counting; rows of text must be read for it.
+
+    Raises:
+      DataError: a file cannot be read.
+    """
+    numbers = {path: number for number, path in enumerate(part.files, part.first_file)}
+    whole: list[Extent] = []
+    rows = 0
+    for number, lane in enumerate(position.lanes):
+        behind = lane.cursor.file, lane.cursor.start
+        for _, extent in Lane(number, len(position.lanes)).extents(part.extents, numbers):
+            place = numbers[extent.path], extent.start
+            if place < behind:
+                whole.append(extent)
+            elif place == behind:
+                rows += lane.cursor.row
+    rows += sum(count_rows(part.source, whole, stages))
+    left = 0
+    if position.is_in_block:
+        left = position.block_size // samples_per_row - position.block_row // samples_per_row
+    before = position.counts.read - (0 if position.span is None else position.span.read)
+    if position.epoch:
+        rows += position.epoch * sum(count_rows(part.source, list(part.extents), stages))
+    return Audit(position.counts, rows, before + left)
