@@ -37,7 +37,7 @@ from penstock.ranks.share import Share
 from penstock.ranks.table_totals import over_ranks
 from penstock.ranks.together import from_first, summed, together
 from penstock.ranks.watch import Watch
-from penstock.report.display import stages
+from penstock.report.display import say, stages
 from penstock.report.environment import peak_memory_bytes
 from penstock.report.folder import RunFolder, files_of_run
 from penstock.report.rank_report import held, report_of
@@ -209,8 +209,7 @@ def open_run(
     refuse_ranks_left_out(group)
     folder = RunFolder(out)
     with held(folder, job, group, partial(_check_folder, folder, job, resume)):
-        with stages() as begin:
-            begun = beginning_of(job, folder.path, group, begin, resume=resume)
+        begun = beginning_of(job, folder.path, group, partial(say, console), resume=resume)
         with together(group, "open the data"), stages() as begin:
             kept_in, leads = folder.quarantine_file, group.rank == 0
             dataset = Dataset.open(
@@ -326,6 +325,7 @@ class Run:
         self.dataset.tell_of_waits(
             lambda text: self.report.tell("waiting", self.state.step, {"text": text})
         )
+        self.dataset.tell_of_late_files(self.report.warn)
         return Feed(loader, self.state.collection)
 
     def steps_left(self) -> int | None:

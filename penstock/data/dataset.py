@@ -299,6 +299,11 @@ class Dataset:
         if self._spans is not None:
             self._spans.on_wait = tell
 
+    def tell_of_late_files(self, tell: Callable[[str], None]) -> None:
+        """Has `tell` called, from another thread, with files that came too late to be read."""
+        if self._spans is not None:
+            self._spans.on_late = tell
+
     def take_up_quarantine(self, after: Position) -> None:
         """Takes up the entries that a run left, without those that it made behind a position.
 

@@ -198,6 +198,12 @@ class Display:
         self._console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
+def say(console: Console | None, words: str) -> None:
+    """Prints a line before there is a run to report; `console`: None: the standard output."""
+    console = console or console_of(Stream(sys.stdout, ignored))
+    console.print(words, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
 @contextmanager
 def stages() -> Iterator[Callable[[str], Callable[[int, float | None], None]]]:
     """A progress bar on the standard error, if that is a terminal, for work in stages.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from penstock.config import Job, StreamsSource
-from penstock.data.plan.counting import Stages
 from penstock.data.windows.growing import Listing, waits_for
 from penstock.data.windows.served import first_listing
 from penstock.ranks.group import Group
@@ -31,7 +31,9 @@ def newest_of_all(run: Path, group: Group) -> Path:
     return run / from_first(group, lambda: newest_of_run(run).relative_to(run).as_posix())
 
 
-def beginning_of(job: Job, run: Path, group: Group, stages: Stages, *, resume: bool) -> Beginning:
+def beginning_of(
+    job: Job, run: Path, group: Group, tell: Callable[[str], None], *, resume: bool
+) -> Beginning:
     """Finds where to begin. Where streams grow, waits until a window is complete.
 
     Every rank reads what the first one has listed.
@@ -40,7 +42,7 @@ def beginning_of(job: Job, run: Path, group: Group, stages: Stages, *, resume: b
       job: what to read.
       run: its folder.
       group: every rank of it comes to this place.
-      stages: told while it waits.
+      tell: told on the first rank, once, that it waits, and for what.
       resume: whether it goes on.
 
     Raises:
@@ -61,8 +63,8 @@ def beginning_of(job: Job, run: Path, group: Group, stages: Stages, *, resume: b
 
     is_told = False
     while (said := from_first(group, listed)) == "waiting":
-        if not is_told:
-            stages(f"nothing yet, waiting for {waits_for(source)}")(0, None)
+        if not is_told and group.rank == 0:
+            tell(f"no window is complete yet; waiting for {waits_for(source)}")
         is_told = True
         time.sleep(source.poll_s)
     return Beginning(None, Listing.from_plain(said))

@@ -150,7 +150,7 @@ class Growing:
         files = [tag.path for tag in start.files]
         return self._stage(start, files, list(start.files))
 
-    def after(self, end, from_first, is_closed):
+    def after(self, end, from_first, is_closed, is_taken):
         """See `Following`."""
         first = end.span.first_file + len(end.files)
         windows = from_first(lambda: int(self._rng.integers(1, 4)))

@@ -53,6 +53,11 @@ class Channel(Generic[T]):
     def _room(self) -> int:
         return self._capacity - len(self._items)
 
+    def is_empty(self) -> bool:
+        """Whether the consumer took everything so far."""
+        with self._changed:
+            return not self._items
+
     def get(self) -> T:
         """Takes the oldest item; blocks while there is none.
 

@@ -221,7 +221,9 @@ class Loader:
     def _after(self, end: Position) -> Stage | None:
         if self._following is None:
             return None
-        return self._following.after(end, self._agreement.from_first, self._is_closed)
+        return self._following.after(
+            end, self._agreement.from_first, self._is_closed, self._out.is_empty
+        )
 
     def _leave(self) -> None:
         """The other ranks stop reading, too, but for those that are gone."""

@@ -30,6 +30,7 @@ class Following(Protocol):
         end: Position,
         from_first: Callable[[Callable[[], Any]], Any],
         is_closed: threading.Event,
+        is_taken: Callable[[], bool],
     ) -> Stage | None:
         """The next stage; waits until there is one. None: nothing comes any more.
 
@@ -37,6 +38,7 @@ class Following(Protocol):
           end: behind all of the stage before.
           from_first: what the first rank says, as JSON has it, on every rank.
           is_closed: set when nobody wants it any longer.
+          is_taken: whether all of the stage before was delivered.
 
         Raises:
           Closed: nobody does.

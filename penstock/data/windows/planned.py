@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from penstock.data.source import Extent, Source
+from penstock.data.windows.files import Files
 from penstock.data.windows.served import Streams
 
 
@@ -55,9 +56,15 @@ def planned(source: Source, advance: Callable[[int, float], None]) -> Iterator[P
                 words,
                 part.source.name,
                 len(paths),
-                int(part.files.sizes.sum()),
+                _bytes_of(source, part.files),
                 *known.of(paths),
             )
+
+
+def _bytes_of(source: Streams, files: Files) -> int:
+    if source.span is None:
+        return int(files.sizes.sum())
+    return sum(max(source.identify(path).size, 0) for path in files)  # listed without sizes
 
 
 class _Known:

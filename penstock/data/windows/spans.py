@@ -22,10 +22,14 @@ from penstock.data.windows.growing import (
     next_span,
     waits_for,
 )
+from penstock.data.windows.late import LateFiles, words_of
 from penstock.data.windows.served import Opener, Streams, complete_now
 from penstock.data.windows.stored import stored_paths
 from penstock.errors import DataError
 from penstock.types import Cursor, FileTag, LanePosition, Position, Span
+
+_LATE_POLLS = 30
+"""While nothing comes, folders that were read are listed again after so many polls."""
 
 
 class Spans:
@@ -54,6 +58,11 @@ class Spans:
         self.is_waiting = False
         self.on_wait: Callable[[str], None] = lambda words: None
         """Told, from a thread of the loader, what it waits for, each time that it begins to."""
+        self.on_late: Callable[[str], None] = lambda words: None
+        """Told, from a thread of the first rank's loader, which files came too late to be read."""
+        self._late = LateFiles(config)
+        self._late.add(listing)
+        self._polls = 0
 
     def within_first(self, start: Position) -> Position:
         """A position at the beginning of the first span, or one within it.
@@ -76,10 +85,11 @@ class Spans:
         end: Position,
         from_first: Callable[[Callable[[], Any]], Any],
         is_closed: threading.Event,
+        is_taken: Callable[[], bool],
     ) -> Stage | None:
         """See `Following`."""
         assert end.span is not None
-        first = end.span.first_file + len(end.files)
+        first, is_told = end.span.first_file + len(end.files), False
         try:
             while True:
                 found = from_first(lambda: self._found(end.span, first))
@@ -87,8 +97,9 @@ class Spans:
                     return None
                 if found != "waiting":
                     return self._stage(end, Listing.from_plain(found))
-                if not self.is_waiting:
-                    self.is_waiting = True
+                self.is_waiting = True
+                if not is_told and is_taken():
+                    is_told = True
                     self.on_wait(waits_for(self._config))
                 if is_closed.wait(self._config.poll_s):
                     raise Closed
@@ -101,7 +112,15 @@ class Spans:
             return "ended"
         paths = {name: one.paths for name, one in stored_paths(self._config).items()}
         listing = next_span(self._config, paths, span.until_ms, first)
-        return "waiting" if listing is None else listing.to_plain()
+        self._polls += 1
+        if listing is not None or self._polls % _LATE_POLLS == 0:
+            late = self._late.found(paths)
+            if late:
+                self.on_late(words_of(late, self._late.num_files))
+        if listing is None:
+            return "waiting"
+        self._late.add(listing)
+        return listing.to_plain()
 
     def _stage(self, end: Position, listing: Listing) -> Stage:
         streams = Streams(self._config, self._open_files, listing, self.first.schema)
