@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from penstock.config import Job, StreamsSource
-from penstock.data.windows.growing import Listing, waits_for
-from penstock.data.windows.served import first_listing
+from penstock.data.windows.growing import Listing
+from penstock.data.windows.served import first_listing, first_waits
 from penstock.ranks.group import Group
 from penstock.ranks.together import from_first, together
 from penstock.training.checkpoint.checkpoint import position_of
@@ -64,7 +64,7 @@ def beginning_of(
     is_told = False
     while (said := from_first(group, listed)) == "waiting":
         if not is_told and group.rank == 0:
-            tell(f"no window is complete yet; waiting for {waits_for(source)}")
+            tell(f"no window is complete yet; waiting for {first_waits(source)}")
         is_told = True
         time.sleep(source.poll_s)
     return Beginning(None, Listing.from_plain(said))

@@ -7,12 +7,14 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from penstock.config import parse_job
+from penstock.config import StreamsSource, parse_job
 from penstock.data import Dataset
 from penstock.data.batches.channel import Closed
 from penstock.data.columns.schema import default_text_types
 from penstock.data.opening import open_source
+from penstock.data.windows.growing import begins, next_span, waits_for
 from penstock.data.windows.planned import planned
+from penstock.data.windows.stored import stored_paths
 from penstock.run import train
 from tests.integration.small import SMALL
 
@@ -118,6 +120,21 @@ def test_a_wait_is_told_once_and_not_before_everything_is_taken(tmp_path):
         dataset._spans.after(end, lambda say: say(), Closing(), lambda: len(asked) > 1)
     assert [len(one) for one in asked] == [0, 0, 1, 1, 1]
     assert told == ["a file of a later time of source 'new' of stream 'clicks'"]
+
+
+def test_only_who_holds_up_the_next_window_is_waited_for(tmp_path):
+    for folder, hours in (("a", 4), ("b", 2)):
+        for hour in range(hours):
+            put(tmp_path / folder, hour)
+    streams = [
+        job_over(tmp_path / name).data.source.streams[0].model_copy(update={"name": name})
+        for name in ("a", "b")
+    ]
+    config = StreamsSource(streams=tuple(streams), together=True)
+    stored = {name: one.paths for name, one in stored_paths(config).items()}
+    until = next_span(config, stored, begins(config), 0).span.until_ms
+    found = waits_for(config, stored, until)
+    assert found == "a file of a later time of source 'new' of stream 'b'"
 
 
 def test_the_plan_says_the_bytes_of_streams_that_grow(tmp_path):

@@ -56,14 +56,30 @@ def listed_windows(config: StreamsSource, listing: Listing) -> Iterator[WindowFi
         yield WindowFiles(stream, Window(start, stop), parts)
 
 
-def waits_for(config: StreamsSource) -> str:
-    """What makes another window complete, for people."""
-    words = []
-    for stream in config.streams:
+def waits_for(
+    config: StreamsSource, stored: Mapping[str, StoredPaths], since_ms: Sequence[int]
+) -> str:
+    """What makes another window complete, for people: only of sources that hold it up.
+
+    Args:
+      config: the streams.
+      stored: as for `next_span`, which found nothing.
+      since_ms: of each stream, where the windows begin that were not read.
+
+    Raises:
+      DataError: as `TaskGraph`.
+    """
+    every, lacking = [], []
+    for stream, since in zip(config.streams, since_ms, strict=True):
         for source in stream.sources if stream.grows else ():
             what = "a file of a later time" if source.marker is None else "the next marker"
-            words.append(f"{what} of source {source.name!r} of stream {stream.name!r}")
-    return ", ".join(words)
+            every.append(f"{what} of source {source.name!r} of stream {stream.name!r}")
+            window = next(windows(stream.unit, stream.time_zone, since, None))
+            paths = stored[f"{stream.name}/{source.name}"]
+            if _source_limit(stream, source, paths, since) < window.stop_ms:
+                lacking.append(every[-1])
+    # By the clock a window may be complete that has no file.
+    return ", ".join(lacking or every)
 
 
 def begins(config: StreamsSource) -> tuple[int, ...]:

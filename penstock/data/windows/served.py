@@ -230,13 +230,19 @@ def first_listing(config: StreamsSource) -> Listing | None:
     return next_span(config, paths, begins(config), 0)
 
 
+def first_waits(config: StreamsSource) -> str:
+    """What the first window waits for, for people."""
+    paths = {name: one.paths for name, one in stored_paths(config).items()}
+    return waits_for(config, paths, begins(config))
+
+
 def complete_now(config: StreamsSource) -> Listing:
     """As `first_listing`; raises DataError where nothing is complete."""
     listing = first_listing(config)
     if listing is None:
         raise DataError(
             f"{config.sources[0].files.path}: no window is complete yet; that takes "
-            f"{waits_for(config)}"
+            f"{first_waits(config)}"
         )
     return listing
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from penstock.data.batches.stage import Stage
 from penstock.data.files import resolve_path
 from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
+from penstock.data.windows.graph import StoredPaths
 from penstock.data.windows.growing import (
     Listing,
     has_ended,
@@ -63,6 +64,8 @@ class Spans:
         self._late = LateFiles(config)
         self._late.add(listing)
         self._polls = 0
+        self._listed: Mapping[str, StoredPaths] | None = None
+        """At the last poll; None: another rank lists."""
 
     def within_first(self, start: Position) -> Position:
         """A position at the beginning of the first span, or one within it.
@@ -98,9 +101,9 @@ class Spans:
                 if found != "waiting":
                     return self._stage(end, Listing.from_plain(found))
                 self.is_waiting = True
-                if not is_told and is_taken():
+                if not is_told and is_taken() and self._listed is not None:
                     is_told = True
-                    self.on_wait(waits_for(self._config))
+                    self.on_wait(waits_for(self._config, self._listed, end.span.until_ms))
                 if is_closed.wait(self._config.poll_s):
                     raise Closed
         finally:
@@ -111,6 +114,7 @@ class Spans:
         if has_ended(self._config, span.until_ms):
             return "ended"
         paths = {name: one.paths for name, one in stored_paths(self._config).items()}
+        self._listed = paths
         listing = next_span(self._config, paths, span.until_ms, first)
         self._polls += 1
         if listing is not None or self._polls % _LATE_POLLS == 0:
