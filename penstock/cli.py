@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 import penstock
+from penstock import cli_savepoint
 from penstock.cli_data import (
     ForceOption,
     add_history,
@@ -83,6 +84,12 @@ data_app.command("plan")(plan_data)
 data_app.command("audit")(audit_data)
 data_app.command("history")(add_history)
 data_app.command("synth")(synthesize)
+savepoint_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Keep where a run is; go on from there."
+)
+app.add_typer(savepoint_app, name="savepoint")
+savepoint_app.command("create")(cli_savepoint.create)
+savepoint_app.command("restore")(cli_savepoint.restore)
 
 
 def _say_version(is_asked: bool) -> None:

@@ -242,8 +242,10 @@ MAY_IMPORT = {
         "report",
         "interruption",
     },
+    "cli_savepoint": {"report", "training"},
     "cli_data": {"errors", "config", "data", "survey", "job_file", "report", "training"},
     "cli": {
+        "cli_savepoint",
         "_core",
         "errors",
         "config",
