@@ -21,6 +21,10 @@ COMMANDS = (
     ["data", "inspect"],
     ["data", "synth"],
     ["data", "history"],
+    ["data", "plan"],
+    ["data", "audit"],
+    ["savepoint", "create"],
+    ["savepoint", "restore"],
 )
 
 
@@ -34,7 +38,16 @@ def test_every_command_has_help_with_an_example(penstock, command):
 def test_help_lists_what_exists(penstock):
     code, shown, _ = penstock("--help")
     assert code == 0
-    for command in ("train", "evaluate", "predict", "inspect", "compare", "data", "schema"):
+    for command in (
+        "train",
+        "evaluate",
+        "predict",
+        "inspect",
+        "compare",
+        "data",
+        "savepoint",
+        "schema",
+    ):
         assert f"│ {command} " in shown
     assert shown.count("│ ") == len([
         "train",
@@ -43,6 +56,7 @@ def test_help_lists_what_exists(penstock):
         "inspect",
         "compare",
         "data",
+        "savepoint",
         "schema",
         "version",
         "help",
