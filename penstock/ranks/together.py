@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -32,7 +33,7 @@ def together(
       GroupError: a rank is gone.
     """
     return told_to_all(
-        lambda number: int(group.gathered(torch.tensor(number)).sum()),
+        partial(summed, group),
         lambda failed: raised(f"{failed} of {group.size} ranks cannot {task}, which say why"),
     )
 

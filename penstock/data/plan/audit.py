@@ -53,11 +53,14 @@ def audit(
                 whole.append(extent)
             elif place == behind:
                 rows += lane.cursor.row
-    rows += sum(count_rows(part.source, whole, stages))
+    # Each once: rows of text are counted by reading them.
+    wanted = list(part.extents) if position.epoch else whole
+    counted = dict(zip(wanted, count_rows(part.source, wanted, stages), strict=True))
+    rows += sum(counted[extent] for extent in whole)
+    if position.epoch:
+        rows += position.epoch * sum(counted.values())
     left = 0
     if position.is_in_block:
         left = position.block_size // samples_per_row - position.block_row // samples_per_row
     before = position.counts.read - (0 if position.span is None else position.span.read)
-    if position.epoch:
-        rows += position.epoch * sum(count_rows(part.source, list(part.extents), stages))
     return Audit(position.counts, rows, before + left)

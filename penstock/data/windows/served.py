@@ -24,7 +24,7 @@ from penstock.data.windows.growing import (
     waits_for,
     windows_behind_end,
 )
-from penstock.data.windows.stored import Stored, stored_paths
+from penstock.data.windows.stored import Stored, listed_anew, stored_paths
 from penstock.errors import DataError
 from penstock.types import FileTag
 
@@ -226,13 +226,13 @@ def first_listing(config: StreamsSource) -> Listing | None:
     Raises:
       DataError: as `TaskGraph`.
     """
-    paths = {name: one.paths for name, one in stored_paths(config).items()}
+    paths = listed_anew(config)
     return next_span(config, paths, begins(config), 0)
 
 
 def first_waits(config: StreamsSource) -> str:
     """What the first window waits for, for people."""
-    paths = {name: one.paths for name, one in stored_paths(config).items()}
+    paths = listed_anew(config)
     return waits_for(config, paths, begins(config))
 
 

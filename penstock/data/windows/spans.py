@@ -25,7 +25,7 @@ from penstock.data.windows.growing import (
 )
 from penstock.data.windows.late import LateFiles, words_of
 from penstock.data.windows.served import Opener, Streams, complete_now
-from penstock.data.windows.stored import stored_paths
+from penstock.data.windows.stored import listed_anew
 from penstock.errors import DataError
 from penstock.types import Cursor, FileTag, LanePosition, Position, Span
 
@@ -113,7 +113,7 @@ class Spans:
         assert span is not None
         if has_ended(self._config, span.until_ms):
             return "ended"
-        paths = {name: one.paths for name, one in stored_paths(self._config).items()}
+        paths = listed_anew(self._config)
         self._listed = paths
         listing = next_span(self._config, paths, span.until_ms, first)
         self._polls += 1

@@ -25,6 +25,11 @@ class Stored(NamedTuple):
     """Of the source, within its file system."""
 
 
+def listed_anew(config: StreamsSource) -> dict[str, StoredPaths]:
+    """By name of stream and source, with folders that nobody has listed yet; see `stored_paths`."""
+    return {name: one.paths for name, one in stored_paths(config).items()}
+
+
 def stored_paths(config: StreamsSource) -> dict[str, Stored]:
     """By name of stream and source; sources of one file system share its folders.
 
