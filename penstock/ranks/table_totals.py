@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from penstock.embedding.collection.table_stats import TableStats
+from penstock.embedding import TableStats
 from penstock.ranks.group import Group
 
 Values: TypeAlias = dict[str, int | float]

@@ -49,6 +49,7 @@ class AnchorGradient(torch.Tensor):
     """Of a view of it, as `detach` and `.data` give: scaling one scales the tables, too."""
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def of(cls, shown_by: ShowsGradient, anchor: Tensor) -> AnchorGradient:
         """As wide as the anchor, on its device, of its dtype."""
         return cls._made(weakref.ref(shown_by), None, anchor.shape, anchor)
@@ -130,6 +131,11 @@ class AnchorGradient(torch.Tensor):
         """Multiplies the tables' gradients."""
         if self._collection is not None:
             self._collection.pending.scale(factor)
+
+    def unscale(self, inverse_scale: Tensor) -> None:
+        """What a GradScaler does, to those that were not unscaled as they came."""
+        if self._collection is not None:
+            self._collection.pending.unscale(inverse_scale)
 
     def set_to_zero(self) -> None:
         """Forgets them as far as torch can see; attached, for good."""
@@ -235,7 +241,7 @@ def _unscale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     ours, dense = _split(tensors)
     for each in ours:
         each.check_finite(found_inf)
-        each.scale(inverse_scale)
+        each.unscale(inverse_scale)
     if dense:
         func(dense, found_inf, inverse_scale, **kwargs)
 

@@ -8,6 +8,7 @@ see it in their step: they would train the anchor.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch.optim.optimizer import (
 from penstock.config import FTRL
 from penstock.embedding.collection.anchor_gradient import AnchorGradient, is_in_backward
 from penstock.embedding.collection.graph_operator import collections_by_anchor
+from penstock.embedding.collection.loss_scale import watch_scalers
 from penstock.errors import ConfigError, PenstockError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 
 Closure = Callable[[], Any]
+_WATCHED = "_penstock_takes_back"
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 
 
@@ -48,6 +51,7 @@ class Attachment:
           ConfigError: see `TableModule.attach`.
         """
         _check_optimizer(optimizer)
+        _watch_step(type(optimizer))
         self._collection = weakref.ref(collection)
         self._optimizer = weakref.ref(optimizer)
         self._gradient: AnchorGradient | None = None
@@ -175,7 +179,7 @@ class Attachment:
                 collection.refuse_non_finite()
                 self._factor = self._rate_factor(optimizer)
             except PenstockError:
-                _begin_no_step(optimizer)
+                _take_back_step(optimizer)
                 raise
         self._is_stepping = True
         collection.anchor.grad = None
@@ -196,7 +200,7 @@ class Attachment:
             self._gradient = None
         else:
             if self._scale is not None:
-                collection.pending.scale(self._scale.double().reciprocal().float())
+                collection.pending.unscale(self._scale.double().reciprocal())
             try:
                 collection.update(self._factor)
             finally:
@@ -230,13 +234,36 @@ class Attachment:
         return None
 
 
-def _begin_no_step(optimizer: torch.optim.Optimizer) -> None:
-    """Takes back what other collections have begun: their gradients can be dropped again."""
+def _take_back_step(optimizer: torch.optim.Optimizer) -> None:
+    """Shows again what was hidden for a step that is not taken, as torch leaves gradients then."""
     for hook in optimizer._optimizer_step_pre_hooks.values():
-        other = getattr(hook, "__self__", None)
-        if isinstance(other, Attachment) and other._is_stepping:
-            other._is_stepping = False
-            other.collection.anchor.grad = other._gradient
+        attached = getattr(hook, "__self__", None)
+        if isinstance(attached, Attachment) and attached._is_stepping:
+            attached._is_stepping = False
+            attached.collection.anchor.grad = attached._gradient
+    for each in _held_by(optimizer):
+        each.after_step()
+
+
+def _watch_step(kind: type[torch.optim.Optimizer]) -> None:
+    """Wraps a class's `step` to take back one that raises: no hook of torch is called after it."""
+    step: Any = kind.step
+    if hasattr(step, _WATCHED):
+        return
+
+    @functools.wraps(step)
+    def watched(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        is_taken = False
+        try:
+            result = step(optimizer, *args, **kwargs)
+            is_taken = True
+            return result
+        finally:
+            if not is_taken:
+                _take_back_step(optimizer)
+
+    setattr(watched, _WATCHED, True)
+    kind.step = watched  # type: ignore[assignment,method-assign]
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -282,6 +309,7 @@ class Unattached:
 
     def __init__(self, collection: EmbeddingCollection) -> None:
         """Of a collection; nothing is shown yet."""
+        watch_scalers()
         self._collection = weakref.ref(collection)
         self._gradient: AnchorGradient | None = None
         self._backward: int | None = None
@@ -352,7 +380,7 @@ class Unattached:
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor) and self.collection.anchor.grad is not None:
             # A fused optimizer divides by GradScaler's scale itself.
-            self.collection.pending.scale(scale.double().reciprocal().float())
+            self.collection.pending.unscale(scale.double().reciprocal())
         self.hide()
 
     def after_step(self) -> None:
@@ -397,6 +425,7 @@ def _before_step(
     held = _held_by(optimizer)
     if not held:
         return None
+    _watch_step(type(optimizer))
     for each in held:
         each.before_step(optimizer)
 

@@ -45,8 +45,8 @@ from penstock.embedding.collection.graph_operator import (
 from penstock.embedding.collection.pending import PendingGradients
 from penstock.embedding.collection.row_clock import RowClock
 from penstock.embedding.collection.table_module import TableModule
-from penstock.embedding.collection.table_stats import TableStats
 from penstock.embedding.collection.table_stores import (
+    TableStats,
     TableStores,
     refuse_duplicates,
     unknown_table,

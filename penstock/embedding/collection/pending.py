@@ -19,7 +19,11 @@ class _Pending:
     """The gradient of one output."""
 
     def __init__(
-        self, lookups: Sequence[PooledLookup], plans: Sequence[PoolingPlan], grad: Tensor
+        self,
+        lookups: Sequence[PooledLookup],
+        plans: Sequence[PoolingPlan],
+        grad: Tensor,
+        loss_scale: Tensor | None,
     ) -> None:
         """Begins to find out whether it is finite: now it is in the caches still."""
         self.lookups = lookups
@@ -28,8 +32,14 @@ class _Pending:
         """Of every store: where its columns are."""
         self.grad = grad
         """Perhaps the caller's own: it is as large as the output, too much to copy."""
+        self.loss_scale = loss_scale
+        """By which a GradScaler had scaled its loss, and which is in the factor; None: if it was
+        scaled, so is the gradient still.
+        """
         self.factor: Tensor | float | None = None
         """By which it was scaled since; None: not at all."""
+        if loss_scale is not None:
+            self.multiply(loss_scale.reciprocal())
         self._version = grad._version
         """When it came: torch counts what changes it in place."""
         self._total = grad.sum()
@@ -58,6 +68,18 @@ class _Pending:
                 "output (register_hook), or give backward a copy"
             )
 
+    def multiply(self, factor: Tensor | float) -> None:
+        """Scales it by a number, or a tensor of one element on any device."""
+        if isinstance(factor, Tensor):
+            factor = factor.detach().reshape(()).float()
+        self.factor = factor if self.factor is None else self.factor * factor
+
+    def with_added(self, new: _Pending) -> _Pending:
+        """The sum of two gradients of one output."""
+        total = _Pending(self.lookups, self.plans, self.scaled() + new.scaled(), None)
+        total.loss_scale = self.loss_scale if new.loss_scale is None else new.loss_scale
+        return total
+
     def scaled(self) -> Tensor:
         """[B, W] float32, contiguous."""
         if self.factor is None:
@@ -78,7 +100,11 @@ class PendingGradients:
         return len(self._parts)
 
     def add(
-        self, lookups: Sequence[PooledLookup], plans: Sequence[PoolingPlan], grad: Tensor
+        self,
+        lookups: Sequence[PooledLookup],
+        plans: Sequence[PoolingPlan],
+        grad: Tensor,
+        loss_scale: Tensor | None = None,
     ) -> None:
         """Keeps the gradient of an output; several of one, of a graph that was kept, add up.
 
@@ -86,21 +112,34 @@ class PendingGradients:
           lookups: of the output, one a trained store.
           plans: of every store.
           grad: [B, columns of the plans] float32, contiguous; not copied, and not to be changed.
+          loss_scale: [1], by which it is divided, as no scaler will; None: see `unscale`.
         """
+        new = _Pending(lookups, plans, grad, loss_scale)
         for n, part in enumerate(self._parts):
             if part.lookups is lookups:
                 part.check()
-                total = part.scaled() + grad
-                self._parts[n] = _Pending(lookups, plans, total)
+                self._parts[n] = part.with_added(new)
                 return
-        self._parts.append(_Pending(lookups, plans, grad))
+        self._parts.append(new)
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiplies all there are by a number, or a tensor of one element on any device."""
-        if isinstance(factor, Tensor):
-            factor = factor.detach().reshape(()).float()
         for part in self._parts:
-            part.factor = factor if part.factor is None else part.factor * factor
+            part.multiply(factor)
+
+    def unscale(self, inverse_scale: Tensor) -> None:
+        """What a scaler does to what it sees: divides those whose loss scale is not known.
+
+        The others were divided as they came.
+        """
+        for part in self._parts:
+            if part.loss_scale is None:
+                part.multiply(inverse_scale)
+
+    @property
+    def is_of_scaled_loss(self) -> bool:
+        """Whether one was divided by the scale of its loss, which may be why it is not finite."""
+        return any(part.loss_scale is not None for part in self._parts)
 
     def clear(self) -> None:
         """Forgets them."""

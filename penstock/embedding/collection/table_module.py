@@ -13,6 +13,7 @@ from torch._dynamo import compiled_autograd
 
 from penstock.embedding.collection.anchor_gradient import AnchorGradient
 from penstock.embedding.collection.attachment import Attachment, Unattached
+from penstock.embedding.collection.loss_scale import scale_of_this_pass
 from penstock.embedding.collection.pending import PendingGradients, describe_non_finite
 from penstock.embedding.collection.table_files import load_tables, save_tables
 from penstock.embedding.collection.table_state import copy_tables, pack_tables, unpack_tables
@@ -98,7 +99,14 @@ class TableModule(nn.Module):
         bad = self.pending.first_non_finite()
         if bad is not None:
             collection = self._collection
-            raise NonFiniteError(describe_non_finite(*bad, collection.features, collection.tables))
+            message = describe_non_finite(*bad, collection.features, collection.tables)
+            if self.pending.is_of_scaled_loss:
+                message += (
+                    ". A GradScaler has scaled the loss, until gradients overflow: "
+                    "attach(optimizer) lets it skip such steps, or call discard_gradients() "
+                    "where it skips one"
+                )
+            raise NonFiniteError(message)
 
     def discard_gradients(self) -> None:
         """Forgets the gradients that are not applied yet, as `zero_grad` does when attached."""
@@ -178,10 +186,13 @@ class TableModule(nn.Module):
                 "gradients get lost: turn it off; torch.compile compiles a model's backward pass "
                 "without it"
             )
-        if self._attachment is not None:
+        scale = None
+        if self._attachment is None:
+            scale = scale_of_this_pass()
+        else:
             self._settle()
         grad = grad.to(self._collection.device, torch.float32).contiguous()
-        self.pending.add(lookups, plans, grad)
+        self.pending.add(lookups, plans, grad, scale)
         (self._attachment or self.unattached).show()
 
     def set_learning_rate(self, table: str, learning_rate: float) -> None:

@@ -1,8 +1,9 @@
-"""The stores of a collection: which serves which table and feature, and calls to all of them."""
+"""The stores of a collection: which serves which table and feature, calls to all, their sizes."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,10 +15,16 @@ from torch import Tensor
 from penstock import _core
 from penstock.config import FeatureConfig, TableConfig
 from penstock.embedding.checks import check_batch
-from penstock.embedding.collection.table_stats import TableStats, retention_stats
 from penstock.embedding.collection.weight_gradient import ReadVectors
 from penstock.embedding.host_store import HostStore
-from penstock.embedding.retention import Clock, retains, share_of
+from penstock.embedding.retention import (
+    COUNT_BYTES,
+    NUMBERS,
+    Clock,
+    overhead_bytes,
+    retains,
+    share_of,
+)
 from penstock.embedding.shapes.arrangement import Arrangement, StoreLayout
 from penstock.embedding.shapes.hash_stack import Stacks
 from penstock.embedding.sharded.bags import Bags, HostBags
@@ -25,12 +32,51 @@ from penstock.embedding.sharded.defaults import PartStore
 from penstock.embedding.sharded.exchange import Collective
 from penstock.embedding.sharded.placement import ranks_of_whole_tables
 from penstock.embedding.sharded.store import Ranks, ShardedStore
-from penstock.embedding.store import PooledFeature, PoolingPlan, RowLayout, Store
+from penstock.embedding.store import PooledFeature, PoolingPlan, RowLayout, Store, TableCounters
 from penstock.errors import CapacityError, ConfigError
 from penstock.kernels.device import kernel_device
 from penstock.types import KeyedJagged
 
 _MOST_SHOWN = 20
+
+
+class TableStats(NamedTuple):
+    """Size of one table."""
+
+    name: str
+    rows: int
+    bytes: int
+    """Values, optimizer state and marks of use."""
+    memory_bytes: int
+    """With this table's share of the index and of free slots."""
+    retention: RetentionStats | None = None
+    """Of a table with admission, eviction or a budget."""
+    is_whole: bool = False
+    """Over several ranks one has all rows, and all of the budget."""
+
+    def values(self) -> dict[str, int | float]:
+        """By the names that events have."""
+        rules = {} if self.retention is None else self.retention._asdict()
+        return {"rows": self.rows, "bytes": self.bytes, **rules}
+
+
+class RetentionStats(NamedTuple):
+    """What a table's rules have done since the beginning."""
+
+    admitted: int
+    """Rows that training made."""
+    refused: int
+    """Keys read as the default row in training, each time."""
+    evicted: int
+    """Rows."""
+    evicted_age: float
+    """Mean time that evicted rows had not been used for, in the unit of the eviction; 0: none."""
+    dropped: int
+    """Gradients of rows that left between look-up and update."""
+    candidates: int
+    """Keys that are counted but have no row yet."""
+    budget_used: float
+    """Share of `max_bytes`; NaN: there is none."""
 
 
 class TableGroup(NamedTuple):
@@ -235,7 +281,7 @@ class TableStores:
                     rows,
                     rows * store.layout.row_bytes,
                     round(share * used),
-                    retention_stats(store, number, counters) if retains(table) else None,
+                    _retention_stats(store, number, counters) if retains(table) else None,
                     table.placement == "whole",
                 )
         return [stats[name] for name in self._names]
@@ -302,3 +348,21 @@ def nearest(name: str, known: Sequence[str]) -> str:
     more = ", ..." if len(known) > _MOST_SHOWN else ""
     tables = ", ".join(known[:_MOST_SHOWN]) or "none"
     return f"did you mean {near[0]!r}?" if near else f"tables: {tables}{more}"
+
+
+def _retention_stats(store: Store, number: int, counters: TableCounters) -> RetentionStats:
+    """Of a table by its number in a store, from the store's counters."""
+    table = store.tables[number]
+    numbers = dict(zip(NUMBERS, counters.numbers[number].tolist(), strict=True))
+    candidates = int(counters.candidates[number])
+    row_bytes = store.layout.row_bytes + overhead_bytes(table)
+    used = int(counters.rows[number]) * row_bytes + candidates * COUNT_BYTES
+    return RetentionStats(
+        admitted=numbers["admitted"],
+        refused=numbers["refused"],
+        evicted=numbers["evicted"],
+        evicted_age=numbers["evicted_age"] / max(1, numbers["evicted"]),
+        dropped=numbers["dropped"],
+        candidates=candidates,
+        budget_used=math.nan if table.max_bytes is None else used / table.max_bytes,
+    )

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from penstock.config import parse_job
-from penstock.embedding.collection.table_stats import RetentionStats, TableStats
+from penstock.embedding.collection.table_stores import RetentionStats, TableStats
 from penstock.errors import ConfigError, FailedElsewhere
 from penstock.ranks.group import ALONE
 from penstock.ranks.table_totals import over_ranks
