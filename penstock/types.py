@@ -7,13 +7,14 @@ optimizer state), F features, T tables, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from penstock.errors import ConfigError
 
@@ -183,6 +184,36 @@ class KeyedJagged:
         return replace(
             self, values=change(self.values), offsets=change(self.offsets), weights=weights
         )
+
+
+def _tensors_of(sparse: KeyedJagged) -> tuple[list[Any], list[str]]:
+    weights = [] if sparse.weights is None else [sparse.weights]
+    return [sparse.values, sparse.offsets, *weights], list(sparse.features)
+
+
+def _named_tensors_of(sparse: KeyedJagged) -> tuple[list[Any], list[str]]:
+    tensors, features = _tensors_of(sparse)
+    names = map(pytree.GetAttrKey, ("values", "offsets", "weights"))
+    return [*zip(names, tensors, strict=False)], features
+
+
+def _of_tensors(tensors: Iterable[Any], features: list[str]) -> KeyedJagged:
+    # Tensors that were changed are not known to be right any more.
+    return KeyedJagged(tuple(features), *tensors)
+
+
+# So that torch.export, and whatever else looks for tensors in arguments, finds them.
+pytree.register_pytree_node(
+    KeyedJagged,
+    _tensors_of,
+    _of_tensors,
+    serialized_type_name="penstock.types.KeyedJagged",
+    to_dumpable_context=lambda features: features,
+    from_dumpable_context=lambda features: features,
+    flatten_with_keys_fn=_named_tensors_of,
+)
+# Plain data: batches, and programs that were exported with one, are loaded with weights_only=True.
+torch.serialization.add_safe_globals([Jagged, KeyedJagged])
 
 
 _WHOLE = {torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32}

@@ -51,7 +51,12 @@ from penstock.embedding.collection.table_stores import (
     refuse_duplicates,
     unknown_table,
 )
-from penstock.embedding.collection.torch_idioms import check_alone, check_averaged
+from penstock.embedding.collection.torch_idioms import (
+    check_alone,
+    check_averaged,
+    check_traced,
+    is_asked_for,
+)
 from penstock.embedding.collection.weight_gradient import ReadVectors, WeightedLookup
 from penstock.embedding.retention import RetentionState
 from penstock.embedding.shapes.arrangement import Arranged, Arrangement
@@ -235,6 +240,7 @@ class EmbeddingCollection(RowsByKey, TableModule):
             process group of several ranks; a copy whose parameters alone were averaged.
           CapacityError: no memory for a new row, or for the look-up.
         """
+        check_traced()
         sparse = read_batch(batch, self.inputs)
         ragged: dict[str, JaggedVectors] = {}
         is_traced = torch.compiler.is_compiling()
@@ -429,7 +435,8 @@ class _PooledLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        ctx.collection.keep_gradient(ctx.lookups, ctx.plans, grads[0])
+        if is_asked_for(ctx.next_functions[0][0]):
+            ctx.collection.keep_gradient(ctx.lookups, ctx.plans, grads[0])
         return None, None, None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.embedding.collection.torch_idioms import is_asked_for
 from penstock.errors import ConfigError
 from penstock.types import KeyedJagged
 
@@ -138,9 +139,13 @@ def _(
 
 @torch.library.custom_op("penstock::keep_gradient", mutates_args=())
 def _keep_gradient(grad: Tensor, ticket: Tensor, number: int) -> Tensor:
-    # A copy: a compiler uses the memory of what an operator was given again.
-    found = _LOOKUPS[int(ticket)]
-    _collection_of(number).keep_gradient(found.lookups, found.plans, grad.clone())
+    found, collection = _LOOKUPS[int(ticket)], _collection_of(number)
+    # It runs within the one node that a compiled graph is to autograd.
+    edges = torch._C._current_autograd_node().next_functions
+    of_anchor = [node for node, _ in edges if getattr(node, "variable", None) is collection.anchor]
+    if all(map(is_asked_for, of_anchor)):
+        # A copy: a compiler uses the memory of what an operator was given again.
+        collection.keep_gradient(found.lookups, found.plans, grad.clone())
     # That of the anchor: an output, so that no compiler takes the operator for needless.
     return grad.new_zeros(1)
 

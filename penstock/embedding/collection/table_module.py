@@ -304,8 +304,7 @@ class TableModule(nn.Module):
         load_tables(path, self._collection)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_copies()
-        return {**self._state_but_tables(), "_packed": pack_tables(self._collection)}
+        return {**_state_but_tables(self), "_packed": pack_tables(self._collection)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -314,21 +313,38 @@ class TableModule(nn.Module):
         unpack_tables(packed, self._collection)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TableModule:
-        self._refuse_copies()
+        state = _state_but_tables(self)
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin._open(copy.deepcopy(self._state_but_tables(), memo))
+        twin._open(copy.deepcopy(state, memo))
         copy_tables(self._collection, twin._collection)
         twin.copied_at = twin.anchor._version
         return twin
 
-    def _refuse_copies(self) -> None:
-        if self._collection.ranks is not None:
-            raise ConfigError(
-                "a collection over ranks is not copied or pickled: its process group cannot be; "
-                "make another one, and give it this one's state_dict"
-            )
+    def __prepare_scriptable__(self) -> TableModule:
+        raise ConfigError(
+            "torch.jit.script of an EmbeddingCollection, whose tables are no code of TorchScript: "
+            "use torch.export.export of the eval form, torch.compile, or script the model behind "
+            "its vectors"
+        )
 
-    def _state_but_tables(self) -> dict[str, Any]:
-        """Attributes that can be copied: gradients that are not applied yet stay behind."""
-        return {name: value for name, value in vars(self).items() if name not in _OF_PROCESS}
+    def _replicate_for_data_parallel(self) -> TableModule:
+        raise ConfigError(
+            "nn.DataParallel of an EmbeddingCollection: its copies would train the same tables at "
+            "once; wrap the dense part alone, or use DistributedDataParallel and "
+            "EmbeddingCollection(group=...)"
+        )
+
+
+def _state_but_tables(module: TableModule) -> dict[str, Any]:
+    """Attributes that can be copied: gradients that are not applied yet stay behind.
+
+    Raises:
+      ConfigError: its tables are spread over ranks.
+    """
+    if module._collection.ranks is not None:
+        raise ConfigError(
+            "a collection over ranks is not copied or pickled: its process group cannot be; "
+            "make another one, and give it this one's state_dict"
+        )
+    return {name: value for name, value in vars(module).items() if name not in _OF_PROCESS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
@@ -31,6 +31,47 @@ def check_alone() -> None:
             "dense part. Give the collection the group, EmbeddingCollection(group=...), or train "
             "in one process (evaluation is allowed in any)"
         )
+
+
+def check_traced() -> None:
+    """Refuses what would write down this look-up's rows, or look through the tables.
+
+    Raises:
+      ConfigError: torch.jit.trace (as older ONNX exports call it), or a transform of torch.func.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        raise ConfigError(
+            "torch.jit.trace, or an export that calls it, of an EmbeddingCollection would write "
+            "down the rows of this batch as constants: use torch.export.export of the eval form, "
+            "torch.compile, or trace the model behind its vectors"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise ConfigError(
+            "a transform of torch.func (grad, vmap, jvp, jacrev ...) over an EmbeddingCollection, "
+            "whose tables are no argument of a function: look the vectors up outside, and "
+            "transform the function of the vectors"
+        )
+
+
+def is_asked_for(node: Any) -> bool:
+    """Whether the backward pass that runs adds to the gradients of tables.
+
+    It does not where torch.autograd.grad, or `backward(inputs=)`, asks for those of others.
+
+    Args:
+      node: that accumulates the gradient of the anchor in this pass.
+
+    Raises:
+      ConfigError: torch.autograd.grad asks for the anchor's.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError as error:
+        raise ConfigError(
+            "torch.autograd.grad asks for the gradient of a collection's anchor, which stands for "
+            "those of its tables: they are kept for an update by backward() alone; leave the "
+            "anchor out of its inputs, or ask for the gradient of the collection's output"
+        ) from error
 
 
 def check_averaged(collection: EmbeddingCollection) -> None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from penstock.embedding.collection.torch_idioms import is_asked_for
 from penstock.embedding.store import PoolingPlan
 from penstock.types import KeyedJagged
 
@@ -172,10 +174,11 @@ class WeightedLookup(torch.autograd.Function):
         return found.out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Keeps the rows' gradient, and gives that of the weights."""
         (grad,) = grads
-        if ctx.trains:
+        if ctx.trains and is_asked_for(ctx.next_functions[0][0]):
             ctx.collection.keep_gradient(ctx.found.lookups, ctx.found.plans, grad)
         gradient = ctx.found.vectors.gradient(grad.to(ctx.collection.device))
         return None, gradient.to(*ctx.weights), None, None, None

@@ -43,6 +43,12 @@ def read_batch(batch: BatchLike, inputs: Sequence[str]) -> KeyedJagged:
         return KeyedJagged(
             tuple(inputs), values, torch.arange(values.numel() + 1, device=values.device)
         )
+    # Also a TensorDict, which is no Mapping.
+    if not all(hasattr(type(batch), name) for name in ("keys", "__contains__", "__getitem__")):
+        raise ConfigError(
+            f"a batch that is a {type(batch).__name__}: expected a KeyedJagged, a dict of columns "
+            f"with {', '.join(inputs)}, or a tensor [B, {len(inputs)}]"
+        )
     missing = [name for name in inputs if name not in batch]
     if missing:
         raise ConfigError(f"the batch has no {', '.join(missing)}; it has {', '.join(batch)}")
@@ -52,6 +58,11 @@ def read_batch(batch: BatchLike, inputs: Sequence[str]) -> KeyedJagged:
 def _column(name: str, column: Tensor | Jagged) -> Jagged:
     if isinstance(column, Jagged):
         return column
+    if not isinstance(column, Tensor):
+        raise ConfigError(
+            f"feature {name!r} is a {type(column).__name__}: expected keys [B, ...] as a tensor, "
+            "or a Jagged of tensors"
+        )
     if not column.dim():
         raise ConfigError(f"feature {name!r} is a single number: expected keys [B, ...]")
     return Jagged.from_dense(column if column.dim() == 1 else column.flatten(1))

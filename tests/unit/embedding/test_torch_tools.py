@@ -3,10 +3,13 @@
 import copy
 import gc
 import io
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from penstock.config import Adagrad, FeatureConfig, TableConfig
@@ -187,3 +190,151 @@ def test_look_ups_in_flight_of_other_rows_are_as_one_after_the_other():
         model.embeddings.apply_gradients()
     for one, other in zip(rows(model), rows(twin), strict=True):
         assert torch.equal(one, other)
+
+
+def test_packed_batches_are_exported_too():
+    model = trained().eval()
+    sparse = packed([([1, 2], 3), ([], 4), ([5], 6)])
+    sizes = [{0: torch.export.Dim("keys")}, {0: torch.export.Dim("bags", min=5)}]
+    program = torch.export.export(model, (sparse,), dynamic_shapes=(sizes,))
+    saved = io.BytesIO()
+    torch.export.save(program, saved)
+    saved.seek(0)
+    loaded = torch.export.load(saved).module()
+    for each in (sparse, packed([([7], 8), ([], 9)])):
+        assert torch.equal(loaded(each), model(each))
+    with pytest.raises(Exception, match="tree spec"):
+        loaded(KeyedJagged(("g", "f"), sparse.values, sparse.offsets))
+
+
+def test_packed_batches_are_trees_of_tensors():
+    sparse = replace(packed([([1, 2], 3), ([], 4)]), is_checked=True)
+    moved = tree_map(lambda tensor: tensor + 1, sparse)
+    assert (moved.features, moved.weights, moved.is_checked) == (("f", "g"), None, False)
+    assert torch.equal(moved.values, sparse.values + 1)
+    torch._dynamo.reset()
+    model = trained()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(sparse), model(sparse))
+
+
+class Holder(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, keys):
+        return self.model(keys)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda model, keys: torch.jit.script(model), r"torch\.jit\.script of an Embedding"),
+        (lambda model, keys: torch.jit.script(Holder(model)), r"torch\.jit\.script of an Emb"),
+        (lambda model, keys: torch.jit.trace(model, (keys,)), "rows of this batch as constants"),
+        (lambda model, keys: torch.func.vmap(model)(keys[:, None]), r"a transform of torch\.func"),
+        (lambda model, keys: jacobian(model, keys), r"a transform of torch\.func"),
+        (lambda model, keys: nn.parallel.replicate(model, [0, 1]), r"nn\.DataParallel of an Emb"),
+    ],
+)
+def test_tools_that_cannot_look_through_tables_are_refused(use, message, training, monkeypatch):
+    model = trained().train(training)
+    # No GPU is needed for what `replicate` does to modules.
+    replicating = nn.parallel.replicate.__globals__
+    monkeypatch.setitem(replicating, "_broadcast_coalesced_reshape", copies)
+    before = rows(model)
+    with pytest.raises(ConfigError, match=message):
+        use(model, torch.randint(0, ROWS, (8, 2)))
+    assert all(torch.equal(*pair) for pair in zip(rows(model), before, strict=True))
+
+
+def jacobian(model, keys):
+    def loss(weight):
+        return torch.func.functional_call(model, {"head.weight": weight}, (keys,))
+
+    return torch.func.jacrev(loss)(model.head.weight)
+
+
+def copies(tensors, devices, detach=False):
+    return [list(tensors) for _ in devices]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_others_are_no_gradients_of_tables(compiled, attached):
+    """As torch.autograd.grad leaves `grad` of embeddings alone, and backward(inputs=) too."""
+    torch._dynamo.reset()
+    model, keys = trained(), torch.randint(0, ROWS, (8, 2))
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    if attached:
+        model.embeddings.attach(optimizer)
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    head = list(model.head.parameters())
+    loss = call(keys).square().sum()
+    with pytest.raises(ConfigError, match="leave the anchor out of its inputs"):
+        torch.autograd.grad(loss, model.parameters(), allow_unused=True)
+    torch.autograd.grad(call(keys).square().sum(), head)
+    call(keys).square().sum().backward(inputs=head)
+    assert float(model.embeddings.gradient_norm()) == 0
+    call(keys).square().sum().backward(inputs=list(model.parameters()))
+    assert float(model.embeddings.gradient_norm()) > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_of_weights_alone(compiled):
+    torch._dynamo.reset()
+    model = trained()
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    weights = torch.ones(16, requires_grad=True)
+    sparse = KeyedJagged(("f", "g"), torch.randint(0, ROWS, (16,)), torch.arange(17), weights)
+    wanted = torch.autograd.grad(call(sparse).square().sum(), weights)[0]
+    assert float(model.embeddings.gradient_norm()) == 0
+    call(sparse).square().sum().backward()
+    torch.testing.assert_close(weights.grad, wanted)
+    assert float(model.embeddings.gradient_norm()) > 0
+    (first,) = torch.autograd.grad(model(sparse).square().sum(), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_a_penalty_on_gradients_of_vectors_reaches_the_tables():
+    """Twice through what comes behind the tables, whose vectors are linear in them."""
+    torch.manual_seed(0)
+    model = trained()
+    weight = rows(model).values.clone().requires_grad_()
+    keys = torch.arange(16).view(8, 2)
+    grads = []
+    for vectors in (model.embeddings(keys), weight[keys].flatten(1)):
+        loss = (model.head(vectors) ** 3).sum()
+        (grad,) = torch.autograd.grad(loss, vectors, create_graph=True)
+        (loss + grad.square().sum()).backward()
+        grads.append(model.embeddings.gradient_norm())
+    torch.testing.assert_close(grads[0], weight.grad.norm())
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([[1, 2]], r"a batch that is a list: expected a KeyedJagged"),
+        (np.zeros((2, 2), np.int64), r"a batch that is a ndarray"),
+        (None, r"a batch that is a NoneType"),
+        ({"f": np.zeros(2, np.int64), "g": torch.zeros(2)}, r"feature 'f' is a ndarray"),
+        ({"f": [1, 2], "g": torch.zeros(2)}, r"feature 'f' is a list"),
+    ],
+)
+def test_what_is_no_batch_is_refused(batch, message):
+    with pytest.raises(ConfigError, match=message):
+        trained(steps=0)(batch)
+
+
+def test_batches_are_loaded_as_plain_data():
+    sparse = packed([([1, 2], 3), ([], 4)])
+    saved = io.BytesIO()
+    torch.save([sparse, sparse["f"]], saved)
+    saved.seek(0)
+    loaded, jagged = torch.load(saved, weights_only=True)
+    assert loaded.features == sparse.features
+    assert torch.equal(loaded.offsets, sparse.offsets)
+    assert torch.equal(jagged.values, sparse["f"].values)
