@@ -313,6 +313,7 @@ class Run:
     def remaining_batches(self) -> Feed:
         """The batches from the current position to the end of the last epoch."""
         training = self.job.training
+        self.dataset.keep_ledger(self.folder.ledger_file)
         loader = self.dataset.batches(
             "train",
             batch_size=training.batch_size,

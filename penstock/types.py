@@ -346,6 +346,15 @@ class LanePosition(NamedTuple):
         return cls(pieces, Cursor(**fields["cursor"]), int(fields["samples"]))
 
 
+class Taken(NamedTuple):
+    """Extents that were read to their end, where lanes take them as they come to them."""
+
+    before: tuple[int, int] = (0, 0)
+    """All that lie before it: number of a file, and where an extent starts there."""
+    beyond: tuple[tuple[int, int], ...] = ()
+    """And these."""
+
+
 class Counts(NamedTuple):
     """Rows since the beginning of the run, in all epochs: read = filtered + quarantined + applied.
 
@@ -423,6 +432,9 @@ class Position:
     """Number of files, the first ones, of which a fraction is held out; 0: no split by fraction."""
     span: Span | None = None
     """Where streams grow, the windows of `files`; None: `files` are all that there are."""
+    taken: Taken | None = None
+    """Where lanes take extents as they come to them: those of the epoch that were taken to their
+    end. The rest of one at whose row a lane's cursor is belongs to that lane, others to nobody."""
     version_1: tuple[int, int, int] | None = None
     """Of a checkpoint of version 1, which knows no files: number of the extent in which the block
     begins, good rows of it before the block, and rows of the block unless it is the last one.
@@ -446,18 +458,20 @@ class Position:
             "counts": self.counts._asdict(),
             "files": [list(tag) for tag in self.files],
             "span": None if self.span is None else self.span._asdict(),
+            "taken": None if self.taken is None else list(self.taken),
         }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Position:
         """Inverse of `to_dict`."""
-        before, span = fields["version_1"], fields.get("span")
+        before, span, taken = fields["version_1"], fields.get("span"), fields.get("taken")
         return cls(**{
             **fields,
             "lanes": tuple(map(LanePosition.from_dict, fields["lanes"])),
             "counts": Counts(**fields["counts"]),
             "files": tuple(FileTag(str(p), int(size), str(d)) for p, size, d in fields["files"]),
             "span": None if span is None else Span.from_dict(span),
+            "taken": None if taken is None else Taken(tuple(taken[0]), tuple(map(tuple, taken[1]))),
             "version_1": None if before is None else (before[0], before[1], before[2]),
         })
 

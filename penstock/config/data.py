@@ -333,6 +333,16 @@ class DataConfig(Config):
     what a row teaches depends on others (`negatives`, batch_norm, dice, two_tower) 1, as each lane
     would be a batch, or a block, of its own.
     """
+    policy: Literal["ordered", "elastic"] = "ordered"
+    """Who reads what. `ordered`: each lane has its own pieces of files, so that no bit of a run
+    depends on who reads how fast. `elastic`: lanes take pieces as they come to them and give to a
+    batch what they have, so that a slow one has fewer rows; the order that came about is in
+    ledger.db in the run, and is followed again where the run goes on from an earlier checkpoint.
+    """
+    replay: str | None = None
+    """Run folder of another run of this data, whose order a new run with `elastic` follows: the
+    same samples in each batch.
+    """
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -366,4 +376,15 @@ class DataConfig(Config):
             raise ValueError("give `split` or `evaluation_source`, not both")
         if isinstance(self.split, TimeSplit) and self.event_time is None:
             raise ValueError("split by time needs `event_time`, the column of the row's time")
+        return self
+
+    @model_validator(mode="after")
+    def _order_of_reading(self) -> DataConfig:
+        if self.policy == "elastic" and self.negatives is not None:
+            raise ValueError(
+                "negatives are drawn among the rows that a lane gives to a block, which policy "
+                "elastic makes as few as they come; set policy: ordered"
+            )
+        if self.replay is not None and self.policy != "elastic":
+            raise ValueError("`replay` is for policy elastic: ordered needs none; remove it")
         return self

@@ -21,7 +21,7 @@ from penstock.config import (
 from penstock.config import Source as SourceConfig
 from penstock.data.batches.agreement import ReaderGroup
 from penstock.data.batches.blocks import FileTags
-from penstock.data.batches.loader import Loader
+from penstock.data.batches.loader import Loader, ReadAhead
 from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.batches.stage import Stage
 from penstock.data.columns.schema import (
@@ -43,6 +43,8 @@ from penstock.data.windows.growing import Listing
 from penstock.data.windows.served import Streams
 from penstock.data.windows.spans import Spans, listing_of, rows_of
 from penstock.errors import ConfigError, DataError
+from penstock.ledger.client import LedgerClient, open_ledger
+from penstock.ledger.file import LedgerFile, copy_ledger
 from penstock.types import FileTag, LanePosition, Position
 
 
@@ -81,6 +83,7 @@ class Dataset:
         self._quarantine = quarantine
         self._spans = spans
         self._tags = {part: WholeTags(rows.source) for part, rows in parts.items()}
+        self._ledger: Path | None = None
         self._checked: tuple[FileTag, ...] = ()
         """Files of a position that were found to be those of the training part."""
 
@@ -275,12 +278,27 @@ class Dataset:
             Stage(rows, files, start),
             columns,
             replace(plan, trains=part == "train"),
-            run.reader_threads,
-            run.prefetch_batches,
+            ReadAhead(run.reader_threads, run.prefetch_batches),
             quarantine=self._quarantine,
             ranks=ranks,
             following=self._spans if part == "train" else None,
+            ledger=self._opened_ledger(ranks) if training and self._is_elastic else None,
         )
+
+    def keep_ledger(self, path: Path) -> None:
+        """Says in which file the order of training batches is kept; else in memory."""
+        self._ledger = path
+
+    @property
+    def _is_elastic(self) -> bool:
+        return self._job.data.policy == "elastic"
+
+    def _opened_ledger(self, ranks: ReaderGroup | None) -> LedgerFile | LedgerClient:
+        replay, path = self._job.data.replay, self._ledger
+        leads = ranks is None or ranks.rank == 0
+        if replay is not None and path is not None and leads and not path.exists():
+            copy_ledger(Path(replay) / path.name, path)
+        return open_ledger(path, ranks)
 
     def audit(self, position: Position, stages: Stages = no_stages) -> Audit:
         """Counts anew what a position says was read of the training part. May read its files.

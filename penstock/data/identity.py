@@ -37,18 +37,24 @@ class Identified(Protocol):
     def holds(self, path: str, before: FileTag) -> bool:
         """See `Source`."""
 
+    def may_grow(self, path: str) -> bool:
+        """See `Source`."""
+
+    def window(self, path: str) -> int:
+        """See `Source`."""
+
 
 class WholeTags:
     """Identities of the files of a source as they are when first asked for."""
 
     def __init__(self, source: Identified) -> None:
-        self._source = source
+        self.source = source
         self._found: dict[str, FileTag] = {}
 
     def of(self, path: str) -> FileTag:
         """The identity of a file. Safe to ask from several threads."""
         if path not in self._found:
-            self._found[path] = self._source.identify(path)
+            self._found[path] = self.source.identify(path)
         return self._found[path]
 
     def of_all(self, paths: Sequence[str]) -> list[FileTag]:

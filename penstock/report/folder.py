@@ -1,8 +1,8 @@
 """The run folder: which files a run writes, and how they go on after a restart.
 
 job.yaml (every field), metrics.jsonl, tensorboard/, checkpoints/, summary.json, quarantine.jsonl;
-plots/ is what `inspect` draws; run.log keeps what went wrong; run.lock is there while a process
-trains.
+ledger.db, where lanes read at their own pace; plots/ is what `inspect` draws; run.log keeps what
+went wrong; run.lock is there while a process trains.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.summary_file = path / "summary.json"
         self.quarantine_file = path / "quarantine.jsonl"
+        self.ledger_file = path / "ledger.db"
         self.checkpoints = path / "checkpoints"
         self.log_file = path / "run.log"
         self.tensorboard = path / "tensorboard"
@@ -117,7 +118,7 @@ class RunFolder:
         """Raises `ConfigError` if the job reads what the run writes, or will."""
         below = (self.checkpoints / "any", self.tensorboard / "any")
         files = (self.job_file, self.metrics_file, self.summary_file, self.quarantine_file)
-        refuse_read((*files, self.log_file, *below), paths_of(job))
+        refuse_read((*files, self.ledger_file, self.log_file, *below), paths_of(job))
 
     def write_job(self, job: Job) -> bool:
         """Writes job.yaml.
@@ -187,6 +188,7 @@ def files_of_run(path: Path) -> list[str]:
             folder.metrics_file,
             folder.summary_file,
             folder.quarantine_file,
+            folder.ledger_file,
             folder.log_file,
             folder.checkpoints,
             folder.tensorboard,

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "errors": set(),
     "built_core": {"errors"},
     "locking": set(),
+    "ledger": {"errors", "locking"},
     "types": {"errors"},
     "events": {"errors"},
     "interruption": {"errors"},
@@ -71,7 +72,7 @@ MAY_IMPORT = {
         "data/batches",
     },
     "data/opening": {"config", "data/formats", "data/source", "data/windows"},
-    "data": {"errors", "types", "config"},
+    "data": {"errors", "types", "config", "ledger"},
     "survey": {"errors", "config", "data"},
     #
     "models": {"errors", "types", "config"},

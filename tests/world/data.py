@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from penstock.config import parse_job
 from penstock.data.batches.blocks import FileTags
-from penstock.data.batches.loader import Loader
+from penstock.data.batches.loader import Loader, ReadAhead
 from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.batches.stage import Stage
 from penstock.data.columns.schema import resolve_columns
@@ -239,8 +239,7 @@ class Reading(NamedTuple):
             stage if growing is None else growing.stage(start),
             COLUMNS,
             replace(plan, block_bytes=self.block_bytes),
-            self.prefetch,
-            self.prefetch,
+            ReadAhead(self.prefetch, self.prefetch),
             quarantine=Quarantine(None),
             ranks=ranks,
             following=growing,

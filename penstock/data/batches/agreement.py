@@ -15,7 +15,7 @@ from penstock.data.quarantine import LeftOut
 from penstock.errors import GroupError
 from penstock.types import Counts, FileTag, LanePosition
 
-_UNLIMITED = 2**63 - 1
+UNLIMITED = 2**63 - 1
 
 
 class ReaderGroup(Protocol):
@@ -42,6 +42,8 @@ class LaneBlock(NamedTuple):
     tags: Sequence[tuple[int, FileTag]]
     """Number and identity of files, as far as they were read for it."""
     malformed: Sequence[LeftOut]
+    ended: Sequence[tuple[int, int]] = ()
+    """Extents that the lane read to their end, where lanes take them in turn: file and start."""
 
 
 class Agreement:
@@ -74,9 +76,10 @@ class Agreement:
                 Counts(*counts),
                 [(file, FileTag(*tag)) for file, tag in tags],
                 [LeftOut(FileTag(*tag), *rest) for tag, *rest in malformed],
+                [(file, start) for file, start in ended],
             )
             for of_rank in self._told("blocks", said)
-            for number, position, counts, tags, malformed in of_rank
+            for number, position, counts, tags, malformed, ended in of_rank
         }
 
     def from_first(self, say: Callable[[], Any]) -> Any:
@@ -84,6 +87,15 @@ class Agreement:
         if self._ranks is None:
             return say()
         return self._told("first", say() if self._ranks.rank == 0 else False)[0]
+
+    def in_first(self, do: Callable[[], None]) -> None:
+        """Has the first rank do something, before any goes on."""
+
+        def done() -> bool:
+            do()
+            return True
+
+        self.from_first(done)
 
     def leave(self) -> None:
         """Tells the others, who wait for it, that nothing more comes from this rank."""
@@ -135,17 +147,17 @@ def deal(plan: LoaderPlan, offers: Asking, window: int) -> Dealt:
     """
     lanes, unit = plan.num_lanes, plan.rows_of_whole_batches
     found, window = _full(lanes, plan.block_rows, plan.block_bytes // lanes, offers, window)
-    if not _is_whole_window(found) and sum(offer.rows for offer in found) < unit:
+    if not is_whole_window(found) and sum(offer.rows for offer in found) < unit:
         # Not one batch fits into the memory: there is one all the same.
-        found, window = _full(lanes, unit, _UNLIMITED, offers, window)
+        found, window = _full(lanes, unit, UNLIMITED, offers, window)
     rows = [offer.rows for offer in found]
-    if not _is_whole_window(found):
-        rows = _without(rows, sum(rows) % unit)
+    if not is_whole_window(found):
+        rows = without(rows, sum(rows) % unit)
     is_last = [one.is_last and n == one.rows for one, n in zip(found, rows, strict=True)]
     return Dealt(rows, is_last, window)
 
 
-def _is_whole_window(found: Sequence[Offer]) -> bool:
+def is_whole_window(found: Sequence[Offer]) -> bool:
     """Whether lanes offer all that they have of the window."""
     return all(offer.is_last or offer.next_window is not None for offer in found)
 
@@ -159,7 +171,7 @@ def _full(
         found = offers(wanted, most_bytes, window)
         missing = rows - sum(offer.rows for offer in found)
         nexts = [offer.next_window for offer in found if offer.next_window is not None]
-        if missing == rows and nexts and _is_whole_window(found):
+        if missing == rows and nexts and is_whole_window(found):
             window = min(nexts)
             continue
         # Each time one lane more has come to its end; or nothing is missing.
@@ -174,7 +186,7 @@ def _full(
             wanted[lane] += missing // len(able) + (place < missing % len(able))
 
 
-def _without(rows: Sequence[int], excess: int) -> list[int]:
+def without(rows: Sequence[int], excess: int) -> list[int]:
     """Takes some rows off, of each lane in proportion to what it has."""
     total = sum(rows)
     left = [n - n * excess // total for n in rows] if excess else list(rows)

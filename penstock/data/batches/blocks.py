@@ -6,11 +6,13 @@ cut; sizes of batches and blocks count from the next one on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 from penstock.data.batches.agreement import Agreement, Dealt, LaneBlock, deal
+from penstock.data.batches.in_turn import deal_again, deal_now
 from penstock.data.batches.lane_queue import LaneQueue, Offer
 from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.batches.stretches import (
@@ -20,11 +22,12 @@ from penstock.data.batches.stretches import (
     malformed_in,
     pieces_of,
 )
+from penstock.data.batches.turns import Progress, Turns
 from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import LeftOut
 from penstock.errors import DataError
-from penstock.types import Counts, Cursor, FileTag, LanePosition, Position
+from penstock.types import Counts, Cursor, FileTag, LanePosition, Position, Taken
 
 
 class Cut(NamedTuple):
@@ -64,22 +67,47 @@ class FileTags:
         """Of a file by its number."""
         return self._files[file - self._first].path
 
-    def add(self, read: Sequence[tuple[int, FileTag]]) -> tuple[FileTag, ...]:
-        """Takes note of files that were read so far; returns all."""
+    def add(
+        self, read: Sequence[tuple[int, FileTag]], passed: int, end_of: Callable[[str], int]
+    ) -> tuple[FileTag, ...]:
+        """Takes note of files that were read so far; returns all.
+
+        Args:
+          read: number and identity.
+          passed: a lane reads on there, and not before.
+          end_of: where the last extent of a file ends whose rows may grow.
+        """
+        if not self._shows:
+            return ()
+        read_to = 0
         for numbered, tag in sorted(read):
-            file = numbered - self._first
-            if tag.size <= self._files[file].size:
-                continue
-            # Files without a row were passed, too.
-            for number in range(self._passed, file):
-                if not self._files[number].is_begun:
-                    self._files[number] = self.whole.of(self._files[number].path)
-            self._passed = max(self._passed, file)
-            self._files[file] = tag
-            self._shown = None
+            read_to = numbered - self._first
+            passed = max(passed, numbered)
+            if tag.size > self._files[read_to].size:
+                self._files[read_to] = tag
+                self._shown = None
+        source = self.whole.source
+        window = source.window(self._files[read_to].path)
+        for number in range(self._passed, min(passed - self._first, len(self._files))):
+            # A stream that gets an end may do without the windows that are still to be read.
+            if number >= read_to and source.window(self._files[number].path) > window:
+                break
+            self._make_whole(number, end_of)
+            self._passed = number + 1
         if self._shown is None:
-            self._shown = tuple(self._files) if self._shows else ()
+            self._shown = tuple(self._files)
         return self._shown
+
+    def _make_whole(self, number: int, end_of: Callable[[str], int]) -> None:
+        """A lane is behind the file, whatever others have still to read there.
+
+        So rows added to it from now on would be left out, whoever has read how far.
+        """
+        tag, source = self._files[number], self.whole.source
+        if source.may_grow(tag.path) and tag.size < (end := end_of(tag.path)):
+            self._files[number], self._shown = source.identify(tag.path, end), None
+        elif not tag.is_begun:
+            self._files[number], self._shown = self.whole.of(tag.path), None
 
 
 class Blocks:
@@ -92,7 +120,9 @@ class Blocks:
         lanes: Sequence[LaneQueue],
         agreement: Agreement,
         files: FileTags,
+        turns: Turns | None = None,
     ) -> None:
+        self._turns, self._progress = turns, None if turns is None else _progress(part, plan.start)
         self._part, self._plan, self._files = part, plan, files
         self._lanes = {lane.number: lane for lane in lanes}
         self._agreement = agreement
@@ -110,9 +140,11 @@ class Blocks:
             number = at.block if epoch == plan.start.epoch else 0
             for lane in self._lanes.values():
                 lane.begin_epoch()
+            if epoch > plan.start.epoch and self._turns is not None:
+                self._progress = _progress(self._part, None)
             has_more, window = True, 0
             while has_more:
-                dealt = deal(plan, self._ask, window)
+                dealt = self._deal(plan, window, (epoch, number))
                 window = dealt.window
                 has_more = not all(dealt.is_last)
                 is_all = at.span is None  # where streams grow, more may come
@@ -128,13 +160,27 @@ class Blocks:
                 yield cut
                 at, number, plan = cut.after, number + 1, self._plan
 
+    def _deal(self, plan: LoaderPlan, window: int, number: tuple[int, int]) -> Dealt:
+        if self._turns is None:
+            return deal(plan, self._ask, window)
+        ledger, sizes = self._turns.ledger, (plan.block_rows, plan.rows_of_whole_batches)
+        before = self._agreement.from_first(lambda: ledger.block(*number, sizes) or False)
+        if before:
+            return deal_again(before, self._ask, window, number)
+        dealt = deal_now(plan, self._ask_now, window, self._turns.news)
+        if any(dealt.rows):
+            self._agreement.in_first(lambda: ledger.add_block(*number, sizes, dealt.rows))
+        return dealt
+
+    def _ask_now(self, wanted: Sequence[int], most_bytes: int, window: int) -> list[Offer]:
+        return self._asked(lambda lane: lane.offer_now(wanted[lane.number], most_bytes, window))
+
     def _ask(self, wanted: Sequence[int], most_bytes: int, window: int) -> list[Offer]:
-        mine = {
-            number: lane.offer(wanted[number], most_bytes, window)
-            for number, lane in self._lanes.items()
-        }
-        offers = self._agreement.offers(mine)
-        return [offers[number] for number in range(len(wanted))]
+        return self._asked(lambda lane: lane.offer(wanted[lane.number], most_bytes, window))
+
+    def _asked(self, ask: Callable[[LaneQueue], Offer]) -> list[Offer]:
+        offers = self._agreement.offers({n: ask(lane) for n, lane in self._lanes.items()})
+        return [offers[number] for number in range(self._plan.num_lanes)]
 
     def _resumed(self) -> Cut:
         """The block that a former run began, from what it was made of."""
@@ -159,7 +205,7 @@ class Blocks:
             block_row=0,
             samples=start.samples - start.block_row,
             counts=Counts(read - done, filtered, quarantined, applied - done),
-            files=self._files.add(_tags_of(stretches)),
+            files=self._tags_with(_tags_of(stretches), start.lanes),
         )
         return Cut(stretches, [], start, inside, self._behind(inside))
 
@@ -172,13 +218,17 @@ class Blocks:
             if dealt.is_last[lane]:
                 taken = queue.take_all()
                 cursor = self._end(taken[-1]) if taken else at.lanes[lane].cursor
+            elif self._turns is not None and not dealt.rows[lane]:
+                # It may have read nothing yet; what it has left out by now depends on when it is.
+                taken, cursor = [], at.lanes[lane].cursor
             else:
                 taken = queue.take(dealt.rows[lane])
                 cursor = queue.begins_at
             stretches[lane] = taken
             found = counts_of(taken)
             place = LanePosition(pieces_of(taken), cursor, found.applied * per_row)
-            mine[lane] = LaneBlock(place, found, _tags_of({lane: taken}), malformed_in(taken))
+            tags = _tags_of({lane: taken})
+            mine[lane] = LaneBlock(place, found, tags, malformed_in(taken), _ended(taken))
         blocks = self._agreement.blocks(mine)
         every = [blocks[lane] for lane in range(self._plan.num_lanes)]
         read, filtered, quarantined, applied = at.counts
@@ -195,12 +245,32 @@ class Blocks:
                 quarantined + new_quarantined,
                 applied - done,
             ),
-            files=self._files.add([tag for block in every for tag in block.tags]),
+            files=self._tags_with(
+                [tag for block in every for tag in block.tags],
+                [block.position for block in every],
+            ),
             divided=self._part.divided,
             span=at.span,
+            taken=self._taken(every),
         )
         malformed = [row for block in every for row in block.malformed]
         return Cut(stretches, malformed, at, inside, self._behind(inside))
+
+    def _taken(self, blocks: Sequence[LaneBlock]) -> Taken | None:
+        if self._progress is None:
+            return None
+        return self._progress.add(place for block in blocks for place in block.ended)
+
+    def _tags_with(
+        self, read: Sequence[tuple[int, FileTag]], lanes: Sequence[LanePosition]
+    ) -> tuple[FileTag, ...]:
+        passed = max(lane.cursor.file for lane in lanes)
+        return self._files.add(read, passed, lambda path: self._ends.get(path, 0))
+
+    @cached_property
+    def _ends(self) -> dict[str, int]:
+        """Where the last extent of each file ends."""
+        return {extent.path: extent.stop for extent in self._part.extents}
 
     def _behind(self, inside: Position) -> Position:
         """The place behind a block."""
@@ -215,6 +285,8 @@ class Blocks:
     def _end(self, last: Stretch) -> Cursor:
         """The place behind all rows that there are."""
         cursor = end_of(last)
+        if self._turns is not None:
+            return Cursor(cursor.file + 1)
         # There rows may be added to the file; elsewhere no extent need be read to see that it ends.
         may_grow = self._part.source.may_grow(self._files.path(cursor.file))
         return cursor if may_grow else Cursor(cursor.file + 1)
@@ -231,18 +303,24 @@ def _tags_of(stretches: Mapping[int, Sequence[Stretch]]) -> list[tuple[int, File
     return list(found.items())
 
 
+def _ended(stretches: Sequence[Stretch]) -> list[tuple[int, int]]:
+    return [(one.passage.file, one.passage.start) for one in stretches if one.is_end]
+
+
+def _progress(part: PartRows, start: Position | None) -> Progress:
+    first = part.first_file
+    files = {path: number for number, path in enumerate(part.files, first)}
+    taken = None if start is None else start.taken
+    return Progress(taken or Taken((first, 0)), part.extents, files, first + len(files))
+
+
 def within(block: Position, samples: int, per_row: int) -> Position:
     """The place behind some samples of the block whose first sample is at `block`."""
     read, filtered, quarantined, applied = block.counts
     rows = samples // per_row
-    return Position(
-        block.epoch,
-        block.block,
-        samples,
-        block.lanes,
-        block.samples + samples,
-        Counts(read + rows, filtered, quarantined, applied + rows),
-        block.files,
-        block.divided,
-        block.span,
+    return replace(
+        block,
+        block_row=samples,
+        samples=block.samples + samples,
+        counts=Counts(read + rows, filtered, quarantined, applied + rows),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+from penstock.data.batches.channel import Ended
 from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.batches.reader import Reader
 from penstock.data.batches.stretches import Stretch, rows_within, take
@@ -37,7 +38,6 @@ class LaneQueue:
 
     def begin_epoch(self) -> None:
         """Goes on to the next epoch; the one before must have been taken to its end."""
-        self._stretches = self._reader.stretches()
         self._has_ended = False
 
     def rest_of_block(self) -> list[Stretch]:
@@ -66,6 +66,30 @@ class LaneQueue:
             if self._has_ended:
                 return Offer(inside, True, False)
             self._read()
+
+    def offer_now(self, most_rows: int, most_bytes: int, window: int) -> Offer:
+        """As `offer`, of what was read so far; `is_limited`: more is not read until some is taken.
+
+        Args:
+          most_rows: of the block that all lanes make together.
+          most_bytes: of rows that wait here.
+          window: the last one of which it offers.
+        """
+        while not self._has_ended and self._rows <= most_rows and self._memory <= most_bytes:
+            try:
+                stretch = self._reader.take_now()
+            except Ended:
+                self._has_ended = True
+                break
+            if stretch is None:
+                break
+            self._add(stretch)
+        inside, behind = self._up_to(window)
+        if behind is not None or self._has_ended:
+            return Offer(inside, behind is None, False, behind)
+        is_limited = self._rows > most_rows or self._memory > most_bytes
+        # A row that is left says where the next block begins.
+        return Offer(max(inside - 1, 0), False, is_limited)
 
     def _up_to(self, window: int) -> tuple[int, int | None]:
         """Good rows of the windows up to one, and the window of the good row behind them."""
@@ -97,10 +121,12 @@ class LaneQueue:
         return Cursor(first.passage.file, first.passage.start, first.first)
 
     def _read(self) -> None:
-        stretch = next(self._stretches, None)
-        if stretch is None:
+        try:
+            self._add(self._reader.take())
+        except Ended:
             self._has_ended = True
-            return
+
+    def _add(self, stretch: Stretch) -> None:
         self._waiting.append(stretch)
         self._rows += stretch.size
         self._memory += stretch.memory

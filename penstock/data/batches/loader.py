@@ -26,6 +26,7 @@ from penstock.data.batches.lanes_block import LanesBlock
 from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.batches.reader import Reader, Threads
 from penstock.data.batches.stage import Following, Stage
+from penstock.data.batches.turns import Ledger, News, Turns
 from penstock.data.columns.block import Samples, no_samples
 from penstock.data.columns.decode import Decoder
 from penstock.data.columns.schema import Columns
@@ -36,6 +37,15 @@ from penstock.types import Batch, KeyedJagged, Position
 
 _PATIENCE_S, _HASTY_S = 30.0, 0.3
 """How long `close` waits for threads: as a rule, and where a signal asks to stop."""
+
+
+class ReadAhead(NamedTuple):
+    """How far a loader is ahead of who takes its batches."""
+
+    threads: int
+    """That read and decode at a time."""
+    batches: int
+    """That wait to be taken."""
 
 
 class _Delivery(NamedTuple):
@@ -65,12 +75,12 @@ class Loader:
         stage: Stage,
         columns: Columns,
         plan: LoaderPlan,
-        threads: int,
-        prefetch: int,
+        ahead: ReadAhead,
         *,
         quarantine: Quarantine,
         ranks: ReaderGroup | None = None,
         following: Following | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         """Starts reading.
 
@@ -78,11 +88,12 @@ class Loader:
           stage: what to read; its files are nobody else's.
           columns: what to decode.
           plan: what to deliver, from the start of the stage on.
-          threads: that read.
-          prefetch: batches that wait for the consumer.
+          ahead: how far.
           quarantine: takes malformed rows when the batch is taken behind which they lie.
           ranks: that read the lanes together; None: this process reads all.
           following: gives what comes behind the stage; None: nothing does.
+          ledger: of which lanes take extents as they come to them, the same on all ranks; it is
+            closed with the loader. None: each lane has its own extents.
 
         Raises:
           DataError: the data does not have the place at which to start.
@@ -94,12 +105,13 @@ class Loader:
         self._negatives = columns.negatives
         self._groups = columns.groups
         self._features = columns.feature_names
-        self._out: Channel[_Delivery] = Channel(prefetch)
+        self._out: Channel[_Delivery] = Channel(ahead.batches)
         # Half of them, so that neither side wakes the other for every batch.
-        self._at_once = max(1, prefetch // 2)
+        self._at_once = max(1, ahead.batches // 2)
         self._closed = False
         self._decoder, self._schema = Decoder(columns), stage.part.source.schema
-        self._columns, self._num_threads = columns, threads
+        self._columns, self._num_threads = columns, ahead.threads
+        self._ledger = ledger
         self._following, self._is_closed = following, threading.Event()
         rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
         self._lanes = lanes_of_rank(plan.num_lanes, rank, size)
@@ -116,6 +128,7 @@ class Loader:
         """Starts the threads that read a stage; those of the one before have come to its end."""
         plan = replace(self._plan, start=stage.start)
         at_work = threading.Semaphore(self._num_threads)
+        turns = None if self._ledger is None else Turns(self._ledger, News(), stage.start)
         of_lane = Threads(-(-self._num_threads // max(len(self._lanes), 1)), at_work)
         with self._change:
             if self._is_closed.is_set():
@@ -125,11 +138,10 @@ class Loader:
                     stage.part,
                     self._columns,
                     Lane(number, plan.num_lanes),
-                    plan.start,
-                    plan.epochs,
+                    plan,
                     of_lane,
                     tags=stage.files.whole,
-                    trains=plan.trains,
+                    turns=turns,
                 )
                 for number in self._lanes
             ]
@@ -137,7 +149,7 @@ class Loader:
             LaneQueue(number, reader, plan)
             for number, reader in zip(self._lanes, self._readers, strict=True)
         ]
-        return Blocks(stage.part, plan, queues, self._agreement, stage.files)
+        return Blocks(stage.part, plan, queues, self._agreement, stage.files, turns)
 
     @property
     def is_waiting(self) -> bool:
@@ -194,6 +206,8 @@ class Loader:
         for reader in readers:
             reader.join(max(0.0, end_s - time.monotonic()))
         self._assembler.join(max(0.0, end_s - time.monotonic()))
+        if self._ledger is not None:
+            self._ledger.close()
 
     # The assembler thread.
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
 
-from penstock.data.batches.channel import Channel, Closed, Ended
+from penstock.data.batches.channel import Channel, Closed, Ended, nobody_listens
+from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.batches.stretches import Passage, Stretch, good_rows_between
+from penstock.data.batches.turns import Turns
 from penstock.data.columns.decode import Decoder
 from penstock.data.columns.far_times import FarTimes
 from penstock.data.columns.schema import Columns
@@ -23,9 +25,9 @@ from penstock.data.identity import WholeTags
 from penstock.data.plan.lanes import Lane
 from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import LeftOut
-from penstock.data.source import Chunk, Extent
+from penstock.data.source import Chunk, Extent, RowPlace
 from penstock.errors import DataError
-from penstock.types import FileTag, LanePosition, Piece, Position
+from penstock.types import FileTag, LanePosition, Piece
 
 _CHUNKS_AHEAD, _CHUNKS_AHEAD_IN_LANES = 2, 1
 """Chunks that a reader may decode ahead of the consumer, for each extent it has open: where there
@@ -41,6 +43,14 @@ class _Task(NamedTuple):
     stop: int | None = None
     good_before: int = 0
     """Good rows to pass over, in place of `first`, where a checkpoint of version 1 counts them."""
+
+
+class _Open(NamedTuple):
+    """An extent that is being read."""
+
+    task: _Task | None
+    """None: it could not be found."""
+    channel: Channel[Stretch]
 
 
 class Threads(NamedTuple):
@@ -62,12 +72,11 @@ class Reader:
         part: PartRows,
         columns: Columns,
         lane: Lane,
-        start: Position,
-        epochs: int,
+        plan: LoaderPlan,
         threads: Threads,
         *,
         tags: WholeTags,
-        trains: bool,
+        turns: Turns | None = None,
     ) -> None:
         """Starts the threads.
 
@@ -75,25 +84,25 @@ class Reader:
           part: what to read.
           columns: what to decode.
           lane: which of its extents.
-          start: where to begin; it has the lane.
-          epochs: passes, counted from epoch 0.
+          plan: where to begin, and how many epochs to read. Where it trains, stretches say what
+            identifies their file, and rows whose event time cannot be are left out.
           threads: each reads an extent.
           tags: of the part's files.
-          trains: stretches say what identifies their file, and rows whose event time cannot be are
-            left out.
+          turns: in which it takes extents, and says where each ends; None: it has its own ones.
 
         Raises:
           DataError: the data does not have the place at which to start.
         """
         self._part = part
         self._lane = lane
-        self._start = start
-        self._from: LanePosition = start.lanes[lane.number]
-        self._epochs = epochs
+        self._turns = turns
+        self._start = plan.start
+        self._from: LanePosition = plan.start.lanes[lane.number]
+        self._epochs = plan.epochs
         self._tags = tags
-        self._trains = trains
+        self._trains = plan.trains
         self._far_times: FarTimes | None = None
-        if trains and columns.event_time is not None:
+        if plan.trains and columns.event_time is not None:
             ahead_s = columns.event_time_ahead_s
             self._far_times = FarTimes(columns.event_time, columns.time_unit, ahead_s)
         self._columns = columns.names
@@ -106,12 +115,13 @@ class Reader:
         self._todo = self._tasks()
         self._draw = threading.Lock()
         self._has_drawn_all = False
-        self._open_splits: deque[Channel[Stretch] | None] = deque()
+        self._open_splits: deque[_Open | None] = deque()
         """None ends an epoch, or the block that was begun."""
         self._split_opened = threading.Condition()
         self._max_open = threads.number + 1
         self._ahead = _CHUNKS_AHEAD if lane.of == 1 else _CHUNKS_AHEAD_IN_LANES
         self._at_work = threads.at_work
+        self._tell = nobody_listens if turns is None else turns.news.tell
         self._closed = False
         self._threads = [
             threading.Thread(
@@ -126,23 +136,54 @@ class Reader:
 
     def stretches(self) -> Iterator[Stretch]:
         """The next part in order: the block that was begun, if one was, then epoch by epoch."""
-        while (channel := self._next_channel()) is not None:
-            while True:
-                try:
-                    stretch = channel.get()
-                except Ended:
-                    break
-                yield stretch
+        while True:
+            try:
+                stretch = self.take()
+            except Ended:
+                return
+            yield stretch
+
+    def take(self) -> Stretch:
+        """The next stretch of the part that is being read; waits for it.
+
+        Raises:
+          Ended: there is none; then the next part begins.
+        """
+        while True:
+            with self._split_opened:
+                self._split_opened.wait_for(lambda: self._closed or bool(self._open_splits))
+            stretch = self._take(lambda channel: channel.get())
+            if stretch is not None:
+                return stretch
+
+    def take_now(self) -> Stretch | None:
+        """As `take`; None: there is none yet."""
+        return self._take(lambda channel: channel.get_now())
+
+    def _take(self, get: Callable[[Channel[Stretch]], Stretch | None]) -> Stretch | None:
+        """None: nothing was there, or an extent ended that says nothing of it."""
+        with self._split_opened:
+            if self._closed:
+                raise Closed
+            if not self._open_splits:
+                return None
+            first = self._open_splits[0]
+        if first is None:
             self._drop_first()
-        self._drop_first()
+            raise Ended
+        try:
+            return get(first.channel)
+        except Ended:
+            self._drop_first()
+            return None if self._turns is None else self._end_of(first)
 
     def close(self) -> None:
         """Stops the threads; does not wait for them."""
         with self._split_opened:
             self._closed = True
-            for channel in self._open_splits:
-                if channel is not None:
-                    channel.close()
+            for one in self._open_splits:
+                if one is not None:
+                    one.channel.close()
             self._split_opened.notify_all()
 
     def join(self, patience_s: float) -> None:
@@ -154,21 +195,34 @@ class Reader:
         for thread in self._threads:
             thread.join(max(0.0, end_s - time.monotonic()))
 
-    def _next_channel(self) -> Channel[Stretch] | None:
-        with self._split_opened:
-            self._split_opened.wait_for(lambda: self._closed or bool(self._open_splits))
-            if self._closed:
-                raise Closed
-            return self._open_splits[0]
-
     def _drop_first(self) -> None:
         with self._split_opened:
             self._open_splits.popleft()
             self._split_opened.notify_all()
 
+    def _end_of(self, read: _Open) -> Stretch:
+        """Says, behind the rows of an extent, that it was read to its end."""
+        assert read.task is not None
+        extent = self._part.extents[read.task.extent]
+        passage = Passage(*self._place(extent), 0, None, self._part.source.window(extent.path))
+        place = RowPlace(extent.path, 0)
+        return Stretch(None, place, passage, None, 0, 0, 0, 0, is_end=True)
+
+    def _tasks_in_turn(self, epoch: int) -> Iterator[_Task]:
+        assert self._turns is not None
+        file, at, row = self._from.cursor
+        if epoch == self._start.epoch and row:
+            yield self._task_of(Piece(file, at, row, -1))._replace(stop=None)
+        for number in self._turns.of_lane(
+            self._lane.number, epoch, self._part.extents, self._file_numbers
+        ):
+            yield _Task(epoch, number)
+
     def _first_tasks(self) -> Iterator[_Task]:
         """What is left of the epoch in which to begin."""
         start, (file, at, row) = self._start, self._from.cursor
+        if self._turns is not None:
+            return self._tasks_in_turn(start.epoch)
         if start.version_1 is not None:
             first, good_before, _ = start.version_1
             extents = len(self._part.extents)
@@ -187,11 +241,16 @@ class Reader:
         )
 
     def _tasks_from(self, first: _Task) -> Iterator[_Task]:
+        if self._turns is not None:
+            yield from self._tasks_in_turn(first.epoch)
+            return
         for number, _ in self._extents():
             if number >= first.extent:
                 yield first if number == first.extent else _Task(first.epoch, number)
 
     def _extents(self) -> Iterator[tuple[int, Extent]]:
+        if self._turns is not None:
+            return enumerate(self._part.extents)
         return self._lane.extents(self._part.extents, self._file_numbers)
 
     def _place(self, extent: Extent) -> tuple[int, int]:
@@ -238,13 +297,14 @@ class Reader:
                 channel.fail(error)
                 return
 
-    def _add(self, channel: Channel[Stretch] | None) -> bool:
+    def _add(self, one: _Open | None) -> bool:
         """Lets the consumer take it in its turn; False: it was closed meanwhile."""
         with self._split_opened:
             if not self._closed:
-                self._open_splits.append(channel)
+                self._open_splits.append(one)
                 self._split_opened.notify_all()
-            return not self._closed
+        self._tell()
+        return not self._closed
 
     def _next_task(self) -> tuple[_Task, Channel[Stretch]] | None:
         # One at a time, and not while the consumer waits for the rows of extents that are known: to
@@ -257,7 +317,7 @@ class Reader:
                     )
                     if self._closed:
                         return None
-                channel: Channel[Stretch] = Channel(self._ahead)
+                channel: Channel[Stretch] = Channel(self._ahead, self._tell)
                 task: _Task | None = None
                 try:
                     task = next(self._todo)
@@ -269,7 +329,7 @@ class Reader:
                     self._has_drawn_all = True
                     channel.fail(error)
                 is_end = task is None and not self._has_drawn_all
-                if not self._add(None if is_end else channel):
+                if not self._add(None if is_end else _Open(task, channel)):
                     return None
                 if task is not None:
                     return task, channel

@@ -54,6 +54,8 @@ class Stretch:
     """Rows of the extent at which those of `left_out` stand, ascending."""
     left_out: Sequence[LeftOut] = ()
     """Malformed rows of the whole chunk."""
+    is_end: bool = False
+    """Whether it has no row, and says that its extent was read to its end."""
 
     @property
     def size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from penstock.data.plan.counting import Stages, count_rows, no_stages
@@ -43,16 +44,7 @@ def audit(
       DataError: a file cannot be read.
     """
     numbers = {path: number for number, path in enumerate(part.files, part.first_file)}
-    whole: list[Extent] = []
-    rows = 0
-    for number, lane in enumerate(position.lanes):
-        behind = lane.cursor.file, lane.cursor.start
-        for _, extent in Lane(number, len(position.lanes)).extents(part.extents, numbers):
-            place = numbers[extent.path], extent.start
-            if place < behind:
-                whole.append(extent)
-            elif place == behind:
-                rows += lane.cursor.row
+    whole, rows = _passed(part.extents, numbers, position)
     # Each once: rows of text are counted by reading them.
     wanted = list(part.extents) if position.epoch else whole
     counted = dict(zip(wanted, count_rows(part.source, wanted, stages), strict=True))
@@ -64,3 +56,27 @@ def audit(
         left = position.block_size // samples_per_row - position.block_row // samples_per_row
     before = position.counts.read - (0 if position.span is None else position.span.read)
     return Audit(position.counts, rows, before + left)
+
+
+def _passed(
+    extents: Sequence[Extent], numbers: Mapping[str, int], position: Position
+) -> tuple[list[Extent], int]:
+    """The extents of the epoch that were read to their end, and rows read of others."""
+    whole: list[Extent] = []
+    rows = 0
+    if position.taken is not None:
+        before, beyond = position.taken.before, set(position.taken.beyond)
+        for extent in extents:
+            place = numbers[extent.path], extent.start
+            if place < before or place in beyond:
+                whole.append(extent)
+        return whole, sum(lane.cursor.row for lane in position.lanes)
+    for number, lane in enumerate(position.lanes):
+        behind = lane.cursor.file, lane.cursor.start
+        for _, extent in Lane(number, len(position.lanes)).extents(extents, numbers):
+            place = numbers[extent.path], extent.start
+            if place < behind:
+                whole.append(extent)
+            elif place == behind:
+                rows += lane.cursor.row
+    return whole, rows

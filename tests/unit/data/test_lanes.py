@@ -402,4 +402,4 @@ def test_a_block_is_of_one_window_and_knows_nothing_of_later_ones(seed):
 
 
 def test_nothing_is_taken_off_where_nothing_is_over():
-    assert agreement._without([1, 0, 5], 0) == [1, 0, 5]
+    assert agreement.without([1, 0, 5], 0) == [1, 0, 5]

@@ -14,7 +14,7 @@ from penstock.config import parse_job
 from penstock.data import Dataset
 from penstock.data.formats import columnar, lines
 from penstock.errors import DataError
-from penstock.types import Position
+from penstock.types import LanePosition, Position
 
 DAY = 100
 """Rows of each file."""
@@ -514,3 +514,37 @@ def test_positions_of_version_1(tmp_path):
             # Its block is finished as it was cut.
             rest, _ = read(open_days(path, after=old), old, epochs=2, size=7)
             assert sorted(rest) == sorted(expected)
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 5])
+def test_text_that_some_lanes_are_behind_goes_on_from_any_batch(tmp_path, monkeypatch, lanes):
+    """A lane may be in the next file while another one is in the middle of this one."""
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(lines, "READ_BYTES", 90)
+    for number, rows in enumerate((61, 0, 140, 40)):
+        text = ["label,id", *(f"0,{1000 * number + one}" for one in range(rows)), ""]
+        (tmp_path / f"{number}.csv").write_text("\n".join(text))
+    job = parse_job({
+        "data": {
+            "source": {"format": "csv", "path": str(tmp_path / "*"), "types": {"id": "int64"}},
+            "label": {"column": "label"},
+            "shuffle": {"block_rows": 10},
+        },
+        "features": [{"columns": ["id"]}],
+    })
+    start = Position(lanes=(LanePosition(),) * lanes)
+    with Dataset.open(job).batches("train", batch_size=5, start=start) as loader:
+        ends = [Position.from_dict(batch.end.to_dict()) for batch in loader]
+    behind = [end for end in ends if len({lane.cursor.file for lane in end.lanes}) > 1]
+    assert len(behind) > 2
+    for end in ends:
+        Dataset.open(job, after=end)
+    # Lanes that are behind a file would leave out what is added to it.
+    with (tmp_path / "2.csv").open("a") as file:
+        file.write("".join(f"0,{9000 + one}\n" for one in range(60)))
+    for end in ends:
+        if max(lane.cursor.file for lane in end.lanes) > 2:
+            with pytest.raises(DataError, match=r"2\.csv: rows were added after"):
+                Dataset.open(job, after=end)
+        else:
+            Dataset.open(job, after=end)

@@ -1,0 +1,374 @@
+"""Lanes that take extents as they come to them: each row once, and again in the order that was."""
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from penstock.config import parse_job
+from penstock.data import Dataset
+from penstock.data.batches.in_turn import deal_again, deal_now
+from penstock.data.batches.lane_queue import Offer
+from penstock.data.batches.loader_plan import LoaderPlan
+from penstock.data.batches.turns import News
+from penstock.data.formats import columnar, lines
+from penstock.errors import ConfigError, DataError
+from penstock.types import LanePosition, Position, Taken
+from tests.world.ranks import World, in_world
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    in_world(monkeypatch)
+    monkeypatch.setattr(columnar, "EXTENT_ROWS", 20)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(lines, "READ_BYTES", 90)
+
+
+def write(path, first, rows, *, malformed=()):
+    ids = np.arange(first, first + rows)
+    if path.suffix == ".parquet":
+        pq.write_table(
+            pa.table({"label": np.zeros(rows, np.int64), "id": ids, "w": np.ones(rows)}),
+            path,
+            row_group_size=10,
+        )
+        return
+    text = [f"0,{one},{'x' if place in malformed else 1}" for place, one in enumerate(ids)]
+    path.write_text("\n".join(["label,id,w", *text, ""]))
+
+
+SIZES = (95, 0, 3, 61, 140, 40)
+MALFORMED = {3: (0, 7, 39, 60), 5: tuple(range(40))}
+
+
+@pytest.fixture(params=["parquet", "csv"])
+def log(request, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    ids = []
+    for number, rows in enumerate(SIZES):
+        bad = MALFORMED.get(number, ()) if request.param == "csv" else ()
+        write(folder / f"{number}.{request.param}", 1000 * number, rows, malformed=bad)
+        ids += [1000 * number + one for one in range(rows) if one not in bad]
+    return folder, ids
+
+
+def job_of(folder, block=30, **data):
+    ending = next(iter(sorted(folder.iterdir()))).suffix
+    source = {"format": ending[1:], "path": str(folder / "*")}
+    if ending == ".csv":
+        source |= {"types": {"id": "int64", "w": "float64"}, "on_malformed_row": "quarantine"}
+    return parse_job({
+        "data": {
+            "source": source,
+            "label": {"column": "label"},
+            "weight": "w",
+            "shuffle": {"block_rows": block},
+            "policy": "elastic",
+            **data,
+        },
+        "features": [{"columns": ["id"]}],
+    })
+
+
+def opened(job, ledger=None, **options):
+    dataset = Dataset.open(job, **options)
+    if ledger is not None:
+        dataset.keep_ledger(ledger)
+    return dataset
+
+
+def in_lanes(number):
+    return Position(lanes=(LanePosition(),) * number)
+
+
+def read(dataset, start, most=None, *, batch_size=8, epochs=2, ranks=None):
+    """Ids of each batch, and the position behind them."""
+    found, end = [], start
+    with dataset.batches(
+        "train", batch_size=batch_size, seed=5, epochs=epochs, start=start, ranks=ranks
+    ) as loader:
+        for batch in loader:
+            found.append(batch.sparse.values.tolist())
+            end = batch.end
+            if len(found) == most:
+                break
+        else:
+            end = loader.position
+    return found, Position.from_dict(end.to_dict())
+
+
+def flat(batches):
+    return sorted(one for batch in batches for one in batch)
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+@pytest.mark.parametrize("block", [0, 30, 1000])
+def test_each_row_comes_once_an_epoch(log, lanes, block):
+    folder, ids = log
+    found, end = read(opened(job_of(folder, block)), in_lanes(lanes))
+    assert flat(found) == sorted(ids * 2)
+    assert flat(found[: len(found) // 2]) != flat(found[len(found) // 2 :]) or len(found) % 2 == 0
+    assert end.counts.applied == 2 * len(ids)
+    assert end.counts.read == 2 * sum(SIZES)
+    assert end.counts.quarantined == 2 * (sum(SIZES) - len(ids))
+    assert end.taken == ((len(SIZES), 0), ())
+    # Only the last batch of an epoch is short.
+    sizes = [len(batch) for batch in found]
+    assert sizes[:-1].count(8) >= len(sizes) - 2
+
+
+def test_with_its_ledger_a_run_has_the_same_batches_from_anywhere(log, tmp_path):
+    folder, ids = log
+    job, ledger = job_of(folder), tmp_path / "ledger.db"
+    whole, end = read(opened(job, ledger), in_lanes(3))
+    for most in range(1, len(whole), 5):
+        first, position = read(opened(job, ledger), in_lanes(3), most)
+        assert first == whole[:most]
+        rest, again = read(opened(job, ledger, after=position), position)
+        assert first + rest == whole
+        assert again == end
+
+
+def test_without_its_ledger_a_run_goes_on_with_what_is_left(log, tmp_path):
+    folder, ids = log
+    job = job_of(folder)
+    whole, end = read(opened(job, tmp_path / "ledger.db"), in_lanes(3))
+    for most in range(1, len(whole), 4):
+        first, position = read(opened(job, tmp_path / "ledger.db"), in_lanes(3), most)
+        rest, again = read(opened(job, tmp_path / f"{most}.db", after=position), position)
+        assert flat(first + rest) == sorted(ids * 2)
+        assert (again.counts, again.taken) == (end.counts, end.taken)
+        # Cut off once more, with the ledger that knows only a part of it.
+        some, position = read(opened(job, tmp_path / f"{most}.db", after=position), position, 3)
+        rest, again = read(opened(job, tmp_path / f"{most}.db", after=position), position)
+        assert flat(first + some + rest) == sorted(ids * 2)
+
+
+def test_with_the_ledger_of_a_part_an_earlier_position_loses_nothing(log, tmp_path):
+    """It lacks what was read before it was made, of which an earlier position has some left."""
+    folder, ids = log
+    job = job_of(folder)
+    early, at_early = read(opened(job), in_lanes(3), 3)
+    more, at_late = read(opened(job, after=at_early), at_early, 4)
+    read(opened(job, tmp_path / "late.db", after=at_late), at_late, 5)
+    rest, _ = read(opened(job, tmp_path / "late.db", after=at_early), at_early)
+    assert flat(early + rest) == sorted(ids * 2)
+
+
+def test_another_size_of_batches_counts_from_the_next_block_on(log, tmp_path):
+    folder, ids = log
+    ledger = tmp_path / "ledger.db"
+    whole, _ = read(opened(job_of(folder), ledger), in_lanes(3))
+    first, position = read(opened(job_of(folder), ledger), in_lanes(3), 5)
+    job = job_of(folder, block=60)
+    rest, _ = read(opened(job, ledger, after=position), position, batch_size=20)
+    assert flat(first + rest) == sorted(ids * 2)
+    assert sum(len(batch) == 20 for batch in rest) > 0.7 * len(rest)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_read_each_row_once_and_one_rank_reads_it_again_so(log, tmp_path, ranks):
+    folder, ids = log
+    job, ledger = job_of(folder), tmp_path / "ledger.db"
+
+    def of_rank(group):
+        return read(opened(job, ledger), in_lanes(4), ranks=group)
+
+    ended = World(ranks).run(of_rank)
+    assert len({len(found) for found, _ in ended}) == 1
+    together = [
+        sorted(sum(parts, [])) for parts in zip(*(found for found, _ in ended), strict=True)
+    ]
+    assert flat(together) == sorted(ids * 2)
+    assert all(end == ended[0][1] for _, end in ended)
+    again, end = read(opened(job, ledger), in_lanes(4))
+    assert [sorted(batch) for batch in again] == together
+    assert end == ended[0][1]
+
+
+def slow_down(monkeypatch, lanes, delay_s):
+    """Readers of some lanes wait before each chunk."""
+    real = columnar.GroupedFiles.read
+
+    def read_slowly(self, extent, columns):
+        lane = int(threading.current_thread().name.split("-")[2])
+        for chunk in real(self, extent, columns):
+            time.sleep(delay_s if lane in lanes else 0)
+            yield chunk
+
+    monkeypatch.setattr(columnar.GroupedFiles, "read", read_slowly)
+
+
+def test_a_slow_lane_has_fewer_rows_and_the_order_is_kept(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "0.parquet", 0, 2000)
+    job, ledger = job_of(folder, block=80), tmp_path / "ledger.db"
+    slow_down(monkeypatch, {1}, 0.05)
+    whole, _ = read(opened(job, ledger), in_lanes(4), epochs=1)
+    assert flat(whole) == list(range(2000))
+    kept = opened(job, ledger)._opened_ledger(None)
+    shares = [len(kept.history(0, lane)) for lane in range(4)]
+    kept.close()
+    assert sum(shares) == 100
+    assert shares[1] < 15 < min(shares[0], shares[2], shares[3])
+    slow_down(monkeypatch, {0}, 0.001)
+    again, _ = read(opened(job, ledger), in_lanes(4), epochs=1)
+    assert again == whole
+
+
+def test_a_replay_follows_the_run_that_it_names(log, tmp_path):
+    folder, _ = log
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    whole, end = read(opened(job_of(folder), tmp_path / "old/ledger.db"), in_lanes(3))
+    job = job_of(folder, replay=str(tmp_path / "old"))
+    again, other = read(opened(job, tmp_path / "new/ledger.db"), in_lanes(3))
+    assert again == whole and other == end
+    with pytest.raises(DataError, match="no ledger; runs with `data.policy: elastic`"):
+        job = job_of(folder, replay=str(tmp_path / "none"))
+        opened(job, tmp_path / "third.db").batches("train", batch_size=8)
+
+
+def test_a_ledger_of_other_data_is_refused_by_its_block(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "0.parquet", 0, 100)
+    job, ledger = job_of(folder), tmp_path / "ledger.db"
+    read(opened(job, ledger), in_lanes(2), epochs=1)
+    write(folder / "0.parquet", 0, 70)
+    with pytest.raises(DataError, match=r"ledger: block \d of epoch 0 had \d+ rows of lane \d"):
+        read(opened(job, ledger), in_lanes(2), epochs=1)
+
+
+def test_the_audit_counts_what_lanes_took(log, tmp_path):
+    folder, _ = log
+    job, ledger = job_of(folder), tmp_path / "ledger.db"
+    whole, _ = read(opened(job, ledger), in_lanes(3))
+    for most in range(1, len(whole), 3):
+        _, position = read(opened(job, ledger), in_lanes(3), most)
+        found = opened(job, after=position).audit(position)
+        assert found.is_right, (most, found)
+        if position.taken.beyond or position.taken.before > (0, 11):
+            wrong = replace(position, taken=Taken())
+            assert not opened(job, after=position).audit(wrong).is_right
+
+
+def test_a_file_that_a_lane_had_read_to_its_end_may_not_grow(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "0.csv", 0, 50)
+    job = job_of(folder)
+    _, position = read(opened(job), in_lanes(2), epochs=1)
+    with (folder / "0.csv").open("a") as file:
+        file.write("0,7777,1\n")
+    with pytest.raises(DataError, match=r"0\.csv: .*"):
+        opened(job, after=position)
+    # Files that come behind are read.
+    write(folder / "0.csv", 0, 50)
+    write(folder / "1.csv", 500, 9)
+    more, _ = read(opened(job, after=position), position, epochs=1)
+    assert flat(more) == list(range(500, 509))
+
+
+def test_windows_come_one_after_the_other(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for hour, rows in enumerate((40, 3, 77, 12)):
+        write(folder / f"2026-03-01-{hour:02}.parquet", 1000 * hour, rows)
+    stream = {
+        "name": "clicks",
+        "window": "hour",
+        "start": "2026-03-01T00:00:00Z",
+        "end": "2026-03-01T04:00:00Z",
+        "sources": [
+            {
+                "name": "log",
+                "files": {
+                    "format": "parquet",
+                    "path": str(folder / "{YYYY}-{MM}-{DD}-{HH}.parquet"),
+                },
+            }
+        ],
+    }
+    job = job_of(folder, source={"format": "streams", "streams": [stream]})
+    whole, _ = read(opened(job), in_lanes(3), epochs=1)
+    hours = [[one // 1000 for one in batch] for batch in whole]
+    assert all(len(set(batch)) == 1 for batch in hours)
+    assert [batch[0] for batch in hours] == sorted(batch[0] for batch in hours)
+    assert len(flat(whole)) == 132
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"label": None, "negatives": {"columns": ["id"], "per_positive": 1}}, "policy: ordered"),
+        ({"policy": "ordered", "replay": "run"}, "`replay` is for policy elastic"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, fields, words):
+    write(tmp_path / "0.parquet", 0, 5)
+    with pytest.raises(ConfigError, match=words):
+        job_of(tmp_path, **fields)
+
+
+def plan_of(block, batch, lanes):
+    return LoaderPlan.of(batch, block, 0, 1, in_lanes(lanes), shuffled=True)
+
+
+def test_a_block_is_dealt_when_lanes_have_it_together():
+    asked = iter([[0, 0, 0], [5, 0, 1], [9, 0, 2], [30, 0, 2]])
+
+    def offers(wanted, most_bytes, window):
+        return [Offer(rows, False, False) for rows in next(asked)]
+
+    found = deal_now(plan_of(24, 8, 3), offers, 0, News())
+    assert sum(found.rows) == 24 and found.rows[1] == 0 and 0 < found.rows[2] <= 2
+    assert next(asked, None) is None and not any(found.is_last)
+
+
+def test_for_want_of_memory_a_block_is_smaller_but_whole_batches():
+    def offers(wanted, most_bytes, window):
+        return [Offer(13, False, True), Offer(0, True, False), Offer(6, False, True)]
+
+    found = deal_now(plan_of(80, 8, 3), offers, 0, News())
+    assert sum(found.rows) == 16 and found.is_last == [False, True, False]
+
+
+def test_less_than_a_batch_is_dealt_at_the_end_of_a_window_alone():
+    asked = iter([
+        [Offer(3, False, True), Offer(2, False, True)],
+        [Offer(3, False, False, 4), Offer(2, False, False, 7)],
+    ])
+    found = deal_now(plan_of(80, 8, 2), lambda *_: next(asked), 2, News())
+    assert found == ([3, 2], [False, False], 2)
+
+
+def test_the_window_moves_on_when_no_lane_has_more_of_it():
+    windows = []
+
+    def offers(wanted, most_bytes, window):
+        windows.append(window)
+        if window < 4:
+            return [Offer(0, False, False, 4), Offer(0, False, False, 7)]
+        return [Offer(9, False, False), Offer(0, False, False, 7)]
+
+    assert deal_now(plan_of(8, 8, 2), offers, 2, News()) == ([8, 0], [False, False], 4)
+    assert windows == [2, 4]
+
+
+def test_a_block_of_before_asks_for_its_rows():
+    def offers(wanted, most_bytes, window):
+        return [Offer(rows, lane == 1, False) for lane, rows in enumerate(wanted)]
+
+    assert deal_again([5, 3], offers, 6, (0, 1)) == ([5, 3], [False, True], 6)
+    with pytest.raises(
+        DataError, match="block 1 of epoch 0 had 5 rows of lane 0, which has only 4"
+    ):
+        deal_again([5, 3], lambda *_: [Offer(4, True, False), Offer(3, False, False)], 6, (0, 1))
