@@ -326,7 +326,7 @@ class Run:
         self.dataset.tell_of_waits(
             lambda text: self.report.tell("waiting", self.state.step, {"text": text})
         )
-        self.dataset.tell_of_late_files(self.report.warn)
+        self.dataset.tell_of_left_out(self.report.warn)
         return Feed(loader, self.state.collection)
 
     def steps_left(self) -> int | None:

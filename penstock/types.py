@@ -363,7 +363,8 @@ class Counts(NamedTuple):
 
     read: int = 0
     filtered: int = 0
-    """Of another part, by their time."""
+    """Of another part, by their time; or, at the end of streams, without others to draw negatives
+    from."""
     quarantined: int = 0
     """Malformed ones; each once an epoch, while the quarantine has it once."""
     applied: int = 0
@@ -395,6 +396,9 @@ class Span(NamedTuple):
     """In the order of reading, which is that of `Position.files`."""
     read: int = 0
     """Rows that were read when it began, of `Counts`."""
+    begins: tuple[Cursor, ...] = ()
+    """Of each lane, where it began: in windows that were in the span before, too, if some lane had
+    rows there that waited for others to draw negatives from. Empty: with the first file."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Span:
@@ -404,7 +408,8 @@ class Span(NamedTuple):
             for one in fields["windows"]
         ]
         first, read = int(fields["first_file"]), int(fields["read"])
-        return cls(first, tuple(fields["until_ms"]), tuple(windows), read)
+        begins = tuple(Cursor(*map(int, one)) for one in fields.get("begins", ()))
+        return cls(first, tuple(fields["until_ms"]), tuple(windows), read, begins)
 
 
 @dataclass(frozen=True, slots=True)

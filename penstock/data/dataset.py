@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -41,8 +42,8 @@ from penstock.data.quarantine import Quarantine
 from penstock.data.source import RowCount, Source
 from penstock.data.windows.growing import Listing
 from penstock.data.windows.served import Streams
-from penstock.data.windows.spans import Spans, listing_of, rows_of
-from penstock.errors import ConfigError, DataError
+from penstock.data.windows.spans import Spans, opened_spans, rows_of
+from penstock.errors import ConfigError, DataError, JobNote
 from penstock.ledger.client import LedgerClient, open_ledger
 from penstock.ledger.file import LedgerFile, copy_ledger
 from penstock.types import FileTag, LanePosition, Position
@@ -84,6 +85,9 @@ class Dataset:
         self._spans = spans
         self._tags = {part: WholeTags(rows.source) for part, rows in parts.items()}
         self._ledger: Path | None = None
+        self._tell: Callable[[str], None] = lambda words: warnings.warn(words, JobNote, 2)
+        self._told: set[str] = set()
+        """Of rows that are left out."""
         self._checked: tuple[FileTag, ...] = ()
         """Files of a position that were found to be those of the training part."""
 
@@ -135,11 +139,11 @@ class Dataset:
         text_types = default_text_types(job)
         by_time = data.event_time if isinstance(data.split, TimeSplit) else None
 
-        def open_files(files: SourceConfig) -> Source:
-            return open_source(files, text_types, by_time)
+        def open_files(files: SourceConfig, *, of_streams: bool = True) -> Source:
+            return open_source(files, text_types, by_time, may_be_empty=of_streams)
 
-        spans, held_out = _growing(data.source, open_files, after, listing), None
-        source = open_files(data.source) if spans is None else spans.first
+        spans, held_out = opened_spans(data.source, open_files, after, listing), None
+        source = spans.first if spans else open_files(data.source, of_streams=False)
         columns = resolve_columns(job, source.schema, source.paths[0], labels, order)
         if spans is not None:
             train = rows_of(spans.first)
@@ -265,25 +269,33 @@ class Dataset:
             samples_per_row=self._samples_per_row,
             redraws=training,
         )
-        plan = replace(plan, block_bytes=self._job.data.shuffle.block_bytes)
+        plan = replace(
+            plan,
+            block_bytes=self._job.data.shuffle.block_bytes,
+            joins_windows=isinstance(rows.source, Streams) and self._samples_per_row > 1,
+            trains=part == "train",
+        )
         run = self._job.run
         columns = self._columns if groups else replace(self._columns, groups=())
-        files = FileTags(
-            self._files(part, start),
-            self._tags[part],
-            shows=part == "train",
-            first=rows.first_file,
-        )
-        return Loader(
-            Stage(rows, files, start),
+        begun, first = self._files(part, start), rows.first_file
+        files = FileTags(begun, self._tags[part], shows=plan.trains, first=first)
+        loader = Loader(
+            Stage(rows, files, start, start.span is None),
             columns,
-            replace(plan, trains=part == "train"),
+            plan,
             ReadAhead(run.reader_threads, run.prefetch_batches),
             quarantine=self._quarantine,
             ranks=ranks,
             following=self._spans if part == "train" else None,
             ledger=self._opened_ledger(ranks) if training and self._is_elastic else None,
         )
+        loader.on_left_out = self._tell_once
+        return loader
+
+    def _tell_once(self, words: str) -> None:
+        if words not in self._told:
+            self._told.add(words)
+            self._tell(words)
 
     def keep_ledger(self, path: Path) -> None:
         """Says in which file the order of training batches is kept; else in memory."""
@@ -317,8 +329,9 @@ class Dataset:
         if self._spans is not None:
             self._spans.on_wait = tell
 
-    def tell_of_late_files(self, tell: Callable[[str], None]) -> None:
-        """Has `tell` called, from another thread, with files that came too late to be read."""
+    def tell_of_left_out(self, tell: Callable[[str], None]) -> None:
+        """Has `tell` called with rows that cannot be used, or, from another thread, come late."""
+        self._tell = tell
         if self._spans is not None:
             self._spans.on_late = tell
 
@@ -394,27 +407,6 @@ def _with_lanes(start: Position, ranks: ReaderGroup | None) -> Position:
     lanes = len(start.lanes)
     check_lanes(1 if ranks is None else ranks.size, lanes)
     return start
-
-
-def _growing(
-    config: SourceConfig,
-    open_files: Callable[[SourceConfig], Source],
-    after: Position | None,
-    listing: Listing | None,
-) -> Spans | None:
-    """The windows of streams that grow, or grew while a run read them; None: of others."""
-    if not isinstance(config, StreamsSource):
-        return None
-    if after is not None and after.span is not None:
-        return Spans(config, open_files, listing_of(config, after))
-    if not config.grows:
-        return None
-    if after is not None and after.files:
-        raise DataError(
-            "data.source.streams: a run that began with streams that end cannot go on with `end: "
-            "now`; give them an end, or begin a new run, with training.init_from for what it learnt"
-        )
-    return Spans(config, open_files, listing)
 
 
 def paths_of(job: Job) -> list[str]:

@@ -31,6 +31,7 @@ from penstock.data.formats.tfrecord import TfRecordFormat
 from penstock.data.formats.users_source import UsersSource
 from penstock.data.source import Source, TextType
 from penstock.data.windows.served import Streams, complete_now
+from penstock.errors import DataError
 
 TextTypes = Mapping[str, TextType]
 
@@ -50,14 +51,18 @@ OPENERS: Mapping[type, Callable[[Any, TextTypes, str | None], Source]] = {
 
 def _open_streams(config: StreamsSource, text_types: TextTypes, time_column: str | None) -> Streams:
     def open_files(files: AnyFileSource) -> Source:
-        return open_source(files, text_types, time_column)
+        return open_source(files, text_types, time_column, may_be_empty=True)
 
     # Of streams that grow, what is complete now.
     return Streams(config, open_files, complete_now(config) if config.grows else None)
 
 
 def open_source(
-    config: SourceConfig, text_types: TextTypes, time_column: str | None = None
+    config: SourceConfig,
+    text_types: TextTypes,
+    time_column: str | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> Source:
     """Opens the files that a job, or nobody yet, reads.
 
@@ -66,12 +71,15 @@ def open_source(
       text_types: types of columns of text and JSON lines by name or glob, where `config` declares
         none.
       time_column: by which the rows will be divided.
+      may_be_empty: whether its files may have no row, as others have some.
 
     Raises:
       ConfigError: columns or types of `config` do not fit together.
-      DataError: files are missing or not what `config` says.
+      DataError: files are missing or not what `config` says, or have no row.
     """
     source = OPENERS[type(config)](config, text_types, time_column)
+    if isinstance(config, FileSource) and not may_be_empty and not source.extents():
+        raise DataError(f"{source.paths[0]}: no rows; the source has none at all")
     if isinstance(config, FileSource) and config.partitions:
         return Partitioned(source, config.partitions)
     return source

@@ -152,7 +152,10 @@ _COUNTS = Group(
     "read = applied + filtered + quarantined.",
     {
         "read": Quantity(Unit.ROWS, "of the files"),
-        "filtered": Quantity(Unit.ROWS, "of another part of the split, by their time"),
+        "filtered": Quantity(
+            Unit.ROWS,
+            "of another part of the split, by their time, or with no other to draw negatives from",
+        ),
         "quarantined": Quantity(Unit.ROWS, "malformed, each once an epoch"),
         "applied": Quantity(Unit.ROWS, "given to the model"),
     },

@@ -71,7 +71,7 @@ MAY_IMPORT = {
         "data/plan",
         "data/batches",
     },
-    "data/opening": {"config", "data/formats", "data/source", "data/windows"},
+    "data/opening": {"errors", "config", "data/formats", "data/source", "data/windows"},
     "data": {"errors", "types", "config", "ledger"},
     "survey": {"errors", "config", "data"},
     #

@@ -16,7 +16,9 @@ from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import MalformedRow, Quarantine
 from penstock.data.source import Chunk, Extent, KeptPlace, RowPlace
-from penstock.types import Cursor, FileTag, LanePosition, Position, Span, SpanWindow
+from penstock.data.windows.growing import Listing
+from penstock.data.windows.spans import in_next_span, joined, waiting_rows
+from penstock.types import FileTag, LanePosition, Position, Span, SpanWindow
 from tests.world.oracle import BAGS
 
 SCHEMA = pa.schema([
@@ -24,12 +26,23 @@ SCHEMA = pa.schema([
     ("id", pa.int64()),
     ("one", pa.int64()),
     ("bag", pa.list_(pa.int64())),
+    ("item", pa.int64()),
+    ("user", pa.int64()),
 ])
-_JOB = parse_job({
+_FIELDS = {
     "data": {"source": {"format": "parquet", "path": "-"}, "label": {"column": "label"}},
     "features": [{"columns": ["id"]}, {"columns": ["one"]}, {"columns": ["bag"]}],
-})
-COLUMNS = resolve_columns(_JOB, SCHEMA, "memory", "required")
+}
+_DRAWING = {
+    "source": _FIELDS["data"]["source"],
+    "numeric": [{"columns": ["item"]}],
+    "negatives": {"per_positive": 2, "columns": ["item"], "user": "user"},
+}
+COLUMNS, DRAWING_COLUMNS = (
+    resolve_columns(parse_job(fields), SCHEMA, "memory", "required")
+    for fields in (_FIELDS, {**_FIELDS, "data": _DRAWING})
+)
+"""Without negatives, and with some."""
 _EDGES = np.array([2**63 - 1, -(2**63), 0, -1])
 
 
@@ -89,7 +102,8 @@ def drawn(rng, pooling):
 
     def chunk(path, first):
         nonlocal malformed
-        ids, ones, bags, kept, bad = [], [], [], [], []
+        ids, ones, bags, items, users, kept, bad = [], [], [], [], [], [], []
+        num_items = int(rng.choice([1, 2, 30]))
         read = int(rng.integers(0, most_rows)) * (rng.random() < 0.9)
         leaves_out = rng.random() < 0.3
         for row in range(read):
@@ -104,8 +118,10 @@ def drawn(rng, pooling):
             ids.append(number)
             ones.append(samples[number][0])
             bags.append(bag)
+            items.append(int(rng.integers(num_items)))
+            users.append(int(rng.integers(0, 20)))
         malformed += len(bad)
-        table = pa.table([[0] * len(ids), ids, ones, bags], schema=SCHEMA)
+        table = pa.table([[0] * len(ids), ids, ones, bags, items, users], schema=SCHEMA)
         place = RowPlace(path, first)
         if len(kept) == read:
             return Chunk(table, place)
@@ -154,11 +170,12 @@ class Growing:
         """See `Following`."""
         first = end.span.first_file + len(end.files)
         windows = from_first(lambda: int(self._rng.integers(1, 4)))
-        if first == len(self._source.paths):
-            return None
-        return self._next(end, first, windows)
+        waiting = waiting_rows(end)
+        if first < len(self._source.paths):
+            return self._next(end, first, windows, waiting)
+        return waiting and self._stage_of(end, waiting, is_final=True)
 
-    def _next(self, end, first, windows):
+    def _next(self, end, first, windows, waiting=None):
         files = self._source.paths[first:]
         among = sorted({self._source.window(path) for path in files})[:windows]
         files = [path for path in files if self._source.window(path) in among]
@@ -166,23 +183,25 @@ class Growing:
             SpanWindow(0, one, one + 1, (sum(self._source.window(path) == one for path in files),))
             for one in among
         ]
-        tags = [FileTag(path, -1, "") for path in files]
-        start = replace(
-            end,
-            block_row=0,
-            lanes=tuple(LanePosition(cursor=Cursor(first)) for _ in end.lanes),
-            files=tuple(tags),
-            span=Span(first, (among[-1] + 1,), tuple(spans)),
-        )
-        return self._stage(start, files, tags)
+        listing = Listing(Span(first, (among[-1] + 1,), tuple(spans)), files)
+        return self._stage_of(end, joined(waiting, listing))
 
-    def _stage(self, start, files, tags):
+    def _stage_of(self, end, listing, *, is_final=False):
+        first = listing.span.first_file
+        files = self._source.paths[first : first + len(listing.paths)]
+        # At the beginning nothing comes before.
+        before = end if end.span else replace(end, span=Span(0, (0,), ()))
+        start = in_next_span(before, listing.span, files)
+        return self._stage(start, files, list(start.files), is_final=is_final)
+
+    def _stage(self, start, files, tags, *, is_final=False):
         first = start.span.first_file
         extents = [one for one in self._source.extents() if one.path in set(files)]
         return Stage(
             PartRows(self._source, extents, files, first_file=first),
             FileTags(tags, WholeTags(self._source), shows=True, first=first),
             start,
+            is_final,
         )
 
 
@@ -198,20 +217,29 @@ class Reading(NamedTuple):
     prefetch: int
     grows: bool
     """Whether windows appear while they are read."""
+    draws: bool
+    """Whether negatives are drawn; then blocks are large, as few rows have none."""
+
+    @property
+    def samples_per_row(self):
+        """With negatives."""
+        return DRAWING_COLUMNS.negatives.samples_per_row if self.draws else 1
 
     @classmethod
     def drawn(cls, rng):
         """At random."""
+        draws = bool(rng.random() < 0.4)
         grows = bool(rng.random() < 0.5)
         return cls(
             lanes=int(rng.integers(1, 9)),
             batch_size=int(rng.integers(3, 40)),
-            block_rows=int(rng.integers(1, 90)),
-            block_bytes=int(rng.integers(200, 4000)) if rng.random() < 0.3 else 2**40,
+            block_rows=5000 if draws else int(rng.integers(1, 90)),
+            block_bytes=2**40 if draws or rng.random() < 0.7 else int(rng.integers(200, 4000)),
             epochs=1 if grows else int(rng.integers(1, 3)),
             shuffled=bool(rng.random() < 0.7),
             prefetch=int(rng.integers(1, 5)),
             grows=grows,
+            draws=draws,
         )
 
     def start(self):
@@ -224,7 +252,13 @@ class Reading(NamedTuple):
         `luck`: a seed of which windows are there when somebody looks; None: all are.
         """
         plan = LoaderPlan.of(
-            self.batch_size, self.block_rows, seed, self.epochs, start, shuffled=self.shuffled
+            self.batch_size,
+            self.block_rows,
+            seed,
+            self.epochs,
+            start,
+            shuffled=self.shuffled,
+            samples_per_row=self.samples_per_row,
         )
         source = data.source
         begun = [tag for tag in start.files if tag.is_begun]
@@ -237,8 +271,8 @@ class Reading(NamedTuple):
         )
         return Loader(
             stage if growing is None else growing.stage(start),
-            COLUMNS,
-            replace(plan, block_bytes=self.block_bytes),
+            DRAWING_COLUMNS if self.draws else COLUMNS,
+            replace(plan, block_bytes=self.block_bytes, joins_windows=self.draws),
             ReadAhead(self.prefetch, self.prefetch),
             quarantine=Quarantine(None),
             ranks=ranks,

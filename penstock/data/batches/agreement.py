@@ -44,6 +44,8 @@ class LaneBlock(NamedTuple):
     malformed: Sequence[LeftOut]
     ended: Sequence[tuple[int, int]] = ()
     """Extents that the lane read to their end, where lanes take them in turn: file and start."""
+    left_out: int = 0
+    """Rows at the end of the data among which no negative can be drawn."""
 
 
 class Agreement:
@@ -77,9 +79,10 @@ class Agreement:
                 [(file, FileTag(*tag)) for file, tag in tags],
                 [LeftOut(FileTag(*tag), *rest) for tag, *rest in malformed],
                 [(file, start) for file, start in ended],
+                left_out,
             )
             for of_rank in self._told("blocks", said)
-            for number, position, counts, tags, malformed, ended in of_rank
+            for number, position, counts, tags, malformed, ended, left_out in of_rank
         }
 
     def from_first(self, say: Callable[[], Any]) -> Any:
@@ -166,13 +169,15 @@ def _full(
     lanes: int, rows: int, most_bytes: int, offers: Asking, window: int
 ) -> tuple[Sequence[Offer], int]:
     """Offers of so many rows together, or of all that there are; and their window."""
-    wanted = [rows // lanes + (lane < rows % lanes) for lane in range(lanes)]
+    evenly = [rows // lanes + (lane < rows % lanes) for lane in range(lanes)]
+    wanted = list(evenly)
     while True:
         found = offers(wanted, most_bytes, window)
         missing = rows - sum(offer.rows for offer in found)
         nexts = [offer.next_window for offer in found if offer.next_window is not None]
         if missing == rows and nexts and is_whole_window(found):
-            window = min(nexts)
+            # As if this were the first window asked for: it may be, where others are listed.
+            window, wanted = min(nexts), list(evenly)
             continue
         # Each time one lane more has come to its end; or nothing is missing.
         able = [

@@ -43,6 +43,8 @@ class Cut(NamedTuple):
     """Within it, with the counts of what it leaves out, before the first sample."""
     after: Position
     """Behind it."""
+    left_out: int = 0
+    """Rows among which no negative can be drawn, if nobody has been told of them."""
 
 
 class FileTags:
@@ -121,9 +123,13 @@ class Blocks:
         agreement: Agreement,
         files: FileTags,
         turns: Turns | None = None,
+        *,
+        is_final: bool,
     ) -> None:
         self._turns, self._progress = turns, None if turns is None else _progress(part, plan.start)
-        self._part, self._plan, self._files = part, plan, files
+        self._part, self._plan, self._files, self._is_final = part, plan, files, is_final
+        self.end = plan.start
+        """Behind the blocks so far; in the end, where the rows begin that none of them has."""
         self._lanes = {lane.number: lane for lane in lanes}
         self._agreement = agreement
 
@@ -132,7 +138,7 @@ class Blocks:
         if at.is_in_block and at.epoch < plan.epochs:
             cut = self._resumed()
             yield cut
-            at = cut.after
+            self.end = at = cut.after
         elif at.version_1 is not None and at.block_row:
             # As it was cut.
             plan = replace(plan, block_rows=at.version_1[2], batch_size=1, block_bytes=2**63 - 1)
@@ -147,15 +153,15 @@ class Blocks:
                 dealt = self._deal(plan, window, (epoch, number))
                 window = dealt.window
                 has_more = not all(dealt.is_last)
-                is_all = at.span is None  # where streams grow, more may come
-                if not sum(dealt.rows) and not number and plan.trains and is_all:
+                if not sum(dealt.rows) and not number and plan.trains and self._is_final:
                     raise DataError(
                         f"{self._files.path(self._part.first_file)}: no row is left to train on; "
-                        "every one that was read is malformed (see quarantine.jsonl in the run) "
-                        "or held out by its time"
+                        "every one that was read is malformed (see quarantine.jsonl in the run), "
+                        "held out by its time, or has no others to draw negatives from"
                     )
                 cut = self._new(dealt, at, (epoch, number))
-                if not cut.inside.is_in_block:
+                self.end = cut.after
+                if not cut.inside.is_in_block and cut.after.counts[1:3] == at.counts[1:3]:
                     break  # no row was left
                 yield cut
                 at, number, plan = cut.after, number + 1, self._plan
@@ -212,23 +218,23 @@ class Blocks:
     def _new(self, dealt: Dealt, at: Position, number: tuple[int, int]) -> Cut:
         """A block of new rows, which begins at `at`."""
         per_row = self._plan.samples_per_row
-        stretches: dict[int, list[Stretch]] = {}
+        stretches: dict[int, Sequence[Stretch]] = {}
         mine = {}
         for lane, queue in self._lanes.items():
-            if dealt.is_last[lane]:
-                taken = queue.take_all()
-                cursor = self._end(taken[-1]) if taken else at.lanes[lane].cursor
-            elif self._turns is not None and not dealt.rows[lane]:
+            taken: Sequence[Stretch] = ()
+            left_out = 0
+            if self._turns is not None and not (dealt.rows[lane] or dealt.is_last[lane]):
                 # It may have read nothing yet; what it has left out by now depends on when it is.
-                taken, cursor = [], at.lanes[lane].cursor
+                cursor = at.lanes[lane].cursor
             else:
-                taken = queue.take(dealt.rows[lane])
-                cursor = queue.begins_at
-            stretches[lane] = taken
+                taken, left_out = self._taken_of(queue, dealt.rows[lane], dealt.is_last[lane])
+                cursor = self._cursor(queue, taken, at, lane)
+            # What is left out altogether need not be read again to finish the block.
+            stretches[lane] = [] if left_out else taken
             found = counts_of(taken)
-            place = LanePosition(pieces_of(taken), cursor, found.applied * per_row)
-            tags = _tags_of({lane: taken})
-            mine[lane] = LaneBlock(place, found, tags, malformed_in(taken), _ended(taken))
+            place = LanePosition(pieces_of(stretches[lane]), cursor, found.applied * per_row)
+            tags, malformed = _tags_of({lane: taken}), malformed_in(taken)
+            mine[lane] = LaneBlock(place, found, tags, malformed, _ended(taken), left_out)
         blocks = self._agreement.blocks(mine)
         every = [blocks[lane] for lane in range(self._plan.num_lanes)]
         read, filtered, quarantined, applied = at.counts
@@ -254,7 +260,8 @@ class Blocks:
             taken=self._taken(every),
         )
         malformed = [row for block in every for row in block.malformed]
-        return Cut(stretches, malformed, at, inside, self._behind(inside))
+        left_out = sum(block.left_out for block in every)
+        return Cut(stretches, malformed, at, inside, self._behind(inside), left_out)
 
     def _taken(self, blocks: Sequence[LaneBlock]) -> Taken | None:
         if self._progress is None:
@@ -282,9 +289,32 @@ class Blocks:
             lanes=tuple(LanePosition(cursor=lane.cursor) for lane in inside.lanes),
         )
 
-    def _end(self, last: Stretch) -> Cursor:
-        """The place behind all rows that there are."""
-        cursor = end_of(last)
+    def _taken_of(
+        self, queue: LaneQueue, rows: int, is_last: bool
+    ) -> tuple[Sequence[Stretch], int]:
+        """What a lane gives, and how many good rows of it are left out."""
+        if not is_last:
+            return queue.take(rows), 0
+        if queue.rows == rows:
+            return queue.take_all(), 0
+        # No negative can be drawn among these: they wait for others, if any come.
+        if not self._is_final:
+            return [], 0
+        left_out = queue.rows
+        return queue.leave_out_all(), left_out
+
+    def _cursor(
+        self, queue: LaneQueue, taken: Sequence[Stretch], at: Position, lane: int
+    ) -> Cursor:
+        """Where a lane goes on, of which some rows were taken."""
+        if queue.rows:
+            return queue.begins_at
+        if at.span is not None:
+            # So a position says which lanes have rows that wait for those of the next span.
+            return Cursor(self._part.first_file + len(self._part.files))
+        if not taken:
+            return at.lanes[lane].cursor
+        cursor = end_of(taken[-1])
         if self._turns is not None:
             return Cursor(cursor.file + 1)
         # There rows may be added to the file; elsewhere no extent need be read to see that it ends.

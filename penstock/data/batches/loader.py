@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -56,6 +56,8 @@ class _Delivery(NamedTuple):
     """After it."""
     malformed: Sequence[LeftOut] = ()
     first_malformed: int = 0
+    left_out: int = 0
+    """See `Cut.left_out`."""
 
 
 class Loader:
@@ -100,6 +102,8 @@ class Loader:
         """
         self._quarantine = quarantine
         self.position = plan.start
+        self.on_left_out: Callable[[str], None] = lambda words: None
+        """Told, by whoever takes the batches, of rows among which no negative can be drawn."""
         self.has_ended = False
         self._plan = plan
         self._negatives = columns.negatives
@@ -149,7 +153,15 @@ class Loader:
             LaneQueue(number, reader, plan)
             for number, reader in zip(self._lanes, self._readers, strict=True)
         ]
-        return Blocks(stage.part, plan, queues, self._agreement, stage.files, turns)
+        return Blocks(
+            stage.part,
+            plan,
+            queues,
+            self._agreement,
+            stage.files,
+            turns,
+            is_final=stage.is_final,
+        )
 
     @property
     def is_waiting(self) -> bool:
@@ -164,7 +176,13 @@ class Loader:
             raise StopIteration
         try:
             while True:
-                batch, self.position, malformed, first = self._out.get()
+                batch, self.position, malformed, first, left_out = self._out.get()
+                if left_out:
+                    self.on_left_out(
+                        f"{left_out:,} rows at the end of the data are left out (counted as "
+                        "filtered): no negative can be drawn among the last rows of their lane, "
+                        "as all have one item, or a user has all items"
+                    )
                 if malformed:
                     self._quarantine.add(malformed, first if self._plan.trains else None)
                 if batch is not None:
@@ -215,13 +233,11 @@ class Loader:
         stage: Stage | None = self._stage
         try:
             while stage is not None:
-                end = stage.start
                 for cut in self._blocks:
                     deliveries = self._deliver(cut)
                     while some := list(islice(deliveries, self._at_once)):
                         self._out.put(*some)
-                    end = cut.after
-                stage = self._after(end)
+                stage = self._after(self._blocks.end)
                 if stage is not None:
                     self._blocks = self._begin(stage)
             self._out.end()
@@ -249,10 +265,11 @@ class Loader:
         plan, whole = self._plan, cut.inside
         first_malformed = whole.counts.quarantined - len(cut.malformed) + 1
         if not whole.block_size:
-            yield _Delivery(None, cut.after, cut.malformed, first_malformed)
+            yield _Delivery(None, cut.after, cut.malformed, first_malformed, cut.left_out)
             return
         block = LanesBlock(cut, plan, self._negatives)
         stop, at, malformed = cut.start.block_row, cut.start, cut.malformed
+        left_out = cut.left_out
         for number, rows in enumerate(block.batches()):
             stop = min(stop + plan.batch_size, whole.block_size)
             end = cut.after
@@ -260,8 +277,8 @@ class Loader:
                 end = within(whole, stop, plan.samples_per_row)
             lanes = tuple(block.lane_sizes[number])
             batch = self._batch(rows or self._nothing, at, end, block.origin(number), lanes)
-            yield _Delivery(batch, end, malformed, first_malformed)
-            at, malformed = end, ()
+            yield _Delivery(batch, end, malformed, first_malformed, left_out)
+            at, malformed, left_out = end, (), 0
 
     @cached_property
     def _nothing(self) -> Samples:

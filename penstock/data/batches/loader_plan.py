@@ -29,6 +29,9 @@ class LoaderPlan:
     block_bytes: int = 2**63 - 1
     """Of decoded rows: a block that would be larger has fewer rows, as many whole batches as fit
     (at least one)."""
+    joins_windows: bool = False
+    """Whether rows among which no negative can be drawn count as of the lane's next window of event
+    time: where negatives are drawn, and the data has windows."""
     trains: bool = True
     """Positions then identify the files, and an epoch without a good row is an error."""
 

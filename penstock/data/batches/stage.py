@@ -17,6 +17,8 @@ class Stage(NamedTuple):
     part: PartRows
     files: FileTags
     start: Position
+    is_final: bool = True
+    """Whether nothing comes behind it, so that rows which wait for others wait no longer."""
 
 
 class Following(Protocol):

@@ -183,6 +183,38 @@ def _with_presence(part: CrossPart) -> tuple[NDArray[np.int64], NDArray[np.bool_
     return part.values, bits[part.first_bit :].astype(bool)
 
 
+_BUCKETS = 1_021
+
+
+def joined_items(parts: Sequence[tuple[ItemRows, int, int]]) -> ItemRows:
+    """Items and users of the rows [start, stop) of each of `parts`, in order; at least one."""
+    users = [
+        (one.users[0][start:stop], one.users[1][start:stop])
+        for one, start, stop in parts
+        if one.users is not None
+    ]
+    return ItemRows(
+        np.concatenate([one.items[start:stop] for one, start, stop in parts]),
+        (),
+        (np.concatenate([one[0] for one in users]), np.concatenate([one[1] for one in users]))
+        if users
+        else None,
+    )
+
+
+def can_draw(rows: ItemRows) -> bool:
+    """Whether there is a negative for each of n >= 1 rows, so that `draw_rows` raises nothing."""
+    if rows.users is None:
+        return bool((rows.items != rows.items[0]).any())
+    values, present = rows.users
+    # Nearly always some of the rows have more items than any user has rows: no need to sort them.
+    most = int(np.bincount(values[present] % _BUCKETS, minlength=1).max())
+    if len(np.unique(rows.items[: 2 * most + 16])) > max(most, 1):
+        return True
+    _, item, counts = np.unique(rows.items, return_inverse=True, return_counts=True)
+    return bool(_without_spared(item, counts, rows.users, len(item)).most.all())
+
+
 def draw_rows(
     rows: ItemRows, columns: NegativeColumns, seed: Sequence[int], where: str
 ) -> NDArray[np.int64]:

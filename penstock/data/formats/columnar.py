@@ -121,8 +121,6 @@ class GroupedFiles:
         # Of files in the order of reading, as far as they are known.
         self._groups = {path: self._checked(path, layout)}
         self._splits = LazyExtents(_splits_of(path, self._groups[path]), self._more_splits)
-        if not self._splits:
-            raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
 
     @property
     def num_groups(self) -> int | None:

@@ -95,7 +95,7 @@ class LineFiles:
           keeps_malformed: chunks tell which rows were left out; False: the first is an error.
 
         Raises:
-          DataError: a file cannot be read, or there is no row at all.
+          DataError: a file cannot be read.
         """
         self.paths = paths
         self.schema = schema
@@ -108,8 +108,6 @@ class LineFiles:
         infos = filesystem.get_file_info(list(paths))
         self._sizes = {path: info.size or 0 for path, info in zip(paths, infos, strict=True)}
         self._splits = [extent for path in self.paths for extent in self._blocks(path)]
-        if not self._splits:
-            raise DataError(f"{self.paths[0]}: no rows; the source has none at all")
         self._rows = _RowsSeen()
         self._line_index = LineIndex(filesystem.open_input_file)
         self._states = (

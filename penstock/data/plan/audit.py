@@ -9,7 +9,7 @@ from penstock.data.plan.counting import Stages, count_rows, no_stages
 from penstock.data.plan.lanes import Lane
 from penstock.data.plan.parts import PartRows
 from penstock.data.source import Extent
-from penstock.types import Counts, Position
+from penstock.types import Counts, Cursor, Position
 
 
 class Audit(NamedTuple):
@@ -71,12 +71,16 @@ def _passed(
             if place < before or place in beyond:
                 whole.append(extent)
         return whole, sum(lane.cursor.row for lane in position.lanes)
+    begins = () if position.span is None else position.span.begins
     for number, lane in enumerate(position.lanes):
-        behind = lane.cursor.file, lane.cursor.start
+        # What lies before was read in the span before.
+        begin, behind = begins[number] if begins else Cursor(), lane.cursor
         for _, extent in Lane(number, len(position.lanes)).extents(extents, numbers):
             place = numbers[extent.path], extent.start
-            if place < behind:
+            if begin[:2] <= place < behind[:2]:
                 whole.append(extent)
-            elif place == behind:
-                rows += lane.cursor.row
+            if place == begin[:2]:
+                rows -= begin.row
+            if place == behind[:2]:
+                rows += behind.row
     return whole, rows

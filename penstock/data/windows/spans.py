@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from penstock.config import Source as SourceConfig
 from penstock.config.streams import StreamsSource
 from penstock.data.batches.blocks import FileTags
 from penstock.data.batches.channel import Closed
@@ -27,10 +28,12 @@ from penstock.data.windows.late import LateFiles, words_of
 from penstock.data.windows.served import Opener, Streams, complete_now
 from penstock.data.windows.stored import listed_anew
 from penstock.errors import DataError
-from penstock.types import Cursor, FileTag, LanePosition, Position, Span
+from penstock.types import FileTag, LanePosition, Position, Span
 
 _LATE_POLLS = 30
 """While nothing comes, folders that were read are listed again after so many polls."""
+_MOST_WAITING_FILES = 1 << 14
+"""Each checkpoint lists them."""
 
 
 class Spans:
@@ -92,14 +95,15 @@ class Spans:
     ) -> Stage | None:
         """See `Following`."""
         assert end.span is not None
-        first, is_told = end.span.first_file + len(end.files), False
+        first, is_told = _behind(end), False
         try:
             while True:
                 found = from_first(lambda: self._found(end.span, first))
                 if found == "ended":
-                    return None
+                    waiting = waiting_rows(end)
+                    return None if waiting is None else self._stage(end, waiting, is_final=True)
                 if found != "waiting":
-                    return self._stage(end, Listing.from_plain(found))
+                    return self._stage(end, joined(waiting_rows(end), Listing.from_plain(found)))
                 self.is_waiting = True
                 if not is_told and is_taken() and self._listed is not None:
                     is_told = True
@@ -122,24 +126,87 @@ class Spans:
             if late:
                 self.on_late(words_of(late, self._late.num_files))
         if listing is None:
-            return "waiting"
+            # Windows without a file are in no span.
+            return "waiting" if self._config.grows else "ended"
         self._late.add(listing)
         return listing.to_plain()
 
-    def _stage(self, end: Position, listing: Listing) -> Stage:
+    def _stage(self, end: Position, listing: Listing, *, is_final: bool = False) -> Stage:
         streams = Streams(self._config, self._open_files, listing, self.first.schema)
         part = rows_of(streams)
-        tags = [FileTag(path, -1, "") for path in part.files]
         first = part.first_file
-        start = replace(
-            end,
-            block_row=0,
-            lanes=tuple(LanePosition(cursor=Cursor(first)) for _ in end.lanes),
-            files=tuple(tags),
-            span=listing.span._replace(read=end.counts.read),
+        start = in_next_span(end, listing.span, part.files)
+        files = FileTags(start.files, WholeTags(streams), shows=True, first=first)
+        return Stage(part, files, start, is_final)
+
+
+def _behind(end: Position) -> int:
+    """Number of the first file behind a span."""
+    assert end.span is not None
+    return end.span.first_file + len(end.files)
+
+
+def waiting_rows(end: Position) -> Listing | None:
+    """The windows at the end of a span from the first on in which a lane has rows left.
+
+    Such rows wait for others to draw negatives from. None: there are none.
+
+    Args:
+      end: behind the span; lanes without such rows are behind its files.
+
+    Raises:
+      DataError: rows have waited over too many files.
+    """
+    assert end.span is not None
+    number, first = 0, end.span.first_file
+    waits = min(lane.cursor.file for lane in end.lanes)
+    if waits >= _behind(end):
+        return None
+    while first + sum(end.span.windows[number].files) <= waits:
+        first += sum(end.span.windows[number].files)
+        number += 1
+    files = end.files[first - end.span.first_file :]
+    if len(files) > _MOST_WAITING_FILES:
+        raise DataError(
+            f"{files[waits - first].path}: rows wait since {len(files):,} files for others of "
+            "their lane to draw negatives from, as all have one item, or a user has all items; "
+            "take longer windows or fewer lanes, or set data.negatives.user: false"
         )
-        files = FileTags(tags, WholeTags(streams), shows=True, first=first)
-        return Stage(part, files, start)
+    span = Span(first, end.span.until_ms, end.span.windows[number:])
+    return Listing(span, [resolve_path(tag.path)[1] for tag in files])
+
+
+def joined(waiting: Listing | None, listing: Listing) -> Listing:
+    """A span with windows of the one before it, in which rows wait."""
+    if waiting is None:
+        return listing
+    windows = (*waiting.span.windows, *listing.span.windows)
+    span = listing.span._replace(first_file=waiting.span.first_file, windows=windows)
+    return Listing(span, [*waiting.paths, *listing.paths])
+
+
+def in_next_span(end: Position, span: Span, paths: Sequence[str]) -> Position:
+    """The beginning of a span.
+
+    Args:
+      end: behind the span before it.
+      span: which may begin with windows of that one.
+      paths: of all its files.
+    """
+    assert end.span is not None
+    known = [
+        tag._replace(path=path)
+        for tag, path in zip(
+            end.files[span.first_file - end.span.first_file :], paths, strict=False
+        )
+    ]
+    return replace(
+        end,
+        block_row=0,
+        lanes=tuple(LanePosition(cursor=lane.cursor) for lane in end.lanes),
+        files=(*known, *(FileTag(path, -1, "") for path in paths[len(known) :])),
+        span=span._replace(read=end.counts.read, begins=tuple(lane.cursor for lane in end.lanes)),
+    )
 
 
 def rows_of(streams: Streams) -> PartRows:
@@ -165,3 +232,28 @@ def listing_of(config: StreamsSource, position: Position) -> Listing:
                 "before it; set a later end"
             )
     return Listing(position.span, [resolve_path(tag.path)[1] for tag in position.files])
+
+
+def opened_spans(
+    config: SourceConfig,
+    open_files: Opener,
+    after: Position | None,
+    listing: Listing | None,
+) -> Spans | None:
+    """The windows of streams that grow, or grew while a run read them; None: of others.
+
+    Raises:
+      DataError: as `Spans` and `listing_of`; or the streams had an end when the run began.
+    """
+    if not isinstance(config, StreamsSource):
+        return None
+    if after is not None and after.span is not None:
+        return Spans(config, open_files, listing_of(config, after))
+    if not config.grows:
+        return None
+    if after is not None and after.files:
+        raise DataError(
+            "data.source.streams: a run that began with streams that end cannot go on with `end: "
+            "now`; give them an end, or begin a new run, with training.init_from for what it learnt"
+        )
+    return Spans(config, open_files, listing)

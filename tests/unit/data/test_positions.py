@@ -462,7 +462,8 @@ def test_no_row_that_is_good_is_an_error(tmp_path):
         read(open_days(str(tmp_path / "day.csv")), epochs=10**9)
     assert str(error.value) == (
         f"{tmp_path}/day.csv: no row is left to train on; every one that was read is malformed "
-        "(see quarantine.jsonl in the run) or held out by its time"
+        "(see quarantine.jsonl in the run), held out by its time, or has no others to draw "
+        "negatives from"
     )
 
 

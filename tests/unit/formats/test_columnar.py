@@ -15,11 +15,10 @@ from pyarrow import ipc, orc
 from penstock.config import ArrowSource, OrcSource, ParquetSource, parse_job
 from penstock.data import Dataset
 from penstock.data.formats import columnar
-from penstock.data.formats.arrow import ArrowFormat
 from penstock.data.formats.columnar import GroupedFiles, Layout, check_schema
 from penstock.data.formats.lines import BLOCK_BYTES
-from penstock.data.formats.orc import OrcFormat
 from penstock.data.formats.parquet import ParquetFormat
+from penstock.data.opening import open_source
 from penstock.data.plan.lazy_extents import LazyExtents
 from penstock.data.source import Extent
 from penstock.errors import DataError
@@ -38,11 +37,8 @@ def write(kind, path, table):
 
 
 def open_files(kind, folder):
-    if kind == "parquet":
-        return GroupedFiles(ParquetSource(format=kind, path=str(folder)), ParquetFormat())
-    if kind == "orc":
-        return GroupedFiles(OrcSource(path=str(folder)), OrcFormat())
-    return GroupedFiles(ArrowSource(path=str(folder)), ArrowFormat())
+    configs = {"parquet": ParquetSource, "orc": OrcSource, "arrow": ArrowSource}
+    return open_source(configs[kind](format=kind, path=str(folder)), {})
 
 
 def write_many(kind, folder, count, rows=20):
