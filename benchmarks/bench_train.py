@@ -70,7 +70,7 @@ def time_dense(job: Job, dataset: Dataset, batches: list[Batch]) -> float:
     for step, (batch, vectors) in enumerate(zip(batches, leaves, strict=True)):
         leaf = vectors.requires_grad_()
         objective(state.model, (batch.dense, leaf), batch).loss.backward()
-        trainer.step(step)
+        trainer.step(step, trainer.norm())
     return (time.perf_counter() - begin) / len(batches)
 
 

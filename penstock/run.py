@@ -48,10 +48,12 @@ from penstock.training.checkpoint.checkpoint import Checkpoints
 from penstock.training.evaluation import Evaluator, scored
 from penstock.training.planned import planned_samples, planned_steps
 from penstock.training.prediction import write_scores
-from penstock.training.pretrained import Loaded, load_vectors, transforms_of
+from penstock.training.pretrained import load_pretrained
 from penstock.training.setup import Untrained, build
 from penstock.training.steps.feed import Fed, Feed, origin_of, steps_of
+from penstock.training.steps.finite import Flag
 from penstock.training.steps.forward_state import ForwardState
+from penstock.training.steps.progress import Progress
 from penstock.training.steps.step import Clock, Training, steps_s, train_step
 from penstock.training.trained import begin_from, newest_of_run, open_trained
 from penstock.types import Position
@@ -257,8 +259,6 @@ class Run:
         )
         # What tells the ranks' readers of each other: of training, and of an evaluation.
         self._readers, self._evaluators = group.beside(), group.beside()
-        self.window = self.state.metrics = self.objective.metrics()
-        """Of the steps since the last log; part of a checkpoint."""
         self.checkpoints = Checkpoints(
             folder.checkpoints,
             job.checkpoint.keep_last,
@@ -268,47 +268,36 @@ class Run:
             group=group,
         )
         self.clock = Clock()
-        self._training = Training(
-            model, self.objective, tables, self.trainer, self.division, self.clock
-        )
+        parts = model, self.objective, tables, self.trainer, self.division, self.clock
+        self._training = Training(*parts, Flag(tables.device))
+        self.progress = Progress(self.state, self._training)
         self._stop = stop
         self._forward = ForwardState(model, tables)
         self._is_whole = True
         """Whether the state is one between two steps."""
         self._began_s = time.monotonic()
         self._began_at = self.state.position
-        self._samples, self._is_saved = 0, False
+        self._is_saved = False
         self._share = Share(group, job.data.source.extents)
         self.watch = Watch(group, origin_of)
-        # What the clock and the counter showed when the current window of steps began.
-        self._window_seconds = dict(self.clock.seconds)
-        self._window_samples = 0
 
     def begin(self, resume: bool) -> None:
         """Starts at step 0 or, with `resume`, where the newest checkpoint ends."""
         config = self.job.training.init_from
         unmatched = [] if config is None or resume else begin_from(config, self.state)
-        loaded = [] if resume else self._pretrained()
+        vectors = () if resume else self.job.training.pretrained
+        loaded = load_pretrained(vectors, self.state.collection, self.dataset.transforms_of)
         if resume:
             self.checkpoints.restore(newest_of_all(self.folder.path, self.group), self.state)
             self.dataset.take_up_quarantine(self.state.position)
             self._is_saved = True
         self._began_at = self.state.position
         self.division.begin_run(self.state.step)
-        is_open = self.window.compute()["samples"] > 0
-        self.report.start(self.state.step, self.state.position, is_open)
+        self.report.start(self.state.step, self.state.position, self.progress.window_is_open)
         for line in unmatched:
             self.report.warn(f"training.init_from: {line}: begins with initial values")
         for one in loaded:
             self.report.tell("pretrained", self.state.step, one._asdict())
-
-    def _pretrained(self) -> list[Loaded]:
-        """Gives tables the vectors that the job names."""
-        given = self.dataset.transforms_of
-        return [
-            load_vectors(one, self.state.collection, transforms_of(one, given(one.table)))
-            for one in self.job.training.pretrained
-        ]
 
     def remaining_batches(self) -> Feed:
         """The batches from the current position to the end of the last epoch."""
@@ -354,26 +343,23 @@ class Run:
         return None if stopping is None or best is None else best.no_better(stopping.patience)
 
     def step(self, group: Sequence[Fed]) -> None:
-        """Trains on the batches of one step and moves on."""
-        state = self.state
-        self._is_whole = False
+        """Trains on the batches of one step and moves on; a GPU may still be at it."""
+        before, self._is_whole = self.progress.place(), False
         self._forward.keep()
         try:
-            results = train_step(self._training, [fed.there for fed in group], state.step)
+            result = train_step(self._training, [fed.there for fed in group], before.step)
         except (BatchError, FailedElsewhere) as error:
             if error.is_whole and self._forward.is_complete:
                 self._forward.put_back()
                 self._is_whole = True
             raise
-        for fed, result in zip(group, results, strict=True):
+        for fed in group:
             self._share.add(fed.batch.batch_size)
-            batch, outputs = self.division.whole(fed.batch, result.outputs)
-            self.window.add(batch, outputs, result.loss)
-            self._samples += batch.batch_size
-        state.step += 1
-        state.position = group[-1].batch.end
-        self._is_saved, self._is_whole = False, True
-        self.report.advance(state.step, state.position.samples)
+        self.progress.begun(before, group, result)
+        self._is_saved = False
+        self.progress.settle(all_steps=False)
+        self._is_whole = True
+        self.report.advance(self.state.step, self.state.position.samples)
 
     def reach(self, end: Position | None) -> None:
         """Moves on to the end of the data: behind the last batch all rows may be left out."""
@@ -383,21 +369,15 @@ class Run:
 
     def log(self) -> None:
         """Records the metrics of the steps since the last log: each batch before its update."""
-        state, metrics = self.state, self.window.compute()
-        if not metrics["samples"]:
+        self.progress.settle()
+        state, window = self.state, self.progress.window()
+        if window is None:
             return
-        self.window = state.metrics = self.objective.metrics()
         self._is_saved = False
-        spent = {part: s - self._window_seconds[part] for part, s in self.clock.seconds.items()}
-        trained = self._samples - self._window_samples
-        self._window_seconds, self._window_samples = dict(self.clock.seconds), self._samples
         values = {
-            **metrics,
+            **window,
             "samples": state.position.samples,
-            "window_samples": metrics["samples"],
             "learning_rate": self.trainer.learning_rate(state.step - 1),
-            "samples_per_s": trained / max(steps_s(spent), 1e-9),
-            "seconds": spent,
             **self._state_values(),
         }
         self.report.tell("train", state.step, values)
@@ -408,6 +388,7 @@ class Run:
         """Measures the held-out part, unless there is none or it was measured at this step."""
         if not self.dataset.has_evaluation:
             return
+        self.progress.settle()
         before = from_first(self.group, lambda: self.report.measured(self.state.step))
         if before is not None:
             self._compare(before)
@@ -435,6 +416,7 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint, unless the newest one holds all this."""
         if not self._is_saved:
+            self.progress.settle()
             with self.clock.measure("checkpoint"):
                 self.dataset.sync_quarantine()
                 path = self.checkpoints.save(self.state)
@@ -456,8 +438,11 @@ class Run:
         """
         try:
             yield
-        except (Interrupted, PenstockError) as error:
+        except (Interrupted, PenstockError) as last:
+            error = self._first_of(last)
             self.report.failed(self.state.step, error)
+            if error is not last:
+                raise error from None
             if isinstance(error, NonFiniteError | CheckpointError):
                 raise
             if isinstance(error, Interrupted) and error.is_repeated:
@@ -471,6 +456,16 @@ class Run:
                 self.report.not_begun(self.state.step)
             raise
 
+    def _first_of(self, error: Interrupted | PenstockError) -> Interrupted | PenstockError:
+        """What ended the run: the error, or what a step that was still in flight had come to."""
+        is_repeated = isinstance(error, Interrupted) and error.is_repeated
+        if self._is_whole and not is_repeated and self._all_are_here(error):
+            try:
+                self.progress.settle()
+            except NonFiniteError as earlier:
+                return earlier
+        return error
+
     def _all_are_here(self, error: Interrupted | PenstockError) -> bool:
         """Whether all ranks heard of an error at the same place; of signals they do."""
         return isinstance(error, Interrupted) or self.group.size == 1 or error.is_known_to_all
@@ -481,7 +476,7 @@ class Run:
             "steps": self.state.step,
             "samples": self.state.position.samples,
             **from_first(self.group, lambda: self.report.final_metrics(self.state.step)),
-            "samples_per_s": self._samples / max(steps_s(self.clock.seconds), 1e-9),
+            "samples_per_s": self.progress.samples / max(steps_s(self.clock.seconds), 1e-9),
             "seconds": self.clock.seconds,
             "wall_s": time.monotonic() - self._began_s,
             **self._state_values(),

@@ -290,8 +290,13 @@ class DictStore:
         step: int,
         rate_factor: float = 1.0,
         defaults: DefaultGradients | None = None,
+        *,
+        skip: Tensor | None = None,
     ) -> int:
         """See `PartStore.apply_gradients`."""
+        if skip is not None and bool(skip):
+            self.check_gradients(plan, gradients)
+            return 0
         sums = self._sums(plan, gradients)
         number = len(sums)
         if defaults is not None:

@@ -337,6 +337,8 @@ class GpuStore:
         step: int,
         rate_factor: float = 1.0,
         defaults: DefaultGradients | None = None,
+        *,
+        skip: Tensor | None = None,
     ) -> Tensor:
         """See `PartStore.apply_gradients`."""
         on_gpu, parts = self._parts_of(plan, gradients)
@@ -346,11 +348,13 @@ class GpuStore:
         hypers, rules = self._hypers.at(step, rate_factor), self._update_rules
         if defaults is not None:
             parts = [without_defaults(part, self._num_defaults) for part in parts]
-        updated = apply_gradients(self._rows, on_gpu, parts, hypers, step, rules)
+        skip = None if skip is None else skip.to(self.device)
+        updated = apply_gradients(self._rows, on_gpu, parts, hypers, step, rules, skip)
         if defaults is not None:
             tables = len(self.tables)
             by_table = self._plans.get(PoolingPlan.by_key(tables, self.layout.dim), tables)
-            step_defaults(self._rows, by_table, self._absent, defaults, hypers, step, rules)
+            of_step = hypers, step, rules, skip
+            step_defaults(self._rows, by_table, self._absent, defaults, *of_step)
         for gradient in gradients:
             cast("GpuLookup", gradient.lookup).is_applied = True
         return updated

@@ -335,8 +335,13 @@ class HostStore:
         step: int,
         rate_factor: float = 1.0,
         defaults: DefaultGradients | None = None,
+        *,
+        skip: Tensor | None = None,
     ) -> int:
         """See `PartStore.apply_gradients`."""
+        if skip is not None and bool(skip):
+            self.check_gradients(plan, gradients)
+            return 0
         hypers = self._hypers.at(step, rate_factor)
         given = (None, None) if defaults is None else [part.numpy() for part in defaults]
         options = hypers, step, self._deterministic, *given

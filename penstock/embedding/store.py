@@ -391,6 +391,8 @@ class Store(Protocol):
         gradients: Sequence[PooledGradient],
         step: int,
         rate_factor: float = 1.0,
+        *,
+        skip: Tensor | None = None,
     ) -> int | Tensor:
         """One optimizer step for each row touched, on the sum of its gradients; returns the rows.
 
@@ -410,6 +412,9 @@ class Store(Protocol):
 
         A row whose new value, or the state that divides its step, is beyond float32 reads NaN from
         then on (docs/optimizers.md): the next look-up shows it.
+
+        `skip`, [] float32 on the store's device, is read where the update runs: if it is 1 no row,
+        state or mark of use changes, nor a default row, and 0 rows are returned. None: as 0.
 
         Raises:
           ConfigError: see `check_gradients`. Nothing is done.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,25 @@ class Loaded(NamedTuple):
     """That the table holds: fewer, where its `max_bytes` and eviction let some go."""
 
 
-def load_vectors(
+def load_pretrained(
+    configs: Sequence[PretrainedVectors],
+    collection: EmbeddingCollection,
+    transforms_of_table: Callable[[str], Sequence[tuple[str, Sequence[KeyTransform]]]],
+) -> list[Loaded]:
+    """Gives tables the vectors that a job names, see `_load_vectors`.
+
+    Args:
+      configs: what is read.
+      collection: of a run that begins.
+      transforms_of_table: name and transforms of each feature that reads a table.
+    """
+    return [
+        _load_vectors(one, collection, _transforms_of(one, transforms_of_table(one.table)))
+        for one in configs
+    ]
+
+
+def _load_vectors(
     config: PretrainedVectors, collection: EmbeddingCollection, transforms: Sequence[KeyTransform]
 ) -> Loaded:
     """Gives the keys of files their vectors; every key is admitted, optimizer states begin anew.
@@ -169,7 +187,7 @@ def _vectors_of(batch: pa.RecordBatch, name: str, dim: int, where: str) -> NDArr
     return np.array(numbers, dtype=np.float32)
 
 
-def transforms_of(
+def _transforms_of(
     config: PretrainedVectors, by_feature: Sequence[tuple[str, Sequence[KeyTransform]]]
 ) -> Sequence[KeyTransform]:
     """How the keys of files become keys of a table: as those of its features.

@@ -1,5 +1,7 @@
 """Jobs on a GPU, or in Triton's interpreter where there is none."""
 
+from itertools import islice
+
 import pytest
 import torch
 from run_contents import contents, differences
@@ -7,6 +9,7 @@ from stopped_runs import crash, with_rules
 
 from penstock import run as story
 from penstock.config import parse_job
+from penstock.training.steps.feed import steps_of
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -51,6 +54,28 @@ def test_a_job_learns_the_same_on_either_device(small_job, tmp_path, quiet):
     assert len(losses[0])
     # fp32 matrix products in another order, and bfloat16 rows rounded from what they give.
     torch.testing.assert_close(losses[0], losses[1], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"clip_gradient_norm": 0.1}, {"accumulate_batches": 2}])
+def test_no_step_waits_for_the_gpu(small_job, tmp_path, quiet, changes):
+    """But for room for new rows, which the first steps make, and for what is seen steps later."""
+    job = on("cuda", small_job, deterministic=False, autocast="bfloat16", **changes)
+    with story.open_run(job, tmp_path / "run", console=quiet) as run:
+        run.begin(resume=False)
+        with run.remaining_batches() as batches:
+            steps = list(islice(steps_of(batches, job.training.accumulate_batches), 30))
+            for fed in steps[:10]:
+                run.step(fed)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for fed in steps[10:]:
+                    run.step(fed)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        run.log()
+    assert run.state.step == 30
 
 
 @pytest.mark.parametrize(("first", "then"), [("cpu", "cuda"), ("cuda", "cpu")])

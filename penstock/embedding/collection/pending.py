@@ -42,11 +42,14 @@ class _Pending:
             self.multiply(loss_scale.reciprocal())
         self._version = grad._version
         """When it came: torch counts what changes it in place."""
-        self._total = grad.sum()
-        """Finite unless an element is not, or all are huge."""
+        # In float64 a sum is finite just if every element is; on a CPU it takes longer.
+        self._total = grad.sum(dtype=torch.float64 if grad.is_cuda else torch.float32)
+        """Not finite if an element is not; in float32 also if all are huge."""
+        self._total_there = self._total
+        """Where the gradient is."""
         self._is_copied: torch.cuda.Event | None = None
         if grad.is_cuda:
-            total = torch.empty((), dtype=torch.float32, pin_memory=True)
+            total = torch.empty((), dtype=torch.float64, pin_memory=True)
             self._total = total.copy_(self._total, non_blocking=True)
             self._is_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._is_copied.record(torch.cuda.current_stream(grad.device))
@@ -58,6 +61,15 @@ class _Pending:
             # Not for the stream: an optimizer may have begun to work on it.
             self._is_copied.synchronize()
         return math.isfinite(float(self._total)) or bool(self.grad.isfinite().all())
+
+    def evidence(self) -> Tensor:
+        """[] of any float type, on the gradient's device: finite just if every element is.
+
+        But for the factor; waits for no GPU.
+        """
+        if not self.grad.is_cuda and self.is_finite:
+            return torch.zeros(())
+        return self._total_there
 
     def check(self) -> None:
         """Refuses a gradient that was changed since."""
@@ -158,6 +170,13 @@ class PendingGradients:
                 return part.scaled(), part.plans
         return None
 
+    def evidence(self) -> list[Tensor]:
+        """Of each gradient a number [] on its device that is finite just if every element is.
+
+        Waits for no GPU.
+        """
+        return [part.evidence() for part in self._parts]
+
     def norms(
         self, stores: Sequence[tuple[Store, PoolingPlan]], norm_type: float
     ) -> list[float | Tensor]:
@@ -170,7 +189,11 @@ class PendingGradients:
         ]
 
     def apply(
-        self, stores: Sequence[tuple[Store, PoolingPlan]], step: int, rate_factor: float = 1.0
+        self,
+        stores: Sequence[tuple[Store, PoolingPlan]],
+        step: int,
+        rate_factor: float = 1.0,
+        skip: Tensor | None = None,
     ) -> None:
         """One update of every store. All is checked before the first row changes.
 
@@ -178,6 +201,7 @@ class PendingGradients:
           stores: in the order of the look-ups.
           step: number of the update.
           rate_factor: of the learning rates of all tables.
+          skip: see `Store.apply_gradients`.
 
         Raises:
           ConfigError, CapacityError: nothing is applied, and the gradients are kept.
@@ -193,7 +217,7 @@ class PendingGradients:
         applied, is_taken = 0, False
         try:
             for (store, plan), of_store in zip(stores, gradients, strict=True):
-                store.apply_gradients(plan, of_store, step, rate_factor)
+                store.apply_gradients(plan, of_store, step, rate_factor, skip=skip)
                 applied += 1
             is_taken = True
         except PartialUpdateError:

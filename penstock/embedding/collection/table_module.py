@@ -55,11 +55,16 @@ class TableModule(nn.Module):
     def _collection(self) -> EmbeddingCollection:
         return cast("EmbeddingCollection", self)
 
-    def apply_gradients(self) -> None:
+    def apply_gradients(self, skip: Tensor | None = None) -> None:
         """One optimizer step on all gradients of the backward passes since the last call.
 
         Several backward passes add up, as in torch; a call without any changes nothing but the
         step. Of an attached collection `optimizer.step()` does it.
+
+        Args:
+          skip: [] float32 on the tables' device, alike on all ranks; where it is 1 nothing changes
+            but the step, and the gradients are gone. Then they are not checked here, and no GPU is
+            waited for: `pending.evidence` tells of them on the device.
 
         Raises:
           ConfigError: a gradient was changed in place since its backward pass, or is that of an
@@ -77,9 +82,10 @@ class TableModule(nn.Module):
                 "updates the tables: leave it out, or call detach_optimizer()"
             )
         self._settle()
-        self.refuse_non_finite()
+        if skip is None:
+            self.refuse_non_finite()
         try:
-            self.update(1.0)
+            self.update(1.0, skip)
         finally:
             if not self.pending:
                 self.unattached.hide()
@@ -261,14 +267,15 @@ class TableModule(nn.Module):
             shown_by.show_anew()
         return self
 
-    def update(self, rate_factor: float) -> None:
+    def update(self, rate_factor: float, skip: Tensor | None = None) -> None:
         """One step of the tables, all their learning rates multiplied by `rate_factor`."""
+        collection = self._collection
         try:
-            self.pending.apply(self._collection.trained, self._collection.step, rate_factor)
+            self.pending.apply(collection.trained, collection.step, rate_factor, skip)
         finally:
             # Also where some rows have taken it: no number is taken twice.
             if not self.pending:
-                self._collection.step += 1
+                collection.step += 1
                 self.copied_at = None
 
     def get_extra_state(self) -> Tensor:

@@ -81,6 +81,7 @@ def step_defaults(
     hypers: Tensor,
     step: int,
     rules: UpdateRules,
+    skip: Tensor | None = None,
 ) -> None:
     """One step for the default rows of tables; without synchronisation.
 
@@ -92,6 +93,7 @@ def step_defaults(
       hypers: of the step.
       step: see `apply_gradients`.
       rules: of the store.
+      skip: see `apply_gradients`.
     """
     num_tables = len(slots)
     offsets = torch.arange(num_tables + 1, device=slots.device)
@@ -99,4 +101,4 @@ def step_defaults(
     batch = KeyedJagged(names, offsets[:-1], offsets, is_checked=True)
     touched = slots.masked_fill(~defaults.touched, -1)
     part = GradientPart(batch, touched, defaults.sums.contiguous())
-    apply_gradients(rows, plan, [part], hypers, step, rules._replace(sum_bits=_BITS_OF_ONE))
+    apply_gradients(rows, plan, [part], hypers, step, rules._replace(sum_bits=_BITS_OF_ONE), skip)

@@ -35,6 +35,8 @@ class PartStore(Store, Protocol):
         step: int,
         rate_factor: float = 1.0,
         defaults: DefaultGradients | None = None,
+        *,
+        skip: Tensor | None = None,
     ) -> int | Tensor:
         """See `Store.apply_gradients`.
 

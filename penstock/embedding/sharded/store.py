@@ -164,12 +164,20 @@ class ShardedStore:
         gradients: Sequence[PooledGradient],
         step: int,
         rate_factor: float = 1.0,
+        *,
+        skip: Tensor | None = None,
     ) -> int | Tensor:
-        """See `Store.apply_gradients`; the rows are this rank's, default rows aside."""
+        """See `Store.apply_gradients`; the rows are this rank's, default rows aside.
+
+        `skip` is alike on all ranks.
+        """
+        if skip is not None and not skip.is_cuda and bool(skip):
+            self.check_gradients(plan, gradients)
+            return 0
         rates = [table.optimizer.learning_rate * rate_factor for table in self.tables]
         own_plan, parts = self._own_gradients("update", plan, gradients, step, rates)
         defaults = self._defaults.of("update", parts)
-        rows = self.local.apply_gradients(own_plan, parts, step, rate_factor, defaults)
+        rows = self.local.apply_gradients(own_plan, parts, step, rate_factor, defaults, skip=skip)
         for gradient in gradients:
             gradient.lookup.is_applied = True  # type: ignore[misc]
         return rows

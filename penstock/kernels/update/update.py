@@ -207,6 +207,13 @@ def _long_kernel(
         step_rows(rows, slot, is_row, w, gradient, table, numbers, step_seed, form)
 
 
+@triton.jit
+def _cancel_kernel(counts, skip, COUNTS: tl.constexpr):
+    """Takes all pieces off their lists, so that no program finds one, if `skip` is set."""
+    if tl.load(skip) != 0:
+        tl.store(counts + tl.arange(0, COUNTS), tl.zeros((COUNTS,), tl.int32))
+
+
 def apply_gradients(
     rows: RowArrays,
     plan: DevicePlan,
@@ -214,6 +221,7 @@ def apply_gradients(
     hypers: Tensor,
     step: int,
     rules: UpdateRules,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """One optimizer step of each row of the look-ups' slots, on the sum of its gradients.
 
@@ -224,6 +232,7 @@ def apply_gradients(
       hypers: [T, HYPER_FIELDS] float32, or [1, HYPER_FIELDS] where all tables have the same.
       step: number of the update; it decides how narrow values are rounded.
       rules: of the rows.
+      skip: [] float32 on the device; if it is 1 when the update runs, no row changes.
 
     Returns:
       [] int32, rows updated, on the device.
@@ -241,6 +250,8 @@ def apply_gradients(
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad.view(-1) for part in parts])
     bits = own_bits or sum_bits(sum(part.slots.numel() for part in parts))
     numbers = (bits, _signed_word(step_seed(step)), hypers, *(usage or (hypers, hypers)))
+    if skip is not None:
+        launch(_cancel_kernel, (1,), (grouping.counts, skip), COUNTS=grouping.counts.numel())
     if grouping.sources.numel():
         _step(rows, plan.dim, grouping, grad, numbers, options)
     return grouping.counts[3]

@@ -22,6 +22,7 @@ from penstock.errors import DivergedElsewhere, FailedElsewhere, NonFiniteError, 
 from penstock.models import looks_at_other_samples
 from penstock.ranks.group import ALONE, Group
 from penstock.training.objective import Objective
+from penstock.training.steps.finite import Flag
 from penstock.types import Batch
 
 
@@ -97,7 +98,7 @@ class Division:
         for number, batch in enumerate(batches):
             for part in self.parts(batch):
                 weights[part.slot, number] = objective.total_weights(some(batch, part.rows)).cpu()
-        return self._summed(weights).to(device)
+        return _in_order(self._of_all(weights)).to(device)
 
     def event_times(self, batch: Batch) -> Tensor | None:
         """[B] int64 of the whole batch, in any order; None: it has none."""
@@ -124,7 +125,7 @@ class Division:
         if self._is_whole:
             return
         sums = self._room_for_sums()[part.slot if self.by_lane else 0]
-        size = sums.numel() - len(self._parameters)
+        size = sums.numel() - len(self._parameters) - 1
         first = 0
         for place, one in enumerate(self._parameters):
             if one.grad is not None:
@@ -136,44 +137,49 @@ class Division:
             values = [one.detach().flatten().double().cpu() for one in self._buffers]
             self._after[part.slot] = torch.cat([torch.ones(1, dtype=torch.float64), *values])
 
-    def end_batch(self, losses: Tensor, error: Exception | None = None) -> float:
-        """The loss of the whole batch: the sum of the parts', given those of this rank [slots].
+    def end_batch(self, error: Exception | None = None) -> None:
+        """After the backward passes of a batch.
 
         Args:
-          losses: float64 on the CPU; 0 for parts of others.
           error: what ended the batch here.
 
         Raises:
           Exception: `error`; all ranks have heard of it.
           FailedElsewhere: another rank's batch ended in an error; it says why.
         """
-        if self.group.size == 1:
-            if error is not None:
-                raise error
-            if self._is_whole:
-                return float(losses[0])
-            every = losses[None]
-        else:
-            state = torch.tensor([float(_state_of(error))], dtype=torch.float64)
-            told = self.group.gathered(torch.cat([state, losses]))
-            _refuse_failed(error, told[:, 0].tolist())
-            every = told[:, 1:]
+        if self.group.size > 1:
+            told = self.group.gathered(torch.tensor(float(_state_of(error)), dtype=torch.float64))
+            _refuse_failed(error, told.tolist())
+        elif error is not None:
+            raise error
         if self._buffers:
             self._average_buffers()
         if self.by_lane:
             # Whichever lane was the last here.
             torch.manual_seed(self._drawn(self._step, "end"))
-        return float(_in_order(every.sum(0)))
 
-    def sum_gradients(self) -> None:
-        """Gives each parameter the sum of its gradients over all parts of all batches of a step."""
+    def loss(self, losses: Tensor) -> float:
+        """The loss of the whole batch: the sum of the parts', given those of this rank.
+
+        Args:
+          losses: [slots] float64 on the CPU; 0 for parts of others.
+        """
+        return float(_in_order(self._of_all(losses)))
+
+    def sum_gradients(self, flag: Flag) -> None:
+        """Gives each parameter the sum of its gradients over all parts of all batches of a step.
+
+        Effects: a flag that is up on one rank is up on all of them afterwards.
+        """
         if self._is_whole:
             return
         sums, self._sums = self._room_for_sums(), None
+        sums[0, -1] = flag.sum
         self.group.add(sums)
         total = _in_order(sums)
-        size = total.numel() - len(self._parameters)
-        is_given = total[size:].tolist()
+        flag.note(total[-1])
+        size = total.numel() - len(self._parameters) - 1
+        is_given = total[size:-1].tolist()
         grads = torch.split(total[:size], [one.numel() for one in self._parameters])
         for one, grad, given in zip(self._parameters, grads, is_given, strict=True):
             one.grad = grad.view_as(one).to(one.dtype) if given else None
@@ -207,15 +213,18 @@ class Division:
         drawn = hashlib.blake2b(words, digest_size=8).digest()
         return int.from_bytes(drawn, "little") >> 1
 
-    def _summed(self, mine: Tensor) -> Tensor:
-        """The sum of the parts of all ranks; [slots, ...], 0 for parts of others."""
-        return _in_order(self.group.gathered(mine).sum(0))
+    def _of_all(self, mine: Tensor) -> Tensor:
+        """[slots, ...] the parts of all ranks, given [slots, ...] with 0 for those of others."""
+        return self.group.gathered(mine).sum(0)
 
     def _room_for_sums(self) -> Tensor:
-        """[slots or 1, P + parameters]: gradients, and how many parts have given one to each."""
+        """[slots or 1, P + parameters + 1]: gradients, and how many parts have given one to each.
+
+        The last of the first row is the flag's.
+        """
         if self._sums is None:
             device = self._parameters[0].device if self._parameters else torch.device("cpu")
-            size = sum(map(Tensor.numel, self._parameters)) + len(self._parameters)
+            size = sum(map(Tensor.numel, self._parameters)) + len(self._parameters) + 1
             self._sums = torch.zeros(self.slots if self.by_lane else 1, size, device=device)
         return self._sums
 

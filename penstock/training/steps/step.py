@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import penstock
 from penstock.embedding.collection.collection import EmbeddingCollection
-from penstock.errors import BatchError, GroupError, NonFiniteError
+from penstock.errors import BatchError, FailedElsewhere, GroupError, NonFiniteError
 from penstock.interruption import Interruption
 from penstock.training.objective import Objective
 from penstock.training.steps.dense import DenseTrainer
 from penstock.training.steps.division import Division, some
+from penstock.training.steps.finite import Flag
 from penstock.types import Batch
 
 Item = TypeVar("Item")
@@ -71,12 +72,18 @@ def steps_s(seconds: Mapping[str, float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step saw of a batch, before its update."""
+    """What one step saw before its update, on the run's device."""
 
-    loss: float
-    """Of the objective; where a step has several batches, of several tasks its share of theirs."""
-    outputs: Tensor
-    """[B] or [B, L] float32 of the model, detached, on the CPU."""
+    is_raised: Tensor
+    """[] float32: 1 if a number of this step, or of one before, is not finite; then the step has
+    changed no weight and no row.
+    """
+    losses: list[Tensor]
+    """Of each batch [slots + 1] float64: what `Division.loss` takes, and by what that is to be
+    multiplied; see `loss_of`.
+    """
+    outputs: list[Tensor]
+    """Of each batch [B] or [B, L] float32 of the model, detached."""
 
 
 class _Doing:
@@ -89,6 +96,8 @@ class _Doing:
         """Whether nothing was updated yet."""
         self.is_known_to_all = False
         """Whether all ranks hear of an error."""
+        self.looks = False
+        """Whether each number is looked at, to say which is not finite, rather than noted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +116,11 @@ class Training:
     """How a batch is divided."""
     clock: Clock
     """Gets the time spent."""
+    flag: Flag
+    """Raised by what is not finite."""
 
 
-def train_step(training: Training, batches: Sequence[Batch], step: int) -> list[StepResult]:
+def train_step(training: Training, batches: Sequence[Batch], step: int) -> StepResult:
     """Trains on one batch: forward, backward, one update of dense weights and touched rows.
 
     Several batches are trained on as if they were one: the gradients are summed, and the loss is
@@ -118,41 +129,83 @@ def train_step(training: Training, batches: Sequence[Batch], step: int) -> list[
     The embeddings enter the model as a leaf, so that the backward pass of the dense model and that
     of the embeddings run, and are timed, one after the other; the gradients are the same.
 
+    A step with a number that is not finite changes nothing, nor does any step after it, until
+    `not_finite` was asked; its result says so. On a GPU nobody waits for that.
+
     Args:
       training: what is trained.
       batches: the samples, on the collection's device (`feed.on_device`).
       step: number of this step, from 0.
 
-    Returns:
-      Of each batch its loss, over all ranks, and this rank's outputs.
-
     Raises:
-      NonFiniteError: the loss or a gradient is not finite. Nothing was updated.
-      BatchError: something else was raised, by the model or for lack of memory. Says whether
-        anything was updated.
+      BatchError: something was raised, by the model or for lack of memory. Says whether anything
+        was updated.
       FailedElsewhere: that happened on another rank. Nothing was updated.
     """
     doing = _Doing(batches[0])
-    collection, division, clock = training.collection, training.division, training.clock
-    results = []
-    division.begin_step(step)
-    try:
-        totals = division.totals(training.objective, batches)
-        whole = None if totals is None else totals.sum(0)
-        for number, batch in enumerate(batches):
-            doing.batch = batch
-            value, outputs = _add_gradients(training, batch, whole, (step, number), doing)
-            if totals is not None and whole is not None and len(whole) == 1:
-                # The share as the batch's own mean.
-                value *= float(whole[0] / totals[number, 0].clamp_min(_TINY))
-            results.append(StepResult(value, outputs))
+    clock = training.clock
+    with _errors_of(training, step, doing):
+        result, norm = _gradients(training, batches, step, doing)
         with clock.measure("dense"):
-            division.sum_gradients()
             doing.what, doing.is_whole = "the update of the dense weights", False
-            training.trainer.step(step)
+            training.trainer.step(step, norm, result.is_raised)
         with clock.measure("embedding"):
             doing.what = "the update of the embeddings"
-            collection.apply_gradients()
+            training.collection.apply_gradients(result.is_raised)
+    return result
+
+
+def not_finite(training: Training, batches: Sequence[Batch], step: int) -> NonFiniteError:
+    """What was not finite in a step that has changed nothing; takes the flag down.
+
+    Loss and gradients are computed once more, and each is looked at.
+
+    Args:
+      training: as it was before the step.
+      batches: of the step.
+      step: its number.
+
+    Returns:
+      What to raise; of another rank's part of the batches a `DivergedElsewhere`.
+
+    Raises:
+      GroupError: a rank is gone.
+    """
+    doing = _Doing(batches[0])
+    doing.looks = True
+    try:
+        with _errors_of(training, step, doing):
+            _gradients(training, batches, step, doing)
+    except NonFiniteError as error:
+        return error
+    except (BatchError, FailedElsewhere) as error:
+        why = str(error)
+    else:
+        why = "computed once more, with other random numbers, all of it is"
+    finally:
+        training.flag.clear()
+        training.model.zero_grad(set_to_none=True)
+    what = f"step {step}: the loss or a gradient was NaN or infinite ({why})"
+    return NonFiniteError(f"{what}; {_place(batches[0])}")
+
+
+def loss_of(losses: Tensor, division: Division) -> float:
+    """The loss of a batch over all ranks, as its objective gave it.
+
+    Where a step has several batches, of several tasks it is their share of the step's.
+
+    Args:
+      losses: of a `StepResult`, on the CPU.
+      division: of the step.
+    """
+    return division.loss(losses[:-1]) * float(losses[-1])
+
+
+@contextmanager
+def _errors_of(training: Training, step: int, doing: _Doing) -> Iterator[None]:
+    """Gives errors of a step their place; afterwards there are no gradients of tables."""
+    try:
+        yield
     except GroupError:
         raise
     except NonFiniteError as error:
@@ -167,8 +220,36 @@ def train_step(training: Training, batches: Sequence[Batch], step: int) -> list[
         raise failed from error
     finally:
         # Of a step that failed: they are not the next one's.
-        collection.discard_gradients()
-    return results
+        training.collection.discard_gradients()
+
+
+def _gradients(
+    training: Training, batches: Sequence[Batch], step: int, doing: _Doing
+) -> tuple[StepResult, Tensor]:
+    """Forward and backward of the batches of a step; and the norm of the gradients, []."""
+    collection, division, flag = training.collection, training.division, training.flag
+    losses, outputs = [], []
+    division.begin_step(step)
+    totals = division.totals(training.objective, batches)
+    whole = None if totals is None else totals.sum(0)
+    for number, batch in enumerate(batches):
+        doing.batch = batch
+        of_parts, of_batch = _add_gradients(training, batch, whole, (step, number), doing)
+        if totals is not None and whole is not None and len(whole) == 1:
+            # The share as the batch's own mean.
+            of_parts[-1] = whole[0] / totals[number, 0].clamp_min(_TINY)
+        losses.append(of_parts)
+        outputs.append(of_batch)
+    with training.clock.measure("dense"):
+        doing.what = "the sum of the gradients"
+        for evidence in collection.pending.evidence():
+            flag.note(evidence)
+        division.sum_gradients(flag)
+        norm = training.trainer.norm()
+        flag.note(norm)
+        if doing.looks and not math.isfinite(norm):
+            raise NonFiniteError(training.trainer.describe_non_finite(step))
+        return StepResult(flag.raised(), losses, outputs), norm
 
 
 def _add_gradients(
@@ -177,20 +258,20 @@ def _add_gradients(
     totals: Tensor | None,
     number: tuple[int, int],
     doing: _Doing,
-) -> tuple[float, Tensor]:
-    """Forward and backward of one batch; returns its loss, and the outputs on the CPU.
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of one batch; returns losses and outputs as of `StepResult`.
 
     `number`: of the step, and of the batch within it.
     """
     collection, division = training.collection, training.division
-    step = number[0]
     doing.what = "the look-up of its keys"
     with training.clock.measure("embedding"):
         times = division.event_times(batch)
         if times is not None:
             collection.observe_times(times)
         pooled = look_up(collection, batch)
-    losses = torch.zeros(division.slots, dtype=torch.float64)
+    losses = torch.zeros(division.slots + 1, dtype=torch.float64, device=pooled.device)
+    losses[-1] = 1.0
     try:
         with training.clock.measure("dense"):
             outputs, grad = _of_parts(
@@ -199,16 +280,18 @@ def _add_gradients(
         with training.clock.measure("embedding"):
             if pooled.requires_grad and grad is not None:
                 pooled.backward(grad)  # type: ignore[no-untyped-call]
-            try:
-                collection.check_gradients()
-            except NonFiniteError as error:
-                raise NonFiniteError(f"step {step}: {error}") from None
+            if doing.looks:
+                try:
+                    collection.check_gradients()
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"step {number[0]}: {error}") from None
     # All ranks hear of it.
     except Exception as error:
         doing.is_known_to_all = True
-        division.end_batch(losses, error)
+        division.end_batch(error)
         raise
-    return division.end_batch(losses), outputs
+    division.end_batch()
+    return losses, outputs
 
 
 def _of_parts(
@@ -223,13 +306,12 @@ def _of_parts(
     """Forward and backward of each part of a batch; fills in its loss.
 
     Returns:
-      The outputs on the CPU, and the gradient [B, W] of the embeddings; None: the model does not
-      look at them.
+      The outputs, and the gradient [B, W] of the embeddings; None: the model does not look at them.
     """
     division, objective = training.division, training.objective
     inputs = model_inputs(training.collection, batch, pooled)
     parts = division.parts(batch)
-    outputs = [torch.zeros(0, *batch.labels.shape[1:])]
+    outputs = [torch.zeros(0, *batch.labels.shape[1:], device=pooled.device)]
     grads = []
     for part in parts:
         doing.what = "the model's forward pass"
@@ -239,14 +321,14 @@ def _of_parts(
         loss, of_part = objective(
             training.model, (dense, leaf, *lengths), some(batch, part.rows), totals
         )
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(f"step {number[0]}: the loss is {value}")
+        training.flag.note(loss)
+        if doing.looks and not math.isfinite(loss.item()):
+            raise NonFiniteError(f"step {number[0]}: the loss is {loss.item()}")
         doing.what = "the backward pass"
         torch.autograd.backward(loss)
         division.end_part(part)
-        losses[part.slot] += value
-        outputs.append(of_part.detach().cpu())
+        losses[part.slot] += loss.detach()
+        outputs.append(of_part.detach())
         grads.append(leaf.grad)
     if len(parts) == 1 and division.group.size == 1:
         return outputs[-1], grads[0]

@@ -30,9 +30,9 @@ def values(embeddings):
 def fail(monkeypatch, store, *, after):
     """Makes an update of one store raise, before or after it has taken the step."""
 
-    def update(*arguments):
+    def update(*arguments, **options):
         if after:
-            store_class.apply_gradients(store, *arguments)
+            store_class.apply_gradients(store, *arguments, **options)
             raise PartialUpdateError("some rows have taken the step")
         raise CapacityError("no memory")
 

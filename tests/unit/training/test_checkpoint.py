@@ -106,7 +106,7 @@ class Run:
             logits = state.model(dense, state.collection(sparse))
             state.metrics.update(logits, labels)
             torch.nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
-            self.trainer.step(state.step)
+            self.trainer.step(state.step, self.trainer.norm())
             state.collection.apply_gradients()
             state.step += 1
             state.position = Position(samples=16 * state.step, block_row=16 * state.step)

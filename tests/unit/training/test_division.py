@@ -10,6 +10,7 @@ from torch import nn
 from penstock.errors import DivergedElsewhere, FailedElsewhere, NonFiniteError
 from penstock.ranks.group import ALONE
 from penstock.training.steps.division import Division
+from penstock.training.steps.finite import Flag
 from penstock.types import Batch, KeyedJagged, Position
 from tests.world.ranks import World
 
@@ -90,9 +91,10 @@ def trained(division, batch, model):
             model.norm.running_mean += labels.mean()
         losses[part.slot] += float(labels.double().sum()) / 3
         division.end_part(part)
-    loss = division.end_batch(losses)
+    division.end_batch()
     drawn = torch.rand(()).item()  # at once: ranks of a world share torch's generator
-    division.sum_gradients()
+    loss = division.loss(losses)
+    division.sum_gradients(Flag(torch.device("cpu")))
     buffers = [one.tolist() for one in model.buffers()]
     grads = [None if one.grad is None else one.grad.tolist() for one in model.parameters()]
     return loss, grads[:3], buffers, drawn
@@ -160,7 +162,8 @@ def test_alone_and_whole_there_is_nothing_to_ask():
     batch = batch_of(0, 1, (4,))
     assert division.totals(OBJECTIVE, [batch]) is None
     assert division.totals(OBJECTIVE, [batch, batch]).tolist() == [[1.25], [1.25]]
-    assert division.end_batch(torch.tensor([2.5], dtype=torch.float64)) == 2.5
+    division.end_batch()
+    assert division.loss(torch.tensor([2.5], dtype=torch.float64)) == 2.5
 
 
 @pytest.mark.parametrize("failing", range(3))
@@ -169,7 +172,7 @@ def test_an_error_of_one_rank_ends_all(failing, kind):
     def act(division, batch, model):
         error = kind("mine") if division.group.rank == failing else None
         with pytest.raises((kind, FailedElsewhere, DivergedElsewhere)) as raised:
-            division.end_batch(torch.zeros(division.slots, dtype=torch.float64), error)
+            division.end_batch(error)
         return type(raised.value), str(raised.value), getattr(raised.value, "is_known_to_all", None)
 
     found = ranks_of(3, act)
@@ -189,10 +192,28 @@ def test_something_not_finite_counts_more_than_another_error():
     def act(division, batch, model):
         error = [ValueError("mine"), NonFiniteError("theirs")][division.group.rank]
         with pytest.raises((NonFiniteError, DivergedElsewhere)):
-            division.end_batch(torch.zeros(division.slots, dtype=torch.float64), error)
+            division.end_batch(error)
         return True
 
     assert ranks_of(2, act) == [True, True]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("raising", [None, 0, 2])
+def test_a_flag_that_is_up_on_one_rank_is_up_on_all(raising, deterministic):
+    def act(division, batch, model):
+        flag = Flag(torch.device("cpu"))
+        for part in division.parts(batch):
+            division.begin_part(part, 0)
+            model.always.grad = torch.ones(33)
+            division.end_part(part)
+        if division.group.rank == raising:
+            flag.note(torch.tensor(torch.inf))
+        division.sum_gradients(flag)
+        # What was summed is not what the flag is made of.
+        return float(flag.raised()), model.always.grad.isfinite().all().item()
+
+    assert ranks_of(3, act, deterministic=deterministic) == [(float(raising is not None), True)] * 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
