@@ -237,7 +237,7 @@ def _gradients(
         of_parts, of_batch = _add_gradients(training, batch, whole, (step, number), doing)
         if totals is not None and whole is not None and len(whole) == 1:
             # The share as the batch's own mean.
-            of_parts[-1] = whole[0] / totals[number, 0].clamp_min(_TINY)
+            of_parts[-1].copy_(whole[0] / totals[number, 0].clamp_min(_TINY))
         losses.append(of_parts)
         outputs.append(of_batch)
     with training.clock.measure("dense"):
@@ -271,7 +271,8 @@ def _add_gradients(
             collection.observe_times(times)
         pooled = look_up(collection, batch)
     losses = torch.zeros(division.slots + 1, dtype=torch.float64, device=pooled.device)
-    losses[-1] = 1.0
+    # To assign a number waits for a GPU.
+    losses[-1].fill_(1.0)
     try:
         with training.clock.measure("dense"):
             outputs, grad = _of_parts(
@@ -327,7 +328,7 @@ def _of_parts(
         doing.what = "the backward pass"
         torch.autograd.backward(loss)
         division.end_part(part)
-        losses[part.slot] += loss.detach()
+        losses[part.slot].add_(loss.detach())
         outputs.append(of_part.detach())
         grads.append(leaf.grad)
     if len(parts) == 1 and division.group.size == 1:
