@@ -34,7 +34,7 @@ from penstock.config import Job, parse_job
 from penstock.data import Dataset
 from penstock.ledger.client import LedgerClient, Service
 from penstock.ledger.file import LedgerFile
-from penstock.types import LanePosition, Position
+from penstock.position import LanePosition, Position
 
 ROWS, LANES, SLOW = 256, 8, (3, 6)
 PACES_S = {"fast": 0.02, "slow": 0.2}

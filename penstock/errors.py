@@ -50,6 +50,13 @@ class MalformedRowError(DataError):
         """Without the remedy."""
 
 
+class TooManyMalformedError(DataError):
+    """More malformed rows were left out than `data.most_malformed` allows."""
+
+    # Positions count the rows of all ranks, so that all stop before the same batch.
+    is_known_to_all = True
+
+
 class EventError(PenstockError, ValueError):
     """An event, or a quantity of one, that the registry of events does not know."""
 

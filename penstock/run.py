@@ -32,6 +32,7 @@ from penstock.errors import (
 )
 from penstock.interruption import Interruption, interruption
 from penstock.job_file import override
+from penstock.position import Position
 from penstock.ranks.group import ALONE, Group, refuse_ranks_left_out
 from penstock.ranks.share import Share
 from penstock.ranks.table_totals import over_ranks
@@ -56,7 +57,6 @@ from penstock.training.steps.forward_state import ForwardState
 from penstock.training.steps.progress import Progress
 from penstock.training.steps.step import Clock, Training, steps_s, train_step
 from penstock.training.trained import begin_from, newest_of_run, open_trained
-from penstock.types import Position
 
 
 def train(

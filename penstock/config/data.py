@@ -272,6 +272,21 @@ class Shuffle(Config):
     """
 
 
+class MostMalformed(Config):
+    """How many malformed rows may be left out; the run stops before the batch that has more."""
+
+    rows: Annotated[int, Field(ge=0)] | None = None
+    """In all epochs; null: any number."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of the rows read, once 1,000 have been; null: any."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> MostMalformed:
+        if self.rows is None and self.share is None:
+            raise ValueError("give `rows`, `share` or both; to allow any number leave it out")
+        return self
+
+
 LANES = 8
 """Where `data.lanes` is not set: lanes of data whose samples teach one by one."""
 
@@ -324,6 +339,8 @@ class DataConfig(Config):
     seconds; a batch that is later is believed once 8 in a row are. See
     docs/admission_and_eviction.md.
     """
+    most_malformed: Annotated[MostMalformed | None, MAY_CHANGE] = None
+    """Of the training part, where malformed rows are left out. null: any number."""
     numeric: tuple[NumericColumns, ...] = ()
     shuffle: Shuffle = Shuffle()
     lanes: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -350,6 +367,12 @@ class DataConfig(Config):
         if self.label is None:
             return (_IS_POSITIVE,)
         return (self.label,) if isinstance(self.label, Label) else self.label
+
+    @property
+    def malformed_limits(self) -> tuple[int | None, float | None]:
+        """`most_malformed` in rows, and as a share; None: any."""
+        most = self.most_malformed
+        return (None, None) if most is None else (most.rows, most.share)
 
     @property
     def label_columns(self) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ from penstock.data.windows.spans import Spans, opened_spans, rows_of
 from penstock.errors import ConfigError, DataError, JobNote
 from penstock.ledger.client import LedgerClient, open_ledger
 from penstock.ledger.file import LedgerFile, copy_ledger
-from penstock.types import FileTag, LanePosition, Position
+from penstock.position import FileTag, LanePosition, Position
 
 
 class Dataset:
@@ -274,6 +274,7 @@ class Dataset:
             block_bytes=self._job.data.shuffle.block_bytes,
             joins_windows=isinstance(rows.source, Streams) and self._samples_per_row > 1,
             trains=part == "train",
+            most_malformed=self._job.data.malformed_limits,
         )
         run = self._job.run
         columns = self._columns if groups else replace(self._columns, groups=())

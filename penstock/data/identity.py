@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from penstock.errors import DataError
-from penstock.types import FileTag, Position
+from penstock.position import FileTag, Position
 
 # FORMAT: checkpoints hold digests; never change.
 _BLOCK_BYTES = 16_384

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from penstock.data.identity import Identified
-from penstock.errors import DataError
-from penstock.types import FileTag
+from penstock.errors import DataError, TooManyMalformedError
+from penstock.position import Counts, FileTag
+
+_ROWS_OF_SHARE = 1_000
+"""Of fewer rows read no share is taken."""
 
 
 class MalformedRow(NamedTuple):
@@ -185,3 +188,34 @@ class Quarantine:
             self._files.setdefault(basename(tag.path), set()).add(tag)
         self._mark(name, row)
         return True
+
+
+def check_most(
+    counts: Counts, rows: Sequence[LeftOut], most: tuple[int | None, float | None]
+) -> None:
+    """Refuses to read on where too many rows are malformed.
+
+    Args:
+      counts: of rows so far.
+      rows: that were malformed last.
+      most: how many may be, and which share of those read; None: any.
+
+    Raises:
+      TooManyMalformedError: more are.
+    """
+    most_rows, share = most
+    by_rows = most_rows is not None and counts.quarantined > most_rows
+    by_share = (
+        share is not None
+        and counts.read >= _ROWS_OF_SHARE
+        and counts.quarantined > share * counts.read
+    )
+    if not (by_rows or by_share):
+        return
+    limit = f"rows is {most_rows:,}" if by_rows else f"share is {share:g}"
+    last = f"{rows[-1].file.path}:{rows[-1].line}: {rows[-1].reason}; " if rows else ""
+    raise TooManyMalformedError(
+        f"{last}{counts.quarantined:,} of {counts.read:,} rows read are malformed, and "
+        f"data.most_malformed.{limit}; mend the files (quarantine.jsonl in the run names the rows) "
+        "or raise the limit, and go on with --resume"
+    )

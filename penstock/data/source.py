@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from penstock.data.quarantine import MalformedRow
-from penstock.types import FileTag
+from penstock.position import FileTag
 
 CHUNK_ROWS = 65_536
 """Most rows that are decoded at once where the format lets us choose."""

@@ -17,13 +17,13 @@ from penstock.errors import PenstockError
 from penstock.events.event import Role
 from penstock.events.registry import KINDS, METRICS, field_named
 from penstock.events.stream import EventStream, Latest
+from penstock.position import Position
 from penstock.report.display import Display
 from penstock.report.environment import hardware, versions
 from penstock.report.folder import RunFolder
 from penstock.report.json_lines import JsonLines
 from penstock.report.sinks import RunLog, SummaryFile, TensorBoard
 from penstock.report.terminal import Stream, console_of
-from penstock.types import Position
 
 
 class Report:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from penstock.config import Job, StreamsSource
 from penstock.data.windows.growing import Listing
 from penstock.data.windows.served import first_listing, first_waits
+from penstock.position import Position
 from penstock.ranks.group import Group
 from penstock.ranks.together import from_first, together
 from penstock.training.checkpoint.checkpoint import position_of
 from penstock.training.trained import newest_of_run
-from penstock.types import Position
 
 
 class Beginning(NamedTuple):

@@ -19,6 +19,7 @@ from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.embedding.collection.pending import is_finite
 from penstock.errors import NonFiniteError
 from penstock.models import TwoTower
+from penstock.position import LanePosition, Position
 from penstock.ranks.group import Group
 from penstock.training.items import Catalogue
 from penstock.training.metrics.binary import MAX_BINS, BinaryMetrics, logits_of_probabilities
@@ -29,7 +30,7 @@ from penstock.training.steps.division import Division, some
 from penstock.training.steps.feed import on_device
 from penstock.training.steps.step import batch_error, look_up, model_inputs
 from penstock.training.tasks import BinaryTask, Task, combined, output_of_task
-from penstock.types import Batch, LanePosition, Position
+from penstock.types import Batch
 
 CALIBRATION_BUCKETS = 20
 

@@ -25,6 +25,7 @@ from penstock.data.dataset import Dataset
 from penstock.embedding.collection.collection import EmbeddingCollection, available_cores
 from penstock.errors import CapacityError, ConfigError
 from penstock.models import build_model, looks_at_other_samples
+from penstock.position import LanePosition, Position
 from penstock.ranks.group import ALONE, Group
 from penstock.training.checkpoint.best import best_of
 from penstock.training.checkpoint.checkpoint import TrainState
@@ -34,7 +35,6 @@ from penstock.training.precision import autocast
 from penstock.training.steps.dense import DenseTrainer
 from penstock.training.steps.division import Division
 from penstock.training.tasks import tasks_of
-from penstock.types import LanePosition, Position
 
 
 class Untrained(NamedTuple):

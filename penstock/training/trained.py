@@ -33,6 +33,7 @@ from penstock.data.plan.parts import Part
 from penstock.embedding.collection.collection import EmbeddingCollection
 from penstock.embedding.durable_files import MANIFEST
 from penstock.errors import CheckpointError, ConfigError
+from penstock.position import Position
 from penstock.training.checkpoint.best import OF_CHECKPOINTS
 from penstock.training.checkpoint.checkpoint import (
     BEST,
@@ -48,7 +49,6 @@ from penstock.training.checkpoint.job_difference import describe, differences
 from penstock.training.evaluation import Evaluator
 from penstock.training.objective import Objective
 from penstock.training.setup import build
-from penstock.types import Position
 
 T = TypeVar("T")
 _ATTEMPTS = 5

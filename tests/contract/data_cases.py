@@ -18,7 +18,8 @@ from pyarrow import csv, ipc, orc
 
 from penstock.config import Job, parse_job
 from penstock.data import Dataset
-from penstock.types import Batch, Position
+from penstock.position import Position
+from penstock.types import Batch
 
 NUMERIC, FEATURES = 3, 4
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {

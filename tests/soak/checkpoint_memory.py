@@ -22,12 +22,12 @@ from penstock import EmbeddingCollection, FeatureConfig, TableConfig
 from penstock.config import Adagrad, Eviction, parse_job
 from penstock.embedding.store import TableRows
 from penstock.interruption import Interruption
+from penstock.position import LanePosition, Position
 from penstock.ranks.environment import end_with_launcher
 from penstock.ranks.group import Group
 from penstock.ranks.join import joined
 from penstock.ranks.launch import launch
 from penstock.training.checkpoint.checkpoint import Checkpoints, TrainState
-from penstock.types import LanePosition, Position
 
 ROWS, DIM, CHUNK = 250_000, 16, 20_000
 MOST_MORE = 32 << 20

@@ -18,7 +18,7 @@ from penstock.data.quarantine import MalformedRow, Quarantine
 from penstock.data.source import Chunk, Extent, KeptPlace, RowPlace
 from penstock.data.windows.growing import Listing
 from penstock.data.windows.spans import in_next_span, joined, waiting_rows
-from penstock.types import FileTag, LanePosition, Position, Span, SpanWindow
+from penstock.position import FileTag, LanePosition, Position, Span, SpanWindow
 from tests.world.oracle import BAGS
 
 SCHEMA = pa.schema([

@@ -20,9 +20,9 @@ from penstock.embedding.sharded.store import ShardedStore
 from penstock.embedding.store import PooledGradient
 from penstock.errors import DataError, FailedElsewhere, GroupError, Interrupted
 from penstock.interruption import Interruption
+from penstock.position import Position
 from penstock.ranks.in_step import in_step
 from penstock.ranks.together import of_checkpoint
-from penstock.types import Position
 from tests.world.data import Reading, drawn
 from tests.world.mail import Faults
 from tests.world.oracle import (

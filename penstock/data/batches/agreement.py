@@ -13,7 +13,7 @@ from penstock.data.batches.lane_queue import Offer
 from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.quarantine import LeftOut
 from penstock.errors import GroupError
-from penstock.types import Counts, FileTag, LanePosition
+from penstock.position import Counts, FileTag, LanePosition
 
 UNLIMITED = 2**63 - 1
 

@@ -27,7 +27,7 @@ from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import LeftOut
 from penstock.errors import DataError
-from penstock.types import Counts, Cursor, FileTag, LanePosition, Position, Taken
+from penstock.position import Counts, Cursor, FileTag, LanePosition, Position, Taken
 
 
 class Cut(NamedTuple):

@@ -17,7 +17,7 @@ from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.batches.reader import Reader
 from penstock.data.batches.stretches import Stretch, rows_within, take
 from penstock.data.columns.negatives import ItemRows, can_draw, joined_items
-from penstock.types import Cursor
+from penstock.position import Cursor
 
 # FORMAT: what a batch holds depends on it.
 _MANY_ROWS = 4_096

@@ -31,9 +31,10 @@ from penstock.data.columns.block import Samples, no_samples
 from penstock.data.columns.decode import Decoder
 from penstock.data.columns.schema import Columns
 from penstock.data.plan.lanes import Lane, lanes_of_rank
-from penstock.data.quarantine import LeftOut, Quarantine
+from penstock.data.quarantine import LeftOut, Quarantine, check_most
 from penstock.errors import GroupError, Interrupted
-from penstock.types import Batch, KeyedJagged, Position
+from penstock.position import Position
+from penstock.types import Batch, KeyedJagged
 
 _PATIENCE_S, _HASTY_S = 30.0, 0.3
 """How long `close` waits for threads: as a rule, and where a signal asks to stop."""
@@ -176,7 +177,7 @@ class Loader:
             raise StopIteration
         try:
             while True:
-                batch, self.position, malformed, first, left_out = self._out.get()
+                batch, position, malformed, first, left_out = self._out.get()
                 if left_out:
                     self.on_left_out(
                         f"{left_out:,} rows at the end of the data are left out (counted as "
@@ -185,6 +186,9 @@ class Loader:
                     )
                 if malformed:
                     self._quarantine.add(malformed, first if self._plan.trains else None)
+                if self._plan.trains:
+                    check_most(position.counts, malformed, self._plan.most_malformed)
+                self.position = position
                 if batch is not None:
                     return batch
         except Closed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from penstock.types import Position
+from penstock.position import Position
 
 _PLAIN_BLOCK_ROWS = 8_192
 
@@ -32,6 +32,8 @@ class LoaderPlan:
     joins_windows: bool = False
     """Whether rows among which no negative can be drawn count as of the lane's next window of event
     time: where negatives are drawn, and the data has windows."""
+    most_malformed: tuple[int | None, float | None] = (None, None)
+    """Rows that may be left out as malformed, and which share of those read; None: any."""
     trains: bool = True
     """Positions then identify the files, and an epoch without a good row is an error."""
 

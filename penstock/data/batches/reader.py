@@ -27,7 +27,7 @@ from penstock.data.plan.parts import PartRows
 from penstock.data.quarantine import LeftOut
 from penstock.data.source import Chunk, Extent, RowPlace
 from penstock.errors import DataError
-from penstock.types import FileTag, LanePosition, Piece
+from penstock.position import FileTag, LanePosition, Piece
 
 _CHUNKS_AHEAD, _CHUNKS_AHEAD_IN_LANES = 2, 1
 """Chunks that a reader may decode ahead of the consumer, for each extent it has open: where there

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from penstock.data.batches.blocks import FileTags
 from penstock.data.plan.parts import PartRows
-from penstock.types import Position
+from penstock.position import Position
 
 
 class Stage(NamedTuple):

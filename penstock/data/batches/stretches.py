@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from penstock.data.columns.block import Rows
 from penstock.data.quarantine import LeftOut
 from penstock.data.source import Chunk, Place
-from penstock.types import Counts, Cursor, FileTag, Piece
+from penstock.position import Counts, Cursor, FileTag, Piece
 
 
 class Passage(NamedTuple):

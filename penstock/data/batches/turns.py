@@ -12,7 +12,7 @@ from itertools import count
 from typing import NamedTuple, Protocol, TypeAlias
 
 from penstock.data.source import Extent
-from penstock.types import Position, Taken
+from penstock.position import Position, Taken
 
 ExtentPlace: TypeAlias = tuple[int, int]
 """Of an extent: number of its file, and where it starts there, as in `Cursor`."""

@@ -24,7 +24,7 @@ from penstock.data.identity import tag_of
 from penstock.data.plan.lazy_extents import LazyExtents
 from penstock.data.source import CHUNK_ROWS, Chunk, Extent, RowCount, RowPlace, chunk_rows
 from penstock.errors import DataError
-from penstock.types import FileTag
+from penstock.position import FileTag
 
 EXTENT_ROWS = 131_072
 """Small groups are read together up to this many rows.

@@ -35,7 +35,7 @@ from penstock.data.identity import tag_of
 from penstock.data.quarantine import MalformedRow
 from penstock.data.source import Chunk, Extent, RowCount, Span
 from penstock.errors import DataError, MalformedRowError
-from penstock.types import FileTag
+from penstock.position import FileTag
 
 BLOCK_BYTES = 8 << 20
 """FORMAT: positions in checkpoints count blocks; never change."""

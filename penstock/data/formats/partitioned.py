@@ -21,7 +21,7 @@ import pyarrow as pa
 from penstock.config import NULL_PARTITION, PartitionType
 from penstock.data.source import CHUNK_ROWS, Chunk, Extent, RowCount, Source
 from penstock.errors import DataError
-from penstock.types import FileTag
+from penstock.position import FileTag
 
 Value: TypeAlias = str | int | float | date | datetime | None
 

@@ -20,7 +20,7 @@ from pyarrow import csv
 from penstock.config import SyntheticSource
 from penstock.data.output import whole_file
 from penstock.data.source import Chunk, Extent, RowCount, RowPlace
-from penstock.types import FileTag
+from penstock.position import FileTag
 
 # FORMAT: all constants below decide what row r of a seed is; never change.
 BLOCK_ROWS = 16_384

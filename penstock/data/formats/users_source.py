@@ -21,7 +21,7 @@ from penstock.data.columns.view_types import plain_table, without_views
 from penstock.data.plan.lazy_extents import LazyExtents
 from penstock.data.source import CHUNK_ROWS, Chunk, Extent, RowCount, RowPlace, chunk_rows
 from penstock.errors import ConfigError, DataError
-from penstock.types import FileTag
+from penstock.position import FileTag
 
 END = 2**63 - 1
 """`Extent.stop` of a part whose rows nobody has counted."""

@@ -9,7 +9,7 @@ from penstock.data.plan.counting import Stages, count_rows, no_stages
 from penstock.data.plan.lanes import Lane
 from penstock.data.plan.parts import PartRows
 from penstock.data.source import Extent
-from penstock.types import Counts, Cursor, Position
+from penstock.position import Counts, Cursor, Position
 
 
 class Audit(NamedTuple):

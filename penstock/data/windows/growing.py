@@ -18,7 +18,7 @@ from penstock.data.windows.calendar import Window, windows
 from penstock.data.windows.files import files_at
 from penstock.data.windows.graph import Markers, SourceFiles, StoredPaths, TaskGraph, WindowFiles
 from penstock.data.windows.periods import Periods
-from penstock.types import Span, SpanWindow
+from penstock.position import Span, SpanWindow
 
 _MOST_FILES = 4_096
 """Of a span, about: so many are listed in each checkpoint."""

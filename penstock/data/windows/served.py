@@ -26,7 +26,7 @@ from penstock.data.windows.growing import (
 )
 from penstock.data.windows.stored import Stored, listed_anew, stored_paths
 from penstock.errors import DataError
-from penstock.types import FileTag
+from penstock.position import FileTag
 
 _EXTENTS_AT_ONCE = 16
 

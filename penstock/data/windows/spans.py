@@ -28,7 +28,7 @@ from penstock.data.windows.late import LateFiles, words_of
 from penstock.data.windows.served import Opener, Streams, complete_now
 from penstock.data.windows.stored import listed_anew
 from penstock.errors import DataError
-from penstock.types import FileTag, LanePosition, Position, Span
+from penstock.position import FileTag, LanePosition, Position, Span
 
 _LATE_POLLS = 30
 """While nothing comes, folders that were read are listed again after so many polls."""

@@ -37,6 +37,7 @@ from penstock.embedding.durable_files import (
     write_tensors,
 )
 from penstock.errors import CheckpointError
+from penstock.position import Position
 from penstock.ranks.group import ALONE, Group
 from penstock.ranks.together import from_first, of_checkpoint
 from penstock.training.checkpoint.best import OF_CHECKPOINTS, BestSoFar
@@ -79,7 +80,6 @@ from penstock.training.checkpoint.state import (
     random_state,
     set_random_state,
 )
-from penstock.types import Position
 
 __all__ = [
     "Checkpoints",

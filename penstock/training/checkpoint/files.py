@@ -23,7 +23,7 @@ from penstock.embedding.durable_files import (
     verify_files,
 )
 from penstock.errors import CheckpointError
-from penstock.types import Counts, LanePosition, Position
+from penstock.position import Counts, LanePosition, Position
 
 # FORMAT: never change these; see docs/checkpoint_format.md.
 FORMAT = "penstock checkpoint"

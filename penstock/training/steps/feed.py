@@ -14,7 +14,8 @@ from torch import Tensor
 from penstock.data.batches.channel import Channel, Closed, Ended
 from penstock.data.batches.loader import Loader
 from penstock.embedding.collection.collection import EmbeddingCollection
-from penstock.types import Batch, Position
+from penstock.position import Position
+from penstock.types import Batch
 
 _AHEAD = 2
 

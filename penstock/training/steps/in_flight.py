@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from penstock.position import Position
 from penstock.training.steps.feed import Fed
 from penstock.training.steps.step import StepResult
-from penstock.types import Position
 
 AHEAD = {"cpu": 0, "cuda": 4}
 """By kind of device: steps that may be in flight when the next one begins."""

@@ -66,7 +66,8 @@ def test_marks_are_found_in_groups_lists_and_kinds():
             data.source.streams.*.sources.*.files.path
             data.source.streams.*.sources.*.files.quoted_line_breaks
             data.source.streams.*.sources.*.files.on_malformed_row
-            data.evaluation_source data.shuffle.block_bytes tables table_defaults
+            data.evaluation_source data.most_malformed data.shuffle.block_bytes
+            tables table_defaults
             training.batch_size training.accumulate_batches training.epochs training.max_steps
             training.optimizer.learning_rate training.optimizer.weight_decay
             training.optimizer.schedule training.clip_gradient_norm training.clip_with_tables

@@ -10,7 +10,7 @@ from penstock.config import parse_job
 from penstock.data import Dataset
 from penstock.data.formats import columnar
 from penstock.errors import DataError
-from penstock.types import Cursor, LanePosition, Position
+from penstock.position import Cursor, LanePosition, Position
 
 SCHEMA = pa.schema([(name, pa.int64()) for name in ("label", "id", "item", "time")])
 JOBS = {

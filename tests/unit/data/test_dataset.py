@@ -16,7 +16,7 @@ from penstock.data.files import glob_pattern
 from penstock.data.formats import columnar
 from penstock.data.source import chunk_rows
 from penstock.errors import ConfigError, DataError
-from penstock.types import Position
+from penstock.position import Position
 from tests.contract.data_cases import (
     assert_resumes_everywhere,
     make_job,

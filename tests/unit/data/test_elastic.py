@@ -17,7 +17,7 @@ from penstock.data.batches.loader_plan import LoaderPlan
 from penstock.data.batches.turns import News
 from penstock.data.formats import columnar, lines
 from penstock.errors import ConfigError, DataError
-from penstock.types import LanePosition, Position, Taken
+from penstock.position import LanePosition, Position, Taken
 from tests.world.ranks import World, in_world
 
 

@@ -17,7 +17,7 @@ from penstock.data.formats import columnar, lines
 from penstock.data.plan.lanes import Lane, batches_of
 from penstock.data.source import Extent
 from penstock.errors import ConfigError, DataError, GroupError
-from penstock.types import LanePosition, Position
+from penstock.position import LanePosition, Position
 from tests.world.ranks import World, in_world
 
 

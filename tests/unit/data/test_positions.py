@@ -14,7 +14,7 @@ from penstock.config import parse_job
 from penstock.data import Dataset
 from penstock.data.formats import columnar, lines
 from penstock.errors import DataError
-from penstock.types import LanePosition, Position
+from penstock.position import LanePosition, Position
 
 DAY = 100
 """Rows of each file."""

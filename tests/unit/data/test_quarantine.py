@@ -9,7 +9,7 @@ import pytest
 
 from penstock.data.quarantine import LeftOut, Quarantine
 from penstock.errors import DataError
-from penstock.types import FileTag
+from penstock.position import FileTag
 
 A, B = FileTag("a.csv", 100, "aa"), FileTag("b.csv", 100, "bb")
 

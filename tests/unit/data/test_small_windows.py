@@ -20,7 +20,7 @@ from penstock.data.batches import lane_queue
 from penstock.data.columns.negatives import NegativeColumns, can_draw, draw_rows
 from penstock.data.windows import growing, spans
 from penstock.errors import DataError, JobNote
-from penstock.types import Cursor, FileTag, LanePosition, Position, Span
+from penstock.position import Cursor, FileTag, LanePosition, Position, Span
 from tests.unit.data.test_negatives import item_rows_of
 from tests.world.ranks import World, in_world
 

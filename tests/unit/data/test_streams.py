@@ -17,7 +17,7 @@ from penstock.data.formats import columnar
 from penstock.data.opening import open_source
 from penstock.data.windows.planned import planned
 from penstock.errors import ConfigError, DataError
-from penstock.types import LanePosition, Position
+from penstock.position import LanePosition, Position
 from tests.world.ranks import World, in_world
 
 DAY = 1_000_000

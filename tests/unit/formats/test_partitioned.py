@@ -16,8 +16,8 @@ from penstock.data import Dataset
 from penstock.data.formats import columnar, lines, parquet
 from penstock.data.opening import open_source
 from penstock.errors import ConfigError, DataError
+from penstock.position import Position
 from penstock.training.trained import _source_like
-from penstock.types import Position
 from tests.contract.data_cases import (
     assert_resumes_everywhere,
     make_table,

@@ -12,7 +12,7 @@ from penstock.data import Dataset
 from penstock.data.formats import users_source
 from penstock.data.opening import open_source
 from penstock.errors import ConfigError, DataError
-from penstock.types import Position
+from penstock.position import Position
 
 SCHEMA = pa.schema({"label": pa.int64(), "key": pa.int64()})
 

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from penstock.config import parse_job
 from penstock.errors import ConfigError, DataError
+from penstock.position import Position
 from penstock.report.folder import RunFolder
 from penstock.report.json_lines import JsonLines, read_events
 from penstock.report.run_report import RunReport
-from penstock.types import Position
 
 JOB = {
     "name": "small",

@@ -30,6 +30,7 @@ from penstock.embedding import EmbeddingCollection
 from penstock.embedding.collection import table_files
 from penstock.errors import CheckpointError
 from penstock.models import build_model
+from penstock.position import Position
 from penstock.training.checkpoint import checkpoint as checkpoint_module
 from penstock.training.checkpoint.checkpoint import (
     Checkpoints,
@@ -40,7 +41,7 @@ from penstock.training.checkpoint.checkpoint import (
 )
 from penstock.training.metrics.binary import BinaryMetrics
 from penstock.training.steps.dense import DenseTrainer
-from penstock.types import Jagged, KeyedJagged, Position
+from penstock.types import Jagged, KeyedJagged
 
 JOB = {
     "data": {

@@ -19,11 +19,12 @@ from penstock.config import (
 from penstock.embedding import EmbeddingCollection
 from penstock.embedding.collection import table_files
 from penstock.errors import CheckpointError, CheckpointFailedElsewhere
+from penstock.position import Position
 from penstock.ranks.group import ALONE
 from penstock.training.checkpoint import checkpoint as checkpoint_module
 from penstock.training.checkpoint import shares
 from penstock.training.checkpoint.checkpoint import Checkpoints, TrainState, read_manifest, verify
-from penstock.types import Jagged, KeyedJagged, Position
+from penstock.types import Jagged, KeyedJagged
 from tests.unit.training.test_checkpoint import make_job
 from tests.world.ranks import World, in_world
 from tests.world.scheduler import current_task

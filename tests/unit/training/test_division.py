@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from penstock.errors import DivergedElsewhere, FailedElsewhere, NonFiniteError
+from penstock.position import Position
 from penstock.ranks.group import ALONE
 from penstock.training.steps.division import Division
 from penstock.training.steps.finite import Flag
-from penstock.types import Batch, KeyedJagged, Position
+from penstock.types import Batch, KeyedJagged
 from tests.world.ranks import World
 
 LANES = 5

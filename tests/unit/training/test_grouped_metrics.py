@@ -11,13 +11,14 @@ from torchmetrics.functional.classification import binary_auroc
 from penstock.config import Label, MetricsConfig
 from penstock.embedding import EmbeddingCollection
 from penstock.errors import ConfigError
+from penstock.position import Position
 from penstock.training.evaluation import evaluate_batches, scored
 from penstock.training.metrics import grouped as grouped_metrics
 from penstock.training.metrics.binary import BinaryMetrics
 from penstock.training.metrics.grouped import GroupedAUC, SliceMetrics
 from penstock.training.objective import SumOfTasks
 from penstock.training.tasks import BinaryTask
-from penstock.types import Batch, KeyedJagged, Position
+from penstock.types import Batch, KeyedJagged
 
 
 def samples(n=3000, groups=200, seed=0, ties=False):

@@ -7,11 +7,12 @@ import torch
 
 from penstock.config import Label
 from penstock.errors import NonFiniteError
+from penstock.position import Position
 from penstock.training.metrics.binary import BinaryMetrics
 from penstock.training.metrics.regression import RegressionMetrics
 from penstock.training.objective import SumOfTasks
 from penstock.training.tasks import BinaryTask, RegressionTask, TaskMetrics, tasks_of
-from penstock.types import Batch, KeyedJagged, Position
+from penstock.types import Batch, KeyedJagged
 
 CLICK = Label(column="click")
 SOMETIMES = Label(column="bought", missing="ignore")

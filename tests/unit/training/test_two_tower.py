@@ -12,11 +12,12 @@ from penstock.embedding import EmbeddingCollection
 from penstock.errors import ConfigError
 from penstock.models import TwoTower, build_model
 from penstock.models.parts.frequency import FrequencySketch
+from penstock.position import Position
 from penstock.training.in_batch_softmax import InBatchSoftmax
 from penstock.training.items import Catalogue, item_ids
 from penstock.training.metrics.recall import Recall
 from penstock.training.steps.step import look_up, model_inputs
-from penstock.types import Batch, FeatureShape, Jagged, KeyedJagged, Position
+from penstock.types import Batch, FeatureShape, Jagged, KeyedJagged
 
 NAMES = ("tags", "user", "item")
 ITEM = (0, 2)

@@ -10,7 +10,7 @@ from penstock.data.windows.graph import StoredPaths
 from penstock.data.windows.growing import Listing, begins, has_ended, next_span
 from penstock.data.windows.patterns import PathPattern
 from penstock.errors import DataError
-from penstock.types import Position, Span
+from penstock.position import Position, Span
 from tests.unit.windows.test_graph import Store, source
 
 HOURS = "logs/{YYYY}-{MM}-{DD}/{HH}.parquet"
