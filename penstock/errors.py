@@ -41,6 +41,10 @@ class PartialUpdateError(CapacityError):
     """Memory ran out when a part of the rows had taken the step already; the message says which."""
 
 
+class ListingError(DataError):
+    """A folder cannot be listed; it may be another time."""
+
+
 class MalformedRowError(DataError):
     """A row that cannot be read, where such rows are not left out."""
 

@@ -112,7 +112,7 @@ def _train_to_the_end(run: Run, job: Job, stop: Interruption) -> None:
     if run.state.step and run.is_due(job.evaluation.every_steps):
         run.evaluate()  # which a signal cut short; otherwise it is there
     with run.remaining_batches() as batches:
-        fed = run.clock.waiting_for(batches, stop)
+        fed = run.clock.waiting_for(batches, stop, lambda: batches.idle_s)
         steps = islice(steps_of(fed, job.training.accumulate_batches), run.steps_left())
         for group in run.watch.in_step(steps, stop):
             if run.begins_epoch(group) and job.evaluates_epochs:

@@ -139,7 +139,7 @@ _SECONDS = Group(
     "seconds",
     "Where the time went.",
     {
-        "data": Quantity(Unit.SECONDS, "waiting for the next batch"),
+        "data": Quantity(Unit.SECONDS, "waiting for the next batch, but not for files to appear"),
         "embedding": Quantity(Unit.SECONDS, "look-up, gradients and update of rows"),
         "dense": Quantity(Unit.SECONDS, "model forward, backward and update"),
         "evaluation": Quantity(Unit.SECONDS, "evaluations"),

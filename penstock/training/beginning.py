@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from penstock.config import Job, StreamsSource
+from penstock.data.windows.folders import Tries
 from penstock.data.windows.growing import Listing
 from penstock.data.windows.served import first_listing, first_waits
 from penstock.position import Position
@@ -57,11 +58,13 @@ def beginning_of(
     if not isinstance(source, StreamsSource) or not source.grows:
         return Beginning(None, None)
 
+    tries, is_told = Tries(), False
+
     def listed() -> Any:
-        found = first_listing(source)
+        # The first time an error may be one of the job.
+        found = tries.of(lambda: first_listing(source), tell) if is_told else first_listing(source)
         return "waiting" if found is None else found.to_plain()
 
-    is_told = False
     while (said := from_first(group, listed)) == "waiting":
         if not is_told and group.rank == 0:
             tell(f"no window is complete yet; waiting for {first_waits(source)}")

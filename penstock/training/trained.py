@@ -115,6 +115,11 @@ def open_trained(
         if labels != "required":
             job = _for_prediction(job, labels)
     elif job.data.split is None and job.data.evaluation_source is None:
+        if isinstance(job.data.source, StreamsSource) and job.data.source.grows:
+            raise ConfigError(
+                "the job holds nothing out, and of streams that grow no part can be: name files "
+                "with --data, or set data.evaluation_source"
+            )
         raise ConfigError(
             "the job holds nothing out: set data.split or data.evaluation_source, or name files "
             "with --data"

@@ -264,6 +264,32 @@ def test_a_job_without_held_out_part_is_measured_while_training(penstock, small_
     )
 
 
+def test_streams_that_grow_hold_nothing_out(penstock, tmp_path):
+    rows = tmp_path / "2026-01-01" / "0.csv"
+    rows.parent.mkdir()
+    rows.write_text("click,id\n" + "0,1\n1,2\n" * 50)
+    files = {"format": "csv", "path": f"{tmp_path}/{{YYYY}}-{{MM}}-{{DD}}/*.csv"}
+    source = {"name": "a", "files": files | {"types": {"id": "int64"}}, "closes_after": "1h"}
+    stream = {"name": "s", "start": "2026-01-01", "end": "now", "sources": [source]}
+    fields = {
+        "data": {
+            "source": {"format": "streams", "streams": [stream]},
+            "label": {"column": "click"},
+        },
+        "features": [{"columns": ["id"]}],
+        "training": {"batch_size": 10, "max_steps": 5},
+    }
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(fields))
+    assert penstock("train", job, "--out", tmp_path / "run")[0] == 0
+    code, _, errors = penstock("evaluate", tmp_path / "run")
+    assert (code, errors.strip()) == (
+        2,
+        "error: the job holds nothing out, and of streams that grow no part can be: name files "
+        "with --data, or set data.evaluation_source",
+    )
+
+
 def test_text_without_header_or_label(penstock, small_fields, tmp_path):
     rows = tmp_path / "rows.tsv"
     assert penstock("data", "synth", "--out", rows, "--rows", 2000)[0] == 0

@@ -21,8 +21,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -92,24 +94,35 @@ def _events(out: Path) -> list[str]:
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
-def killed(
-    folder: Path, kills: int, ranks: list[int], seed: int, hours: list[Path]
-) -> Counter[str]:
+class Log(NamedTuple):
+    """What grows."""
+
+    hours: list[Path]
+    """Files, as they appear."""
+    job_of: Callable[[Path, str], dict[str, object]]
+    """The job, by its folder and end."""
+    end: str
+    """In the end."""
+    most_s: float = 5
+    """Between two files."""
+
+
+def killed(folder: Path, kills: int, ranks: list[int], seed: int, log: Log) -> Counter[str]:
     """One run; what it was killed at."""
     rng, pace = random.Random(seed), random.Random(-seed)
     grown, met = folder / "grown", Counter[str]()
     grown.mkdir(parents=True)
     job, out = folder / "job.yaml", folder / "run"
-    job.write_text(yaml.safe_dump(fields_of(grown, "now")))
+    job.write_text(yaml.safe_dump(log.job_of(grown, "now")))
     is_over = threading.Event()
 
     def grow() -> None:
-        for path in hours:
+        for path in log.hours:
             to = grown / path.parent.name / path.name
             to.parent.mkdir(exist_ok=True)
             shutil.copy(path, folder / "part")
             (folder / "part").rename(to)
-            if is_over.wait(pace.uniform(0.5, 5)):
+            if is_over.wait(pace.uniform(log.most_s / 10, log.most_s)):
                 is_over.clear()
 
     feeder = threading.Thread(target=grow)
@@ -141,7 +154,7 @@ def killed(
         is_over.set()
         time.sleep(0.01)
     more = [] if is_new else ["--resume"]
-    end = f"data.source.streams.0.end={END}"
+    end = f"data.source.streams.0.end={log.end}"
     train(job, out, rng.choice(ranks), *more, "--set", end)
     return met
 
@@ -158,14 +171,14 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.runs + 1) as threads:
         folder = Path(name)
-        hours = write_hours(folder / "whole")
+        log = Log(write_hours(folder / "whole"), fields_of, END)
         job = folder / "whole.yaml"
         job.write_text(yaml.safe_dump(fields_of(folder / "whole", END)))
         (folder / "of-whole").mkdir()
         whole = threads.submit(train, job, folder / "of-whole" / "run", 1)
         runs = [
             threads.submit(
-                killed, folder / str(n), options.kills, options.ranks, options.seed + n, hours
+                killed, folder / str(n), options.kills, options.ranks, options.seed + n, log
             )
             for n in range(options.runs)
         ]

@@ -153,7 +153,7 @@ def drawn(rng, pooling):
 class Growing:
     """What comes behind a span: as many windows as the first rank says."""
 
-    is_waiting = False
+    is_waiting, waited_s = False, 0.0
 
     def __init__(self, source, seed):
         self._source, self._rng = source, np.random.default_rng(seed)

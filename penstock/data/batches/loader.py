@@ -169,6 +169,11 @@ class Loader:
         """Whether all that there is was read, and more may come."""
         return self._following is not None and self._following.is_waiting
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds so far in which there was nothing to deliver, as files were still to appear."""
+        return 0.0 if self._following is None else self._following.waited_s
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 

@@ -26,6 +26,8 @@ class Following(Protocol):
 
     is_waiting: bool
     """Whether `after` has nothing yet."""
+    waited_s: float
+    """So far, for files to appear, when all before was delivered."""
 
     def after(
         self,

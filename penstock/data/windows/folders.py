@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,42 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs
 
-from penstock.errors import DataError
+from penstock.errors import DataError, ListingError
 
 KEPT_BYTES = 64 << 20
 """Of names and sizes that stay for who asks later; the last listing stays however large it is."""
+
+
+_MOST_FAILURES = 7
+T = TypeVar("T")
+
+
+class Tries:
+    """Of listings again and again: some in a row may fail, each tried later than the one before."""
+
+    def __init__(self) -> None:
+        self._failures = self._pauses = 0
+
+    def of(self, listing: Callable[[], T], tell: Callable[[str], None]) -> T | None:
+        """What is listed; None: it failed, which is told, or is not tried this time.
+
+        Raises:
+          ListingError: it failed the seventh time in a row, some 60 calls after the first.
+        """
+        if self._pauses:
+            self._pauses -= 1
+            return None
+        try:
+            found = listing()
+        except ListingError as error:
+            self._failures += 1
+            if self._failures == _MOST_FAILURES:
+                raise
+            self._pauses = 2 ** (self._failures - 1) - 1
+            tell(f"{error}; it will be tried again ({self._failures} of {_MOST_FAILURES - 1})")
+            return None
+        self._failures = 0
+        return found
 
 
 class Entries(NamedTuple):
@@ -54,7 +86,7 @@ def listed(filesystem: fs.FileSystem, folder: str) -> Entries | None:
     """What a folder of a pyarrow file system holds; None: there is no such folder.
 
     Raises:
-      DataError: it cannot be listed.
+      ListingError: it cannot be listed.
     """
     base = folder or "."
     try:
@@ -63,7 +95,7 @@ def listed(filesystem: fs.FileSystem, folder: str) -> Entries | None:
             return None
         names = [info.base_name for info in infos]
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{base}: cannot be listed: {error}") from None
+        raise ListingError(f"{base}: cannot be listed: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(
             f"{base}: cannot be listed: a name in it is not UTF-8 ({error.object!r}); rename it"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
+
+from pyarrow import fs
 
 from penstock.config import Source as SourceConfig
 from penstock.config.streams import StreamsSource
@@ -16,18 +22,20 @@ from penstock.data.batches.stage import Stage
 from penstock.data.files import resolve_path
 from penstock.data.identity import WholeTags
 from penstock.data.plan.parts import PartRows
+from penstock.data.windows.folders import Tries
 from penstock.data.windows.graph import StoredPaths
 from penstock.data.windows.growing import (
     Listing,
     has_ended,
     is_behind_end,
+    listed_windows,
     next_span,
     waits_for,
 )
 from penstock.data.windows.late import LateFiles, words_of
 from penstock.data.windows.served import Opener, Streams, complete_now
-from penstock.data.windows.stored import listed_anew
-from penstock.errors import DataError
+from penstock.data.windows.stored import listed_anew, stored_paths
+from penstock.errors import DataError, ListingError
 from penstock.position import FileTag, LanePosition, Position, Span
 
 _LATE_POLLS = 30
@@ -59,14 +67,14 @@ class Spans:
         listing = listing or complete_now(config)
         self.first = Streams(config, open_files, listing)
         """The span with which to begin; the columns and types are those of all that follow."""
-        self.is_waiting = False
+        self.is_waiting, self.waited_s = False, 0.0
         self.on_wait: Callable[[str], None] = lambda words: None
         """Told, from a thread of the loader, what it waits for, each time that it begins to."""
         self.on_late: Callable[[str], None] = lambda words: None
         """Told, from a thread of the first rank's loader, which files came too late to be read."""
         self._late = LateFiles(config)
         self._late.add(listing)
-        self._polls = 0
+        self._tries, self._polls = Tries(), 0
         self._listed: Mapping[str, StoredPaths] | None = None
         """At the last poll; None: another rank lists."""
 
@@ -106,10 +114,15 @@ class Spans:
                     return self._stage(end, joined(waiting_rows(end), Listing.from_plain(found)))
                 self.is_waiting = True
                 if not is_told and is_taken() and self._listed is not None:
-                    is_told = True
-                    self.on_wait(waits_for(self._config, self._listed, end.span.until_ms))
+                    # Some of it may be listed for these words alone.
+                    with suppress(ListingError):
+                        words = waits_for(self._config, self._listed, end.span.until_ms)
+                        is_told = True
+                        self.on_wait(words)
+                begin_s = time.monotonic() if is_taken() else math.inf
                 if is_closed.wait(self._config.poll_s):
                     raise Closed
+                self.waited_s += max(0.0, time.monotonic() - begin_s)
         finally:
             self.is_waiting = False
 
@@ -117,9 +130,13 @@ class Spans:
         assert span is not None
         if has_ended(self._config, span.until_ms):
             return "ended"
+        return self._tries.of(lambda: self._next(span, first), self.on_late) or "waiting"
+
+    def _next(self, span: Span, first: int) -> Any:
+        """Lists what comes next, as JSON has it; tells of files that came too late."""
         paths = listed_anew(self._config)
-        self._listed = paths
         listing = next_span(self._config, paths, span.until_ms, first)
+        self._listed = paths
         self._polls += 1
         if listing is not None or self._polls % _LATE_POLLS == 0:
             late = self._late.found(paths)
@@ -219,7 +236,7 @@ def listing_of(config: StreamsSource, position: Position) -> Listing:
     """The span in which a position is, with the files that it had.
 
     Raises:
-      DataError: it was read on behind the end that a stream has by now.
+      DataError: it was read on behind the end that a stream has by now, or a file is gone.
     """
     assert position.span is not None
     left = iter(position.files)
@@ -231,7 +248,26 @@ def listing_of(config: StreamsSource, position: Position) -> Listing:
                 f"{files[0].path}: was begun, but stream {stream.name!r} ends at {stream.end!r}, "
                 "before it; set a later end"
             )
-    return Listing(position.span, [resolve_path(tag.path)[1] for tag in position.files])
+    listing = Listing(position.span, [resolve_path(tag.path)[1] for tag in position.files])
+    _check_present(config, listing, {tag.path for tag in position.files if tag.is_begun})
+    return listing
+
+
+def _check_present(config: StreamsSource, listing: Listing, begun: Collection[str]) -> None:
+    """Raises DataError where a file is gone that the windows at hand had; names it."""
+    of_sources: dict[str, list[str]] = defaultdict(list)
+    for stream, _, parts in listed_windows(config, listing):
+        for source, files in parts:
+            of_sources[f"{stream.name}/{source.name}"] += files
+    for name, stored in stored_paths(config).items():
+        infos = stored.filesystem.get_file_info(of_sources[name])
+        gone = next((info.path for info in infos if info.type == fs.FileType.NotFound), None)
+        if gone is not None:
+            what = "rows of it were read" if gone in begun else "it was still to be read"
+            raise DataError(
+                f"{gone}: removed, and {what} in the windows at hand; put it back (a copy will do) "
+                "until the run has come to later windows, or train in a new run folder"
+            )
 
 
 def opened_spans(

@@ -68,6 +68,11 @@ class Feed:
             self._thread.join()
 
     @property
+    def idle_s(self) -> float:
+        """Seconds so far in which there was nothing to feed, as files were still to appear."""
+        return self._loader.waited_s
+
+    @property
     def end(self) -> Position | None:
         """Where the data ends, once all of it was taken."""
         return self._loader.position if self._loader.has_ended else None

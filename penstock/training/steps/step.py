@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +37,8 @@ class Clock:
             ("data", "embedding", "dense", "evaluation", "checkpoint"), 0.0
         )
     )
-    """data: waiting for the next batch; embedding: look-up, gradients and update of rows; dense:
-    model forward, backward and update.
+    """data: waiting for the next batch, but not for files to appear; embedding: look-up, gradients
+    and update of rows; dense: model forward, backward and update.
     """
 
     @contextmanager
@@ -50,16 +50,26 @@ class Clock:
         finally:
             self.seconds[part] += time.perf_counter() - begin
 
-    def waiting_for(self, items: Iterable[Item], stop: Interruption) -> Iterator[Item]:
+    def waiting_for(
+        self, items: Iterable[Item], stop: Interruption, idle_s: Callable[[], float]
+    ) -> Iterator[Item]:
         """Yields the items; the time until each arrives counts as `data`.
+
+        Args:
+          items: whatever a step takes.
+          stop: ends it.
+          idle_s: seconds so far in which there was nothing to wait for yet; they do not count.
 
         Raises:
           Interrupted: a signal came meanwhile. Nothing is lost but an item that nobody had yet.
         """
         source = iter(items)
         while True:
+            before_s, idle_before_s = self.seconds["data"], idle_s()
             with self.measure("data"), stop.at_once():
                 item = next(source, None)
+            spent_s = self.seconds["data"] - (idle_s() - idle_before_s)
+            self.seconds["data"] = max(spent_s, before_s)
             if item is None:
                 return
             yield item

@@ -291,8 +291,16 @@ def test_close_wakes_whoever_is_blocked(blocked):
         ("day_[!0-2].tsv", "day_1.tsv", False),
         ("x?.csv", "x1.csv", True),
         ("x+.csv", "xx.csv", False),
+        ("[[]x", "[x", True),
+        ("[a[]x", "[x", True),
+        ("[a[b-]x", "cx", False),
+        ("[&&~~||]x", "|x", True),
+        ("[!&&]x", "&x", False),
+        ("[--0]x", ".x", True),
+        ("[\\]x", "\\x", True),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_globs(glob, path, expected):
     assert bool(glob_pattern(glob).fullmatch(path)) is expected
 

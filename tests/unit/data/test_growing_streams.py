@@ -12,8 +12,8 @@ import pytest
 from penstock.config import parse_job
 from penstock.config.streams import StreamsSource
 from penstock.data import Dataset
-from penstock.data.windows import growing
-from penstock.errors import ConfigError, DataError
+from penstock.data.windows import folders, growing
+from penstock.errors import ConfigError, DataError, ListingError
 from tests.unit.data.test_streams import (
     all_ids,
     config,
@@ -112,12 +112,15 @@ def test_batches_are_those_of_streams_that_were_there(shown, whole, lanes):
     expected = whole(lanes)
     dataset = opened(shown)
     assert dataset.grows and dataset.expected_samples("train") is None
-    found = taken(dataset.batches("train", start=in_lanes(lanes), **KWARGS), len(expected))
+    loader = dataset.batches("train", start=in_lanes(lanes), **KWARGS)
+    assert loader.waited_s == 0
+    found = taken(loader, len(expected))
     assert [ids for ids, _ in found] == expected
     assert sorted(one for ids, _ in found for one in ids) == [
         one for one in all_ids(shown.whole) if one < 1000_000_000
     ]
     assert shown.days > 8
+    assert loader.waited_s > 0
     files = [len(end.files) for _, end in found]
     assert max(files) < 12, "a position lists the files of its span alone"
 
@@ -252,3 +255,50 @@ def test_a_run_that_began_with_an_end_has_one(shown):
     (_, end), *_ = taken(fixed.batches("train", start=in_lanes(2), **KWARGS), 1)
     with pytest.raises(DataError, match="cannot go on with `end: now`"):
         Dataset.open(job(config(shown.whole, end="now")), after=end)
+
+
+def test_a_file_that_is_gone_is_named_with_a_remedy(shown):
+    (_, end), *_ = taken(opened(shown).batches("train", start=in_lanes(2), **KWARGS), 1)
+    begun = next(tag.path for tag in end.files if tag.is_begun)
+    unread = next(tag.path for tag in reversed(end.files) if not tag.is_begun)
+    for path, what in ((begun, "rows of it were read"), (unread, "it was still to be read")):
+        shutil.move(path, f"{path}.away")
+        with pytest.raises(DataError, match=rf"{path}: removed, and {what} .* put it back"):
+            Dataset.open(growing_job(shown), after=end)
+        shutil.move(f"{path}.away", path)
+    Dataset.open(growing_job(shown), after=end)
+
+
+class Failing:
+    """Lists folders, but for some times."""
+
+    def __init__(self, monkeypatch, times):
+        self.times, self.failed = times, 0
+        plain = folders.listed
+
+        def listed(filesystem, folder):
+            if self.failed < self.times and self.is_on:
+                self.failed += 1
+                raise ListingError(f"{folder}: cannot be listed: gone")
+            return plain(filesystem, folder)
+
+        self.is_on = False
+        monkeypatch.setattr(folders, "listed", listed)
+
+
+@pytest.mark.parametrize("times", [3, 200])
+def test_a_listing_that_fails_is_tried_again_some_times(shown, whole, monkeypatch, times):
+    expected, failing, told = whole(2), Failing(monkeypatch, times), []
+    monkeypatch.setattr(StreamsSource, "poll_s", 0.0005)
+    dataset = opened(shown)
+    dataset.tell_of_left_out(told.append)
+    failing.is_on = True
+    loader = dataset.batches("train", start=in_lanes(2), **KWARGS)
+    if times == 3:
+        assert [ids for ids, _ in taken(loader, len(expected))] == expected
+    else:
+        with pytest.raises(ListingError, match="cannot be listed: gone"):
+            taken(loader, len(expected))
+    tries = [text for text in told if "it will be tried again (" in text]
+    assert 0 < len(tries) <= 6
+    assert "(1 of 6)" in tries[0]
