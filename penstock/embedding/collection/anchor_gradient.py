@@ -114,7 +114,7 @@ class AnchorGradient(torch.Tensor):
             view = _view(func, args, kwargs)
             if view is not None:
                 return view
-        args, kwargs = pytree.tree_map_only(cls, AnchorGradient.norm, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(cls, AnchorGradient.number, (args, kwargs))
         return func(*args, **kwargs)
 
     def norm_of(self, norm_type: float) -> Tensor:
@@ -123,9 +123,32 @@ class AnchorGradient(torch.Tensor):
         norm = 0.0 if collection is None else collection.gradient_norm(norm_type)
         return torch.as_tensor(norm, dtype=self.dtype, device=self.device)
 
-    def norm(self) -> Tensor:  # type: ignore[override]
-        """Its value, of its shape: the L2 norm."""
+    def number(self) -> Tensor:
+        """Its value, of its shape: the L2 norm; a plain tensor."""
         return self.norm_of(2.0).reshape(self.shape)
+
+    # What torch does not do by operators, or refuses to do for a tensor without memory.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Its value."""
+        return self.number().numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        """Its value."""
+        number = self.number().numpy()
+        return number if dtype is None else number.astype(dtype)
+
+    def tolist(self) -> Any:
+        """Its value."""
+        return self.number().tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A plain tensor: the copy scales nothing."""
+        return self.number()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As of a plain tensor."""
+        return self.number().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiplies the tables' gradients."""
@@ -188,7 +211,7 @@ def _scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"number; got {func} with {args[1:]}"
         )
     if isinstance(factor, AnchorGradient):
-        factor = factor.norm()
+        factor = factor.number()
     gradient.scale(1.0 / factor if func.overloadpacket is _aten.div_ else factor)
     return gradient
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from penstock.config import FTRL
 from penstock.embedding.collection.anchor_gradient import AnchorGradient, is_in_backward
 from penstock.embedding.collection.graph_operator import collections_by_anchor
 from penstock.embedding.collection.loss_scale import watch_scalers
+from penstock.embedding.collection.torch_idioms import check_optimizer
 from penstock.errors import ConfigError, PenstockError
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 
 Closure = Callable[[], Any]
+# Look-ups: more than anybody means to wait for a first step.
+_MANY_PENDING = 1000
 _WATCHED = "_penstock_takes_back"
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -50,7 +54,7 @@ class Attachment:
         Raises:
           ConfigError: see `TableModule.attach`.
         """
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         _watch_step(type(optimizer))
         self._collection = weakref.ref(collection)
         self._optimizer = weakref.ref(optimizer)
@@ -168,6 +172,11 @@ class Attachment:
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Checks the tables' gradients before anything is updated, and hides them meanwhile."""
         collection = self.collection
+        if not collection.pending:
+            # Perhaps there is one of the anchor itself, which stands for none of tables.
+            self._is_stepping, self._is_skipped = True, False
+            collection.anchor.grad = self._gradient = None
+            return
         if not self._is_stepping and not self.settle():
             collection.pending.clear()
         scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
@@ -242,7 +251,7 @@ def _take_back_step(optimizer: torch.optim.Optimizer) -> None:
             attached._is_stepping = False
             attached.collection.anchor.grad = attached._gradient
     for each in _held_by(optimizer):
-        each.after_step()
+        each.show_again()
 
 
 def _watch_step(kind: type[torch.optim.Optimizer]) -> None:
@@ -264,20 +273,6 @@ def _watch_step(kind: type[torch.optim.Optimizer]) -> None:
 
     setattr(watched, _WATCHED, True)
     kind.step = watched  # type: ignore[assignment,method-assign]
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
-    if not isinstance(optimizer, torch.optim.Optimizer) or hooks is None:
-        raise ConfigError(
-            f"attach to a {type(optimizer).__name__}: expected a torch.optim.Optimizer that was "
-            "not wrapped; attach before accelerator.prepare, or to its `.optimizer`"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigError(
-            "LBFGS moves all parameters back and forth in one step, which tables cannot: train "
-            "them without attach, by apply_gradients, or take another optimizer"
-        )
 
 
 def _add_group(
@@ -313,6 +308,7 @@ class Unattached:
         self._collection = weakref.ref(collection)
         self._gradient: AnchorGradient | None = None
         self._backward: int | None = None
+        self._passed_by: str | None = None
 
     @property
     def collection(self) -> EmbeddingCollection:
@@ -320,6 +316,31 @@ class Unattached:
         collection = self._collection()
         assert collection is not None
         return collection
+
+    def check_applied(self) -> None:
+        """Refuses to add to gradients that should have been applied, or never are.
+
+        Raises:
+          ConfigError: an optimizer that was given the anchor has stepped since they came.
+        """
+        collection = self.collection
+        if not collection.pending:
+            self._passed_by = None
+        elif self._passed_by is not None:
+            raise ConfigError(
+                f"{self._passed_by} was given the parameters of an EmbeddingCollection and has "
+                "stepped, but the gradients of the tables before were not applied: call "
+                "collection.attach(optimizer), and its step() updates them, or "
+                "collection.apply_gradients() after each step; where tables are to step less "
+                "often than the optimizer, leave their anchor out of it"
+            )
+        elif len(collection.pending) == _MANY_PENDING and not collection.step:
+            warnings.warn(
+                f"gradients of {_MANY_PENDING} look-ups of an EmbeddingCollection wait, and none "
+                "was ever applied: call apply_gradients() after each step of the optimizer, or "
+                "attach(optimizer)",
+                stacklevel=2,
+            )
 
     def show(self) -> None:
         """Shows torch that there are gradients, at the end of the backward pass where it is in one.
@@ -375,18 +396,28 @@ class Unattached:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before an optimizer that holds the anchor reads the gradients."""
+        collection = self.collection
+        if not collection.pending:
+            # Perhaps there is one of the anchor itself, which stands for none of tables.
+            collection.anchor.grad = None
         if self._gradient is None:
             return
         scale = getattr(optimizer, "grad_scale", None)
-        if isinstance(scale, Tensor) and self.collection.anchor.grad is not None:
+        if isinstance(scale, Tensor) and collection.anchor.grad is not None:
             # A fused optimizer divides by GradScaler's scale itself.
-            self.collection.pending.unscale(scale.double().reciprocal())
+            collection.pending.unscale(scale.double().reciprocal())
         self.hide()
 
-    def after_step(self) -> None:
+    def show_again(self) -> None:
         """They are there still."""
         if self._gradient is None:
             self._show()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """They are there still, and should be applied by now."""
+        self.show_again()
+        if self._gradient is not None:
+            self._passed_by = type(optimizer).__name__
 
     def _show(self) -> None:
         collection = self._collection()
@@ -446,7 +477,7 @@ def _after_step(
 ) -> None:
     if not torch.compiler.is_compiling():
         for each in _held_by(optimizer):
-            each.after_step()
+            each.after_step(optimizer)
 
 
 # Of all optimizers: a collection does not know those that hold its anchor.

@@ -13,6 +13,8 @@ from penstock.embedding.store import PooledGradient, PooledLookup, PoolingPlan, 
 from penstock.errors import CapacityError, ConfigError, PartialUpdateError
 
 _MOST_NAMED = 4
+# As many batches as a step of a job may have.
+_MOST_PENDING = 1 << 16
 
 
 class _Pending:
@@ -132,6 +134,12 @@ class PendingGradients:
                 part.check()
                 self._parts[n] = part.with_added(new)
                 return
+        if len(self._parts) == _MOST_PENDING:
+            raise ConfigError(
+                f"gradients of {_MOST_PENDING} look-ups wait for an update, the most that one may "
+                "be of: call apply_gradients(), or the step of the optimizer that the collection "
+                "is attached to, more often"
+            )
         self._parts.append(new)
 
     def scale(self, factor: Tensor | float) -> None:

@@ -194,6 +194,7 @@ class TableModule(nn.Module):
             )
         scale = None
         if self._attachment is None:
+            self.unattached.check_applied()
             scale = scale_of_this_pass()
         else:
             self._settle()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms.join import Joinable
 
 from penstock.embedding.collection.table_state import TableKind
 from penstock.embedding.retention import retains
@@ -72,6 +73,30 @@ def is_asked_for(node: Any) -> bool:
             "those of its tables: they are kept for an update by backward() alone; leave the "
             "anchor out of its inputs, or ask for the gradient of the collection's output"
         ) from error
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer that tables cannot be attached to.
+
+    Raises:
+      ConfigError: it is one.
+    """
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    if not isinstance(optimizer, torch.optim.Optimizer) or hooks is None:
+        raise ConfigError(
+            f"attach to a {type(optimizer).__name__}: expected a torch.optim.Optimizer that was "
+            "not wrapped; attach before accelerator.prepare, or to its `.optimizer`"
+        )
+    if isinstance(optimizer, Joinable):  # ZeroRedundancyOptimizer
+        raise ConfigError(
+            f"{type(optimizer).__name__} gives each rank other parameters to update, which tables "
+            "over ranks divide by themselves: train them without attach, by apply_gradients"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS moves all parameters back and forth in one step, which tables cannot: train "
+            "them without attach, by apply_gradients, or take another optimizer"
+        )
 
 
 def check_averaged(collection: EmbeddingCollection) -> None:

@@ -3,9 +3,19 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from penstock import (
@@ -15,6 +25,7 @@ from penstock import (
     FeatureConfig,
     TableConfig,
 )
+from penstock.embedding.collection import attachment, pending
 
 KEYS = torch.arange(6).view(3, 2)
 
@@ -212,5 +223,165 @@ def test_under_distributed_data_parallel(tmp_path, options):
             model.embeddings.apply_gradients()
             twin.embeddings.apply_gradients()
             torch.testing.assert_close(model.rows(), twin.rows(), rtol=1e-5, atol=1e-6)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize(
+    ("read", "wanted"),
+    [
+        (lambda grad: grad.norm(2).item(), lambda norm: norm),
+        (lambda grad: grad.detach().data.norm(2).item(), lambda norm: norm),
+        (lambda grad: grad.data.norm(), lambda norm: norm),
+        (lambda grad: grad.norm(p=float("inf")), None),
+        (lambda grad: torch.linalg.vector_norm(grad), lambda norm: norm),
+        (lambda grad: grad.detach().cpu().numpy(), lambda norm: [norm]),
+        (np.asarray, lambda norm: [norm]),
+        (lambda grad: grad.tolist(), lambda norm: [norm]),
+        (copy.deepcopy, lambda norm: [norm]),
+        (lambda grad: pickle.loads(pickle.dumps(grad)), lambda norm: [norm]),
+        (lambda grad: grad.clone(), lambda norm: [norm]),
+    ],
+)
+def test_gradients_may_be_logged(read, wanted, attached):
+    """As trainers read those of all parameters."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    if attached:
+        model.embeddings.attach(optimizer)
+    backward(model)
+    norm = norm_of(model)
+    found = torch.as_tensor(read(model.embeddings.anchor.grad))
+    if wanted is None:
+        norm, wanted = float(model.embeddings.gradient_norm(float("inf"))), float
+    torch.testing.assert_close(found, torch.tensor(wanted(norm)), rtol=1e-6, atol=0)
+    assert type(found) is torch.Tensor
+    found.mul_(2)
+    assert norm_of(model) > 0
+    assert model.embeddings.anchor.grad is not None
+
+
+class TestForgottenUpdates:
+    """A model's embeddings were replaced, and its loop was not."""
+
+    @pytest.mark.parametrize("takes_closure", [False, True])
+    def test_an_optimizer_that_was_to_train_them_is_named(self, takes_closure):
+        model = Model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            backward(model)
+
+        if not takes_closure:
+            closure()
+        optimizer.step(closure if takes_closure else None)
+        with pytest.raises(ConfigError, match=r"Adam was given.*attach\(optimizer\)"):
+            closure()
+        # Either remedy.
+        model.embeddings.apply_gradients()
+        closure()
+        optimizer.step()
+        model.embeddings.apply_gradients()
+        model.embeddings.attach(optimizer)
+        for _ in range(2):
+            closure()
+            optimizer.step()
+        assert model.embeddings.step == 4
+
+    def test_several_passes_before_one_update_are_none(self):
+        model = Model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        dense = torch.optim.Adam(model.head.parameters(), lr=0.1)
+        for _ in range(2):
+            backward(model)
+            backward(model)
+            dense.step()  # which has nothing to do with the tables
+            backward(model)
+            optimizer.step()
+            model.embeddings.apply_gradients()
+        assert model.embeddings.step == 2
+
+    def test_where_no_update_ever_comes(self, monkeypatch):
+        monkeypatch.setattr(attachment, "_MANY_PENDING", 3)
+        monkeypatch.setattr(pending, "_MOST_PENDING", 5)
+        model = Model()
+        for _ in range(3):
+            backward(model)
+        with pytest.warns(UserWarning, match="none was ever applied: call apply_gradients"):
+            backward(model)
+        backward(model)
+        with pytest.raises(ConfigError, match="5 look-ups wait for an update"):
+            backward(model)
+        model.embeddings.apply_gradients()
+        for _ in range(5):
+            backward(model)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_gradient_of_the_anchor_without_those_of_tables_means_nothing(attached):
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    if attached:
+        model.embeddings.attach(optimizer)
+    before = model.rows()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert model.embeddings.anchor.tolist() == [0.0]
+    assert model.embeddings.anchor not in optimizer.state
+    assert torch.equal(model.rows(), before)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_distributed_checkpoints(tmp_path, attached):
+    """torch.distributed.checkpoint, which begins the states of optimizers by an empty step."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    def made():
+        model = Model()
+        model.embeddings.tables_in_state = False
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        if attached:
+            model.embeddings.attach(optimizer)
+        return model, optimizer
+
+    def train(model, optimizer):
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not attached:
+            model.embeddings.apply_gradients()
+
+    def states(pair):
+        return {"model": get_model_state_dict(pair[0]), "opt": get_optimizer_state_dict(*pair)}
+
+    try:
+        trained, loaded = made(), made()
+        for _ in range(11):  # the step has more digits than that of a new model
+            train(*trained)
+        dcp.save(states(trained), checkpoint_id=tmp_path / "saved")
+        trained[0].embeddings.save_tables(tmp_path / "tables")
+        loaded[0].embeddings.load_tables(tmp_path / "tables")
+        state = states(loaded)
+        dcp.load(state, checkpoint_id=tmp_path / "saved")
+        set_model_state_dict(loaded[0], state["model"])
+        loosely = StateDictOptions(strict=False)
+        set_optimizer_state_dict(*loaded, state["opt"], options=loosely)
+        for pair in (trained, loaded):
+            train(*pair)
+        assert torch.equal(loaded[0].rows(), trained[0].rows())
+        assert torch.equal(loaded[0].head.weight, trained[0].head.weight)
+        whole = ZeroRedundancyOptimizer(loaded[0].parameters(), torch.optim.SGD, lr=0.1)
+        groups = [len(group["params"]) for group in whole.param_groups]
+        loaded[0].embeddings.detach_optimizer()
+        with pytest.raises(ConfigError, match="ZeroRedundancyOptimizer gives each rank"):
+            loaded[0].embeddings.attach(whole)
+        assert [len(group["params"]) for group in whole.param_groups] == groups
+        backward(loaded[0])
+        whole.step()
+        loaded[0].embeddings.apply_gradients()
     finally:
         distributed.destroy_process_group()
