@@ -241,7 +241,7 @@ def glob_pattern(glob: str) -> re.Pattern[str]:
             rest = rest[1:]
         elif rest[0] == "[" and "]" in rest[2:]:
             end = rest.index("]", 2)
-            # Two of the last ones may come to be operators in a later Python.
+            # `[` begins a named class in RE2; two of the others may come to be operators in Python.
             inside = re.sub(r"[\\\[&~|]|-(?=-)", r"\\\g<0>", rest[1:end])
             out.append(f"[{'^' + inside[1:] if inside[0] == '!' else inside}]")
             rest = rest[end + 1 :]

@@ -203,8 +203,7 @@ def _level(name: str) -> Level:
             head += [_DIGIT] * width
             is_plain = is_plain and tail is None
         elif part in "*?" or (part[0] == "[" and len(part) > 1):
-            # RE2 has named classes, which globs have not.
-            pattern.append("[" + glob_pattern(part).pattern[1:].replace("[", r"\["))
+            pattern.append(glob_pattern(part).pattern)
             is_plain = is_plain and part == "*" and tail is None
             tail = b""
         else:
