@@ -246,10 +246,11 @@ class Reading(NamedTuple):
         """The beginning."""
         return Position(lanes=(LanePosition(),) * self.lanes)
 
-    def loader(self, data, seed, start, ranks=None, luck=None):
+    def loader(self, data, seed, start, ranks=None, luck=None, ledger=None):
         """Reads the data from a position on, as `Dataset.batches` does.
 
-        `luck`: a seed of which windows are there when somebody looks; None: all are.
+        `luck`: a seed of which windows are there when somebody looks; None: all are. `ledger`: of
+        what lanes take as they come to it; None: each has its own.
         """
         plan = LoaderPlan.of(
             self.batch_size,
@@ -277,4 +278,5 @@ class Reading(NamedTuple):
             quarantine=Quarantine(None),
             ranks=ranks,
             following=growing,
+            ledger=ledger,
         )

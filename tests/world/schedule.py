@@ -20,6 +20,7 @@ from penstock.embedding.sharded.store import ShardedStore
 from penstock.embedding.store import PooledGradient
 from penstock.errors import DataError, FailedElsewhere, GroupError, Interrupted
 from penstock.interruption import Interruption
+from penstock.ledger.file import LedgerFile
 from penstock.position import Position
 from penstock.ranks.in_step import in_step
 from penstock.ranks.together import of_checkpoint
@@ -76,6 +77,13 @@ class Leg(NamedTuple):
     """Rank and step at which a signal comes; then all stop and save."""
 
 
+class _Kept(LedgerFile):
+    """A ledger that outlives who reads by it."""
+
+    def close(self):
+        """Others go on with it."""
+
+
 class Schedule:
     """One run."""
 
@@ -98,10 +106,14 @@ class Schedule:
             assert self.reading.draws and "draw" in str(error), error
             self.reading = self.reading._replace(draws=False)
             self.batches = self._batches_of_one_process()
+        takes_turns = not self.reading.draws and self.rng.random() < 0.4
+        self.ledger = _Kept(None) if takes_turns else None
+        """What lanes take, whoever reads them; None: each has its own."""
 
-    def _batches_of_one_process(self):
+    def _batches_of_one_process(self, ledger=None):
         found = []
-        with self.reading.loader(self.data, self.seed, self.reading.start()) as loader:
+        start = self.reading.start()
+        with self.reading.loader(self.data, self.seed, start, ledger=ledger) as loader:
             for batch in loader:
                 found.append((ids_of(batch), batch.lane_sizes, batch.end))
         self.counts = loader.position.counts
@@ -137,6 +149,9 @@ class Schedule:
             if self._has_finished(world, ended):
                 break
             self.log.cut(self.saved.step)
+        if self.ledger is not None:
+            # In the order that came about.
+            self.batches = self._batches_of_one_process(self.ledger)
         oracle = Oracle(self.data.samples, self.seed, self.pooling)
         self.log.check(oracle, self.batches)
         rows = {}
@@ -209,7 +224,7 @@ class Schedule:
         signal_at = leg.signal_at[1] if (leg.signal_at or (-1,))[0] == rank.rank else None
         position = start
         luck = [self.seed, leg.number]
-        reads = self.reading.loader(self.data, self.seed, start, rank.beside(), luck)
+        reads = self.reading.loader(self.data, self.seed, start, rank.beside(), luck, self.ledger)
         with reads as loader, stop.deferred():
             try:
                 for batch in in_step(loader, rank, stop):

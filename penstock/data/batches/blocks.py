@@ -172,7 +172,8 @@ class Blocks:
         ledger, sizes = self._turns.ledger, (plan.block_rows, plan.rows_of_whole_batches)
         before = self._agreement.from_first(lambda: ledger.block(*number, sizes) or False)
         if before:
-            return deal_again(before, self._ask, window, number)
+            grows = self._plan.start.span is not None
+            return deal_again(before, self._ask, window, number, may_be_later=grows)
         dealt = deal_now(plan, self._ask_now, window, self._turns.news)
         if any(dealt.rows):
             self._agreement.in_first(lambda: ledger.add_block(*number, sizes, dealt.rows))

@@ -36,30 +36,42 @@ def deal_now(plan: LoaderPlan, offers: Asking, window: int, news: News) -> Dealt
       news: wakes this rank.
     """
     lanes, unit = plan.num_lanes, plan.rows_of_whole_batches
+    most_rows, most_bytes = plan.block_rows, plan.block_bytes // lanes
     while True:
-        found = offers([plan.block_rows] * lanes, plan.block_bytes // lanes, window)
+        found = offers([most_rows] * lanes, most_bytes, window)
         rows = [offer.rows for offer in found]
         total, is_whole = sum(rows), is_whole_window(found)
         nexts = [offer.next_window for offer in found if offer.next_window is not None]
         if is_whole and not total and nexts:
             window = min(nexts)
             continue
-        # No lane reads on: the block has less than it might, for want of memory.
-        is_full = total >= unit and all(
+        # No lane reads on, for want of memory.
+        is_full = all(
             offer.is_limited or offer.is_last or offer.next_window is not None for offer in found
         )
-        if is_whole or is_full or total >= plan.block_rows:
+        if is_whole or total >= most_rows or (is_full and total >= unit):
             break
-        news.wait(_WAIT_S)
-    most = min(total, plan.block_rows)
-    if not is_whole or total > plan.block_rows:
+        if is_full:
+            # Not one batch fits into the memory: there is one all the same.
+            most_rows, most_bytes = unit, UNLIMITED
+        else:
+            news.wait(_WAIT_S)
+    most = min(total, most_rows)
+    if not is_whole or total > most_rows:
         most -= most % unit
     rows = without(rows, total - most)
     is_last = [one.is_last and n == one.rows for one, n in zip(found, rows, strict=True)]
     return Dealt(rows, is_last, window)
 
 
-def deal_again(rows: Sequence[int], offers: Asking, window: int, number: tuple[int, int]) -> Dealt:
+def deal_again(
+    rows: Sequence[int],
+    offers: Asking,
+    window: int,
+    number: tuple[int, int],
+    *,
+    may_be_later: bool = False,
+) -> Dealt:
     """Deals a block as it was dealt before; waits for the lanes to read it.
 
     Args:
@@ -67,11 +79,14 @@ def deal_again(rows: Sequence[int], offers: Asking, window: int, number: tuple[i
       offers: asks all lanes, and waits for what is wanted.
       window: that of the block before, which is returned.
       number: epoch and number of the block, for the error.
+      may_be_later: whether, if nothing is left, the block may be of windows that come next.
 
     Raises:
       DataError: a lane does not have so many rows.
     """
     found = offers(rows, UNLIMITED, UNLIMITED)
+    if may_be_later and all(offer.is_last and not offer.rows for offer in found):
+        return Dealt([0] * len(found), [True] * len(found), window)
     for lane, (offer, wanted) in enumerate(zip(found, rows, strict=True)):
         if offer.rows < wanted:
             raise DataError(

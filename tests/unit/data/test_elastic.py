@@ -341,6 +341,19 @@ def test_for_want_of_memory_a_block_is_smaller_but_whole_batches():
     assert sum(found.rows) == 16 and found.is_last == [False, True, False]
 
 
+def test_a_batch_that_does_not_fit_into_the_memory_is_dealt_all_the_same():
+    asked = []
+
+    def offers(wanted, most_bytes, window):
+        asked.append((wanted, most_bytes))
+        return [Offer(5 * len(asked), False, True), Offer(1, False, True)]
+
+    plan = replace(plan_of(80, 16, 2), block_bytes=100)
+    found = deal_now(plan, offers, 0, News())
+    assert sum(found.rows) == 16
+    assert asked == [([80, 80], 50), ([16, 16], 2**63 - 1), ([16, 16], 2**63 - 1)]
+
+
 def test_less_than_a_batch_is_dealt_at_the_end_of_a_window_alone():
     asked = iter([
         [Offer(3, False, True), Offer(2, False, True)],
@@ -372,3 +385,16 @@ def test_a_block_of_before_asks_for_its_rows():
         DataError, match="block 1 of epoch 0 had 5 rows of lane 0, which has only 4"
     ):
         deal_again([5, 3], lambda *_: [Offer(4, True, False), Offer(3, False, False)], 6, (0, 1))
+
+
+def test_where_a_stage_has_ended_a_block_of_before_may_be_of_the_next_one():
+    def offers(wanted, most_bytes, window):
+        return [Offer(0, True, False), Offer(0, True, False)]
+
+    found = deal_again([5, 3], offers, 6, (0, 1), may_be_later=True)
+    assert found == ([0, 0], [True, True], 6)
+    with pytest.raises(DataError, match="only 0 left"):
+        deal_again([5, 3], offers, 6, (0, 1))
+    with pytest.raises(DataError, match="only 0 left"):
+        some = [Offer(5, True, False), Offer(0, True, False)]
+        deal_again([5, 3], lambda *_: some, 6, (0, 1), may_be_later=True)
