@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -62,13 +64,22 @@ class Entries(NamedTuple):
     """Names, ascending."""
     sizes: npt.NDArray[np.int64]
     """[files] bytes; 0 where the store does not say it."""
+    others: Sequence[str] = ()
+    """Names of what is neither, in any order: links that lead nowhere, pipes."""
 
     @classmethod
-    def of(cls, folders: Sequence[str], files: Sequence[str], sizes: Sequence[int]) -> Entries:
+    def of(
+        cls,
+        folders: Sequence[str],
+        files: Sequence[str],
+        sizes: Sequence[int],
+        others: Sequence[str] = (),
+    ) -> Entries:
         """From names in any order; `sizes`: [files] bytes."""
         names, order = _ascending(files)
         counts = np.array(sizes, np.int64)
-        return cls(_ascending(folders)[0], names, counts if order is None else counts[order])
+        counts = counts if order is None else counts[order]
+        return cls(_ascending(folders)[0], names, counts, others)
 
 
 class FolderStore(Protocol):
@@ -109,11 +120,25 @@ def listed(filesystem: fs.FileSystem, folder: str) -> Entries | None:
         if size is None or not is_certain
     }
     folders = [names[number] for number, kind in kinds.items() if kind == fs.FileType.Directory]
-    others = {number for number, kind in kinds.items() if kind != fs.FileType.File}
+    no_files = {number for number, kind in kinds.items() if kind != fs.FileType.File}
+    others = [names[n] for n in no_files if kinds[n] != fs.FileType.Directory]
+    if isinstance(filesystem, fs.LocalFileSystem):
+        others += _broken_links(base, names)
     if kinds:
-        files = [number for number in range(len(names)) if number not in others]
+        files = [number for number in range(len(names)) if number not in no_files]
         names, sizes = [names[n] for n in files], [sizes[n] or 0 for n in files]
-    return Entries.of(folders, names, sizes)
+    return Entries.of(folders, names, sizes, others)
+
+
+def _broken_links(folder: str, names: Sequence[str]) -> list[str]:
+    """Links of a folder that lead nowhere, which Arrow passes over, beside those it has named."""
+    with suppress(FileNotFoundError):  # removed meanwhile
+        every = os.listdir(folder)
+        if len(every) > len(names):
+            paths = ((name, os.path.join(folder, name)) for name in set(every).difference(names))
+            found = [name for name, at in paths if os.path.islink(at) and not os.path.exists(at)]
+            return [os.fsencode(name).decode(errors="replace") for name in found]
+    return []
 
 
 class Folders:
@@ -170,7 +195,7 @@ class Folders:
 
 def _bytes_of(folder: str, entries: Entries | None) -> int:
     """That a kept folder takes, about."""
-    known = 0 if entries is None else sum(part.nbytes for part in entries)
+    known = 0 if entries is None else sum(part.nbytes for part in entries[:3])
     return known + len(folder) + 1000  # Python's objects
 
 

@@ -79,6 +79,8 @@ class PathPattern:
           DataError: a glob of it is none.
         """
         self.path, self.where = path, where
+        self.passed_over: set[str] = set()
+        """Paths that match and were found to be no files or folders."""
         self.fields = fields_of_path(path)
         names = path.split("/")
         varies = next(n for n, name in enumerate(names) if _FIELD.search(name) or GLOB.search(name))

@@ -155,13 +155,17 @@ class Periods:
                 f"{self._pattern.path}: no such directory: {path or '.'}{self._pattern.where}"
             )
         num_entries = len(entries.files) + len(entries.folders)
+        prefix = _prefix(path) if path else ""
+        others = pa.array(sorted(entries.others), pa.large_string())
+        for _, rows in self._near(folders, path, others):
+            matching = taken(others, rows).to_pylist()
+            self._pattern.passed_over.update(prefix + name for name in matching)
         if self._is_last(folders):
             files = [
                 (key, InFolder.of(path, entries.files, entries.sizes, rows))
                 for key, rows in self._near(folders, path, entries.files)
             ]
             return _Listed([], files, num_entries)
-        prefix = _prefix(path) if path else ""
         below = [
             (key, prefix + name)
             for key, rows in self._near(folders, path, entries.folders)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -15,7 +16,7 @@ from penstock.config.streams import Stream, StreamSource, StreamsSource
 from penstock.data.files import file_key, paths_like
 from penstock.data.plan.lazy_extents import LazyExtents
 from penstock.data.source import Chunk, Extent, RowCount, Source
-from penstock.data.windows.graph import TaskGraph, WindowFiles
+from penstock.data.windows.graph import StoredPaths, TaskGraph, WindowFiles
 from penstock.data.windows.growing import (
     Listing,
     begins,
@@ -24,8 +25,8 @@ from penstock.data.windows.growing import (
     waits_for,
     windows_behind_end,
 )
-from penstock.data.windows.stored import Stored, listed_anew, stored_paths
-from penstock.errors import DataError
+from penstock.data.windows.stored import PassedOver, Stored, listed_anew, stored_paths
+from penstock.errors import DataError, JobNote
 from penstock.position import FileTag
 
 _EXTENTS_AT_ONCE = 16
@@ -73,6 +74,7 @@ class Streams:
             TaskGraph(config, paths) if listing is None else listed_windows(config, listing)
         )
         """All windows, those without a file among them, but of streams that grow."""
+        _warn_of_passed_over(paths)
         given: dict[str, list[str]] = defaultdict(list)
         for found in self.windows:
             for part in found.sources:
@@ -227,7 +229,15 @@ def first_listing(config: StreamsSource) -> Listing | None:
       DataError: as `TaskGraph`.
     """
     paths = listed_anew(config)
-    return next_span(config, paths, begins(config), 0)
+    listing = next_span(config, paths, begins(config), 0)
+    if listing is not None:
+        _warn_of_passed_over(paths)
+    return listing
+
+
+def _warn_of_passed_over(paths: Mapping[str, StoredPaths]) -> None:
+    if words := PassedOver().new(paths):
+        warnings.warn(words, JobNote, stacklevel=2)
 
 
 def first_waits(config: StreamsSource) -> str:

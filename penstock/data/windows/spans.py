@@ -34,7 +34,7 @@ from penstock.data.windows.growing import (
 )
 from penstock.data.windows.late import LateFiles, words_of
 from penstock.data.windows.served import Opener, Streams, complete_now
-from penstock.data.windows.stored import listed_anew, stored_paths
+from penstock.data.windows.stored import PassedOver, listed_anew, stored_paths
 from penstock.errors import DataError, ListingError
 from penstock.position import FileTag, LanePosition, Position, Span
 
@@ -74,7 +74,7 @@ class Spans:
         """Told, from a thread of the first rank's loader, which files came too late to be read."""
         self._late = LateFiles(config)
         self._late.add(listing)
-        self._tries, self._polls = Tries(), 0
+        self._tries, self._passed_over, self._polls = Tries(), PassedOver(), 0
         self._listed: Mapping[str, StoredPaths] | None = None
         """At the last poll; None: another rank lists."""
 
@@ -138,6 +138,8 @@ class Spans:
         listing = next_span(self._config, paths, span.until_ms, first)
         self._listed = paths
         self._polls += 1
+        if words := self._passed_over.new(paths):
+            self.on_late(words)
         if listing is not None or self._polls % _LATE_POLLS == 0:
             late = self._late.found(paths)
             if late:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pyarrow import fs
@@ -23,6 +24,27 @@ class Stored(NamedTuple):
     """Of the file system, among those of all sources."""
     path: str
     """Of the source, within its file system."""
+
+
+class PassedOver:
+    """What matches paths and is neither a file nor a folder; each is told once."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def new(self, stored: Mapping[str, StoredPaths]) -> str:
+        """Of all that was listed so far, what was not told before, in words; empty: nothing."""
+        found = {path for one in stored.values() for path in one.files.passed_over}
+        new = sorted(found - self._told)
+        self._told.update(new)
+        if not new:
+            return ""
+        others = f" and {len(new) - 1:,} more" if len(new) > 1 else ""
+        return (
+            f"{new[0]}{others}: neither a file nor a folder (a link that leads nowhere, or a pipe, "
+            f"{len(self._told):,} so far), so nothing is read there; if rows are missing, write it "
+            "anew as a file"
+        )
 
 
 def listed_anew(config: StreamsSource) -> dict[str, StoredPaths]:

@@ -257,6 +257,22 @@ def test_a_run_that_began_with_an_end_has_one(shown):
         Dataset.open(job(config(shown.whole, end="now")), after=end)
 
 
+def test_what_is_no_file_is_told_once(shown, whole):
+    expected, told = whole(2), []
+    dataset = opened(shown)
+    dataset.tell_of_left_out(told.append)
+    for number in (4, 8):
+        day = datetime(2026, 2, 24) + timedelta(days=number)
+        path = shown.folder / f"new/{day:%Y/%m/%d}/x.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to("nowhere")
+    loader = dataset.batches("train", start=in_lanes(2), **KWARGS)
+    assert [ids for ids, _ in taken(loader, len(expected))] == expected
+    told = [text for text in told if "neither a file nor a folder" in text]
+    assert 1 <= len(told) <= 2
+    assert "2 so far" in told[-1]
+
+
 def test_a_file_that_is_gone_is_named_with_a_remedy(shown):
     (_, end), *_ = taken(opened(shown).batches("train", start=in_lanes(2), **KWARGS), 1)
     begun = next(tag.path for tag in end.files if tag.is_begun)

@@ -16,7 +16,7 @@ from penstock.data.files import paths_like
 from penstock.data.formats import columnar
 from penstock.data.opening import open_source
 from penstock.data.windows.planned import planned
-from penstock.errors import ConfigError, DataError
+from penstock.errors import ConfigError, DataError, JobNote
 from penstock.position import LanePosition, Position
 from tests.world.ranks import World, in_world
 
@@ -128,6 +128,20 @@ def test_one_goes_on_from_any_batch(days, lanes):
         again = opened(config(days))
         rest = ids_in(again.batches("train", start=batches[number][1], **kwargs))
         assert rest == [ids for ids, _ in batches[number + 1 :]]
+
+
+def test_what_is_no_file_is_named_once_and_counted(days):
+    folder = days / "new/2026/02/24"
+    os.symlink(days / "nowhere", folder / "a.parquet")
+    os.mkfifo(folder / "b.parquet")
+    os.mkfifo(folder / "c.txt")  # which no path matches
+    os.symlink(days / "nowhere", days / "new/2026/02/25b")
+    with pytest.warns(JobNote) as notes:
+        opened(config(days))
+    (note,) = [str(one.message) for one in notes]
+    assert note.startswith(f"{folder}/a.parquet and 1 more: neither a file nor a folder")
+    with pytest.warns(JobNote, match=r"a.parquet and 1 more: .* 2 so far"):
+        opened(config(days, end="now"))
 
 
 def test_any_number_of_ranks_has_the_same_batches(days):
