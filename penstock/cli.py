@@ -90,6 +90,7 @@ savepoint_app = typer.Typer(
 app.add_typer(savepoint_app, name="savepoint")
 savepoint_app.command("create")(cli_savepoint.create)
 savepoint_app.command("restore")(cli_savepoint.restore)
+app.command("suspend")(cli_savepoint.suspend)
 
 
 def _say_version(is_asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""`penstock savepoint create` and `savepoint restore`: parse, call, print."""
+"""`penstock savepoint create`, `savepoint restore` and `suspend`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -51,6 +51,28 @@ def restore(
     job = out / "job.yaml"
     say(f"run folder {out}; go on with\n  penstock train {job if job.is_file() else 'JOB'} "
         f"--out {out} --resume")  # fmt: skip
+
+
+def suspend(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that trains.")],
+    patience: Annotated[
+        float, typer.Option(metavar="S", min=0, help="Seconds to wait until it has stopped.")
+    ] = 600.0,
+) -> None:
+    """Stops a run that trains on this machine, after its step, with a checkpoint.
+
+    As Ctrl-C at its terminal does, also where it waits for data; of several ranks all stop. It goes
+    on with `penstock train JOB --out RUN --resume`, with the bits of a run that never stopped.
+
+    **Example**
+
+        penstock suspend runs/clicks && penstock savepoint create runs/clicks --out saved/monday
+    """
+    from penstock.report.folder import stop_run
+    from penstock.training.trained import newest_of_run
+
+    stop_run(run, patience)
+    say(f"stopped; newest checkpoint: {newest_of_run(run)}")
 
 
 def _copied(run: Path, to: Path) -> Path:

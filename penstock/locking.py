@@ -18,6 +18,25 @@ class Held(Exception):
     """Another process has the lock; the text says who, where that is known."""
 
 
+def holder_of(path: Path) -> str | None:
+    """What the note of a signed lock says of who holds it; None: nobody does.
+
+    Raises:
+      OSError: the file cannot be looked at.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, _MOST_NOTE_BYTES, 0).decode(errors="replace").strip()
+    finally:
+        os.close(descriptor)
+    return None
+
+
 class FileLock:
     """An exclusive lock on a file, which is made for it and removed with it. Linux `flock`."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -24,10 +26,12 @@ from penstock.errors import ConfigError
 from penstock.events.event import values_from_json
 from penstock.events.registry import KINDS
 from penstock.job_file import dump_yaml, read_fields
-from penstock.locking import FileLock, Held
+from penstock.locking import FileLock, Held, holder_of
 from penstock.training.checkpoint.checkpoint import BEST, latest_checkpoint
 
 _LOCK = "run.lock"
+_POLL_S = 0.05
+_NOTE = re.compile(r"process (\d+) on (.*)")
 
 
 def default_folder(job: Job, runs: Path = Path("runs")) -> Path:
@@ -195,6 +199,49 @@ def files_of_run(path: Path) -> list[str]:
         )
         if each.exists()
     ]
+
+
+def stop_run(run: Path, patience_s: float) -> None:
+    """Sends SIGTERM to the process that trains in a run folder and waits until it has let go.
+
+    Args:
+      run: the folder.
+      patience_s: how long to wait.
+
+    Raises:
+      ConfigError: nobody trains there, on another machine or as another user somebody does, or it
+        has not stopped in time.
+    """
+    lock = run / _LOCK
+    try:
+        holder = holder_of(lock)
+    except OSError as error:
+        raise ConfigError(f"{lock}: cannot be looked at: {error.strerror}") from None
+    if holder is None:
+        raise ConfigError(f"{run}: no process trains in this folder; there is nothing to suspend")
+    found = _NOTE.fullmatch(holder)
+    if found is None:
+        raise ConfigError(f"{lock}: held by somebody that it does not name ({holder!r}); stop it")
+    number, host = int(found[1]), found[2]
+    if host != socket.gethostname():
+        raise ConfigError(f"{run}: trained by process {number} on {host}; suspend it there")
+    try:
+        os.kill(number, signal.SIGTERM)
+    except PermissionError:
+        raise ConfigError(
+            f"{run}: trained by process {number}, of another user; suspend it as that one"
+        ) from None
+    except ProcessLookupError:
+        pass  # it has just ended
+    end_s = time.monotonic() + patience_s
+    while holder_of(lock) == holder:
+        if time.monotonic() > end_s:
+            raise ConfigError(
+                f"{run}: process {number} was asked to stop and has not done so for "
+                f"{patience_s:g} s; it stops after its step, and must write a checkpoint: wait on, "
+                "or ask again, which stops it without one"
+            )
+        time.sleep(_POLL_S)
 
 
 def cannot_write(path: Path, error: OSError) -> ConfigError:

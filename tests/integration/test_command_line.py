@@ -25,6 +25,7 @@ COMMANDS = (
     ["data", "audit"],
     ["savepoint", "create"],
     ["savepoint", "restore"],
+    ["suspend"],
 )
 
 
@@ -46,6 +47,7 @@ def test_help_lists_what_exists(penstock):
         "compare",
         "data",
         "savepoint",
+        "suspend",
         "schema",
     ):
         assert f"│ {command} " in shown
@@ -57,6 +59,7 @@ def test_help_lists_what_exists(penstock):
         "compare",
         "data",
         "savepoint",
+        "suspend",
         "schema",
         "version",
         "help",
