@@ -13,6 +13,7 @@ from penstock.config import Label
 from penstock.models import TwoTower
 from penstock.training.items import item_ids
 from penstock.training.metrics.binary import RankingMetrics
+from penstock.training.metrics.sample_metrics import CPU
 from penstock.training.objective import Outcome, RunningMetrics
 from penstock.training.tasks import BinaryTask, Task
 from penstock.types import Batch
@@ -63,9 +64,9 @@ class InBatchSoftmax:
         """See `Objective`; the weights of positives."""
         return _weights(batch).sum(dtype=torch.float32).reshape(1)
 
-    def metrics(self) -> RunningMetrics:
+    def metrics(self, device: torch.device = CPU) -> RunningMetrics:
         """Mean loss, and the AUC of the pairs' scores where there are negatives."""
-        return RunningRankingMetrics()
+        return RunningRankingMetrics(device)
 
     def scores(self, outputs: Tensor) -> dict[str, Tensor]:
         """The scores of the pairs as they are: they are no probabilities."""
@@ -76,10 +77,10 @@ class InBatchSoftmax:
 class RunningRankingMetrics:
     """Mean loss of training steps, weighted by their positives, and `RankingMetrics`."""
 
-    def __init__(self) -> None:
-        self._ranking = RankingMetrics()
+    def __init__(self, device: torch.device = CPU) -> None:
+        self._ranking = RankingMetrics(device=device)
         # Sum of the loss times the weight of the positives, and that weight.
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, outputs: Tensor, loss: float) -> None:
         """See `RunningMetrics`."""
@@ -95,11 +96,11 @@ class RunningRankingMetrics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state as tensors."""
-        return {"loss_sums": self._sums.clone(), **self._ranking.state_dict()}
+        return {"loss_sums": self._sums.to("cpu", copy=True), **self._ranking.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state_dict`."""
-        self._sums = state["loss_sums"].clone()
+        self._sums = state["loss_sums"].to(self._sums.device, copy=True)
         self._ranking.load_state_dict(state)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import ConfigError
+from penstock.training.metrics.sample_metrics import CPU
 from penstock.training.tasks import Task, TaskMetrics, output_of_task
 from penstock.types import Batch
 
@@ -64,8 +65,8 @@ class Objective(Protocol):
     def total_weights(self, batch: Batch) -> Tensor:
         """[L] float32 weights of the samples that each task's loss is a mean of."""
 
-    def metrics(self) -> RunningMetrics:
-        """Empty metrics of training steps."""
+    def metrics(self, device: torch.device = CPU) -> RunningMetrics:
+        """Empty metrics of training steps, summed on a device."""
 
     def scores(self, outputs: Tensor) -> dict[str, Tensor]:
         """By task: what a user reads of `outputs`, [B] float32."""
@@ -127,9 +128,9 @@ class SumOfTasks:
             for number, task in enumerate(self.tasks)
         ])
 
-    def metrics(self) -> RunningMetrics:
+    def metrics(self, device: torch.device = CPU) -> RunningMetrics:
         """Those of each task."""
-        return TaskMetrics(self.tasks)
+        return TaskMetrics(self.tasks, device)
 
     def scores(self, outputs: Tensor) -> dict[str, Tensor]:
         """Probabilities, and numbers in the unit of their label."""

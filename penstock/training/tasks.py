@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from penstock.config import Label
 from penstock.training.metrics.binary import MAX_BINS, BinaryMetrics, RankingMetrics
 from penstock.training.metrics.regression import RegressionMetrics
-from penstock.training.metrics.sample_metrics import SampleMetrics
+from penstock.training.metrics.sample_metrics import CPU, SampleMetrics
 from penstock.types import Batch
 
 
@@ -83,8 +83,8 @@ class Task(ABC):
     ) -> Tensor: ...
 
     @abstractmethod
-    def metrics(self, max_bins: int | None = MAX_BINS) -> SampleMetrics:
-        """Empty metrics; `max_bins` as of `BinaryMetrics`."""
+    def metrics(self, max_bins: int | None = MAX_BINS, device: torch.device = CPU) -> SampleMetrics:
+        """Empty metrics; `max_bins` and `device` as of `BinaryMetrics`."""
 
     @abstractmethod
     def metric_scores(self, outputs: Tensor) -> Tensor:
@@ -106,9 +106,10 @@ class BinaryTask(Task):
         super().__init__(label, weight)
         self._gives_logits = gives_logits
 
-    def metrics(self, max_bins: int | None = MAX_BINS) -> SampleMetrics:
+    def metrics(self, max_bins: int | None = MAX_BINS, device: torch.device = CPU) -> SampleMetrics:
         """AUC; of logits also log loss and calibration."""
-        return BinaryMetrics(max_bins) if self._gives_logits else RankingMetrics(max_bins)
+        kind = BinaryMetrics if self._gives_logits else RankingMetrics
+        return kind(max_bins, device)
 
     def metric_scores(self, outputs: Tensor) -> Tensor:
         """The outputs."""
@@ -134,9 +135,9 @@ class BinaryTask(Task):
 class RegressionTask(Task):
     """A number, learnt by squared error; the output is (number - offset) / scale."""
 
-    def metrics(self, max_bins: int | None = MAX_BINS) -> SampleMetrics:
+    def metrics(self, max_bins: int | None = MAX_BINS, device: torch.device = CPU) -> SampleMetrics:
         """Errors in the label's unit; `max_bins` has no meaning here."""
-        return RegressionMetrics()
+        return RegressionMetrics(device)
 
     def metric_scores(self, outputs: Tensor) -> Tensor:
         """Numbers in the label's unit."""
@@ -173,9 +174,9 @@ def output_of_task(values: Tensor, task: int) -> Tensor:
 class TaskMetrics:
     """The metrics of each task of a job. Of one task alone, they are its own, without a name."""
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, tasks: Sequence[Task], device: torch.device = CPU) -> None:
         self._tasks = tuple(tasks)
-        self._metrics = [task.metrics() for task in tasks]
+        self._metrics = [task.metrics(device=device) for task in tasks]
 
     def add(self, batch: Batch, outputs: Tensor, loss: float) -> None:
         """Adds the samples of a batch with the outputs [B] or [B, L] of the model.

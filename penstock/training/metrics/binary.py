@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from penstock.errors import DataError, NonFiniteError
+from penstock.training.metrics.sample_metrics import CPU
 
 MAX_BINS = 1 << 20
 """Bins of the histogram behind the AUC; with them it takes 20 MB."""
-_PENDING_LOGITS = 1 << 16
+_PENDING_LOGITS = {"cpu": 1 << 16, "cuda": 1 << 19}
 """Samples kept as they came until they are summed: many small batches cost as one."""
 _PENDING_SAMPLES = 1 << 19
 """Samples kept as they came until they are sorted into the histogram."""
@@ -34,12 +35,16 @@ class BinaryMetrics:
 
     Args:
       max_bins: different scores that are told apart, 20 bytes each; None: all, for an exact AUC.
+      device: where samples are kept and summed. A GPU is waited for once in some 2^19 samples, not
+        at every update; there weighted sums have the same bits again just if torch's deterministic
+        algorithms are used.
     """
 
-    def __init__(self, max_bins: int | None = MAX_BINS) -> None:
+    def __init__(self, max_bins: int | None = MAX_BINS, device: torch.device = CPU) -> None:
+        self._device = device
         # Weighted sums of: loss, prediction, label, one; then the numbers of samples, positives.
-        self._sums = torch.zeros(6, dtype=torch.float64)
-        self._histogram = _ScoreHistogram(max_bins)
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self._histogram = _ScoreHistogram(max_bins, device)
         self._pending: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._num_pending = 0
         self._num_in_histogram = 0
@@ -54,23 +59,18 @@ class BinaryMetrics:
           weights: [B] >= 0; None: 1 each.
 
         Raises:
-          NonFiniteError: a logit is NaN or infinite.
-          DataError: a label is NaN, which is how data without a label column reads.
+          NonFiniteError: a logit is NaN or infinite; on a GPU when it is summed up.
+          DataError: a label is NaN, which is how data without a label column reads; as before.
         """
-        scores = logits.detach().to("cpu", torch.float32, copy=True)
-        labels = labels.detach().to("cpu", torch.float32, copy=True)
-        # A sum is one pass; it is finite unless something is not, or all are huge.
-        if not math.isfinite(float(scores.sum())):
-            bad = scores.numel() - int(torch.isfinite(scores).sum())
-            if bad:
-                raise NonFiniteError(f"{bad} of {scores.numel()} logits are NaN or infinite")
-        if math.isnan(float(labels.sum())):
-            raise DataError("metrics need labels, but the data has no label column")
+        scores = logits.detach().to(self._device, torch.float32, copy=True)
+        labels = labels.detach().to(self._device, torch.float32, copy=True)
+        if not scores.is_cuda:
+            _check(scores, labels)
         if weights is not None:
-            weights = weights.detach().to("cpu", torch.float32, copy=True)
+            weights = weights.detach().to(self._device, torch.float32, copy=True)
         self._pending.append((scores, labels, weights))
         self._num_pending += scores.numel()
-        if self._num_pending >= _PENDING_LOGITS:
+        if self._num_pending >= _PENDING_LOGITS[self._device.type]:
             self._settle()
 
     def _settle(self) -> None:
@@ -84,6 +84,8 @@ class BinaryMetrics:
         """Adds what is pending to the histogram alone: its weights do not depend on when."""
         scores, label, weight = self._join_pending(self._num_in_histogram)
         self._num_in_histogram = len(self._pending)
+        if scores.is_cuda:
+            _check(scores, label)
         if scores.numel():
             self._histogram.add(scores.to(torch.float32), label * weight, (1 - label) * weight)
 
@@ -94,12 +96,13 @@ class BinaryMetrics:
         logit, label, weight = self._join_pending()
         # -log(p) for label 1, -log(1 - p) for label 0, without computing p.
         loss = logit.clamp(min=0) - logit * label + torch.log1p(torch.exp(-logit.abs()))
+        total = weight.sum()
         return self._sums + torch.stack((
             (loss * weight).sum(),
             (torch.sigmoid(logit) * weight).sum(),
             (label * weight).sum(),
-            weight.sum(),
-            torch.tensor(label.numel(), dtype=torch.float64),
+            total,
+            torch.full_like(total, label.numel()),
             (label > 0.5).sum(dtype=torch.float64),
         ))
 
@@ -107,7 +110,7 @@ class BinaryMetrics:
         """[3, samples] float64: logits (of float32), labels, weights; from update `start` on."""
         pending = self._pending[start:]
         if not pending:
-            return torch.zeros(3, 0, dtype=torch.float64)
+            return torch.zeros(3, 0, dtype=torch.float64, device=self._device)
         scores, labels, weights = zip(*pending, strict=True)
         given = [
             torch.ones_like(score) if weight is None else weight
@@ -169,13 +172,14 @@ class BinaryMetrics:
         What is pending stays so, that the sums are rounded as if nobody had asked.
         """
         self._settle_histogram()
-        pending = {"pending": self._join_pending()}
-        return {"sums": self._sums.clone(), **pending, **self._histogram.state_dict()}
+        state = {"sums": self._sums.clone(), "pending": self._join_pending()}
+        state |= self._histogram.state_dict()
+        return {name: one.cpu() for name, one in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state_dict`; replaces what was there."""
-        self._sums = state["sums"].clone()
-        scores, labels, weights = state["pending"].clone()
+        self._sums = state["sums"].to(self._device, copy=True)
+        scores, labels, weights = state["pending"].to(self._device, copy=True)
         self._pending = [(scores, labels, weights)] if len(scores) else []
         self._num_pending = len(scores)
         self._num_in_histogram = len(self._pending)
@@ -185,8 +189,8 @@ class BinaryMetrics:
 class RankingMetrics:
     """AUC of scores that are no logits: where labels are of one class, only their number."""
 
-    def __init__(self, max_bins: int | None = MAX_BINS) -> None:
-        self._binary = BinaryMetrics(max_bins)
+    def __init__(self, max_bins: int | None = MAX_BINS, device: torch.device = CPU) -> None:
+        self._binary = BinaryMetrics(max_bins, device)
 
     def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Adds samples; see `BinaryMetrics.update`."""
@@ -215,7 +219,7 @@ def auc_of_scores(scores: Tensor, labels: Tensor, weights: Tensor | None = None)
       labels: [B] in {0, 1}.
       weights: [B] >= 0; None: 1 each.
     """
-    histogram = _ScoreHistogram(max_bins=None)
+    histogram = _ScoreHistogram(None, CPU)
     label = labels.to(torch.float64)
     weight = torch.ones_like(label) if weights is None else weights.to(torch.float64)
     histogram.add(scores.to(torch.float32), label * weight, (1 - label) * weight)
@@ -226,6 +230,16 @@ def logits_of_probabilities(probabilities: Tensor) -> Tensor:
     """[B] probabilities in [0, 1] -> [B] float32 logits, finite: 0 and 1 become -+36.7."""
     smallest = 2.0**-53
     return torch.logit(probabilities.to(torch.float64), eps=smallest).to(torch.float32)
+
+
+def _check(scores: Tensor, labels: Tensor) -> None:
+    # A sum is one pass; it is finite unless something is not, or all are huge.
+    if not math.isfinite(float(scores.sum())):
+        bad = scores.numel() - int(torch.isfinite(scores).sum())
+        if bad:
+            raise NonFiniteError(f"{bad} of {scores.numel()} logits are NaN or infinite")
+    if math.isnan(float(labels.sum())):
+        raise DataError("metrics need labels, but the data has no label column")
 
 
 def _entropy(probability: float) -> float:
@@ -243,12 +257,12 @@ class _ScoreHistogram:
     kept, in order.
     """
 
-    def __init__(self, max_bins: int | None) -> None:
+    def __init__(self, max_bins: int | None, device: torch.device) -> None:
         self._max_bins = max_bins
         self._shift = 0
-        self._bins = torch.zeros(0, dtype=torch.int32)
-        self._positive = torch.zeros(0, dtype=torch.float64)
-        self._negative = torch.zeros(0, dtype=torch.float64)
+        self._bins = torch.zeros(0, dtype=torch.int32, device=device)
+        self._positive = torch.zeros(0, dtype=torch.float64, device=device)
+        self._negative = torch.zeros(0, dtype=torch.float64, device=device)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_pending = 0
 
@@ -288,7 +302,7 @@ class _ScoreHistogram:
         middle = weight.cumsum(0) - 0.5 * weight
         bucket = (middle * (count / total)).to(torch.int64).clamp(max=count - 1)
         scores = _score_of_bits(self._bins << self._shift).to(torch.float64)
-        sums = torch.zeros(3, count, dtype=torch.float64)
+        sums = torch.zeros(3, count, dtype=torch.float64, device=self._bins.device)
         for row, amount in enumerate((torch.sigmoid(scores) * weight, self._positive, weight)):
             sums[row].index_add_(0, bucket, amount)
         sums = sums[:, sums[2] > 0]
@@ -307,9 +321,10 @@ class _ScoreHistogram:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._pending.clear()
         self._num_pending = 0
-        self._bins = state["bins"].clone()
-        self._positive = state["positive"].clone()
-        self._negative = state["negative"].clone()
+        device = self._bins.device
+        self._bins = state["bins"].to(device, copy=True)
+        self._positive = state["positive"].to(device, copy=True)
+        self._negative = state["negative"].to(device, copy=True)
         self._shift = int(state["shift"])
 
     def _settle(self) -> None:
@@ -336,8 +351,9 @@ class _ScoreHistogram:
     def _sum_equal(self, bins: Tensor, positive: Tensor, negative: Tensor) -> None:
         # Bin and place in one number: numpy sorts plain int64 five times as fast as torch sorts
         # int32 with its order, and equal bins keep their order, which fixes the sums' rounding.
-        packed = torch.from_numpy(
-            np.sort(((bins.to(torch.int64) << 32) | torch.arange(bins.numel())).numpy())
+        packed = (bins.to(torch.int64) << 32) | torch.arange(bins.numel(), device=bins.device)
+        packed = (
+            packed.sort().values if packed.is_cuda else torch.from_numpy(np.sort(packed.numpy()))
         )
         ordered = (packed >> 32).to(torch.int32)
         order = packed & 0xFFFFFFFF
@@ -345,7 +361,7 @@ class _ScoreHistogram:
         is_first[1:] = ordered[1:] != ordered[:-1]
         self._bins = ordered[is_first]
         place = is_first.cumsum(0) - 1
-        empty = torch.zeros(self._bins.numel(), dtype=torch.float64)
+        empty = torch.zeros(self._bins.numel(), dtype=torch.float64, device=bins.device)
         self._positive = empty.index_add(0, place, positive[order])
         self._negative = empty.index_add(0, place, negative[order])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.errors import NonFiniteError
+from penstock.training.metrics.sample_metrics import CPU
 
 
 class RegressionMetrics:
@@ -18,9 +19,9 @@ class RegressionMetrics:
     whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
         # Weighted sums of: squared error, absolute error, error, one; then the number of samples.
-        self._sums = torch.zeros(5, dtype=torch.float64)
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def update(self, predictions: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Adds samples.
@@ -31,20 +32,22 @@ class RegressionMetrics:
           weights: [B] >= 0; None: 1 each.
 
         Raises:
-          NonFiniteError: a prediction is NaN or infinite.
+          NonFiniteError: a prediction is NaN or infinite. On a GPU that is not looked at, and the
+            metrics are NaN.
         """
-        predicted = predictions.detach().to("cpu", torch.float64)
-        if not bool(torch.isfinite(predicted).all()):
+        there = self._sums
+        predicted = predictions.detach().to(there)
+        if not predicted.is_cuda and not bool(torch.isfinite(predicted).all()):
             bad = predicted.numel() - int(torch.isfinite(predicted).sum())
             raise NonFiniteError(f"{bad} of {predicted.numel()} predictions are NaN or infinite")
-        error = predicted - labels.to("cpu", torch.float64)
-        weight = torch.ones_like(error) if weights is None else weights.to("cpu", torch.float64)
+        error = predicted - labels.to(there)
+        weight = torch.ones_like(error) if weights is None else weights.to(there)
         self._sums += torch.stack((
             (error.square() * weight).sum(),
             (error.abs() * weight).sum(),
             (error * weight).sum(),
             weight.sum(),
-            torch.tensor(error.numel(), dtype=torch.float64),
+            torch.full_like(there[0], error.numel()),
         ))
 
     def merge(self, other: RegressionMetrics) -> None:
@@ -72,8 +75,8 @@ class RegressionMetrics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state; not shared with this object."""
-        return {"sums": self._sums.clone()}
+        return {"sums": self._sums.to("cpu", copy=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state_dict`; replaces what was there."""
-        self._sums = state["sums"].clone()
+        self._sums = state["sums"].to(self._sums.device, copy=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+CPU = torch.device("cpu")
 
 
 class SampleMetrics(Protocol):

@@ -32,24 +32,27 @@ class Place(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a step saw before its update, on the CPU."""
+    """What a step saw before its update."""
 
     before: Place
     fed: Sequence[Fed]
     is_finite: bool
     """Whether all numbers were, of this step and of those before it: it was applied."""
     losses: Sequence[Tensor]
-    """Of each batch, see `StepResult`."""
+    """Of each batch, see `StepResult`; on the CPU."""
     outputs: Sequence[Tensor]
+    """Of each batch, see `StepResult`."""
 
 
 class _Begun:
-    """A step, and copies to the CPU of what it saw, which may still be under way."""
+    """A step, and copies to the CPU of what the host wants of it, which may be under way."""
 
-    def __init__(self, before: Place, fed: Sequence[Fed], result: StepResult) -> None:
+    def __init__(
+        self, before: Place, fed: Sequence[Fed], result: StepResult, *, copies_outputs: bool
+    ) -> None:
         self._before, self._fed = before, fed
-        told = [result.is_raised, *result.losses, *result.outputs]
-        self._told = [_begin_copy(one) for one in told]
+        outputs = map(_begin_copy, result.outputs) if copies_outputs else result.outputs
+        self._told = [_begin_copy(result.is_raised), *map(_begin_copy, result.losses), *outputs]
         self._is_done: torch.cuda.Event | None = None
         if result.is_raised.is_cuda:
             self._is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -68,15 +71,21 @@ class _Begun:
 class InFlight:
     """The steps of a run that the host has begun and not looked at, in order."""
 
-    def __init__(self, device: torch.device) -> None:
-        """None yet; `device` is that of the steps."""
+    def __init__(self, device: torch.device, *, copies_outputs: bool) -> None:
+        """None yet.
+
+        Args:
+          device: of the steps.
+          copies_outputs: whether outputs are wanted on the CPU.
+        """
+        self._copies_outputs = copies_outputs
         self.most = AHEAD[device.type]
         """Steps that need not be looked at before the next one begins."""
         self._begun: deque[_Begun] = deque()
 
     def add(self, before: Place, fed: Sequence[Fed], result: StepResult) -> None:
         """A step that was begun."""
-        self._begun.append(_Begun(before, fed, result))
+        self._begun.append(_Begun(before, fed, result, copies_outputs=self._copies_outputs))
 
     def seen(self, most: int = 0) -> Iterator[Seen]:
         """Waits for all but the last `most` steps, and yields what they saw, in order."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from penstock.training.checkpoint.checkpoint import TrainState
+from penstock.training.metrics.sample_metrics import CPU
 from penstock.training.objective import RunningMetrics
 from penstock.training.steps.feed import Fed
 from penstock.training.steps.in_flight import InFlight, Place, Seen
@@ -21,9 +22,13 @@ class Progress:
         Effects: gives the state metrics of the steps since the last log line.
         """
         self._state, self._training = state, training
-        self._metrics: RunningMetrics = training.objective.metrics()
+        # Alone, metrics are summed where the outputs are; over ranks they come by way of the CPU.
+        self._is_alone = training.division.group.size == 1
+        self._device = training.collection.device if self._is_alone else CPU
+        self._metrics: RunningMetrics = training.objective.metrics(self._device)
         state.metrics = self._metrics
-        self._in_flight = InFlight(training.collection.device)
+        device = training.collection.device
+        self._in_flight = InFlight(device, copies_outputs=not self._is_alone)
         self.samples = 0
         """Of all ranks, trained on by this process and seen."""
         # What clock and counter showed when the current window of steps began.
@@ -75,7 +80,7 @@ class Progress:
         metrics, seconds = self._metrics.compute(), self._training.clock.seconds
         if not metrics["samples"]:
             return None
-        self._state.metrics = self._metrics = self._training.objective.metrics()
+        self._state.metrics = self._metrics = self._training.objective.metrics(self._device)
         spent = {part: s - self._window_seconds[part] for part, s in seconds.items()}
         trained = self.samples - self._window_samples
         self._window_seconds, self._window_samples = dict(seconds), self.samples
@@ -89,7 +94,9 @@ class Progress:
     def _count(self, seen: Seen) -> None:
         division = self._training.division
         for fed, losses, of_batch in zip(seen.fed, seen.losses, seen.outputs, strict=True):
-            batch, outputs = division.whole(fed.batch, of_batch)
+            batch, outputs = fed.there, of_batch
+            if not self._is_alone:
+                batch, outputs = division.whole(fed.batch, of_batch)
             self._metrics.add(batch, outputs, loss_of(losses, division))
             self.samples += batch.batch_size
 

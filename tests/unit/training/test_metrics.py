@@ -274,3 +274,30 @@ def test_asking_for_the_state_changes_no_bit_of_what_comes_out():
         if number % 5 == 0:
             asked.compute()
     assert asked.compute() == left_alone.compute()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("max_bins", [1000, metrics_module.MAX_BINS])
+def test_summed_on_a_gpu_they_are_those_of_the_cpu(weighted, max_bins):
+    there = torch.device("cuda")
+    on_gpu, on_cpu, again = (
+        BinaryMetrics(max_bins, device) for device in (there, torch.device("cpu"), there)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for size in (0, 1, 100_000, 600_000, 7):
+        logits = torch.randn(size, generator=generator)
+        labels = (torch.rand(size, generator=generator) < 0.3).float()
+        weights = torch.rand(size, generator=generator) if weighted else None
+        on_cpu.update(logits, labels, weights)
+        on_gpu.update(logits.to(there), labels.to(there), weights)
+        again.load_state_dict(on_gpu.state_dict())
+    assert all(one.device.type == "cpu" for one in on_gpu.state_dict().values())
+    expected = on_cpu.compute()
+    for found in (on_gpu.compute(), again.compute()):
+        # Sums of 700,000 float64 in another order.
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert weighted or found["auc"] == expected["auc"]
+    with pytest.raises(NonFiniteError, match="1 of"):
+        on_gpu.update(torch.tensor([torch.inf]), torch.zeros(1))
+        on_gpu.compute()
