@@ -122,6 +122,16 @@ RunArgument = Annotated[
         help="A run folder, one of its checkpoints, or RUN/best (checkpoint.keep_best).",
     ),
 ]
+ProfileOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Trace N steps behind the first 20, for ui.perfetto.dev, and print which stage holds "
+        "the run back.",
+        show_default=False,
+    ),
+]
 
 
 @dataclass
@@ -166,6 +176,7 @@ def train(
             show_default=False,
         ),
     ] = None,
+    profile: ProfileOption = None,
 ) -> None:
     """Trains a job, evaluates it on the held-out part, and keeps a checkpoint.
 
@@ -210,7 +221,7 @@ def train(
     with joined(loaded.run.device) as group:
         folder = out or Path(from_first(group, lambda: str(default_folder(loaded))))
         process.output.failed = RunFolder(folder).note_lost_display
-        run.train(loaded, folder, resume=resume, stop=process.stop, group=group)
+        run.train(loaded, folder, resume=resume, stop=process.stop, group=group, profile=profile)
 
 
 def _launch(size: int, process: Process) -> None:

@@ -54,9 +54,10 @@ from penstock.training.setup import Untrained, build
 from penstock.training.steps.feed import Fed, Feed, origin_of, steps_of
 from penstock.training.steps.finite import Flag
 from penstock.training.steps.forward_state import ForwardState
+from penstock.training.steps.profile import Profile
 from penstock.training.steps.progress import Progress
 from penstock.training.steps.step import Clock, Training, steps_s, train_step
-from penstock.training.trained import begin_from, newest_of_run, open_trained
+from penstock.training.trained import begin_from, open_trained
 
 
 def train(
@@ -67,6 +68,7 @@ def train(
     console: Console | None = None,
     stop: Interruption | None = None,
     group: Group = ALONE,
+    profile: int | None = None,
 ) -> dict[str, Any]:
     """Trains a job to its end, evaluates it, and leaves checkpoint and summary in `out`.
 
@@ -84,6 +86,7 @@ def train(
       console: where to print; None: the standard output, as far as it takes words.
       stop: what signals do; None: they are handled while this runs.
       group: the ranks that train it together.
+      profile: how many steps are traced, see `Profile`; of the first rank.
 
     Returns:
       The content of summary.json, on every rank.
@@ -104,17 +107,17 @@ def train(
     ):
         run.begin(resume)
         with stop.deferred(), run.kept():
-            _train_to_the_end(run, job, stop)
+            _train_to_the_end(run, job, stop, profile)
         return run.finish()
 
 
-def _train_to_the_end(run: Run, job: Job, stop: Interruption) -> None:
+def _train_to_the_end(run: Run, job: Job, stop: Interruption, profile: int | None) -> None:
     if run.state.step and run.is_due(job.evaluation.every_steps):
         run.evaluate()  # which a signal cut short; otherwise it is there
     with run.remaining_batches() as batches:
         fed = run.clock.waiting_for(batches, stop, lambda: batches.idle_s)
         steps = islice(steps_of(fed, job.training.accumulate_batches), run.steps_left())
-        for group in run.watch.in_step(steps, stop):
+        for group in run.profiled(run.watch.in_step(steps, stop), profile):
             if run.begins_epoch(group) and job.evaluates_epochs:
                 run.evaluate()
             if run.is_stopped_early():
@@ -210,7 +213,7 @@ def open_run(
     """
     refuse_ranks_left_out(group)
     folder = RunFolder(out)
-    with held(folder, job, group, partial(_check_folder, folder, job, resume)):
+    with held(folder, job, group, partial(folder.refuse_unless_fit, job, resume=resume)):
         begun = beginning_of(job, folder.path, group, partial(say, console), resume=resume)
         with together(group, "open the data"), stages() as begin:
             kept_in, leads = folder.quarantine_file, group.rank == 0
@@ -224,14 +227,6 @@ def open_run(
             stop = stop or Interruption()
             made = build(job, dataset, steps, group=group, lanes=lanes)
             yield Run(job, dataset, folder, report, stop, made, group)
-
-
-def _check_folder(folder: RunFolder, job: Job, resume: bool) -> None:
-    folder.refuse_data(job)
-    if resume:
-        newest_of_run(folder.path)
-    else:
-        folder.refuse_unless_new()
 
 
 class Run:
@@ -318,6 +313,14 @@ class Run:
         self.dataset.tell_of_left_out(self.report.warn)
         return Feed(loader, self.state.collection)
 
+    def profiled(self, steps: Iterator[list[Fed]], number: int | None) -> Iterator[list[Fed]]:
+        """The same steps, so many of which are traced on the first rank; None: none is."""
+        if number is None or self.group.rank:
+            return steps
+        tell = partial(self.report.tell, "profile")
+        profile = Profile(number, self.folder.path, self.clock, self.report.warn)
+        return profile.of(steps, self.state, tell)
+
     def steps_left(self) -> int | None:
         """Steps until `max_steps`; None where the data alone ends the run."""
         most = self.job.training.max_steps
@@ -394,7 +397,7 @@ class Run:
             self._compare(before)
             return
         with (
-            self.clock.measure("evaluation"),
+            self.clock.measure("evaluation", "evaluation"),
             self._stop.at_once() if self.group.size == 1 else nullcontext(),
             self.evaluator.held_out(self._evaluators) as batches,
         ):
@@ -417,7 +420,7 @@ class Run:
         """Writes a checkpoint, unless the newest one holds all this."""
         if not self._is_saved:
             self.progress.settle()
-            with self.clock.measure("checkpoint"):
+            with self.clock.measure("checkpoint", "checkpoint"):
                 self.dataset.sync_quarantine()
                 path = self.checkpoints.save(self.state)
             self._is_saved = True

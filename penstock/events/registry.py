@@ -182,6 +182,15 @@ _STATE: Fields = {
     "rows_ahead_of_time": Quantity(Unit.ROWS, "whose time lay too far ahead to be taken"),
 }
 
+_STAGE = Group(
+    "a stage",
+    "Part of a step.",
+    {
+        "host_s": Quantity(Unit.SECONDS, "a step, of the thread that trains"),
+        "device_s": Quantity(Unit.SECONDS, "a step, of a GPU's kernels and copies"),
+    },
+)
+
 KINDS: Mapping[str, Kind] = {
     "start": Kind(
         "A process begins to train, at step 0 or where a checkpoint ends.", {"samples": _SAMPLES}
@@ -235,6 +244,17 @@ KINDS: Mapping[str, Kind] = {
         {
             "is_whole": Quantity(Unit.FLAG, "whether the newest checkpoint is of this very step"),
             "command": Quantity(Unit.TEXT, "which goes on"),
+        },
+    ),
+    "profile": Kind(
+        "Some steps were traced (`penstock train --profile`).",
+        {
+            "path": Quantity(Unit.TEXT, "the trace, which Perfetto opens"),
+            "steps": Quantity(Unit.STEPS, "traced"),
+            "step_s": Quantity(Unit.SECONDS, "from one step to the next"),
+            "device_busy": Quantity(Unit.RATIO, "of the time in which a GPU was at work"),
+            "stages": Group("stages", "What a step is made of.", {"<stage>": _STAGE}),
+            "text": Quantity(Unit.TEXT, "the stage that holds the run back"),
         },
     ),
     "waiting": Kind("All that is complete was read; the run waits for data.", {"text": _TEXT}),

@@ -86,6 +86,7 @@ class Display:
             "warning": self._warning,
             "stopped": self._stopped,
             "nothing_new": self._nothing_new,
+            "profile": self._profile,
             "waiting": self._waiting,
             "stopped_early": self._stopped_early,
             "summary": self._summary,
@@ -170,6 +171,11 @@ class Display:
         self._line(f"stopped after step {step:,}; {kept}. Continue:")
         self._line(f"  {values['command']}")
 
+    def _profile(self, _: int, values: Mapping[str, Any]) -> None:
+        self._console.print(stages_table(values))
+        self._line(f"held back by {values['text']}")
+        self._line(f"trace, for https://ui.perfetto.dev: {values['path']}")
+
     def _waiting(self, step: int, values: Mapping[str, Any]) -> None:
         self._line(f"waiting after step {step:,} for {values['text']}")
 
@@ -231,6 +237,21 @@ def stages() -> Iterator[Callable[[str], Callable[[int, float | None], None]]]:
             return advance
 
         yield begin
+
+
+def stages_table(values: Mapping[str, Any]) -> Table:
+    """What a step is made of, from an event `profile`."""
+    step_s, has_device = values["step_s"], "device_busy" in values
+    table = Table(title=f"{values['steps']:,} steps of {step_s * 1e3:,.2f} ms")
+    table.add_column("stage")
+    places = {"host_s": "host", "device_s": "GPU"} if has_device else {"host_s": "time"}
+    for name in places.values():
+        table.add_column(f"{name}, ms", justify="right")
+        table.add_column("share", justify="right")
+    for stage, spent in values["stages"].items():
+        cells = [(f"{s * 1e3:,.3f}", f"{s / step_s:.0%}") for s in map(spent.get, places) if s]
+        table.add_row(stage, *(cell for pair in cells for cell in pair))
+    return table
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

@@ -28,6 +28,7 @@ from penstock.events.registry import KINDS
 from penstock.job_file import dump_yaml, read_fields
 from penstock.locking import FileLock, Held, holder_of
 from penstock.training.checkpoint.checkpoint import BEST, latest_checkpoint
+from penstock.training.trained import newest_of_run
 
 _LOCK = "run.lock"
 _POLL_S = 0.05
@@ -118,8 +119,20 @@ class RunFolder:
                 "that rank 0 holds: name one in a file system that all machines share (--out)"
             )
 
-    def refuse_data(self, job: Job) -> None:
-        """Raises `ConfigError` if the job reads what the run writes, or will."""
+    def refuse_unless_fit(self, job: Job, *, resume: bool) -> None:
+        """Refuses a folder in which the job cannot train.
+
+        Raises:
+          ConfigError: the job reads what the run writes, or will; or there is something already.
+          CheckpointError: with `resume`, there is no checkpoint to go on from.
+        """
+        self._refuse_data(job)
+        if resume:
+            newest_of_run(self.path)
+        else:
+            self.refuse_unless_new()
+
+    def _refuse_data(self, job: Job) -> None:
         below = (self.checkpoints / "any", self.tensorboard / "any")
         files = (self.job_file, self.metrics_file, self.summary_file, self.quarantine_file)
         refuse_read((*files, self.ledger_file, self.log_file, *below), paths_of(job))

@@ -48,6 +48,7 @@ def test_all_that_a_run_tells_is_registered_documented_and_in_order(stopped, sma
         "pretrained",
         "stopped_early",
         "waiting",
+        "profile",
     }
     assert {str(event.role) for event in events} == {"trainer 0"}
     times = [event.time_s for event in events]

@@ -63,13 +63,14 @@ class Progress:
         """
         steps = self._in_flight.seen(0 if all_steps else self._in_flight.most)
         while True:
-            with self._training.clock.measure("dense"):
+            with self._training.clock.measure("dense", "wait for the device"):
                 seen = next(steps, None)
             if seen is None:
                 return
             if not seen.is_finite:
                 raise self._taken_back(seen)
-            self._count(seen)
+            with self._training.clock.stage("metrics"):
+                self._count(seen)
 
     def window(self) -> dict[str, Any] | None:
         """Metrics of the steps since the last log line, and their speed; then begins anew.

@@ -6,7 +6,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +25,8 @@ from penstock.training.steps.finite import Flag
 from penstock.types import Batch
 
 Item = TypeVar("Item")
+STAGES = "penstock: "
+"""Names of stages in a trace begin so."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -40,15 +42,27 @@ class Clock:
     """data: waiting for the next batch, but not for files to appear; embedding: look-up, gradients
     and update of rows; dense: model forward, backward and update.
     """
+    is_traced: bool = False
+    """Whether stages are named in a trace that torch makes meanwhile."""
 
     @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Adds the time of the `with` block to `part`."""
+    def measure(self, part: str, stage: str | None = None) -> Iterator[None]:
+        """Adds the time of the `with` block to `part`; in a trace it is a stage, if it is named."""
         begin = time.perf_counter()
         try:
-            yield
+            if stage is None:
+                yield
+            else:
+                with self.stage(stage):
+                    yield
         finally:
             self.seconds[part] += time.perf_counter() - begin
+
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        """A block that is a stage of the step in a trace; no stage is within another."""
+        if not self.is_traced:
+            return nullcontext()
+        return torch.profiler.record_function(STAGES + name)
 
     def waiting_for(
         self, items: Iterable[Item], stop: Interruption, idle_s: Callable[[], float]
@@ -66,7 +80,7 @@ class Clock:
         source = iter(items)
         while True:
             before_s, idle_before_s = self.seconds["data"], idle_s()
-            with self.measure("data"), stop.at_once():
+            with self.measure("data", "wait for data"), stop.at_once():
                 item = next(source, None)
             spent_s = self.seconds["data"] - (idle_s() - idle_before_s)
             self.seconds["data"] = max(spent_s, before_s)
@@ -156,10 +170,10 @@ def train_step(training: Training, batches: Sequence[Batch], step: int) -> StepR
     clock = training.clock
     with _errors_of(training, step, doing):
         result, norm = _gradients(training, batches, step, doing)
-        with clock.measure("dense"):
+        with clock.measure("dense", "update of the dense model"):
             doing.what, doing.is_whole = "the update of the dense weights", False
             training.trainer.step(step, norm, result.is_raised)
-        with clock.measure("embedding"):
+        with clock.measure("embedding", "update of the tables"):
             doing.what = "the update of the embeddings"
             training.collection.apply_gradients(result.is_raised)
     return result
@@ -250,7 +264,7 @@ def _gradients(
             of_parts[-1].copy_(whole[0] / totals[number, 0].clamp_min(_TINY))
         losses.append(of_parts)
         outputs.append(of_batch)
-    with training.clock.measure("dense"):
+    with training.clock.measure("dense", "sum and norm of the gradients"):
         doing.what = "the sum of the gradients"
         for evidence in collection.pending.evidence():
             flag.note(evidence)
@@ -275,7 +289,7 @@ def _add_gradients(
     """
     collection, division = training.collection, training.division
     doing.what = "the look-up of its keys"
-    with training.clock.measure("embedding"):
+    with training.clock.measure("embedding", "look-up"):
         times = division.event_times(batch)
         if times is not None:
             collection.observe_times(times)
@@ -288,7 +302,7 @@ def _add_gradients(
             outputs, grad = _of_parts(
                 training, batch, pooled.detach(), totals, number, losses, doing
             )
-        with training.clock.measure("embedding"):
+        with training.clock.measure("embedding", "gradients of the tables"):
             if pooled.requires_grad and grad is not None:
                 pooled.backward(grad)  # type: ignore[no-untyped-call]
             if doing.looks:
@@ -329,14 +343,16 @@ def _of_parts(
         division.begin_part(part, number[1])
         dense, embeddings, *lengths = (one[part.rows] for one in inputs)
         leaf = embeddings.detach().requires_grad_()
-        loss, of_part = objective(
-            training.model, (dense, leaf, *lengths), some(batch, part.rows), totals
-        )
+        with training.clock.stage("forward"):
+            loss, of_part = objective(
+                training.model, (dense, leaf, *lengths), some(batch, part.rows), totals
+            )
         training.flag.note(loss)
         if doing.looks and not math.isfinite(loss.item()):
             raise NonFiniteError(f"step {number[0]}: the loss is {loss.item()}")
         doing.what = "the backward pass"
-        torch.autograd.backward(loss)
+        with training.clock.stage("backward"):
+            torch.autograd.backward(loss)
         division.end_part(part)
         losses[part.slot].add_(loss.detach())
         outputs.append(of_part.detach())

@@ -198,6 +198,6 @@ def test_a_run_does_not_write_what_it_reads(tmp_path, monkeypatch, path, is_refu
     })
     if is_refused:
         with pytest.raises(ConfigError, match=READ):
-            RunFolder(Path("run")).refuse_data(job)
+            RunFolder(Path("run")).refuse_unless_fit(job, resume=False)
     else:
-        RunFolder(Path("run")).refuse_data(job)
+        RunFolder(Path("run")).refuse_unless_fit(job, resume=False)
