@@ -32,6 +32,8 @@ from circumstances import commit, end_check, hardware
 
 TABLES, NUMBERS, FILES = 26, 13, 16
 SKEW = 1.05
+TRACED = 40
+"""Steps, before those that count, for the stage that holds the run back."""
 GOALS = {65_536: 5e6, 2_048: 1.5e6}
 """Samples a second."""
 
@@ -121,6 +123,7 @@ def measure(folder: Path, batch_size: int, arguments: argparse.Namespace) -> dic
     code = "from penstock.cli import main; main()"
     sets = [part for one in arguments.sets for part in ("--set", one)]
     command = [sys.executable, "-c", code, "train", str(job), "--out", str(out), *sets]
+    command += ["--profile", str(TRACED)]
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -140,11 +143,17 @@ def measure(folder: Path, batch_size: int, arguments: argparse.Namespace) -> dic
         part: sum(line["seconds"][part] for line in counted[1:]) for part in first["seconds"]
     }
     peak = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    (profile,) = lines_of(out / "metrics.jsonl", "profile")
     return {
         "batch_size": batch_size,
         "samples_per_s": samples / wall_s,
         "wall_s": wall_s,
         "share_of_wall": {part: spent / wall_s for part, spent in seconds.items() if spent},
+        "held_back_by": profile["text"],
+        "stages_ms": {
+            name: {place: round(s * 1e3, 3) for place, s in spent.items()}
+            for name, spent in profile["stages"].items()
+        },
         "log_loss": [first["log_loss"], last["log_loss"]],
         "file_bytes": sum(part.stat().st_size for part in folder.glob("part-*.parquet")),
         "page_cache": "warm: the files were just written, and were read several times",
@@ -160,19 +169,19 @@ def wait_for(
     """The lines of the steady state, once there are enough of them."""
     while process.poll() is None:
         time.sleep(0.5)
-        lines = train_lines(path)
+        lines = lines_of(path, "train")
         counted = [line for line in lines if line["time_s"] > lines[0]["time_s"] + arguments.warm]
         if counted and counted[-1]["time_s"] - counted[0]["time_s"] >= arguments.seconds:
             return counted
     return []
 
 
-def train_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines that tell of steps, as far as they are written."""
+def lines_of(path: Path, kind: str) -> list[dict[str, Any]]:
+    """Lines of a kind, as far as they are written."""
     if not path.exists():
         return []
     whole = path.read_text().rpartition("\n")[0].splitlines()
-    return [line for line in map(json.loads, whole) if line["kind"] == "train"]
+    return [line for line in map(json.loads, whole) if line["kind"] == kind]
 
 
 def told(found: dict[str, Any]) -> str:
@@ -180,7 +189,7 @@ def told(found: dict[str, Any]) -> str:
     shares = ", ".join(f"{part} {share:.0%}" for part, share in found["share_of_wall"].items())
     return (
         f"batch {found['batch_size']:,}: {found['samples_per_s'] / 1e6:.2f} M samples/s over "
-        f"{found['wall_s']:.0f} s; {shares}; log loss {found['log_loss'][0]:.4f} to "
+        f"{found['wall_s']:.0f} s; {shares}; held back by {found['held_back_by']}; log loss {found['log_loss'][0]:.4f} to "
         f"{found['log_loss'][1]:.4f}; {os.cpu_count()} cores"
     )
 
