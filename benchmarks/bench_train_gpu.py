@@ -189,8 +189,8 @@ def told(found: dict[str, Any]) -> str:
     shares = ", ".join(f"{part} {share:.0%}" for part, share in found["share_of_wall"].items())
     return (
         f"batch {found['batch_size']:,}: {found['samples_per_s'] / 1e6:.2f} M samples/s over "
-        f"{found['wall_s']:.0f} s; {shares}; held back by {found['held_back_by']}; log loss {found['log_loss'][0]:.4f} to "
-        f"{found['log_loss'][1]:.4f}; {os.cpu_count()} cores"
+        f"{found['wall_s']:.0f} s; {shares}; held back by {found['held_back_by']}; log loss "
+        f"{found['log_loss'][0]:.4f} to {found['log_loss'][1]:.4f}; {os.cpu_count()} cores"
     )
 
 
