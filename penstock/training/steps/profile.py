@@ -116,7 +116,7 @@ class _Trace:
         self._clock = clock
         # Or it writes to the standard error that it begins and ends.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        self._profile = torch.profiler.profile()
+        self._profile = torch.profiler.profile(acc_events=True)
         self._begin_s = 0.0
         self.wall_s = 0.0
         self.busy_s: float | None = None
