@@ -358,7 +358,7 @@ class DataConfig(Config):
     """
     replay: str | None = None
     """Run folder of another run of this data, whose order a new run with `elastic` follows: the
-    same samples in each batch.
+    same samples in each batch, with the same batch_size, block_rows, lanes and seed.
     """
 
     @property

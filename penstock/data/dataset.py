@@ -288,7 +288,7 @@ class Dataset:
             quarantine=self._quarantine,
             ranks=ranks,
             following=self._spans if part == "train" else None,
-            ledger=self._opened_ledger(ranks) if training and self._is_elastic else None,
+            ledger=self._opened_ledger(plan, ranks) if training and self._is_elastic else None,
         )
         loader.on_left_out = self._tell_once
         return loader
@@ -306,11 +306,13 @@ class Dataset:
     def _is_elastic(self) -> bool:
         return self._job.data.policy == "elastic"
 
-    def _opened_ledger(self, ranks: ReaderGroup | None) -> LedgerFile | LedgerClient:
+    def _opened_ledger(
+        self, plan: LoaderPlan, ranks: ReaderGroup | None
+    ) -> LedgerFile | LedgerClient:
         replay, path = self._job.data.replay, self._ledger
         leads = ranks is None or ranks.rank == 0
         if replay is not None and path is not None and leads and not path.exists():
-            copy_ledger(Path(replay) / path.name, path)
+            copy_ledger(Path(replay) / path.name, path, plan.sizes_of_blocks, plan.num_lanes)
         return open_ledger(path, ranks)
 
     def audit(self, position: Position, stages: Stages = no_stages) -> Audit:

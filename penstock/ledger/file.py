@@ -148,13 +148,19 @@ class LedgerFile:
         return self._run(found)
 
     def add_block(self, epoch: int, number: int, sizes: Sequence[int], rows: Sequence[int]) -> None:
-        """Takes note of a block."""
-        self._run(
-            lambda of: of.execute(
-                "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)",
-                (epoch, number, json.dumps(list(sizes)), json.dumps(list(rows))),
-            )
-        )
+        """Takes note of a block, and forgets those that were dealt behind another one."""
+        content = json.dumps(list(sizes)), json.dumps(list(rows))
+
+        def add(of: sqlite3.Connection) -> None:
+            known = of.execute(
+                "SELECT sizes, rows FROM blocks WHERE epoch = ? AND number = ?", (epoch, number)
+            ).fetchone()
+            if known == content:
+                return  # who asks a second time may do so late
+            of.execute("DELETE FROM blocks WHERE (epoch, number) >= (?, ?)", (epoch, number))
+            of.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", (epoch, number, *content))
+
+        self._run(add)
 
     def close(self) -> None:
         """Lets the file go; may be called more than once."""
@@ -181,11 +187,18 @@ class LedgerFile:
             ) from None
 
 
-def copy_ledger(path: Path, to: Path) -> None:
-    """Copies a ledger, also one that is being written.
+def copy_ledger(path: Path, to: Path, sizes: Sequence[int], lanes: int) -> None:
+    """Copies a ledger, also one that is being written, to follow it from its first block on.
+
+    Args:
+      path: of the ledger.
+      to: the copy, which is there as a whole or not at all.
+      sizes: of the blocks that are to be dealt.
+      lanes: that are to give their rows.
 
     Raises:
-      DataError: there is none, it cannot be read, or the disk fails.
+      DataError: there is none, it cannot be read, the disk fails, or its blocks are not of these
+        sizes and lanes, from the first one on.
     """
     if not path.is_file():
         raise DataError(f"{path}: no ledger; runs with `data.policy: elastic` leave one")
@@ -197,9 +210,32 @@ def copy_ledger(path: Path, to: Path) -> None:
             closing(sqlite3.connect(part)) as new,
         ):
             old.backup(new)
+            _check_blocks(path, new, sizes, lanes)
         part.replace(to)
     except (sqlite3.Error, OSError) as error:
         raise DataError(f"{path}: cannot be copied to {to}: {error}") from None
+
+
+def _check_blocks(path: Path, ledger: sqlite3.Connection, sizes: Sequence[int], lanes: int) -> None:
+    first = ledger.execute("SELECT min(number) FROM blocks WHERE epoch = 0").fetchone()[0]
+    if first != 0:
+        has = "no block" if first is None else f"no block before number {first} of epoch 0"
+        raise DataError(
+            f"{path}: {has}, so that there is no order to follow from the start; name another run, "
+            "or remove data.replay"
+        )
+    wanted = [*sizes, lanes]
+    for text, found_lanes in ledger.execute(
+        "SELECT DISTINCT sizes, json_array_length(rows) FROM blocks"
+    ):
+        found = [*json.loads(text), found_lanes]
+        if found != wanted:
+            raise DataError(
+                f"{path}: has blocks of {found[0]:,} rows, in batches of {found[1]:,}, of "
+                f"{found[2]} lanes; this run has {wanted[0]:,}, {wanted[1]:,} and {wanted[2]}; set "
+                "data.shuffle.block_rows, training.batch_size and data.lanes as that run had them, "
+                "or remove data.replay"
+            )
 
 
 def _hold(path: Path) -> FileLock:

@@ -169,7 +169,7 @@ class Blocks:
     def _deal(self, plan: LoaderPlan, window: int, number: tuple[int, int]) -> Dealt:
         if self._turns is None:
             return deal(plan, self._ask, window)
-        ledger, sizes = self._turns.ledger, (plan.block_rows, plan.rows_of_whole_batches)
+        ledger, sizes = self._turns.ledger, plan.sizes_of_blocks
         before = self._agreement.from_first(lambda: ledger.block(*number, sizes) or False)
         if before:
             grows = self._plan.start.span is not None

@@ -77,6 +77,11 @@ class LoaderPlan:
         """A block's rows are a multiple of these."""
         return self.batch_size // math.gcd(self.batch_size, self.samples_per_row)
 
+    @property
+    def sizes_of_blocks(self) -> tuple[int, int]:
+        """Rows of a block, and of what it is a multiple: by these a ledger knows blocks again."""
+        return self.block_rows, self.rows_of_whole_batches
+
     def rows_to_begin_a_block(self, rows: int) -> int:
         """Rows that a lane must have left after `rows` of it for its part of another block.
 

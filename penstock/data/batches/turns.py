@@ -48,7 +48,7 @@ class Ledger(Protocol):
         """
 
     def add_block(self, epoch: int, number: int, sizes: Sequence[int], rows: Sequence[int]) -> None:
-        """Takes note of a block before anybody has a row of it."""
+        """Takes note of a block before anybody has a row of it; forgets those behind."""
 
     def close(self) -> None:
         """Nobody asks any more."""

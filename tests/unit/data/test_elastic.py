@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +13,14 @@ import pytest
 from penstock.config import parse_job
 from penstock.data import Dataset
 from penstock.data.batches.in_turn import deal_again, deal_now
-from penstock.data.batches.lane_queue import Offer
+from penstock.data.batches.lane_queue import LaneQueue, Offer
 from penstock.data.batches.loader_plan import LoaderPlan
-from penstock.data.batches.turns import News
+from penstock.data.batches.turns import News, Turns
 from penstock.data.formats import columnar, lines
+from penstock.data.source import Extent
 from penstock.errors import ConfigError, DataError
-from penstock.position import LanePosition, Position, Taken
+from penstock.ledger.file import LedgerFile
+from penstock.position import Cursor, LanePosition, Position, Taken
 from tests.world.ranks import World, in_world
 
 
@@ -161,6 +164,18 @@ def test_with_the_ledger_of_a_part_an_earlier_position_loses_nothing(log, tmp_pa
     assert flat(early + rest) == sorted(ids * 2)
 
 
+def test_with_a_ledger_that_was_begun_anew_an_earlier_position_goes_on(log, tmp_path):
+    """Its blocks were dealt after others than those that come now."""
+    folder, ids = log
+    job, ledger = job_of(folder), tmp_path / "ledger.db"
+    early, at_early = read(opened(job), in_lanes(3), 3)
+    _, at_late = read(opened(job, after=at_early), at_early, 4)
+    read(opened(job, ledger, after=at_late), at_late)
+    rest, _ = read(opened(job, ledger, after=at_early), at_early)
+    assert flat(early + rest) == sorted(ids * 2)
+    assert read(opened(job, ledger, after=at_early), at_early)[0] == rest
+
+
 def test_another_size_of_batches_counts_from_the_next_block_on(log, tmp_path):
     folder, ids = log
     ledger = tmp_path / "ledger.db"
@@ -170,6 +185,15 @@ def test_another_size_of_batches_counts_from_the_next_block_on(log, tmp_path):
     rest, _ = read(opened(job, ledger, after=position), position, batch_size=20)
     assert flat(first + rest) == sorted(ids * 2)
     assert sum(len(batch) == 20 for batch in rest) > 0.7 * len(rest)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_batch_that_memory_has_no_room_for_comes_all_the_same(log, lanes):
+    folder, ids = log
+    job = job_of(folder, shuffle={"block_rows": 64, "block_bytes": 200})
+    found, _ = read(opened(job), in_lanes(lanes), batch_size=32, epochs=1)
+    assert flat(found) == sorted(ids)
+    assert {len(batch) for batch in found[:-1]} == {32}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -213,7 +237,7 @@ def test_a_slow_lane_has_fewer_rows_and_the_order_is_kept(tmp_path, monkeypatch)
     slow_down(monkeypatch, {1}, 0.05)
     whole, _ = read(opened(job, ledger), in_lanes(4), epochs=1)
     assert flat(whole) == list(range(2000))
-    kept = opened(job, ledger)._opened_ledger(None)
+    kept = LedgerFile(ledger)
     shares = [len(kept.history(0, lane)) for lane in range(4)]
     kept.close()
     assert sum(shares) == 100
@@ -234,6 +258,49 @@ def test_a_replay_follows_the_run_that_it_names(log, tmp_path):
     with pytest.raises(DataError, match="no ledger; runs with `data.policy: elastic`"):
         job = job_of(folder, replay=str(tmp_path / "none"))
         opened(job, tmp_path / "third.db").batches("train", batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "batch_size", "block", "words"),
+    [
+        (2, 8, 30, "of 32 rows, in batches of 8, of 3 lanes; this run has 32, 8 and 2; set data"),
+        (3, 16, 30, "of 3 lanes; this run has 32, 16 and 3; set data.shuffle.block_rows"),
+        (3, 8, 60, "this run has 64, 8 and 3; "),
+    ],
+)
+def test_a_replay_in_other_batches_is_refused(log, tmp_path, lanes, batch_size, block, words):
+    folder, _ = log
+    (tmp_path / "old").mkdir()
+    read(opened(job_of(folder), tmp_path / "old/ledger.db"), in_lanes(3), 3)
+    job = job_of(folder, block, replay=str(tmp_path / "old"))
+    with pytest.raises(DataError, match=words):
+        read(opened(job, tmp_path / "ledger.db"), in_lanes(lanes), batch_size=batch_size)
+    assert not (tmp_path / "ledger.db").exists()
+
+
+def test_a_run_whose_ledger_lacks_the_beginning_is_not_replayed(log, tmp_path):
+    folder, _ = log
+    (tmp_path / "old").mkdir()
+    LedgerFile(tmp_path / "old/ledger.db").close()
+    job = job_of(folder, replay=str(tmp_path / "old"))
+    with pytest.raises(DataError, match=r"ledger.db: no block, so that .* remove data.replay"):
+        read(opened(job, tmp_path / "ledger.db"), in_lanes(3))
+    _, position = read(opened(job_of(folder)), in_lanes(3), 10)
+    read(opened(job_of(folder), tmp_path / "old/ledger.db", after=position), position, 10)
+    with pytest.raises(DataError, match="no block before number [1-9] of epoch 0"):
+        read(opened(job, tmp_path / "ledger.db"), in_lanes(3))
+
+
+def test_a_replay_that_goes_on_keeps_its_own_ledger(log, tmp_path):
+    folder, _ = log
+    (tmp_path / "old").mkdir()
+    read(opened(job_of(folder), tmp_path / "old/ledger.db"), in_lanes(3), 8)
+    job, ledger = job_of(folder, replay=str(tmp_path / "old")), tmp_path / "ledger.db"
+    whole, _ = read(opened(job, ledger), in_lanes(3))
+    (tmp_path / "old/ledger.db").unlink()
+    first, position = read(opened(job, ledger), in_lanes(3), 15)
+    rest, _ = read(opened(job, ledger, after=position), position)
+    assert first + rest == whole
 
 
 def test_a_ledger_of_other_data_is_refused_by_its_block(tmp_path):
@@ -275,6 +342,85 @@ def test_a_file_that_a_lane_had_read_to_its_end_may_not_grow(tmp_path):
     write(folder / "1.csv", 500, 9)
     more, _ = read(opened(job, after=position), position, epochs=1)
     assert flat(more) == list(range(500, 509))
+
+
+def test_a_batch_is_given_after_its_block_was_written_down(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "0.parquet", 0, 800)
+    job, ledger = job_of(folder, block=400), LedgerFile(None)
+    dataset = opened(job)
+    dataset._opened_ledger = lambda plan, ranks: ledger
+    written = []
+    ledger.add_block = lambda *block: written.append(block[:2])
+    with dataset.batches("train", batch_size=8, start=in_lanes(2)) as loader:
+        for batch in loader:
+            assert (batch.start.epoch, batch.start.block) in written
+    assert written == [(0, 0), (0, 1)]
+
+
+def test_files_that_come_behind_are_read_where_the_last_block_was_full(tmp_path, monkeypatch):
+    """The other lane learns later that nothing is left for it; that is no block."""
+    folder, ledger = tmp_path / "data", tmp_path / "ledger.db"
+    folder.mkdir()
+    write(folder / "0.parquet", 0, 64)
+    real = LedgerFile.take
+
+    def take_late(self, epoch, lane, turn, upcoming):
+        time.sleep(0.2 * lane)
+        return real(self, epoch, lane, turn, upcoming)
+
+    monkeypatch.setattr(LedgerFile, "take", take_late)
+    job = job_of(folder, block=32)
+    first, position = read(opened(job, ledger), in_lanes(2), epochs=1)
+    write(folder / "1.parquet", 100, 40)
+    rest, end = read(opened(job, ledger, after=position), position, epochs=1)
+    assert flat(first) == list(range(64)) and flat(rest) == list(range(100, 140))
+    assert end.taken == ((2, 0), ())
+
+
+EXTENTS = [Extent(f"{number // 10}", 10 * (number % 10), 10) for number in range(60)]
+NUMBERS = {f"{number}": number for number in range(6)}
+
+
+def test_a_lane_passes_by_what_others_have_taken_however_much_it_is():
+    ledger = LedgerFile(None)
+    places = [(NUMBERS[one.path], one.start) for one in EXTENTS]
+    for turn in range(50):
+        ledger.take(0, 1, turn, places[:55])
+    turns = Turns(ledger, News(), in_lanes(2))
+    assert list(turns.of_lane(0, 0, EXTENTS, NUMBERS)) == list(range(50, 60))
+
+
+def test_a_lane_reads_what_it_had_taken_in_the_order_in_which_it_did():
+    ledger = LedgerFile(None)
+    for turn, place in enumerate([(3, 0), (1, 20), (5, 90), (0, 0), (2, 0), (1, 30)]):
+        ledger.take(0, 0, turn, [place])
+    ledger.take(1, 0, 0, [(4, 0)])
+    lanes = (LanePosition(cursor=Cursor(1, 30, 2)), LanePosition(cursor=Cursor(0, 70, 4)))
+    start = Position(lanes=lanes, taken=Taken((0, 10), ((2, 0),)))
+    turns = Turns(ledger, News(), start)
+    again = turns.of_lane(0, 0, EXTENTS, NUMBERS)
+    # (0, 0) and (2, 0) were read to their end; (1, 30) is at hand, as is (0, 70), another lane's.
+    assert [next(again) for _ in range(9)] == [30, 12, 59, 1, 2, 3, 4, 5, 6]
+    assert next(again) == 8
+    assert next(turns.of_lane(0, 1, EXTENTS, NUMBERS)) == 40
+
+
+@pytest.mark.parametrize(("most_rows", "most_bytes", "reads"), [(10, 1000, 4), (100, 250, 9)])
+def test_a_lane_reads_on_until_rows_or_memory_suffice(most_rows, most_bytes, reads):
+    asked = []
+
+    def take_now():
+        asked.append(1)
+        return SimpleNamespace(size=3, memory=30, passage=SimpleNamespace(window=0))
+
+    queue = LaneQueue(0, SimpleNamespace(take_now=take_now), plan_of(80, 8, 2))
+    queue.begin_epoch()
+    for _ in range(2):
+        offer = queue.offer_now(most_rows, most_bytes, 0)
+        assert offer == (3 * reads - 1, False, True, None)
+        assert len(asked) == reads
 
 
 def test_windows_come_one_after_the_other(tmp_path):

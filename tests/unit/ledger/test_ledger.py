@@ -33,6 +33,7 @@ def test_a_lane_gets_the_first_that_nobody_has(ledger):
 
 def test_epochs_are_apart(ledger):
     assert [ledger.take(epoch, 0, 0, PLACES) for epoch in (0, 1)] == [(0, 0), (0, 0)]
+    assert ledger.take(2, 0, 0, PLACES[1:]) == (0, 20)
 
 
 def test_the_same_turn_has_the_same_answer(ledger):
@@ -70,6 +71,18 @@ def test_blocks_are_found_again_and_those_of_other_sizes_forgotten(ledger):
     assert ledger.block(1, 0, (30, 8)) is None  # it comes behind them
     ledger.add_block(0, 2, (40, 8), [20, 20])
     assert ledger.block(0, 2, (40, 8)) == [20, 20]
+
+
+def test_a_block_that_is_dealt_anew_forgets_those_behind_it_alone(ledger):
+    for epoch in (0, 1):
+        for number in range(4):
+            ledger.add_block(epoch, number, (30, 8), [number, 30 - number])
+    # As one that asks again, which may come late.
+    ledger.add_block(0, 2, (30, 8), [2, 28])
+    assert ledger.block(1, 3, (30, 8)) == [3, 27]
+    ledger.add_block(0, 2, (30, 8), [15, 15])
+    assert [ledger.block(0, n, (30, 8)) for n in range(4)] == [[0, 30], [1, 29], [15, 15], None]
+    assert ledger.block(1, 0, (30, 8)) is None
 
 
 def test_what_was_written_outlives_its_process(tmp_path):
@@ -185,8 +198,11 @@ def test_on_a_network_file_system_no_memory_is_shared(tmp_path, monkeypatch):
 
 def test_a_copy_has_all_and_leaves_the_first_as_it_is(ledger, tmp_path):
     ledger.take(0, 0, 0, PLACES)
-    copy_ledger(tmp_path / "ledger.db", tmp_path / "other.db")
+    ledger.add_block(0, 0, (30, 8), [30])
+    (tmp_path / "other.db.part").write_bytes(b"what is left of a copy that was cut off")
+    copy_ledger(tmp_path / "ledger.db", tmp_path / "other.db", (30, 8), 1)
     ledger.take(0, 0, 1, PLACES)
+    assert not (tmp_path / "other.db.part").exists()
     other = LedgerFile(tmp_path / "other.db")
     assert other.history(0, 0) == [(0, 0)]
     other.close()
@@ -195,8 +211,18 @@ def test_a_copy_has_all_and_leaves_the_first_as_it_is(ledger, tmp_path):
 
 def test_a_copy_of_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"ledger.db: no ledger; runs with `data.policy: elastic`"):
-        copy_ledger(tmp_path / "ledger.db", tmp_path / "other.db")
+        copy_ledger(tmp_path / "ledger.db", tmp_path / "other.db", (30, 8), 1)
     (tmp_path / "broken.db").write_bytes(b"x" * 5000)
     with pytest.raises(DataError, match=r"broken.db: cannot be copied to .*other.db"):
-        copy_ledger(tmp_path / "broken.db", tmp_path / "other.db")
+        copy_ledger(tmp_path / "broken.db", tmp_path / "other.db", (30, 8), 1)
     assert not (tmp_path / "other.db").exists()
+
+
+def test_one_that_was_cut_off_while_it_was_made_is_made_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(ledger_file, "_TABLES", ledger_file._TABLES + "SELECT * FROM nowhere;")
+        with pytest.raises(DataError, match="nowhere"):
+            LedgerFile(tmp_path / "ledger.db")
+    ledger = LedgerFile(tmp_path / "ledger.db")
+    assert ledger.take(0, 0, 0, PLACES) == (0, 0)
+    ledger.close()

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zmq
@@ -262,3 +263,18 @@ def test_a_client_of_nobody_gives_up(monkeypatch):
     with pytest.raises(GroupError, match="has not answered"):
         client.history(0, 0)
     client.close()
+
+
+def test_an_answer_to_another_request_is_not_taken(monkeypatch):
+    client = LedgerClient(Address("tcp://127.0.0.1:9", "", "", ""))
+    asked = []
+
+    def recv():
+        number, verb, *_ = json.loads(asked[-1])
+        late = len(asked) % 2
+        return json.dumps([number - late, "done", [7, late] if verb == "take" else None]).encode()
+
+    stub = SimpleNamespace(send=asked.append, poll=lambda _: 1, recv=recv, close=lambda: None)
+    monkeypatch.setattr(client, "_connected", lambda: stub)
+    assert [client.take(0, 0, turn, PLACES) for turn in (0, 1)] == [(7, 0), (7, 0)]
+    assert [json.loads(one)[0] for one in asked] == [1, 1, 2, 2]
