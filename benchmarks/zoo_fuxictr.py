@@ -311,7 +311,11 @@ def main() -> None:
         "hardware": hardware(f"torch {torch.__version__}"),
     }
     missed = []
-    for folder, name in configurations(checkout / "model_zoo"):
+    there = list(configurations(checkout / "model_zoo"))
+    unknown = set(arguments.models or ()) - {name for _, name in there}
+    if unknown:
+        parser.error(f"no configuration {', '.join(sorted(unknown))}; see the record for names")
+    for folder, name in there:
         if arguments.models and name not in arguments.models:
             continue
         result = {"configuration": name, **run(folder, name, checkout), **facts}
