@@ -674,6 +674,28 @@ def test_compiled_models(backend):
         assert_same(ours, twin)
 
 
+def test_a_compiled_step_with_all_that_is_in_it():
+    torch._dynamo.reset()
+    ours, optimizer, twin, theirs = pair()
+
+    @torch.compile(backend="aot_eager")
+    def step(keys, label):
+        optimizer.zero_grad()
+        loss_of(ours, keys, label).backward()
+        optimizer.step()
+
+    for keys, label in batches(3):
+        step(keys, label)
+        for each in theirs:
+            each.zero_grad()
+        loss_of(twin, keys, label).backward()
+        for each in theirs:
+            each.step()
+        assert_same(ours, twin)
+    assert ours.embeddings.step == 3
+    assert ours.embeddings.anchor.tolist() == [0.0]
+
+
 class TestGradScaler:
     @pytest.mark.parametrize("kind", RULES)
     @pytest.mark.parametrize("options", [{}, {"fused": True}])
