@@ -277,9 +277,26 @@ def open_ledger(path: Path | None, ranks: Ranks | None) -> LedgerFile | LedgerCl
 
 
 def _host() -> str:
-    """Of this machine, as the launcher has told it to the other ranks."""
-    name = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    try:
-        return socket.gethostbyname(name)
-    except OSError:
+    """Address of this machine, rank 0's, at which the other ranks find it, and nobody else."""
+    variables = os.environ
+    if variables.get("LOCAL_WORLD_SIZE") == variables.get("WORLD_SIZE"):
         return "127.0.0.1"
+    name = variables.get("MASTER_ADDR", "127.0.0.1")
+    try:
+        found = [info[4][0] for info in socket.getaddrinfo(name, None, socket.AF_INET)]
+    except OSError as error:
+        raise DataError(f"MASTER_ADDR {name!r}: no address of it is known here: {error}") from None
+    # Its own name is often a loopback address to a machine, which others cannot reach.
+    far = [str(one) for one in found if not str(one).startswith("127.")]
+    return far[0] if far else _way_out()
+
+
+def _way_out() -> str:
+    """Address of the interface that leads to other networks; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        address: str = probe.getsockname()[0]
+        return address

@@ -173,7 +173,8 @@ class Blocks:
         before = self._agreement.from_first(lambda: ledger.block(*number, sizes) or False)
         if before:
             grows = self._plan.start.span is not None
-            return deal_again(before, self._ask, window, number, may_be_later=grows)
+            lanes = self._plan.num_lanes
+            return deal_again(before, self._ask, window, number, lanes=lanes, may_be_later=grows)
         dealt = deal_now(plan, self._ask_now, window, self._turns.news)
         if any(dealt.rows):
             self._agreement.in_first(lambda: ledger.add_block(*number, sizes, dealt.rows))

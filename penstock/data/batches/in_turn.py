@@ -70,6 +70,7 @@ def deal_again(
     window: int,
     number: tuple[int, int],
     *,
+    lanes: int,
     may_be_later: bool = False,
 ) -> Dealt:
     """Deals a block as it was dealt before; waits for the lanes to read it.
@@ -79,11 +80,17 @@ def deal_again(
       offers: asks all lanes, and waits for what is wanted.
       window: that of the block before, which is returned.
       number: epoch and number of the block, for the error.
+      lanes: of the run.
       may_be_later: whether, if nothing is left, the block may be of windows that come next.
 
     Raises:
-      DataError: a lane does not have so many rows.
+      DataError: a lane does not have so many rows, or the block is of other lanes.
     """
+    if len(rows) != lanes:
+        raise DataError(
+            f"ledger: block {number[1]:,} of epoch {number[0]} has rows of {len(rows)} lanes, and "
+            f"the run has {lanes}: it is of another run; remove it, to read on in another order"
+        )
     found = offers(rows, UNLIMITED, UNLIMITED)
     if may_be_later and all(offer.is_last and not offer.rows for offer in found):
         return Dealt([0] * len(found), [True] * len(found), window)

@@ -526,21 +526,28 @@ def test_a_block_of_before_asks_for_its_rows():
     def offers(wanted, most_bytes, window):
         return [Offer(rows, lane == 1, False) for lane, rows in enumerate(wanted)]
 
-    assert deal_again([5, 3], offers, 6, (0, 1)) == ([5, 3], [False, True], 6)
+    assert deal_again([5, 3], offers, 6, (0, 1), lanes=2) == ([5, 3], [False, True], 6)
     with pytest.raises(
         DataError, match="block 1 of epoch 0 had 5 rows of lane 0, which has only 4"
     ):
-        deal_again([5, 3], lambda *_: [Offer(4, True, False), Offer(3, False, False)], 6, (0, 1))
+        deal_again(
+            [5, 3], lambda *_: [Offer(4, True, False), Offer(3, False, False)], 6, (0, 1), lanes=2
+        )
 
 
 def test_where_a_stage_has_ended_a_block_of_before_may_be_of_the_next_one():
     def offers(wanted, most_bytes, window):
         return [Offer(0, True, False), Offer(0, True, False)]
 
-    found = deal_again([5, 3], offers, 6, (0, 1), may_be_later=True)
+    found = deal_again([5, 3], offers, 6, (0, 1), lanes=2, may_be_later=True)
     assert found == ([0, 0], [True, True], 6)
     with pytest.raises(DataError, match="only 0 left"):
-        deal_again([5, 3], offers, 6, (0, 1))
+        deal_again([5, 3], offers, 6, (0, 1), lanes=2)
     with pytest.raises(DataError, match="only 0 left"):
         some = [Offer(5, True, False), Offer(0, True, False)]
-        deal_again([5, 3], lambda *_: some, 6, (0, 1), may_be_later=True)
+        deal_again([5, 3], lambda *_: some, 6, (0, 1), lanes=2, may_be_later=True)
+
+
+def test_a_block_of_other_lanes_is_refused():
+    with pytest.raises(DataError, match="rows of 2 lanes, and the run has 3"):
+        deal_again([5, 3], None, 6, (0, 1), lanes=3)

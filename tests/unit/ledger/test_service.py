@@ -278,3 +278,34 @@ def test_an_answer_to_another_request_is_not_taken(monkeypatch):
     monkeypatch.setattr(client, "_connected", lambda: stub)
     assert [client.take(0, 0, turn, PLACES) for turn in (0, 1)] == [(7, 0), (7, 0)]
     assert [json.loads(one)[0] for one in asked] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("variables", "known", "found"),
+    [
+        ({}, ["10.1.2.3"], "127.0.0.1"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ["10.1.2.3"], "127.0.0.1"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, ["10.1.2.3"], "10.1.2.3"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, ["127.0.1.1", "10.1.2.3"], "10.1.2.3"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, ["127.0.1.1"], "the way out"),
+    ],
+)
+def test_other_machines_are_told_an_address_that_they_can_reach(
+    monkeypatch, variables, known, found
+):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**variables, "MASTER_ADDR": "node-0"}.items():
+        monkeypatch.setenv(name, value)
+    infos = [(2, 1, 6, "", (one, 0)) for one in known]
+    monkeypatch.setattr(ledger_client.socket, "getaddrinfo", lambda *_: infos)
+    monkeypatch.setattr(ledger_client, "_way_out", lambda: "the way out")
+    assert ledger_client._host() == found
+
+
+def test_a_machine_that_nobody_knows_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "no-such-machine.invalid")
+    with pytest.raises(DataError, match=r"MASTER_ADDR 'no-such-machine.invalid': no address"):
+        ledger_client._host()
