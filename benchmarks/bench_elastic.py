@@ -3,8 +3,8 @@
     python benchmarks/bench_elastic.py             # a JSON line a case
     python benchmarks/bench_elastic.py --check     # and fails below the goals
 
-A source in memory waits before it gives a piece of 256 rows, as storage does: 20 ms in six lanes,
-200 ms in two of the eight. Nothing is computed with the batches. `limit` is the sum of what each
+A source in memory waits before it gives a piece of 256 rows, as storage does: 40 ms in six lanes,
+400 ms in two of the eight. Nothing is computed with the batches. `limit` is the sum of what each
 lane can do: measured in the same run, of one lane alone at either pace. `ordered` and `elastic`
 take turns; figures are medians, `spread` the least and the most. `by_slow` is the share of the
 pieces that the slow lanes took. Then the ledger alone: pieces a second that one lane after the
@@ -37,7 +37,7 @@ from penstock.ledger.file import LedgerFile
 from penstock.position import LanePosition, Position
 
 ROWS, LANES, SLOW = 256, 8, (3, 6)
-PACES_S = {"fast": 0.02, "slow": 0.2}
+PACES_S = {"fast": 0.04, "slow": 0.4}
 
 
 class Slow:
