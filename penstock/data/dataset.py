@@ -310,10 +310,12 @@ class Dataset:
         self, plan: LoaderPlan, ranks: ReaderGroup | None
     ) -> LedgerFile | LedgerClient:
         replay, path = self._job.data.replay, self._ledger
-        leads = ranks is None or ranks.rank == 0
-        if replay is not None and path is not None and leads and not path.exists():
-            copy_ledger(Path(replay) / path.name, path, plan.sizes_of_blocks, plan.num_lanes)
-        return open_ledger(path, ranks)
+
+        def begin() -> None:
+            if replay is not None and path is not None and not path.exists():
+                copy_ledger(Path(replay) / path.name, path, plan.sizes_of_blocks, plan.num_lanes)
+
+        return open_ledger(path, ranks, begin)
 
     def audit(self, position: Position, stages: Stages = no_stages) -> Audit:
         """Counts anew what a position says was read of the training part. May read its files.

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -246,24 +246,29 @@ class _Kept(LedgerClient):
         self._service.close()
 
 
-def open_ledger(path: Path | None, ranks: Ranks | None) -> LedgerFile | LedgerClient:
+def open_ledger(
+    path: Path | None, ranks: Ranks | None, begin: Callable[[], None] = lambda: None
+) -> LedgerFile | LedgerClient:
     """The ledger of a run: in this process, or in one that all ranks ask.
 
     Args:
       path: of its file; None, of one process alone: in memory.
       ranks: every one of them comes to this place; None: one process.
+      begin: what the first one does before; it may raise DataError.
 
     Raises:
       DataError: it cannot be opened.
       GroupError: on the other ranks, that the first one could not.
     """
     if ranks is None or ranks.size == 1:
+        begin()
         return LedgerFile(path)
     assert path is not None
     kept: _Kept | None = None
     said = b"null"
     try:
         if ranks.rank == 0:
+            begin()
             service = Service(path, _host())
             kept = _Kept(service)
             said = json.dumps(service.address).encode()

@@ -232,10 +232,12 @@ class Two:
         return list(self._said)
 
 
-def on_two(path):
+def on_two(path, *begin):
     said, barrier = [b"", b""], threading.Barrier(2)
     with ThreadPoolExecutor(2) as threads:
-        made = [threads.submit(open_ledger, path, Two(rank, said, barrier)) for rank in range(2)]
+        made = [
+            threads.submit(open_ledger, path, Two(rank, said, barrier), *begin) for rank in range(2)
+        ]
         return [one.exception(60) or one.result() for one in made]
 
 
@@ -253,6 +255,20 @@ def test_the_others_hear_that_the_first_could_not(tmp_path):
     assert isinstance(first, DataError)
     assert isinstance(second, GroupError) and "rank 0 cannot open the ledger" in str(second)
     held.close()
+
+
+def test_what_the_first_does_before_is_done_once_and_heard_of(tmp_path):
+    begun = []
+    first, second = on_two(tmp_path / "ledger.db", lambda: begun.append(1))
+    assert begun == [1]
+    second.close()
+    first.close()
+
+    def fail():
+        raise DataError("no such ledger")
+
+    first, second = on_two(tmp_path / "ledger.db", fail)
+    assert isinstance(first, DataError) and isinstance(second, GroupError)
 
 
 def test_a_client_of_nobody_gives_up(monkeypatch):
