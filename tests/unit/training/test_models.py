@@ -473,4 +473,4 @@ def test_models_import_no_other_plane():
         "print(*sorted({name.split('.')[1] for name in sys.modules if name[:9] == 'penstock.'}))"
     )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert seen.stdout.split() == ["config", "errors", "models", "types"]
+    assert seen.stdout.split() == ["config", "errors", "models", "position", "types"]
