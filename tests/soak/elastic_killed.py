@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from penstock.training.checkpoint.checkpoint import latest_checkpoint
-from tests.soak.bits_over_ranks import contents, differences, of_ranks, start, train
+from tests.soak.bits_over_ranks import differences, of_ranks, start, train, without_lines
 
 
 def write_files(folder: Path, files: int, rows: int) -> int:
@@ -81,13 +81,6 @@ def keeper_of(processes: list[int]) -> int | None:
     return None
 
 
-def outcome(out: Path) -> dict[str, object]:
-    """What a run has learnt and read; not what it told on the way."""
-    found = contents(out)
-    del found["lines"]
-    return found
-
-
 def _lines(out: Path) -> int:
     path = out / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
@@ -115,7 +108,7 @@ class Victim:
             has_ended = self._leg(kills)
         train(self._job, self._out, self._rng.choice(self._ranks), *self._resume())
         train(self._replay, self._again, self._rng.choice(self._ranks))
-        found, again = outcome(self._out), outcome(self._again)
+        found, again = without_lines(self._out), without_lines(self._again)
         unlike = differences(found, again)
         assert not unlike, f"the replay differs: {unlike[:5]}"
         counts = found["position"].counts

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import NamedTuple
 
 from penstock.data.batches.agreement import Agreement, Dealt, LaneBlock, deal
@@ -128,6 +127,7 @@ class Blocks:
     ) -> None:
         self._turns, self._progress = turns, None if turns is None else _progress(part, plan.start)
         self._part, self._plan, self._files, self._is_final = part, plan, files, is_final
+        self._extents, self._ends, self._known_to = iter(part.extents), dict[str, int](), 0
         self.end = plan.start
         """Behind the blocks so far; in the end, where the rows begin that none of them has."""
         self._lanes = {lane.number: lane for lane in lanes}
@@ -274,12 +274,15 @@ class Blocks:
         self, read: Sequence[tuple[int, FileTag]], lanes: Sequence[LanePosition]
     ) -> tuple[FileTag, ...]:
         passed = max(lane.cursor.file for lane in lanes)
-        return self._files.add(read, passed, lambda path: self._ends.get(path, 0))
+        return self._files.add(read, passed, self._end_of)
 
-    @cached_property
-    def _ends(self) -> dict[str, int]:
-        """Where the last extent of each file ends."""
-        return {extent.path: extent.stop for extent in self._part.extents}
+    def _end_of(self, path: str) -> int:
+        """Where the last extent of a file ends; finds no extents but up to the file behind."""
+        number = self._part.numbers[path]
+        while self._known_to <= number and (extent := next(self._extents, None)) is not None:
+            self._ends[extent.path] = extent.stop
+            self._known_to = self._part.numbers[extent.path]
+        return self._ends.get(path, 0)
 
     def _behind(self, inside: Position) -> Position:
         """The place behind a block."""
@@ -341,9 +344,9 @@ def _ended(stretches: Sequence[Stretch]) -> list[tuple[int, int]]:
 
 def _progress(part: PartRows, start: Position | None) -> Progress:
     first = part.first_file
-    files = {path: number for number, path in enumerate(part.files, first)}
     taken = None if start is None else start.taken
-    return Progress(taken or Taken((first, 0)), part.extents, files, first + len(files))
+    behind = first + len(part.files)
+    return Progress(taken or Taken((first, 0)), part.extents, part.numbers, behind)
 
 
 def within(block: Position, samples: int, per_row: int) -> Position:

@@ -107,9 +107,7 @@ class Reader:
             self._far_times = FarTimes(columns.event_time, columns.time_unit, ahead_s)
         self._columns = columns.names
         self._decoder = Decoder(columns)
-        self._file_numbers = {
-            path: number for number, path in enumerate(part.files, part.first_file)
-        }
+        self._file_numbers = part.numbers
         self._begun = [self._task_of(piece) for piece in self._from.pieces]
         self._first = self._first_tasks()
         self._todo = self._tasks()

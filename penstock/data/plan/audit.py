@@ -43,8 +43,7 @@ def audit(
     Raises:
       DataError: a file cannot be read.
     """
-    numbers = {path: number for number, path in enumerate(part.files, part.first_file)}
-    whole, rows = _passed(part.extents, numbers, position)
+    whole, rows = _passed(part.extents, part.numbers, position)
     # Each once: rows of text are counted by reading them.
     wanted = list(part.extents) if position.epoch else whole
     counted = dict(zip(wanted, count_rows(part.source, wanted, stages), strict=True))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -88,6 +89,11 @@ class PartRows:
     first_file: int = 0
     """Number of the first of `files`, where others were read before and are no longer listed."""
     _kept: _Kept = field(default_factory=_Kept, compare=False)
+
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """Of the part's files, by path."""
+        return {path: number for number, path in enumerate(self.files, self.first_file)}
 
     def read(self, extent: Extent, columns: Sequence[str]) -> Generator[Chunk]:
         """The part's rows of an extent, in order, in chunks that may be empty."""

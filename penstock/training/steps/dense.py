@@ -123,12 +123,6 @@ class DenseTrainer:
                 self._clip_tables(self._clip_with, self._clip_gradient_norm, norm)
         if self.optimizer is None or not self._gradients():
             return
-        if skip is not None and not skip.is_cuda:
-            # On the CPU nobody waits for it.
-            if skip.item():
-                self.optimizer.zero_grad(set_to_none=True)
-                return
-            skip = None
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         if skip is None or self.optimizer.defaults.get("fused"):

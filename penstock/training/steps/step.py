@@ -172,7 +172,10 @@ def train_step(training: Training, batches: Sequence[Batch], step: int) -> StepR
         result, norm = _gradients(training, batches, step, doing)
         with clock.measure("dense", "update of the dense model"):
             doing.what, doing.is_whole = "the update of the dense weights", False
-            training.trainer.step(step, norm, result.is_raised)
+            raised = result.is_raised
+            # On the CPU nobody waits for it, and a step that is applied need not look at it.
+            skip = raised if raised.is_cuda or raised.item() else None
+            training.trainer.step(step, norm, skip)
         with clock.measure("embedding", "update of the tables"):
             doing.what = "the update of the embeddings"
             training.collection.apply_gradients(result.is_raised)
